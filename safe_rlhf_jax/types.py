@@ -1,0 +1,142 @@
+"""Every pytree that crosses a function boundary, and the axis legend.
+
+Axis legend, used in the whole package:
+
+    B sequences   S prompt length   T response length   L = S + T   M minibatch   V vocabulary
+    D model width   H query heads   K key/value heads   N layers   W cost window
+
+Prompts are left-padded to S and responses fill the last T columns. Every per-token array of a response
+is [B, T], and index t means "the t-th response token". Scores are in reward-model units, KL in nats.
+A *signal* is `reward` or `cost`; dictionaries keyed by signal carry whatever exists once per signal.
+"""
+
+from typing import Any
+
+import jax
+from flax import struct
+
+Params = Any  # nested dict of arrays
+Signals = dict[str, jax.Array]
+Metrics = dict[str, jax.Array]
+
+
+@struct.dataclass
+class SupervisedBatch:
+    """Texts for SFT and PTX. Right-padded."""
+
+    tokens: jax.Array  # i32[B, L]
+    mask: jax.Array  # bool[B, L]  real tokens
+    loss_mask: jax.Array  # bool[B, L]  tokens that are predicted (responses and their EOS)
+
+
+@struct.dataclass
+class Sequences:
+    """Prompt and response texts. Right-padded."""
+
+    tokens: jax.Array  # i32[B, L]
+    mask: jax.Array  # bool[B, L]  real tokens
+    response_mask: jax.Array  # bool[B, L]  response tokens, EOS included
+
+
+@struct.dataclass
+class PreferenceBatch:
+    """Pairs of responses to one prompt, ranked by helpfulness."""
+
+    chosen: Sequences
+    rejected: Sequences
+
+
+@struct.dataclass
+class SafetyBatch:
+    """Pairs of responses to one prompt, ranked by harmlessness, each with a safety label."""
+
+    safer: Sequences
+    unsafer: Sequences
+    safer_is_safe: jax.Array  # bool[B]
+    unsafer_is_safe: jax.Array  # bool[B]
+
+
+@struct.dataclass
+class PromptBatch:
+    """Prompts to respond to. Left-padded."""
+
+    tokens: jax.Array  # i32[B, S]
+    mask: jax.Array  # bool[B, S]
+    group: jax.Array  # i32[B]  which group of prompts (see `group_field`), 0 where there is none
+    ptx: SupervisedBatch | None = None
+
+
+@struct.dataclass
+class Rollout:
+    """What happened."""
+
+    tokens: jax.Array  # i32[B, L]
+    mask: jax.Array  # bool[B, L]  real tokens, from lengths; EOS included
+    sampler_log_probs: jax.Array  # f32[B, T]  of the sampled tokens, as the sampler saw them
+    group: jax.Array  # i32[B]  group of the prompt
+
+
+@struct.dataclass
+class ScoredRollout:
+    """What we know about it."""
+
+    rollout: Rollout
+    log_probs: jax.Array  # f32[B, T]
+    ref_log_probs: jax.Array  # f32[B, T]
+    scores: Signals  # f32[B]
+    values: Signals  # f32[B, T]
+
+
+@struct.dataclass
+class Experience:
+    """What we learn from."""
+
+    rollout: Rollout
+    log_probs: jax.Array  # f32[B, T]
+    values: Signals  # f32[B, T]
+    advantages: Signals  # f32[B, T]
+    returns: Signals  # f32[B, T]
+
+
+@struct.dataclass
+class TrainState:
+    """One trained network."""
+
+    step: jax.Array  # i32[]  optimizer steps taken
+    params: Params
+    opt_state: Any
+    stats: Params  # score normaliser {mean, var, count}, {} where there is none
+
+
+@struct.dataclass
+class CostWindow:
+    """The newest costs of constrained prompts, newest last."""
+
+    recent: jax.Array  # f32[W]
+    count: jax.Array  # i32[]  how many of the last entries are filled
+
+
+@struct.dataclass
+class LagrangeState:
+    """The Lagrange multiplier, as log λ."""
+
+    log_multiplier: jax.Array  # f32[]
+
+
+@struct.dataclass
+class RLState:
+    """Everything an RL run needs to continue."""
+
+    step: jax.Array  # i32[]  iterations done
+    actor: TrainState
+    critics: dict[str, TrainState]
+    cost_window: CostWindow | None
+    lagrange: LagrangeState | None
+
+
+@struct.dataclass
+class Frozen:
+    """Parameters that no step changes. Arguments of the step, never closures."""
+
+    reference: Params
+    scorers: dict[str, Any]  # {signal: variables of a ScoreModel}
