@@ -1,0 +1,1 @@
+"""Networks: a decoder, its language-model and score heads, and Hugging Face folders in and out."""

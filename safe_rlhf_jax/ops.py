@@ -1,0 +1,113 @@
+"""Masked reductions, last-token gather, and log-probabilities of responses: the one place of the shift by one."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+LOGITS_CHUNK = 128  # response positions whose logits stand in memory at a time
+
+
+def masked_mean(x: Float[Array, "B T"], mask: Bool[Array, "B T"]) -> Float[Array, ""]:
+    """Mean over the tokens of each sequence, then over sequences.
+
+    Source: PKU-Alignment/safe-rlhf `masked_mean`. Unlike there, a row without tokens counts as 0, not NaN.
+
+    Args:
+        x: f32[B, T].
+        mask: bool[B, T], tokens that count.
+
+    Returns:
+        f32[].
+    """
+    return sequence_mean(x, mask).mean()
+
+
+def sequence_mean(x: Float[Array, "B T"], mask: Bool[Array, "B T"]) -> Float[Array, " B"]:
+    """Mean over the tokens of each sequence, f32[B]; 0 where a row has none."""
+    return jnp.where(mask, x, 0.0).sum(-1) / jnp.maximum(mask.sum(-1), 1)
+
+
+def last_index(mask: Bool[Array, "B L"]) -> Int[Array, " B"]:
+    """Index of the last True of each row, i32[B]; 0 where a row has none."""
+    length = mask.shape[-1]
+    position = jnp.arange(length, dtype=jnp.int32)
+    return jnp.max(jnp.where(mask, position[None, :], 0), axis=-1)
+
+
+def gather_last(x: Float[Array, "B L"], mask: Bool[Array, "B L"]) -> Float[Array, " B"]:
+    """Value at the last real token of each row, f32[B]."""
+    return jnp.take_along_axis(x, last_index(mask)[:, None], axis=-1)[:, 0]
+
+
+def token_log_probs(logits: Float[Array, "B T V"], tokens: Int[Array, "B T"]) -> Float[Array, "B T"]:
+    """Log-probability of each token under its logits, f32[B, T], nats."""
+    logits = logits.astype(jnp.float32)
+    taken = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
+    return taken - jax.nn.logsumexp(logits, axis=-1)
+
+
+def next_token_log_probs(
+    module: Any, params: Any, hidden: Float[Array, "B T D"], targets: Int[Array, "B T"], *, temperature: float = 1.0
+) -> Float[Array, "B T"]:
+    """Log-probability of `targets[:, t]` given the hidden state at t, in chunks over the sequence.
+
+    No more than `LOGITS_CHUNK` positions of logits are alive at a time, in the backward pass too, where they are
+    computed again. So no [B, T, V] array stands in memory.
+
+    Args:
+        module: A `CausalLM`.
+        params: Its parameters.
+        hidden: f32[B, T, D], after the final norm.
+        targets: i32[B, T].
+        temperature: Divides the logits.
+
+    Returns:
+        f32[B, T], nats.
+    """
+
+    def chunk(h: Float[Array, "B C D"], y: Int[Array, "B C"]) -> Float[Array, "B C"]:
+        logits = module.apply({"params": params}, h, method="unembed")
+        return token_log_probs(logits / temperature if temperature != 1.0 else logits, y)
+
+    length = targets.shape[1]
+    if length <= LOGITS_CHUNK:
+        return chunk(hidden, targets)
+    pad = -length % LOGITS_CHUNK
+    hidden = jnp.pad(hidden, ((0, 0), (0, pad), (0, 0)))
+    targets = jnp.pad(targets, ((0, 0), (0, pad)))
+    batch, padded = targets.shape
+    chunks = padded // LOGITS_CHUNK
+    hidden = hidden.reshape(batch, chunks, LOGITS_CHUNK, -1).swapaxes(0, 1)
+    targets = targets.reshape(batch, chunks, LOGITS_CHUNK).swapaxes(0, 1)
+    log_probs = jax.lax.map(lambda c: jax.checkpoint(chunk)(*c), (hidden, targets))
+    return log_probs.swapaxes(0, 1).reshape(batch, padded)[:, :length]
+
+
+def response_log_probs(
+    module: Any,
+    params: Any,
+    tokens: Int[Array, "B L"],
+    mask: Bool[Array, "B L"],
+    *,
+    prompt_length: int,
+    temperature: float = 1.0,
+) -> Float[Array, "B T"]:
+    """Log-probability of each response token, f32[B, T], nats; t is the t-th response token.
+
+    Token S + t is predicted from position S + t − 1: this is the only place, with `response_values`, where the
+    shift by one is made.
+    """
+    hidden = module.apply({"params": params}, tokens, mask, method="hidden")[:, prompt_length - 1 : -1]
+    return next_token_log_probs(module, params, hidden, tokens[:, prompt_length:], temperature=temperature)
+
+
+def response_values(
+    module: Any, params: Any, tokens: Int[Array, "B L"], mask: Bool[Array, "B L"], *, prompt_length: int
+) -> Float[Array, "B T"]:
+    """Value of the state in which each response token is chosen, f32[B, T], in units of the signal.
+
+    V_t is read at position S + t − 1, before the t-th response token is known.
+    """
+    return module.apply({"params": params}, tokens, mask)[:, prompt_length - 1 : -1]
