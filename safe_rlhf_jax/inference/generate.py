@@ -1,0 +1,125 @@
+"""Step 4 of the line: prompts in, rollout out. Prefill once, then decode in a `while_loop`, all on the device."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from safe_rlhf_jax.inference.sampling import Sampling, sample_token
+from safe_rlhf_jax.models.transformer import CausalLM
+from safe_rlhf_jax.types import Params, PromptBatch, Rollout
+
+
+@struct.dataclass
+class DecodeState:
+    """What a step of decoding reads and writes."""
+
+    t: jax.Array  # i32[]  response tokens chosen so far
+    logits: jax.Array  # f32[B, V]  of the next token
+    tokens: jax.Array  # i32[B, T]  responses; pad after the end
+    log_probs: jax.Array  # f32[B, T]  of the chosen tokens; 0 after the end
+    length: jax.Array  # i32[B]  response tokens so far, EOS included
+    done: jax.Array  # bool[B]  EOS was chosen
+    seen: jax.Array | None  # bool[B, V]  tokens that occurred, only for a repetition penalty
+    cache: Any
+
+
+def generate(
+    module: CausalLM,
+    params: Params,
+    prompts: PromptBatch,
+    key: jax.Array,
+    *,
+    response_length: int,
+    eos_id: int,
+    pad_id: int,
+    sampling: Sampling,
+    num_responses: int = 1,
+    early_exit: bool = True,
+) -> Rollout:
+    """Samples responses to left-padded prompts.
+
+    The loop ends as soon as every row has chosen EOS. Masks come from lengths: EOS belongs to the response, everything
+    after it is padding, and `pad_id == eos_id` is fine.
+
+    Args:
+        module: The language model.
+        params: Its parameters.
+        prompts: B prompts of S columns.
+        key: Random key; step t uses `fold_in(key, t)`.
+        response_length: T, the most response tokens.
+        eos_id: Token that ends a response.
+        pad_id: Token that fills the columns after the end.
+        sampling: How tokens are chosen.
+        num_responses: n responses per prompt; they share one prefill and stand next to each other.
+        early_exit: False runs all T steps; the result is the same.
+
+    Returns:
+        A `Rollout` of B·n rows.
+    """
+    batch, prompt_length = prompts.tokens.shape
+    rows, length = batch * num_responses, prompt_length + response_length
+    repeat = lambda x: jnp.repeat(x, num_responses, axis=0)  # noqa: E731
+
+    logits, cache = module.apply({"params": params}, prompts.tokens, prompts.mask, length, method="prefill")
+    if num_responses > 1:
+        batch_axis = 1 if module.config.scan_layers else 0
+        logits = repeat(logits)
+        cache = jax.tree.map(lambda x: jnp.repeat(x, num_responses, axis=batch_axis), cache)
+    prompt_mask = repeat(prompts.mask)
+    prompt_tokens = repeat(prompts.tokens)
+    prompt_size = prompt_mask.sum(-1, dtype=jnp.int32)
+    column = jnp.arange(length, dtype=jnp.int32)
+    row = jnp.arange(rows)
+    seen = None
+    if sampling.repetition_penalty != 1.0:
+        counts = jnp.zeros((rows, logits.shape[-1]), jnp.int32).at[row[:, None], prompt_tokens].add(prompt_mask)
+        seen = counts > 0
+
+    def not_finished(state: DecodeState) -> jax.Array:
+        more = state.t < response_length
+        return more & ~state.done.all() if early_exit else more
+
+    def step(state: DecodeState) -> DecodeState:
+        token, log_prob = sample_token(jax.random.fold_in(key, state.t), state.logits, state.seen, sampling)
+        alive = ~state.done
+        token = jnp.where(alive, token, pad_id)
+        slot = prompt_length + state.t
+        full_prompt = jnp.pad(prompt_mask, ((0, 0), (0, response_length)))
+        visible = full_prompt | ((column >= prompt_length) & (column <= slot))[None]
+        logits, cache = module.apply(
+            {"params": params}, token, prompt_size + state.t, visible, state.cache, slot, method="decode"
+        )
+        return DecodeState(
+            t=state.t + 1,
+            logits=logits,
+            tokens=state.tokens.at[:, state.t].set(token),
+            log_probs=state.log_probs.at[:, state.t].set(jnp.where(alive, log_prob, 0.0)),
+            length=state.length + alive.astype(jnp.int32),
+            done=state.done | (token == eos_id) & alive,
+            seen=None if state.seen is None else state.seen.at[row, token].max(alive),
+            cache=cache,
+        )
+
+    state = jax.lax.while_loop(
+        not_finished,
+        step,
+        DecodeState(
+            t=jnp.int32(0),
+            logits=logits,
+            tokens=jnp.full((rows, response_length), pad_id, jnp.int32),
+            log_probs=jnp.zeros((rows, response_length), jnp.float32),
+            length=jnp.zeros((rows,), jnp.int32),
+            done=jnp.zeros((rows,), bool),
+            seen=seen,
+            cache=cache,
+        ),
+    )
+    response_mask = jnp.arange(response_length, dtype=jnp.int32)[None] < state.length[:, None]
+    return Rollout(
+        tokens=jnp.concatenate([prompt_tokens, state.tokens], axis=1),
+        mask=jnp.concatenate([prompt_mask, response_mask], axis=1),
+        sampler_log_probs=state.log_probs,
+        group=repeat(prompts.group),
+    )
