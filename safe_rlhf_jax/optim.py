@@ -1,0 +1,119 @@
+"""Optimizers, learning-rate schedules, and `gradient_step`, the only place that differentiates."""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from safe_rlhf_jax.types import Metrics, Params, TrainState
+
+ScheduleName = Literal["constant", "linear", "cosine", "hold_linear"]
+Loss = Callable[[Params, Any], tuple[jax.Array, Metrics]]
+
+FINAL_SHARE = 0.02  # of the learning rate that `hold_linear` ends with
+
+
+def schedule(name: ScheduleName, *, lr: float, warmup_ratio: float, total_steps: int) -> optax.Schedule:
+    """Returns learning rate by optimizer step: linear warm-up to `lr`, then as named.
+
+    The first step already moves: warm-up gives step k the share (k + 1)/warmup, not k/warmup (REFERENCE Q20).
+
+    Args:
+        name: `constant`, `linear` (to 0), `cosine` (to 0), or `hold_linear` (`lr` for half of the run, then linear to
+            2 %).
+        lr: Peak learning rate.
+        warmup_ratio: Share of `total_steps`.
+        total_steps: Optimizer steps in the run.
+    """
+    warmup = int(warmup_ratio * total_steps)
+    rest = max(total_steps - warmup, 1)
+    after: optax.Schedule
+    if name == "constant":
+        after = optax.constant_schedule(lr)
+    elif name == "linear":
+        after = optax.linear_schedule(lr, 0.0, rest)
+    elif name == "cosine":
+        after = optax.cosine_decay_schedule(lr, rest)
+    else:
+        after = optax.linear_schedule(lr, FINAL_SHARE * lr, rest - rest // 2, transition_begin=rest // 2)
+    if not warmup:
+        return after
+    start = optax.linear_schedule(lr / warmup, lr, max(warmup - 1, 1))
+    return optax.join_schedules([start, after], [warmup])
+
+
+def decayed(params: Params) -> Any:
+    """True for matrices and embeddings; False for biases and norm weights, which weight decay leaves alone."""
+
+    def is_matrix(path: tuple[Any, ...], _: Any) -> bool:
+        name = str(getattr(path[-1], "key", path[-1]))
+        return name not in ("bias", "score_bias", "weight")
+
+    return jax.tree_util.tree_map_with_path(is_matrix, params)
+
+
+def make_optimizer(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    weight_decay: float = 0.0,
+    b1: float = 0.9,
+    b2: float = 0.95,
+    eps: float = 1e-8,
+    max_grad_norm: float | None = 1.0,
+) -> optax.GradientTransformation:
+    """Returns AdamW after clipping of the global gradient norm."""
+    adamw = optax.adamw(learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=decayed)
+    return adamw if max_grad_norm is None else optax.chain(optax.clip_by_global_norm(max_grad_norm), adamw)
+
+
+def init_state(params: Params, optimizer: optax.GradientTransformation, stats: Any = None) -> TrainState:
+    """Returns the state of a network before its first step."""
+    return TrainState(
+        step=jnp.zeros((), jnp.int32), params=params, opt_state=optimizer.init(params), stats={} if stats is None else stats
+    )
+
+
+def split(batch: Any, parts: int) -> Any:
+    """Reshapes every leaf [B, …] to [parts, B/parts, …]; part i holds rows i, i + parts, …
+
+    Strided, so that a batch that is sharded over devices stays evenly sharded in every part.
+    """
+    return jax.tree.map(lambda x: x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1), batch)
+
+
+def gradient_step(
+    loss: Loss, state: TrainState, batch: Any, optimizer: optax.GradientTransformation, *, microbatches: int = 1
+) -> tuple[TrainState, Metrics]:
+    """Takes one optimizer step on the mean loss over a batch.
+
+    Args:
+        loss: (params, microbatch) -> (loss, metrics); the loss is a mean over the rows of its microbatch, so that the
+            mean over equal microbatches is the loss of the batch.
+        state: The network.
+        batch: A tree of arrays [B, …].
+        optimizer: As it was when the state was made.
+        microbatches: Slices whose gradients are accumulated; divides B.
+
+    Returns:
+        The new state, and the mean of the metrics with `loss` and `grad_norm` (before clipping).
+    """
+    value_and_grad = jax.value_and_grad(loss, has_aux=True)
+    if microbatches == 1:
+        (value, metrics), grads = value_and_grad(state.params, batch)
+    else:
+
+        def accumulate(total: Any, microbatch: Any) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, total, value_and_grad(state.params, microbatch)), None
+
+        parts = split(batch, microbatches)
+        first = jax.tree.map(lambda x: x[0], parts)
+        zeros = jax.tree.map(
+            lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(value_and_grad, state.params, first)
+        )
+        total, _ = jax.lax.scan(accumulate, zeros, parts)
+        (value, metrics), grads = jax.tree.map(lambda x: x / microbatches, total)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    state = state.replace(step=state.step + 1, params=optax.apply_updates(state.params, updates), opt_state=opt_state)
+    return state, metrics | {"loss": value, "grad_norm": optax.global_norm(grads)}
