@@ -1,0 +1,215 @@
+"""Supervised losses: language modelling (SFT, PTX), Bradley–Terry (reward model), safety (cost model)."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from safe_rlhf_jax.models.config import ScoreConfig
+from safe_rlhf_jax.models.transformer import CausalLM, ScoreModel
+from safe_rlhf_jax.ops import gather_last, next_token_log_probs, sequence_mean
+from safe_rlhf_jax.types import Metrics, Params, PreferenceBatch, SafetyBatch, Sequences, SupervisedBatch
+
+
+def token_weights(loss_mask: Bool[Array, "B L"]) -> Float[Array, "B L"]:
+    """Weights w with mean_b Σ_t w·x = mean of x over all tokens in the loss.
+
+    Made from the whole batch before it is cut into microbatches, so that cutting changes nothing.
+    """
+    return loss_mask.astype(jnp.float32) * (loss_mask.shape[0] / jnp.maximum(loss_mask.sum(), 1))
+
+
+def lm_loss(
+    module: CausalLM, params: Params, batch: SupervisedBatch, weights: Float[Array, "B L"]
+) -> tuple[jax.Array, Metrics]:
+    """Cross-entropy of the tokens in the loss.
+
+    Source: PKU-Alignment/safe-rlhf@82743cc SFT trainer: the mean over all non-ignored tokens of the batch.
+
+    Args:
+        module: The language model.
+        params: Its parameters.
+        batch: Texts [B, L].
+        weights: f32[B, L], `token_weights` of the whole batch.
+
+    Returns:
+        f32[], nats per token, and metrics {perplexity}.
+    """
+    hidden = module.apply({"params": params}, batch.tokens, batch.mask, method="hidden")[:, :-1]
+    log_probs = next_token_log_probs(module, params, hidden, batch.tokens[:, 1:])
+    loss = -(weights[:, 1:] * log_probs).sum(-1).mean()
+    return loss, {"perplexity": jnp.exp(loss)}
+
+
+def slice_mean(
+    x: Float[Array, "B ..."], mask: Bool[Array, "B L"] | None
+) -> Float[Array, " B"]:
+    """Mean over the masked tokens of each sequence; x itself where scores are per sequence."""
+    return x if mask is None else sequence_mean(x, mask)
+
+
+def bradley_terry_loss(
+    chosen: Float[Array, "B ..."],
+    rejected: Float[Array, "B ..."],
+    mask: Bool[Array, "B L"] | None = None,
+    *,
+    regularization: float,
+) -> Float[Array, ""]:
+    """mean_i [−log σ(r_w − r_l)] + ρ·mean r².
+
+    Sequence-wise with scores [B]. Token-wise with scores [B, L] and a mask of the positions to compare: both terms are
+    means over the masked tokens of a pair, then over pairs.
+
+    Source: Dai et al. 2023 (arXiv 2310.12773) eq. 2; PKU-Alignment/safe-rlhf@82743cc reward trainer.
+
+    Args:
+        chosen: f32[B] or f32[B, L], scores of the preferred response.
+        rejected: f32[B] or f32[B, L].
+        mask: bool[B, L] for token-wise scores, else None.
+        regularization: ρ ≥ 0.
+
+    Returns:
+        f32[].
+    """
+    loss = slice_mean(-jax.nn.log_sigmoid(chosen - rejected), mask).mean()
+    return loss + regularization * mean_square(chosen, rejected, mask)
+
+
+def mean_square(
+    first: Float[Array, "B ..."], second: Float[Array, "B ..."], mask: Bool[Array, "B L"] | None
+) -> Float[Array, ""]:
+    """Mean of the squared scores of both sides of the pairs."""
+    return 0.5 * (slice_mean(jnp.square(first), mask) + slice_mean(jnp.square(second), mask)).mean()
+
+
+def safety_loss(
+    safer: Float[Array, "B ..."],
+    unsafer: Float[Array, "B ..."],
+    safer_is_safe: Bool[Array, " B"],
+    unsafer_is_safe: Bool[Array, " B"],
+    mask: Bool[Array, "B L"] | None = None,
+    *,
+    regularization: float,
+) -> Float[Array, ""]:
+    """mean_i [−log σ(c_h − c_l) − log σ(−s_l·c_l) − log σ(−s_h·c_h)] + ρ·mean c².
+
+    c_l is the cost of the safer response, c_h of the other, s = +1 for safe and −1 for unsafe: the costlier response
+    is the less safe one, and the sign of a cost says whether the response is unsafe (c > 0).
+
+    Source: Dai et al. 2023 (arXiv 2310.12773) eq. 3; PKU-Alignment/safe-rlhf@82743cc cost trainer.
+
+    Args:
+        safer: f32[B] or f32[B, L], costs of the safer response.
+        unsafer: f32[B] or f32[B, L], costs of the less safe response.
+        safer_is_safe: bool[B], label of the safer response.
+        unsafer_is_safe: bool[B], label of the other.
+        mask: bool[B, L] for token-wise scores, else None.
+        regularization: ρ ≥ 0.
+
+    Returns:
+        f32[].
+    """
+    shape = (-1,) + (1,) * (safer.ndim - 1)
+    sign_safer = jnp.where(safer_is_safe, 1.0, -1.0).reshape(shape)
+    sign_unsafer = jnp.where(unsafer_is_safe, 1.0, -1.0).reshape(shape)
+    ranking = -jax.nn.log_sigmoid(unsafer - safer)
+    signs = -jax.nn.log_sigmoid(-sign_safer * safer) - jax.nn.log_sigmoid(-sign_unsafer * unsafer)
+    return slice_mean(ranking + signs, mask).mean() + regularization * mean_square(safer, unsafer, mask)
+
+
+def stack_pair(first: Sequences, second: Sequences) -> Sequences:
+    """Stacks two sides of B pairs into 2B rows, so that one forward pass scores both."""
+    return jax.tree.map(lambda a, b: jnp.concatenate([a, b]), first, second)
+
+
+def divergence_mask(first: Sequences, second: Sequences) -> Bool[Array, "B L"]:
+    """Positions that a token-wise loss compares: from the first token that differs to the end of the shorter text.
+
+    The reference goes on to the end of the longer one and compares real tokens with padding (REFERENCE Q11).
+    """
+    differ = (first.tokens != second.tokens) | (first.mask != second.mask)
+    started = jnp.cumsum(differ.astype(jnp.int32), axis=-1) > 0
+    return started & first.mask & second.mask
+
+
+def pair_scores(
+    module: ScoreModel, params: Params, stats: Params, first: Sequences, second: Sequences
+) -> tuple[Float[Array, "B L"], Float[Array, "B L"]]:
+    """Scores of every token of both sides, f32[B, L] each, before normalisation."""
+    both = stack_pair(first, second)
+    scores = module.apply({"params": params, "stats": stats}, both.tokens, both.mask, method="raw_scores")
+    size = first.tokens.shape[0]
+    return scores[:size], scores[size:]
+
+
+def reward_loss(
+    module: ScoreModel, params: Params, stats: Params, batch: PreferenceBatch, *, token_wise: bool, regularization: float
+) -> tuple[jax.Array, Metrics]:
+    """Bradley–Terry loss of a batch of pairs, with metrics {accuracy, score_mean, score_square}."""
+    chosen, rejected = pair_scores(module, params, stats, batch.chosen, batch.rejected)
+    end_chosen, end_rejected = gather_last(chosen, batch.chosen.mask), gather_last(rejected, batch.rejected.mask)
+    if token_wise:
+        mask = divergence_mask(batch.chosen, batch.rejected)
+        loss = bradley_terry_loss(chosen, rejected, mask, regularization=regularization)
+    else:
+        loss = bradley_terry_loss(end_chosen, end_rejected, regularization=regularization)
+    ends = jnp.concatenate([end_chosen, end_rejected])
+    metrics = {"accuracy": (end_chosen > end_rejected).mean(), "score_mean": ends.mean(), "score_square": (ends**2).mean()}
+    return loss, metrics
+
+
+def cost_loss(
+    module: ScoreModel, params: Params, stats: Params, batch: SafetyBatch, *, token_wise: bool, regularization: float
+) -> tuple[jax.Array, Metrics]:
+    """Safety loss of a batch of pairs, with metrics {accuracy, sign_accuracy, score_mean, score_square}."""
+    safer, unsafer = pair_scores(module, params, stats, batch.safer, batch.unsafer)
+    end_safer, end_unsafer = gather_last(safer, batch.safer.mask), gather_last(unsafer, batch.unsafer.mask)
+    labels = (batch.safer_is_safe, batch.unsafer_is_safe)
+    if token_wise:
+        mask = divergence_mask(batch.safer, batch.unsafer)
+        loss = safety_loss(safer, unsafer, *labels, mask, regularization=regularization)
+    else:
+        loss = safety_loss(end_safer, end_unsafer, *labels, regularization=regularization)
+    ends = jnp.concatenate([end_safer, end_unsafer])
+    metrics = {
+        "accuracy": (end_unsafer > end_safer).mean(),
+        "sign_accuracy": sign_accuracy(ends, jnp.concatenate(labels)),
+        "score_mean": ends.mean(),
+        "score_square": (ends**2).mean(),
+    }
+    return loss, metrics
+
+
+def sign_accuracy(costs: Float[Array, " B"], is_safe: Bool[Array, " B"]) -> Float[Array, ""]:
+    """Share of costs on the right side of zero: negative for safe, positive for unsafe; 0 itself is wrong."""
+    return (jnp.where(is_safe, -costs, costs) > 0).mean()
+
+
+def update_normalizer(stats: Params, mean: jax.Array, square: jax.Array, count: int, config: ScoreConfig) -> Params:
+    """Updates a score normaliser with the end scores of a batch.
+
+    Exponential average with momentum a: μ ← aμ + (1−a)m, σ² ← aσ² + (1−a)v. Without momentum, mean and variance of all
+    scores so far (Chan et al. 1979). v is the unbiased variance of the batch.
+
+    Source: PKU-Alignment/safe-rlhf@82743cc `normalizer.py`.
+
+    Args:
+        stats: {mean f32[1], var f32[1], count i32[1]}.
+        mean: f32[], m, mean of the batch's end scores.
+        square: f32[], mean of their squares.
+        count: n ≥ 2, how many they are.
+        config: Which average.
+
+    Returns:
+        The new stats.
+    """
+    batch_mean = mean.reshape(1)
+    batch_var = (square - mean**2).reshape(1) * (count / (count - 1))
+    total = stats["count"] + count
+    if config.momentum is not None:
+        a = config.momentum
+        new_mean = a * stats["mean"] + (1 - a) * batch_mean
+        return {"mean": new_mean, "var": a * stats["var"] + (1 - a) * batch_var, "count": total}
+    seen, share = stats["count"].astype(jnp.float32), count / total.astype(jnp.float32)
+    delta = batch_mean - stats["mean"]
+    mass = stats["var"] * seen + batch_var * count + delta**2 * seen * share
+    return {"mean": stats["mean"] + delta * share, "var": mass / total.astype(jnp.float32), "count": total}
