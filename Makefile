@@ -1,0 +1,58 @@
+# Every target sets up what it needs: a fresh machine needs only Python 3.11 or newer and make.
+
+PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13; do \
+            $$p -c 'import sys, ensurepip; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $$p && break; done)
+BIN := .venv/bin
+STAMP := .venv/.installed
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+UV ?= uv
+COMPILE := $(UV) pip compile pyproject.toml --quiet --universal --python-version 3.11 --generate-hashes \
+             --no-emit-index-url --no-annotate --custom-compile-command 'make lock'
+
+.DEFAULT_GOAL := help
+.PHONY: help venv quickstart test test-fast test-reference lint format types lock clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+venv: $(STAMP) ## create .venv from the locked, hashed requirements (about a minute)
+
+$(STAMP): requirements-dev.lock pyproject.toml
+	@test -n "$(PYTHON)" || { echo "No Python 3.11 or newer with venv was found; name one: make PYTHON=..." >&2; exit 1; }
+	@echo "Installing requirements-dev.lock into .venv ($(PYTHON))"
+	$(PYTHON) -m venv .venv
+	$(PIP) install --require-hashes -r requirements-dev.lock
+	$(PIP) install --no-deps --no-build-isolation -e .
+	@touch $@
+
+quickstart: venv ## train the small pipeline on this machine's CPU (ARGS="dotted.key=value ...")
+	$(BIN)/python -m safe_rlhf_jax.train --config configs/quickstart.yaml $(ARGS)
+
+test: venv ## all tests that need neither a TPU nor torch, the slow ones too (ARGS="-k name ...")
+	$(BIN)/python -m pytest -m "not tpu and not reference" $(ARGS)
+
+test-fast: venv ## the same without the slow ones
+	$(BIN)/python -m pytest -m "not tpu and not reference and not slow" $(ARGS)
+
+test-reference: venv ## comparisons with the torch reference (installs torch into .venv)
+	$(PIP) install --no-build-isolation -e '.[torch]'
+	$(BIN)/python -m pytest -m reference $(ARGS)
+
+lint: venv ## ruff: rules and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: venv ## ruff: fix and format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: venv ## mypy --strict on the package
+	$(BIN)/mypy
+
+lock: ## resolve the requirements anew (needs uv)
+	$(COMPILE) $(UPGRADE) -o requirements.lock
+	$(COMPILE) $(UPGRADE) --extra dev -o requirements-dev.lock
+
+clean: ## remove .venv, builds and caches; runs/ stays
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find safe_rlhf_jax tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,65 @@
+"""One CPU that looks like eight devices, strict broadcasting, and shapes and dtypes checked at every call."""
+
+import functools
+import importlib.util
+import os
+from pathlib import Path
+
+# Before jax starts a backend.
+FLAG = "--xla_force_host_platform_device_count"
+if FLAG not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAG}=8".strip()
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import hypothesis
+import jax
+import pytest
+from flax import struct
+from jaxtyping import install_import_hook
+
+PACKAGE = Path(__file__).parent.parent / "safe_rlhf_jax"
+UNHOOKED = tuple(f"safe_rlhf_jax.{name}" for name in ("types", "metrics", "train", "data.demo"))
+
+
+def hooked_modules() -> list[str]:
+    """Modules whose functions are checked. Packages are left out: hooking one would hook all that is in it."""
+    paths = [path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py"]
+    names = [".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts) for path in sorted(paths)]
+    return [name for name in names if not f"{name}.".startswith(tuple(f"{skipped}." for skipped in UNHOOKED))]
+
+
+def unchecked(make_dataclass):
+    """`struct.dataclass` whose instances may hold anything: jax unflattens pytrees with leaves that are no arrays."""
+
+    @functools.wraps(make_dataclass)
+    def wrapper(*args, **kwargs):
+        result = make_dataclass(*args, **kwargs)
+        if not isinstance(result, type):  # called with keywords only: it returned the decorator
+            return unchecked(result)
+        result.__no_type_check__ = True
+        return result
+
+    return wrapper
+
+
+struct.dataclass = unchecked(struct.dataclass)
+# As type checkers see it, an int is a float too.
+install_import_hook(hooked_modules(), "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_default_matmul_precision", "float32")
+
+# Compiling inside an example takes longer than any deadline, and a failure must come back on the next run.
+hypothesis.settings.register_profile("jax", deadline=None, derandomize=True, database=None)
+hypothesis.settings.load_profile("jax")
+
+NEEDS = {"reference": ("torch", "torch is not installed (extra `torch`)"), "tpu": ("libtpu", "libtpu is not installed")}
+
+
+def pytest_collection_modifyitems(items):
+    """Skips tests whose marker names a package that is not here."""
+    for marker, (package, reason) in NEEDS.items():
+        if importlib.util.find_spec(package) is None:
+            for item in items:
+                if item.get_closest_marker(marker):
+                    item.add_marker(pytest.mark.skip(reason=reason))

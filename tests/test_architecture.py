@@ -1,0 +1,152 @@
+"""Rules about the code as a whole, read from its syntax trees: what may import what, how long a module may get."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = "safe_rlhf_jax"
+MAX_LINES = 400
+
+# Low to high. A module may import from its own level and from lower ones.
+LEVELS = (
+    {"types"},
+    {"ops", "sharding", "metrics"},
+    {"models"},
+    {"optim", "inference"},
+    {"objectives", "rl", "evaluation", "data"},
+    {"checkpoint", "loop", "config"},
+    {"stages"},
+    {"train", "compile", "chat"},
+)
+# Parts that may import even less: nothing of the package but this.
+ONLY = {
+    "types": set(),
+    "data": {"data", "types"},
+    "config": {"models.config"},
+}
+FORBIDDEN_IMPORTS = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "joblib", "shelve"}
+FORBIDDEN_ARGUMENTS = {"trust_remote_code", "allow_pickle"}  # = True
+
+LEVEL_OF = {part: level for level, parts in enumerate(LEVELS) for part in parts}
+
+
+def module_name(path):
+    """`rl.step` for safe_rlhf_jax/rl/step.py, `rl` for safe_rlhf_jax/rl/__init__.py, `` for the package itself."""
+    parts = path.relative_to(ROOT / PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_name(path): path for path in sorted((ROOT / PACKAGE).rglob("*.py"))}
+
+
+def parse(module):
+    return ast.parse(MODULES[module].read_text(encoding="utf-8"))
+
+
+def imports(tree, module="", *, is_package=False):
+    """Full names of everything a module imports, wherever in it the import stands."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                here = [PACKAGE, *filter(None, module.split("."))]
+                up = node.level - is_package
+                base = ".".join([*here[: len(here) - up], *filter(None, [node.module])])
+            yield from (f"{base}.{alias.name}" for alias in node.names)
+
+
+def package_imports(module):
+    """Modules of the package that `module` imports: `rl.step` for `from safe_rlhf_jax.rl.step import collect`."""
+    found = set()
+    for name in imports(parse(module), module, is_package=MODULES[module].name == "__init__.py"):
+        head, _, rest = name.partition(".")
+        if head == PACKAGE:
+            while rest and rest not in MODULES:  # names inside a module, or a module that is not written yet
+                shorter = rest.rpartition(".")[0]
+                if not shorter:
+                    break
+                rest = shorter
+            found.add(rest)
+    return found
+
+
+def part(module):
+    return module.partition(".")[0]
+
+
+def violation(module, imported):
+    """Why `module` must not import `imported`, or None."""
+    own, other = part(module), part(imported)
+    if other not in LEVEL_OF:  # a name in safe_rlhf_jax/__init__.py
+        return None
+    if own in ONLY:
+        allowed = any(imported == name or imported.startswith(f"{name}.") for name in ONLY[own])
+        return None if allowed else f"{own} may import only {sorted(ONLY[own]) or 'nothing of the package'}"
+    if LEVEL_OF[other] > LEVEL_OF[own]:
+        return f"{other} (level {LEVEL_OF[other]}) stands above {own} (level {LEVEL_OF[own]})"
+    return None
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if name])
+def test_module_has_a_level(module):
+    assert part(module) in LEVEL_OF, f"{module} is new: give it a place in LEVELS"
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if part(name) in LEVEL_OF])
+def test_module_imports_downwards(module):
+    reasons = {name: violation(module, name) for name in package_imports(module)}
+    assert not any(reasons.values()), {name: reason for name, reason in reasons.items() if reason}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_module_can_be_read_in_one_sitting(module):
+    lines = len(MODULES[module].read_text(encoding="utf-8").splitlines())
+    assert lines <= MAX_LINES, f"{module} has {lines} lines, more than {MAX_LINES}: where is the seam?"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_module_has_a_docstring(module):
+    if not part(MODULES[module].stem).startswith("_") or MODULES[module].name == "__init__.py":
+        assert ast.get_docstring(parse(module)), f"{MODULES[module].relative_to(ROOT)} has no docstring"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_module_cannot_run_code_from_a_file(module):
+    tree = parse(module)
+    assert not {name.partition(".")[0] for name in imports(tree)} & FORBIDDEN_IMPORTS
+    for node in ast.walk(tree):
+        if isinstance(node, ast.keyword) and node.arg in FORBIDDEN_ARGUMENTS:
+            false = isinstance(node.value, ast.Constant) and node.value.value is False
+            assert false, f"{module}:{node.value.lineno} {node.arg} is not False"
+
+
+def test_every_folder_with_modules_is_a_package():
+    folders = {path.parent for path in MODULES.values()}
+    assert not [str(folder.relative_to(ROOT)) for folder in folders if not (folder / "__init__.py").exists()]
+
+
+@pytest.mark.parametrize(
+    ("module", "imported", "allowed"),
+    [
+        ("rl.step", "types", True),
+        ("rl.step", "objectives", True),
+        ("models.hf", "rl.losses", False),
+        ("data.loader", "data.examples", True),
+        ("data.loader", "ops", False),
+        ("config", "models.config", True),
+        ("config", "models.hf", False),
+        ("rl.lagrange", "config", False),
+        ("stages", "config", True),
+    ],
+)
+def test_rules_allow_and_forbid_what_they_say(module, imported, allowed):
+    assert (violation(module, imported) is None) == allowed
+
+
+def test_imports_are_found_in_every_form():
+    tree = ast.parse("import a.b\nfrom ..x import y\ndef f():\n    from . import z\n    from safe_rlhf_jax import ops")
+    assert set(imports(tree, "rl.step")) == {"a.b", f"{PACKAGE}.x.y", f"{PACKAGE}.rl.z", f"{PACKAGE}.ops"}
