@@ -1,0 +1,255 @@
+"""Step 12 of 12: per-response measurements in, rates and means with confidence intervals out.
+
+A *sample* is one response of one policy to one held-out prompt, as a mapping with the keys
+
+    prompt, response    text
+    group               'risky', 'benign' or 'sensitive' (benign, but it sounds risky)
+    split               'test' or 'redteam'
+    category            harm category of a risky prompt, else None
+    reward, cost        scores by the reward model and the cost model
+    kl                  sum over the response of log π − log π_ref, nats
+    length, truncated   response tokens, and whether the response ran into the length limit
+    helpfulness, harmful, severity, refusal    by the oracle, each None where there is no oracle
+
+Everything here is pure and needs numpy only. Nothing returns NaN: a metric without samples is absent.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from statistics import NormalDist
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+Sample = Mapping[str, Any]
+
+HARMLESS_GROUPS = ("benign", "sensitive")
+
+
+def bootstrap_interval(
+    values: ArrayLike, *, confidence: float = 0.95, resamples: int = 2000, seed: int = 0
+) -> tuple[float, float]:
+    """Percentile bootstrap interval of the mean of `values`.
+
+    Source: Efron, "Bootstrap methods: another look at the jackknife" (1979).
+
+    Args:
+        values: float[n], n ≥ 1, independent measurements.
+        confidence: Probability mass between the two ends.
+        resamples: Number of resampled means.
+        seed: The same seed gives the same interval.
+
+    Returns:
+        (low, high), in the unit of `values`.
+
+    Raises:
+        ValueError: If `values` is empty.
+    """
+    data = np.asarray(values, dtype=np.float64).ravel()
+    if data.size == 0:
+        raise ValueError("bootstrap_interval needs at least one value, got none.")
+    rng = np.random.default_rng(seed)
+    # In slices, so that 2000 resamples of 100,000 values do not need gigabytes.
+    rows = max(1, 1_000_000 // data.size)
+    sizes = [min(rows, resamples - start) for start in range(0, resamples, rows)]
+    means = np.concatenate([data[rng.integers(data.size, size=(size, data.size))].mean(axis=1) for size in sizes])
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(means, [tail, 1 - tail])
+    return float(low), float(high)
+
+
+def wilson_interval(successes: float, n: int, confidence: float = 0.95) -> tuple[float, float]:
+    """Wilson score interval of a proportion; sensible at 0 % and 100 %, where the bootstrap has no width.
+
+    centre ± half, with centre = (p̂ + z²/2n) / (1 + z²/n) and
+    half = z √(p̂(1 − p̂)/n + z²/4n²) / (1 + z²/n).
+
+    Source: Wilson, "Probable inference, the law of succession, and statistical inference" (1927).
+
+    Args:
+        successes: Number of successes; halves are allowed (ties).
+        n: Number of trials. With n = 0 nothing is known and the interval is (0, 1).
+        confidence: Probability mass between the two ends.
+
+    Returns:
+        (low, high) within [0, 1].
+
+    Raises:
+        ValueError: If not 0 ≤ successes ≤ n.
+    """
+    if not 0 <= successes <= n:
+        raise ValueError(f"wilson_interval needs 0 <= successes <= n, got {successes} of {n}.")
+    if n == 0:
+        return 0.0, 1.0
+    z = NormalDist().inv_cdf((1 + confidence) / 2)
+    p = successes / n
+    scale = 1 + z**2 / n
+    centre = (p + z**2 / (2 * n)) / scale
+    half = z * float(np.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))) / scale
+    # p̂ itself is always inside; min and max only remove the rounding error at 0 and 1.
+    return max(0.0, min(p, centre - half)), min(1.0, max(p, centre + half))
+
+
+def win_rate(a_scores: ArrayLike, b_scores: ArrayLike, *, confidence: float = 0.95) -> dict[str, float]:
+    """Share of prompts on which a scores higher than b; a tie counts one half.
+
+    Args:
+        a_scores: float[n], one score per prompt.
+        b_scores: float[n], scores for the same prompts in the same order.
+        confidence: Of the Wilson interval (with ties, which vary less than wins, it is slightly too wide).
+
+    Returns:
+        {'rate', 'low', 'high'}.
+
+    Raises:
+        ValueError: If the two differ in length or are empty.
+    """
+    a, b = np.asarray(a_scores, dtype=np.float64), np.asarray(b_scores, dtype=np.float64)
+    if a.shape != b.shape or a.ndim != 1 or a.size == 0:
+        raise ValueError(f"win_rate needs two equally long, non-empty lists, got shapes {a.shape} and {b.shape}.")
+    wins = float(np.sum(a > b) + 0.5 * np.sum(a == b))
+    low, high = wilson_interval(wins, a.size, confidence)
+    return {"rate": wins / a.size, "low": low, "high": high}
+
+
+def paired_win_rate(
+    a: Sequence[Sample], b: Sequence[Sample], key: str, *, lower_wins: bool = False
+) -> dict[str, float] | None:
+    """`win_rate` of policy a over policy b by `sample[key]`, paired by prompt; None if no prompt has both.
+
+    Several responses of one policy to one prompt are averaged first.
+    """
+    a_means, b_means = _mean_by_prompt(a, key), _mean_by_prompt(b, key)
+    shared = [prompt for prompt in a_means if prompt in b_means]
+    if not shared:
+        return None
+    sign = -1 if lower_wins else 1
+    return win_rate([sign * a_means[p] for p in shared], [sign * b_means[p] for p in shared])
+
+
+def distinct_n(texts: Iterable[str], n: int) -> float:
+    """Distinct n-grams over all n-grams of whitespace-separated words; 0 if there are none.
+
+    Source: Li et al., "A diversity-promoting objective function", https://arxiv.org/abs/1510.03055.
+    Falls with the number of texts, so compare it only between policies on the same prompts.
+    """
+    total, distinct = 0, set()
+    for text in texts:
+        words = text.split()
+        grams = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
+        total += len(grams)
+        distinct.update(grams)
+    return len(distinct) / total if total else 0.0
+
+
+def reliability_curve(probabilities: ArrayLike, labels: ArrayLike, bins: int = 10) -> list[tuple[float, float, int]]:
+    """(mean predicted probability, share of positive labels, count) for each non-empty, equally wide bin.
+
+    Args:
+        probabilities: float[n] in [0, 1].
+        labels: bool[n].
+        bins: Number of bins over [0, 1].
+
+    Raises:
+        ValueError: If the two differ in length.
+    """
+    p, y = np.asarray(probabilities, dtype=np.float64), np.asarray(labels, dtype=np.float64)
+    if p.shape != y.shape:
+        raise ValueError(f"reliability_curve needs one label per probability, got shapes {p.shape} and {y.shape}.")
+    which = np.minimum((p * bins).astype(np.int64), bins - 1)
+    members = [which == b for b in range(bins)]
+    return [(float(p[m].mean()), float(y[m].mean()), int(m.sum())) for m in members if m.any()]
+
+
+def expected_calibration_error(probabilities: ArrayLike, labels: ArrayLike, bins: int = 10) -> float:
+    """Σ_bins (count / n) · |share of positive labels − mean predicted probability|; 0 without data.
+
+    Source: Guo et al., "On calibration of modern neural networks", https://arxiv.org/abs/1706.04599.
+    """
+    curve = reliability_curve(probabilities, labels, bins)
+    n = sum(count for _, _, count in curve)
+    return sum(count * abs(accuracy - confidence) for confidence, accuracy, count in curve) / n if n else 0.0
+
+
+def select(samples: Iterable[Sample], split: str, groups: Sequence[str] | None = None) -> list[Sample]:
+    """The samples of one split, and of some groups of prompts only if `groups` names them."""
+    return [s for s in samples if s["split"] == split and (groups is None or s["group"] in groups)]
+
+
+def present(samples: Iterable[Sample], key: str) -> list[float]:
+    """`sample[key]` as floats, without the samples where it is None or missing."""
+    return [float(s[key]) for s in samples if s.get(key) is not None]
+
+
+def rate_by_category(samples: Iterable[Sample], key: str = "harmful") -> dict[str, tuple[float, int]]:
+    """{harm category: (number true, number of samples)} over the risky prompts of the test split."""
+    values: dict[str, list[float]] = defaultdict(list)
+    for sample in select(samples, "test", ("risky",)):
+        if sample.get(key) is not None and sample.get("category"):
+            values[str(sample["category"])].append(float(sample[key]))
+    return {category: (sum(v), len(v)) for category, v in sorted(values.items())}
+
+
+def summarize(samples: Sequence[Sample]) -> dict[str, float]:
+    """Every number the report says about one policy.
+
+    All of them are taken over the test split, except `harm_rate_redteam` and `cost_positive_share_redteam`.
+    `harm_rate` is over risky prompts and `harm_rate_all` over all; `…_benign` is over benign and sensitive ones.
+    Headline metrics come with `…_low` and `…_high`, the ends of a 95 % interval (Wilson for shares, bootstrap for
+    means). By category: `harm_rate_by_category/<category>`; by group: `cost_positive_share/<group>`.
+
+    Returns:
+        {metric name: value}, flat. A metric is absent where nothing was measured: no such prompts, or no oracle.
+    """
+    test = select(samples, "test")
+    risky, harmless = select(test, "test", ("risky",)), select(test, "test", HARMLESS_GROUPS)
+    redteam = select(samples, "redteam")
+    summary: dict[str, float] = {}
+
+    def share(name: str, values: list[float], *, interval: bool = False) -> None:
+        if values:
+            summary[name] = float(np.mean(values))
+            if interval:
+                summary[f"{name}_low"], summary[f"{name}_high"] = wilson_interval(sum(values), len(values))
+
+    def mean(name: str, values: list[float], *, interval: bool = False) -> None:
+        if values:
+            summary[name] = float(np.mean(values))
+            if interval:
+                summary[f"{name}_low"], summary[f"{name}_high"] = bootstrap_interval(values)
+
+    share("harm_rate", present(risky, "harmful"), interval=True)
+    share("harm_rate_all", present(test, "harmful"), interval=True)
+    share("harm_rate_redteam", present(redteam, "harmful"), interval=True)
+    for category, (harmful, n) in rate_by_category(test).items():
+        summary[f"harm_rate_by_category/{category}"] = harmful / n
+    mean("helpfulness_benign", present(harmless, "helpfulness"), interval=True)
+    mean("helpfulness_risky", present(risky, "helpfulness"), interval=True)
+    share("refusal_benign", present(harmless, "refusal"), interval=True)
+
+    mean("reward_mean", present(test, "reward"), interval=True)
+    mean("cost_mean", present(test, "cost"), interval=True)
+    share("cost_positive_share", _positive(test), interval=True)
+    for group in sorted({str(s["group"]) for s in test}):
+        share(f"cost_positive_share/{group}", _positive(select(test, "test", (group,))))
+    share("cost_positive_share_redteam", _positive(redteam))
+    mean("kl_mean", present(test, "kl"))
+    mean("length_mean", present(test, "length"))
+    share("truncation_rate", present(test, "truncated"))
+    for n in (1, 2):
+        if test:
+            summary[f"distinct_{n}"] = distinct_n([str(s["response"]) for s in test], n)
+    return summary
+
+
+def _positive(samples: Iterable[Sample]) -> list[float]:
+    return [float(cost > 0) for cost in present(samples, "cost")]
+
+
+def _mean_by_prompt(samples: Iterable[Sample], key: str) -> dict[tuple[str, str], float]:
+    values: dict[tuple[str, str], list[float]] = defaultdict(list)
+    for sample in samples:
+        if sample.get(key) is not None:
+            values[sample["split"], sample["prompt"]].append(float(sample[key]))
+    return {prompt: float(np.mean(v)) for prompt, v in values.items()}

@@ -1,0 +1,215 @@
+"""The report is one self-contained, escaped page, whatever is missing from its input."""
+
+import re
+import warnings
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from safe_rlhf_jax.evaluation.report import Report, summary_table, write_report
+from safe_rlhf_jax.evaluation.statistics import summarize
+
+FIGURES = ("headline", "reward_cost", "training", "harm_by_category", "score_distributions")
+CATEGORIES = ("privacy_violation", "theft", "fraud", "violence", "cybercrime", "drugs")
+WORDS = [
+    "first",
+    "pick",
+    "a",
+    "sunny",
+    "spot",
+    "then",
+    "water",
+    "the",
+    "small",
+    "pot",
+    "twice",
+    "each",
+    "week",
+    "and",
+    "keep",
+    "the",
+    "soil",
+    "loose",
+]
+
+
+def make_samples(rng, *, harm=0.5, skill=0.6, oracle=True, prompts=120):
+    """A policy that is harmful on a share `harm` of risky prompts, with scores that roughly agree."""
+    samples = []
+    for i in range(prompts):
+        group = ("risky", "benign", "risky", "sensitive")[i % 4]
+        split = "redteam" if i % 12 == 2 else "test"
+        harmful = group == "risky" and rng.random() < harm
+        helpfulness = float(np.clip(rng.normal(skill, 0.15), 0, 1))
+        sample = {
+            "prompt": f"How do I handle case {i} of my {group} request?",
+            "response": " ".join(rng.choice(WORDS, size=8)),
+            "group": group,
+            "split": split,
+            "category": CATEGORIES[i % len(CATEGORIES)] if group == "risky" else None,
+            "reward": float(rng.normal(3 * skill - 1 + harmful, 0.6)),
+            "cost": float(rng.normal({"risky": 2.0 if harmful else -2.0}.get(group, -4.0), 0.7)),
+            "kl": float(rng.gamma(4, skill)),
+            "length": int(rng.integers(8, 24)),
+            "truncated": bool(rng.random() < 0.02),
+            "helpfulness": helpfulness if oracle else None,
+            "harmful": harmful if oracle else None,
+            "severity": int(harmful) if oracle else None,
+            "refusal": bool(rng.random() < 0.02) if oracle else None,
+        }
+        samples.append(sample)
+    return samples
+
+
+def make_report(*, prompts=120, steps=80, oracle=True):
+    rng = np.random.default_rng(0)
+    policies = {
+        name: make_samples(rng, harm=harm, skill=skill, oracle=oracle, prompts=prompts)
+        for name, harm, skill in (("SFT", 0.52, 0.6), ("PPO-Lag", 0.01, 0.8), ("PPO", 0.9, 0.85))
+    }
+    t = np.arange(steps)
+    noise = rng.normal(0, 0.15, size=(4, steps))
+    lagged = np.stack(
+        [
+            0.2 + 2.2 / (1 + np.exp(-(t - steps / 4) / (steps / 20))) * np.exp(-t / (3 * steps)),
+            -1.7 + 2.2 * np.exp(-t / (steps / 5)) + noise[0],
+            0.8 + 0.6 * (1 - np.exp(-t / (steps / 3))) + noise[1],
+            3 * (1 - np.exp(-t / (steps / 3))) + noise[2] / 2,
+        ]
+    )
+    keys = ("train/multiplier", "train/mean_cost", "train/reward", "train/kl")
+    history = {"PPO-Lag": [{"step": int(i), **dict(zip(keys, map(float, lagged[:, i]), strict=True))} for i in t]}
+    history["PPO"] = [
+        {"step": int(i), "train/reward": float(lagged[2, i] * 1.3), "train/cost": float(i / steps + noise[3, i])}
+        for i in t
+    ]
+    curve = [(0.05, 0.07, 80), (0.3, 0.25, 12), (0.55, 0.6, 10), (0.95, 0.97, 90)]
+    scorers = {
+        "reward": {
+            "scores_by_label": {"chosen": list(rng.normal(1, 1, 300)), "rejected": list(rng.normal(-1, 1, 300))},
+            "metrics": {"ranking_accuracy": 0.84},
+        },
+        "cost": {
+            "scores_by_label": {"safe": list(rng.normal(-2, 0.8, 300)), "unsafe": list(rng.normal(2, 0.8, 250))},
+            "metrics": {"ranking_accuracy": 0.86, "sign_accuracy": 0.97},
+            "reliability": curve,
+        },
+    }
+    return Report(
+        title="Safe RLHF on the embedded world",
+        command="python -m safe_rlhf_jax.train --config configs/quickstart.yaml",
+        summary_lines=["Cost limit −1.80: mean over responses labelled safe plus 3 % of the gap to unsafe.", "Seed 0."],
+        policies=policies,
+        scorers=scorers,
+        history=history,
+        cost_limit=-1.8,
+        stage_seconds={"sft": 41.2, "reward": 33.0, "cost": 34.5, "ppo_lag": 190.1, "ppo": 120.0, "evaluate": 21.3},
+        constrained_groups=["risky"],
+    )
+
+
+@pytest.fixture(autouse=True)
+def _warnings_are_errors():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
+
+
+@pytest.fixture(scope="module")
+def full_page(tmp_path_factory):
+    """The path of a report with nothing missing."""
+    return write_report(tmp_path_factory.mktemp("report") / "new" / "folder", make_report())
+
+
+def test_report_is_one_self_contained_file_with_every_figure(full_page):
+    page, text = full_page, full_page.read_text(encoding="utf-8")
+    assert page.name == "report.html"
+    assert text.count("data:image/png;base64,") == len(FIGURES)
+    assert re.findall(r'(?:src|href)="(?!data:)', text) == []
+    assert "<script" not in text
+    assert "http" not in re.sub(r"base64,[^\"]*", "", text)
+    for name in FIGURES:
+        assert (page.parent / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_report_escapes_text_from_prompts_responses_and_names(tmp_path):
+    attack = "<script>alert('x')</script>"
+    report = make_report(prompts=12)
+    policies = {
+        f"{name}{attack}": [
+            {**s, "prompt": f"{s['prompt']} {attack}", "response": attack, "category": attack} for s in samples
+        ]
+        for name, samples in report.policies.items()
+    }
+    report = replace(
+        report, policies=policies, title=attack, command=attack, summary_lines=[attack], history={}, scorers={}
+    )
+    text = write_report(tmp_path, report).read_text(encoding="utf-8")
+    assert "<script" not in text
+    assert text.count("&lt;script&gt;") > 30
+
+
+def test_report_shows_about_twelve_prompts_from_every_group(full_page):
+    text = full_page.read_text(encoding="utf-8")
+    kinds = re.findall(r'<tr class="prompt">.*?<small>(.*?)</small>', text)
+    assert len(kinds) == 12
+    assert {kind.split(" · ")[0] for kind in kinds} == {"test", "redteam"}
+    assert {kind.split(" · ")[1] for kind in kinds} == {"risky", "benign", "sensitive"}
+    assert text.count("<td>PPO-Lag</td>") == 12
+
+
+def test_report_without_oracle_falls_back_to_the_models(tmp_path):
+    report = replace(make_report(oracle=False), history={}, scorers={})
+    text = write_report(tmp_path, report).read_text(encoding="utf-8")
+    assert "mean reward" in text
+    assert "higher reward" in text
+    assert "more helpful, benign" not in text
+    assert ">harmless<" not in text
+    assert not (tmp_path / "harm_by_category.png").exists()
+
+
+def test_report_with_one_policy_and_nothing_else(tmp_path):
+    samples = make_samples(np.random.default_rng(1), prompts=20)
+    text = write_report(tmp_path, Report("One", "command", [], {"SFT": samples})).read_text(encoding="utf-8")
+    assert "win rate" not in text
+    assert not (tmp_path / "training.png").exists()
+
+
+def test_report_survives_missing_groups_scores_and_metrics(tmp_path):
+    bare = {"prompt": "p", "response": "", "group": "benign", "split": "test", "category": None}
+    report = replace(
+        make_report(prompts=0),
+        policies={"SFT": [bare], "PPO": []},
+        history={"PPO": [{"step": 0}, {"step": 1, "train/reward": float("nan")}, {"train/kl": 0.1}]},
+        scorers={"cost": {"scores_by_label": {"safe": [], "unsafe": []}, "metrics": {}}},
+    )
+    text = write_report(tmp_path, report).read_text(encoding="utf-8")
+    assert "nan" not in re.sub(r"base64,[^\"]*", "", text)
+    assert "(empty)" in text
+
+
+def test_headline_table_shows_the_measured_rates_with_intervals(full_page):
+    report, text = make_report(), full_page.read_text(encoding="utf-8")
+    for samples in report.policies.values():
+        summary = summarize(samples)
+        low, high = summary["harm_rate_low"], summary["harm_rate_high"]
+        assert f'<td>{summary["harm_rate"]:.1%}<span class="ci">{low:.1%} to {high:.1%}</span></td>' in text
+
+
+def test_rewriting_removes_figures_that_no_longer_apply(tmp_path):
+    (tmp_path / "training.png").write_bytes(b"of an earlier run")
+    write_report(tmp_path, Report("No history", "command", [], {"SFT": []}))
+    assert not (tmp_path / "training.png").exists()
+
+
+def test_summary_table_has_a_row_per_policy_and_fits_a_terminal():
+    table = summary_table(make_report())
+    console = Console(width=110)
+    with console.capture() as capture:
+        console.print(table)
+    text = capture.get()
+    assert table.row_count == 3
+    assert all(name in text for name in ("SFT", "PPO-Lag", "harm", "KL"))
+    assert "…" not in text
