@@ -1,0 +1,85 @@
+"""Step 5 of the line: what we know about a rollout — log-probabilities, scores, values."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optax
+
+from safe_rlhf_jax.models.transformer import CausalLM, ScoreModel
+from safe_rlhf_jax.ops import gather_last, response_log_probs, response_values
+from safe_rlhf_jax.optim import split
+from safe_rlhf_jax.types import Frozen, RLState, Rollout, ScoredRollout
+
+
+@dataclasses.dataclass(frozen=True)
+class Networks:
+    """The modules and optimizers of an RL run; parameters travel as arguments."""
+
+    policy: CausalLM
+    scorers: dict[str, ScoreModel]
+    critics: dict[str, ScoreModel]
+    actor_optimizer: optax.GradientTransformation
+    critic_optimizers: dict[str, optax.GradientTransformation]
+
+
+def map_slices(function: Callable[[Any], Any], batch: Any, slices: int) -> Any:
+    """Applies a row-wise function to a batch in slices, one after the other: less memory, the same result."""
+    if slices == 1:
+        return function(batch)
+    out = jax.lax.map(function, split(batch, slices))
+    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), out)
+
+
+def score_rollout(
+    networks: Networks,
+    state: RLState,
+    frozen: Frozen,
+    rollout: Rollout,
+    *,
+    prompt_length: int,
+    temperature: float,
+    recompute_log_probs: bool,
+    slices: int,
+) -> ScoredRollout:
+    """Runs actor, reference, scorers and critics over a rollout.
+
+    Args:
+        networks: Modules.
+        state: Actor and critics.
+        frozen: Reference and scorers.
+        rollout: B sequences.
+        prompt_length: S.
+        temperature: Of the sampler; divides the logits of actor and reference alike.
+        recompute_log_probs: The actor's log-probs come from the learner's own graph, so that the first ratio is exactly
+            1; else from the sampler, one forward pass fewer.
+        slices: The batch is scored in this many parts; with the learner's microbatch size the arithmetic is the same.
+
+    Returns:
+        A `ScoredRollout`; a signal has scores where it has a scorer, values where it has a critic.
+    """
+
+    def score(part: Rollout) -> ScoredRollout:
+        def log_probs(params: Any) -> jax.Array:
+            return response_log_probs(
+                networks.policy, params, part.tokens, part.mask, prompt_length=prompt_length, temperature=temperature
+            )
+
+        return ScoredRollout(
+            rollout=part,
+            log_probs=log_probs(state.actor.params) if recompute_log_probs else part.sampler_log_probs,
+            ref_log_probs=log_probs(frozen.reference),
+            scores={
+                signal: gather_last(module.apply(frozen.scorers[signal], part.tokens, part.mask), part.mask)
+                for signal, module in networks.scorers.items()
+            },
+            values={
+                signal: response_values(
+                    module, state.critics[signal].params, part.tokens, part.mask, prompt_length=prompt_length
+                )
+                for signal, module in networks.critics.items()
+            },
+        )
+
+    return map_slices(score, rollout, slices)
