@@ -1,0 +1,394 @@
+"""Every schema of a config file, and `load_config`. Defaults live here, with unit and source; a YAML holds what differs.
+
+Sources: [ref] PKU-Alignment/safe-rlhf@82743cc scripts; [paper] Dai et al. 2023, arXiv 2310.12773.
+"""
+
+import difflib
+import hashlib
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+import pydantic
+import yaml
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+from safe_rlhf_jax.models.config import PRESETS, RematPolicy
+
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class ConfigError(ValueError):
+    """A config that cannot run; the message names the field, the value and the fix."""
+
+
+class Schema(pydantic.BaseModel):
+    """Frozen, and an unknown key is an error."""
+
+    model_config = pydantic.ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class Data(Schema):
+    """Where records come from."""
+
+    name: str  # a key of DATASETS, or a path to .json, .jsonl or .jsonl.gz
+    split: str = "train"
+    limit: PositiveInt | None = None  # take the first records only
+
+
+class OptimizerConfig(Schema):
+    """AdamW with clipping of the global gradient norm, and its learning-rate schedule."""
+
+    lr: PositiveFloat = 2e-5  # [ref]
+    schedule: Literal["constant", "linear", "cosine", "hold_linear"] = "cosine"  # [ref]; hold half, then linear to 2 %
+    warmup_ratio: Share = 0.03  # share of the optimizer steps [ref]
+    weight_decay: NonNegativeFloat = 0.0
+    b1: Share = 0.9  # [ref]
+    b2: Share = 0.95  # [ref]
+    eps: PositiveFloat = 1e-8  # [ref]
+    max_grad_norm: PositiveFloat | None = 1.0  # [ref]
+
+
+class Mesh(Schema):
+    """Sizes of the device mesh; one of them may be -1 for the devices that remain."""
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+
+class Execution(Schema):
+    """How networks run; none of these changes a result beyond rounding."""
+
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of matmuls; parameters stay float32
+    remat: RematPolicy = "none"  # what the backward pass recomputes: none, all but matmuls ("dots"), everything
+    scan_layers: bool = True  # False unrolls the layers: longer to compile, faster for small models
+
+
+class StageBase(Schema):
+    """What every stage has."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_\-]+$")]
+
+
+class TrainingStage(StageBase):
+    """What every stage that trains has."""
+
+    init_from: str  # "preset:tiny", "path:FOLDER", "hf:OWNER/NAME", or an earlier stage's name
+    seed: NonNegativeInt | None = None  # the run's seed by default
+    microbatches: PositiveInt = 1  # slices of a (mini)batch whose gradients are accumulated
+    checkpoint_every: PositiveInt = 100  # steps
+    keep_checkpoints: PositiveInt = 2
+    eval_every: PositiveInt | None = None  # steps; None evaluates at the end only
+
+
+class SupervisedStage(TrainingStage):
+    """What SFT, reward and cost stages share."""
+
+    data: Data
+    eval_data: Data | None = None
+    epochs: PositiveFloat = 3.0  # passes over the data
+    batch_size: PositiveInt = 32  # examples (pairs for reward and cost) per optimizer step
+    max_length: PositiveInt = 512  # tokens of prompt + response [ref]; longer texts lose their end
+    optimizer: OptimizerConfig = OptimizerConfig()
+
+
+class SFTStage(SupervisedStage):
+    """Supervised fine-tuning on demonstrations; the loss is on responses only."""
+
+    kind: Literal["sft"]
+
+
+class PreferenceStage(SupervisedStage):
+    """What reward and cost stages share."""
+
+    epochs: PositiveFloat = 2.0  # [ref]
+    token_wise: bool = False  # compare scores at every token after the responses diverge [ref: sequence-wise]
+    regularization: NonNegativeFloat = 0.001  # weight of the mean squared score [ref]
+    normalize: bool = False  # keep a running normaliser of the scores and apply it when scoring [ref: off]
+    normalizer_momentum: Share | None = 0.9  # of its exponential average [ref]; null: running mean and variance
+
+
+class RewardStage(PreferenceStage):
+    """A reward model (helpfulness), Bradley–Terry."""
+
+    kind: Literal["reward"]
+
+
+class CostStage(PreferenceStage):
+    """A cost model (harmlessness), ranking and safety-sign terms."""
+
+    kind: Literal["cost"]
+
+
+class CalibratedLimit(Schema):
+    """Sets d from the cost model's own scores of labelled data instead of guessing it.
+
+    d = mean cost of responses labelled safe + margin · (mean of unsafe − mean of safe), over prompts that the constraint
+    names. (With E[C] ≤ 0 over mixed prompts, very negative costs of benign prompts pay for harm elsewhere.)
+    """
+
+    data: Data
+    margin: Share = 0.03
+
+
+class Lagrange(Schema):
+    """The constraint J_C ≤ d and its multiplier λ."""
+
+    cost_limit: float | CalibratedLimit = 0.0  # d, cost-model units [ref]
+    init: float = 1.0  # λ at the start [ref]
+    lr: PositiveFloat = 0.1  # of log λ [ref]
+    schedule: Literal["constant", "linear", "cosine", "hold_linear"] = "constant"
+    max_multiplier: PositiveFloat | None = 5.0  # [ref]
+    min_multiplier: PositiveFloat | None = None
+    every: Literal["rollout", "minibatch"] = "rollout"  # [ref: minibatch]
+    delay: NonNegativeInt = 0  # iterations before λ moves [ref]
+    window: PositiveInt = 128  # newest costs that J_C averages over, all devices together [ref: per process]
+    constrained_groups: tuple[str, ...] | None = None  # values of `group_field` the constraint names; null: all prompts
+    warn_unsafe_share: Share = 0.1  # warn when J_C ≤ d while a larger share of constrained responses costs more than 0
+
+    @pydantic.field_validator("init")
+    @classmethod
+    def positive(cls, value: float) -> float:
+        """Log λ must exist."""
+        if value <= 0:
+            raise ValueError("must be > 0: λ is learned as log λ and never leaves 0; use algorithm.name: ppo for λ ≡ 0")
+        return value
+
+
+class AlgorithmConfig(Schema):
+    """The on-policy algorithm and its scalars."""
+
+    name: Literal["ppo", "ppo_lag"] = "ppo_lag"
+    kl_coeff: NonNegativeFloat = 0.01  # β, score per nat [ref ppo-lag]; in rewards and in costs
+    gamma: Share = 1.0  # [ref]
+    gae_lambda: Share = 0.95  # [ref]
+    clip_range_ratio: PositiveFloat = 0.2  # [ref]
+    clip_range_score: PositiveFloat = 50.0  # [ref]
+    clip_range_value: PositiveFloat = 5.0  # [ref]
+    epochs: PositiveInt = 1  # passes over a rollout [ref: update_iters]
+    minibatches: PositiveInt = 1  # optimizer steps per pass
+    old_log_probs: Literal["recomputed", "sampled"] = "recomputed"  # by the learner's graph, or the sampler's own
+    ptx_coeff: NonNegativeFloat = 0.0  # weight of the language-modelling loss on `ptx` [ref scripts: 16]
+    lagrange: Lagrange = Lagrange()
+
+
+class RLStage(TrainingStage):
+    """PPO or PPO-Lagrangian."""
+
+    kind: Literal["rl"]
+    algorithm: AlgorithmConfig = AlgorithmConfig()
+    reward_model: str
+    cost_model: str | None = None  # without a constraint it is only reported
+    prompts: Data
+    eval_prompts: Data | None = None
+    ptx: Data | None = None
+    group_field: str | None = None  # field of a record that names the prompt's group
+    steps: PositiveInt = 200  # iterations: one rollout batch each
+    batch_size: PositiveInt = 16  # prompts per iteration [ref]
+    responses_per_prompt: PositiveInt = 1  # [ref]
+    max_prompt_length: PositiveInt = 256  # tokens
+    max_response_length: PositiveInt = 256  # tokens
+    long_prompts: Literal["drop", "truncate_left"] = "drop"
+    temperature: PositiveFloat = 1.0  # top-k, top-p and repetition penalty would train on another distribution
+    fuse: bool = True  # one program per iteration; False compiles generation and learning apart
+    actor: OptimizerConfig = OptimizerConfig(lr=1e-5, weight_decay=0.01)  # [ref]
+    critic: OptimizerConfig = OptimizerConfig(lr=5e-6, schedule="constant")  # [ref]
+
+
+class EvaluateStage(StageBase):
+    """Compares policies on held-out prompts and writes the report."""
+
+    kind: Literal["evaluate"]
+    policies: tuple[str, ...]  # stages; the first is the baseline
+    reward_model: str
+    cost_model: str
+    prompts: tuple[Data, ...]
+    reward_data: Data | None = None  # labelled pairs for the score distributions
+    group_field: str | None = None
+    batch_size: PositiveInt = 64
+    max_prompt_length: PositiveInt = 256
+    max_response_length: PositiveInt = 256
+    temperature: NonNegativeFloat = 1.0  # 0 is greedy
+    top_k: NonNegativeInt = 0
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    repetition_penalty: PositiveFloat = 1.0
+    seed: NonNegativeInt | None = None
+
+
+Stage = Annotated[SFTStage | RewardStage | CostStage | RLStage | EvaluateStage, Field(discriminator="kind")]
+
+
+class RunConfig(Schema):
+    """A run: stages in order, sharing a seed, a tokenizer, a mesh and a folder."""
+
+    workdir: str
+    stages: tuple[Stage, ...]
+    title: str = "Safe RLHF"
+    seed: NonNegativeInt = 0
+    tokenizer: str = "demo"  # "demo", a folder, or a hub id
+    template: Literal["plain", "beaver", "alpaca"] = "plain"
+    mesh: Mesh = Mesh()
+    execution: Execution = Execution()
+    max_bad_records: Share = 0.05  # share of unusable records above which a stage refuses its data
+    wandb: bool = False
+
+    @pydantic.model_validator(mode="after")
+    def stages_fit(self) -> "RunConfig":
+        """Checks what one stage says of another, and what divides what."""
+        seen: dict[str, str] = {}
+        for i, stage in enumerate(self.stages):
+            where = f"stages.{i} ({stage.name})"
+            if stage.name in seen:
+                raise ValueError(f"{where}: name {stage.name!r} is taken by an earlier stage; names must differ")
+            check_references(where, stage, seen)
+            check_divides(where, stage)
+            seen[stage.name] = stage.kind
+        return self
+
+
+def references(stage: Any) -> dict[str, str]:
+    """Returns {field: model it names} of a stage."""
+    fields = {name: getattr(stage, name, None) for name in ("init_from", "reward_model", "cost_model")}
+    fields |= {f"policies.{i}": name for i, name in enumerate(getattr(stage, "policies", ()))}
+    return {field: value for field, value in fields.items() if value is not None}
+
+
+def check_references(where: str, stage: Any, seen: dict[str, str]) -> None:
+    """Every model a stage names is an earlier stage of the right kind, a preset, a folder or a hub id."""
+    kinds = {"reward_model": ("reward",), "cost_model": ("cost",), "init_from": ("sft", "rl", "reward", "cost")}
+    for field, value in references(stage).items():
+        prefix, _, rest = value.partition(":")
+        if rest and prefix in ("path", "hf"):
+            continue
+        if rest and prefix == "preset" and field == "init_from":
+            if rest not in PRESETS:
+                raise ValueError(f"{where}: {field}: preset {rest!r} is unknown; presets: {sorted(PRESETS)}")
+            continue
+        allowed = kinds.get(field, ("sft", "rl"))
+        if value not in seen:
+            nearest = difflib.get_close_matches(value, seen, 1)
+            hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+            raise ValueError(
+                f"{where}: {field} names {value!r}, which is no earlier stage ({sorted(seen)}), nor 'path:…' or "
+                f"'hf:…'{hint}"
+            )
+        if seen[value] not in allowed:
+            raise ValueError(f"{where}: {field} names {value!r}, a {seen[value]} stage; it needs one of {allowed}")
+
+
+def check_divides(where: str, stage: Any) -> None:
+    """Batches divide into minibatches and microbatches, and a constraint has what it needs."""
+    if isinstance(stage, SupervisedStage) and stage.batch_size % stage.microbatches:
+        raise ValueError(f"{where}: batch_size {stage.batch_size} does not divide into microbatches {stage.microbatches}")
+    if not isinstance(stage, RLStage):
+        return
+    rows, parts = stage.batch_size * stage.responses_per_prompt, stage.algorithm.minibatches * stage.microbatches
+    if rows % parts:
+        raise ValueError(
+            f"{where}: batch_size·responses_per_prompt = {rows} does not divide into minibatches·microbatches = {parts}; "
+            f"nearest batches that do: {max(rows // parts, 1) * parts} or {(rows // parts + 1) * parts}"
+        )
+    lagrange = stage.algorithm.lagrange
+    if stage.algorithm.name == "ppo_lag" and stage.cost_model is None:
+        raise ValueError(f"{where}: algorithm.name 'ppo_lag' needs cost_model; name a cost stage, or use 'ppo'")
+    if lagrange.constrained_groups is not None and stage.group_field is None:
+        raise ValueError(f"{where}: algorithm.lagrange.constrained_groups needs group_field, the field that holds the group")
+    if stage.algorithm.ptx_coeff > 0 and stage.ptx is None:
+        raise ValueError(f"{where}: algorithm.ptx_coeff {stage.algorithm.ptx_coeff} needs ptx data")
+
+
+def load_config(path: str | pathlib.Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Reads a YAML config, applies `dotted.key=value` overrides, and validates the whole.
+
+    Args:
+        path: The file.
+        overrides: Such as `stages.1.algorithm.lagrange.lr=0.05`; a stage may be named by index or name, values are YAML.
+
+    Raises:
+        ConfigError: Names the field, the value and the nearest valid key.
+    """
+    file = pathlib.Path(path)
+    if not file.is_file():
+        near = sorted(str(p) for p in pathlib.Path("configs").glob("**/*.yaml"))
+        raise ConfigError(f"--config {path}: no such file; configs here: {', '.join(near) or 'none'}")
+    try:
+        tree = yaml.safe_load(file.read_text())
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: a config is a mapping of keys, not {type(tree).__name__}")
+    for override in overrides:
+        apply_override(tree, override)
+    try:
+        return RunConfig.model_validate(tree)
+    except pydantic.ValidationError as error:
+        raise ConfigError(f"{path}: " + "\n".join(explain(e) for e in error.errors())) from None
+
+
+def apply_override(tree: dict[str, Any], override: str) -> None:
+    """Sets one dotted key in the raw tree.
+
+    Raises:
+        ConfigError: If it is not `key=value`, or a path leads nowhere.
+    """
+    key, equals, text = override.partition("=")
+    if not equals:
+        raise ConfigError(f"override {override!r}: write dotted.key=value")
+    node: Any = tree
+    *parents, last = key.split(".")
+    for part in parents:
+        if isinstance(node, list):
+            node = node[list_index(node, part, override)]
+        elif isinstance(node, dict):
+            node = node.setdefault(part, {})
+        else:
+            raise ConfigError(f"override {override!r}: {part!r} lies below a plain value")
+    if isinstance(node, list):
+        node[list_index(node, last, override)] = yaml.safe_load(text)
+    elif isinstance(node, dict):
+        node[last] = yaml.safe_load(text)
+    else:
+        raise ConfigError(f"override {override!r}: {last!r} lies below a plain value")
+
+
+def list_index(items: list[Any], part: str, override: str) -> int:
+    """Returns the index of a list entry given as a number or by its `name`."""
+    names = [item.get("name") if isinstance(item, dict) else None for item in items]
+    if part.isdigit() and int(part) < len(items):
+        return int(part)
+    if part in names:
+        return names.index(part)
+    raise ConfigError(f"override {override!r}: {part!r} is neither an index below {len(items)} nor one of {names}")
+
+
+def explain(error: Any) -> str:
+    """Turns one pydantic error into one line: where, what, and the nearest key that exists."""
+    location = [str(part) for part in error["loc"]]
+    where, message = ".".join(location) or "config", error["msg"].removeprefix("Value error, ")
+    if error["type"] == "extra_forbidden":
+        keys = known_keys()
+        nearest = difflib.get_close_matches(location[-1], keys, 1)
+        hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+        return f"{where}: unknown key (value {error['input']!r}){hint}"
+    if error["type"] == "missing":
+        return f"{where}: required, and missing"
+    shown = "" if isinstance(error["input"], dict | tuple | list) else f" (value {error['input']!r})"
+    return f"{where}: {message}{shown}" if error["loc"] else message
+
+
+def known_keys() -> list[str]:
+    """Returns every key of every schema."""
+    pending, keys = Schema.__subclasses__(), []
+    while pending:
+        schema = pending.pop()
+        pending.extend(schema.__subclasses__())
+        keys.extend(schema.model_fields)
+    return sorted(set(keys))
+
+
+def config_hash(*parts: Any) -> str:
+    """Returns 12 hex digits that change when any part changes."""
+    text = json.dumps([p.model_dump(mode="json") if isinstance(p, pydantic.BaseModel) else p for p in parts], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]

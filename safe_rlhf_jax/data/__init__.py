@@ -1,0 +1,1 @@
+"""Records, templates, tokenisation, and batches that are functions of (seed, step)."""
