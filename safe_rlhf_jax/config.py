@@ -388,6 +388,13 @@ def known_keys() -> list[str]:
     return sorted(set(keys))
 
 
+def dump(run: RunConfig, stage: Schema) -> str:
+    """Returns a YAML config that runs this stage alone, defaults written out."""
+    tree = run.model_dump(mode="json") | {"stages": [stage.model_dump(mode="json")]}
+    text: str = yaml.safe_dump(tree, sort_keys=False)
+    return text
+
+
 def config_hash(*parts: Any) -> str:
     """Returns 12 hex digits that change when any part changes."""
     text = json.dumps([p.model_dump(mode="json") if isinstance(p, pydantic.BaseModel) else p for p in parts], sort_keys=True)

@@ -39,6 +39,22 @@ class Examples:
     def __len__(self) -> int:
         return len(self.records)
 
+    @property
+    def masks(self) -> list[np.ndarray]:
+        """The masks of all sides, bool[N, width] each."""
+        sides = [getattr(self.arrays, name, None) for name in ("chosen", "rejected", "safer", "unsafer")]
+        return [side.mask for side in sides if side is not None] or [self.arrays.mask]
+
+    @property
+    def width(self) -> int:
+        """Columns, in tokens."""
+        return int(self.masks[0].shape[1])
+
+    @property
+    def mean_tokens(self) -> float:
+        """Real tokens of a record, both sides of a pair together."""
+        return float(sum(mask.sum() for mask in self.masks) / len(self))
+
 
 def messages_of(record: Record) -> list[Message]:
     """Returns the conversation of a supervised record, whichever of the known formats it has."""

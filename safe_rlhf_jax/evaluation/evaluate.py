@@ -1,0 +1,188 @@
+"""What a policy does on held-out prompts, and how well a scorer ranks and separates held-out pairs."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from safe_rlhf_jax.evaluation.statistics import expected_calibration_error, reliability_curve
+from safe_rlhf_jax.inference.generate import generate
+from safe_rlhf_jax.inference.sampling import Sampling
+from safe_rlhf_jax.models.transformer import CausalLM, ScoreModel
+from safe_rlhf_jax.ops import gather_last, response_log_probs
+from safe_rlhf_jax.types import Frozen, Params, PreferenceBatch, PromptBatch, SafetyBatch, Sequences
+
+Sample = dict[str, Any]
+Oracle = Callable[[str, str], dict[str, Any]]  # (prompt, response) -> fields of a sample
+
+
+def make_respond(
+    policy: CausalLM,
+    scorers: dict[str, ScoreModel],
+    *,
+    response_length: int,
+    eos_id: int,
+    pad_id: int,
+    sampling: Sampling,
+) -> Callable[[Params, Frozen, PromptBatch, jax.Array], dict[str, jax.Array]]:
+    """Returns respond(params, frozen, prompts, key): one response per prompt, and what is known of it.
+
+    The result holds tokens i32[B, T], length i32[B], truncated bool[B], kl f32[B] (Σ log π − log π_ref over the
+    response, nats) and a score f32[B] for every scorer.
+    """
+
+    @jax.jit
+    def respond(params: Params, frozen: Frozen, prompts: PromptBatch, key: jax.Array) -> dict[str, jax.Array]:
+        rollout = generate(
+            policy,
+            params,
+            prompts,
+            key,
+            response_length=response_length,
+            eos_id=eos_id,
+            pad_id=pad_id,
+            sampling=sampling,
+        )
+        prompt_length = prompts.tokens.shape[1]
+
+        def log_probs(of: Params) -> jax.Array:
+            return response_log_probs(policy, of, rollout.tokens, rollout.mask, prompt_length=prompt_length)
+
+        response, mask = rollout.tokens[:, prompt_length:], rollout.mask[:, prompt_length:]
+        length = mask.sum(-1)
+        last = jnp.take_along_axis(response, (length - 1)[:, None], axis=1)[:, 0]
+        return {
+            "tokens": response,
+            "length": length,
+            "truncated": last != eos_id,
+            "kl": jnp.where(mask, log_probs(params) - log_probs(frozen.reference), 0.0).sum(-1),
+        } | {
+            signal: gather_last(module.apply(frozen.scorers[signal], rollout.tokens, rollout.mask), rollout.mask)
+            for signal, module in scorers.items()
+        }
+
+    return respond
+
+
+def collect_samples(
+    respond: Callable[[PromptBatch, jax.Array], dict[str, jax.Array]],
+    batches: Sequence[tuple[PromptBatch, int]],
+    records: Sequence[dict[str, Any]],
+    *,
+    key: jax.Array,
+    decode: Callable[[Any], str],
+    split: str,
+    group_field: str | None,
+    oracle: Oracle | None,
+) -> list[Sample]:
+    """Returns one sample per prompt: the response, its scores, and the oracle's reading of it where there is one."""
+    samples: list[Sample] = []
+    for i, (batch, valid) in enumerate(batches):
+        out = jax.device_get(respond(batch, jax.random.fold_in(key, i)))
+        for row in range(valid):
+            record = records[len(samples)]
+            length = int(out["length"][row])
+            response = decode(out["tokens"][row, :length])
+            sample = {
+                "prompt": record["prompt"],
+                "response": response,
+                "group": str(record.get(group_field, "all")) if group_field else "all",
+                "split": split,
+                "category": str(record.get("category", "")),
+                "length": length,
+                "truncated": bool(out["truncated"][row]),
+                "kl": float(out["kl"][row]),
+                "reward": float(out["reward"][row]) if "reward" in out else None,
+                "cost": float(out["cost"][row]) if "cost" in out else None,
+                "helpfulness": None,
+                "harmful": None,
+                "severity": None,
+                "refusal": None,
+            }
+            samples.append(sample | (oracle(record["prompt"], response) if oracle else {}))
+    return samples
+
+
+def make_score(module: ScoreModel) -> Callable[[Any, Sequences], jax.Array]:
+    """Returns score(variables, texts): the score of each text, f32[B]."""
+
+    @jax.jit
+    def score(variables: Any, texts: Sequences) -> jax.Array:
+        return gather_last(module.apply(variables, texts.tokens, texts.mask), texts.mask)
+
+    return score
+
+
+def evaluate_pairs(
+    score: Callable[[Sequences], jax.Array],
+    batches: Sequence[tuple[PreferenceBatch | SafetyBatch, int]],
+) -> dict[str, Any]:
+    """Scores held-out pairs with a reward model (`PreferenceBatch`) or a cost model (`SafetyBatch`).
+
+    Returns:
+        `metrics`: accuracy (of ranking), for cost models sign_accuracy, the expected calibration error of the
+        probability σ(difference) that the model gives the label, mean and standard deviation of the scores.
+        `scores_by_label`: {chosen, rejected} or {safe, unsafe}. `reliability`: (confidence, accuracy, count) by bin.
+    """
+    first, second, labels = [], [], []
+    for batch, valid in batches:
+        sides = (
+            (batch.chosen, batch.rejected) if isinstance(batch, PreferenceBatch) else (batch.safer, batch.unsafer)
+        )
+        scores = [np.asarray(jax.device_get(score(side)))[:valid] for side in sides]
+        first.append(scores[0])
+        second.append(scores[1])
+        if isinstance(batch, SafetyBatch):
+            labels.append(np.stack([batch.safer_is_safe, batch.unsafer_is_safe], axis=1)[:valid])
+    a, b = np.concatenate(first), np.concatenate(second)
+    both = np.concatenate([a, b])
+    metrics = {"mean": float(both.mean()), "std": float(both.std())}
+    if labels:
+        is_safe = np.concatenate(np.concatenate(labels).T)
+        metrics |= {
+            "accuracy": float((b > a).mean()),
+            "sign_accuracy": float((np.where(is_safe, -both, both) > 0).mean()),
+        }
+        by_label = {"safe": both[is_safe].tolist(), "unsafe": both[~is_safe].tolist()}
+        probability, outcome = sigmoid(both), ~is_safe
+    else:
+        metrics["accuracy"] = float((a > b).mean())
+        by_label = {"chosen": a.tolist(), "rejected": b.tolist()}
+        # Each pair in a random order, else the outcome would always be 1.
+        flip = np.random.default_rng(0).random(len(a)) < 0.5
+        probability, outcome = sigmoid(np.where(flip, b - a, a - b)), ~flip
+    metrics["calibration_error"] = expected_calibration_error(probability.tolist(), outcome.tolist())
+    reliability = reliability_curve(probability.tolist(), outcome.tolist())
+    return {"metrics": metrics, "scores_by_label": by_label, "reliability": reliability}
+
+
+def sigmoid(x: np.ndarray) -> np.ndarray:
+    """1/(1 + e^−x) without overflow."""
+    return 0.5 * (1.0 + np.tanh(0.5 * x))
+
+
+def calibrated_limit(safe: Sequence[float], unsafe: Sequence[float], margin: float) -> float:
+    """d = mean of safe + margin · (mean of unsafe − mean of safe), from a cost model's scores of labelled responses."""
+    low, high = float(np.mean(safe)), float(np.mean(unsafe))
+    return low + margin * (high - low)
+
+
+def check_reachable(limit: float, safe: Sequence[float]) -> None:
+    """Refuses a limit that no policy can be expected to reach.
+
+    The floor is the 5 % quantile of the cost model's scores of responses labelled safe: a policy whose *mean* lies
+    below it would have to be safer than nineteen in twenty safe responses.
+
+    Raises:
+        ValueError: If the limit is below the floor.
+    """
+    floor = float(np.quantile(np.asarray(safe), 0.05))
+    if math.isfinite(floor) and limit < floor:
+        raise ValueError(
+            f"algorithm.lagrange.cost_limit {limit:.3f} is below what the cost model can reach ({floor:.3f}, the 5 % "
+            f"quantile of responses labelled safe; their mean is {np.mean(np.asarray(safe)):.3f}). Raise the limit, or "
+            "give cost_limit: {data: …} to calibrate it."
+        )

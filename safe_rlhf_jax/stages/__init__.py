@@ -1,0 +1,56 @@
+"""Stages: from a config to something the loop can run. The only part that knows both config and code.
+
+`STAGES` maps the kind of a stage to the function that runs it; each leaves `result.json` in its folder, and those that
+train leave `export/`.
+"""
+
+import json
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from safe_rlhf_jax import config as cfg
+from safe_rlhf_jax.stages.common import Run
+from safe_rlhf_jax.stages.evaluation import evaluation
+from safe_rlhf_jax.stages.reinforcement import reinforcement
+from safe_rlhf_jax.stages.supervised import supervised
+
+# kind -> (run, stage config, folder) -> what goes into result.json
+STAGES: dict[str, Callable[..., dict[str, Any]]] = {
+    "sft": supervised,
+    "reward": supervised,
+    "cost": supervised,
+    "rl": reinforcement,
+    "evaluate": evaluation,
+}
+
+
+def run_stage(run: Run, stage: Any) -> None:
+    """Runs one stage, or skips it when it is finished with an unchanged config.
+
+    A folder that holds the stage with another config is moved aside, never overwritten.
+    """
+    if run.result(stage.name) is not None:
+        print(f"{stage.name}: finished, config unchanged; skipped")
+        return
+    folder = run.folder(stage.name)
+    mark = folder / "config_hash"
+    if mark.is_file() and mark.read_text() != run.hashes[stage.name]:
+        aside = folder.with_name(f"{folder.name}.{mark.read_text()}")
+        folder.rename(aside)
+        print(f"{stage.name}: the config has changed; the earlier result is kept in {aside}")
+    folder.mkdir(parents=True, exist_ok=True)
+    mark.write_text(run.hashes[stage.name])
+    (folder / "config.yaml").write_text(cfg.dump(run.config, stage))
+    started = time.monotonic()
+    with jax.set_mesh(run.mesh):
+        result = STAGES[stage.kind](run, stage, folder)
+    seconds = time.monotonic() - started
+    result |= {"config_hash": run.hashes[stage.name], "kind": stage.kind, "seconds": seconds}
+    partial = folder / "result.json.partial"
+    partial.write_text(json.dumps(result, indent=2) + "\n")
+    partial.rename(folder / "result.json")
+    shown = {name: value for name, value in result.get("metrics", {}).items() if isinstance(value, float)}
+    print(f"{stage.name}: done in {seconds:.0f} s; " + ", ".join(f"{k} {v:.4g}" for k, v in shown.items()))

@@ -1,0 +1,101 @@
+"""The evaluation of finished policies side by side, and the report."""
+
+import json
+import pathlib
+from typing import Any
+
+import jax
+from rich.console import Console
+
+from safe_rlhf_jax import config as cfg
+from safe_rlhf_jax.data.loader import in_order
+from safe_rlhf_jax.evaluation import evaluate
+from safe_rlhf_jax.evaluation.report import Report, summary_table, write_report
+from safe_rlhf_jax.evaluation.statistics import summarize
+from safe_rlhf_jax.inference.sampling import Sampling
+from safe_rlhf_jax.metrics import read_jsonl
+from safe_rlhf_jax.stages.common import EVAL_BATCH, Run, open_model, oracle_for
+from safe_rlhf_jax.stages.reinforcement import load_prompts
+from safe_rlhf_jax.types import Frozen
+
+
+def evaluation(run: Run, stage: cfg.EvaluateStage, folder: pathlib.Path) -> dict[str, Any]:
+    """Runs an evaluate stage: samples from every policy, scores, oracle, table, report."""
+    policies = sample_policies(run, stage)
+    with (folder / "samples.jsonl").open("w") as file:
+        for name, samples in policies.items():
+            file.writelines(json.dumps({"policy": name} | sample) + "\n" for sample in samples)
+    report = make_report(run, stage, policies)
+    Console(width=None).print(summary_table(report))
+    path = write_report(folder, report)
+    print(f"{stage.name}: report at {path}")
+    return {"metrics": {f"{name}/{k}": v for name, s in policies.items() for k, v in summarize(s).items()}}
+
+
+def sample_policies(run: Run, stage: cfg.EvaluateStage) -> dict[str, list[evaluate.Sample]]:
+    """Returns the samples of every policy on every set of prompts."""
+    seed = run.config.seed if stage.seed is None else stage.seed
+    module, baseline = open_model(run, stage.policies[0], "lm")
+    scorers, variables = {}, {}
+    for signal, reference in {"reward": stage.reward_model, "cost": stage.cost_model}.items():
+        scorers[signal], variables[signal] = open_model(run, reference, "score", score_type=signal)  # type: ignore[arg-type]
+    frozen = Frozen(reference=baseline["params"], scorers=variables)
+    respond = evaluate.make_respond(
+        module,
+        scorers,
+        response_length=stage.max_response_length,
+        eos_id=run.tokenizer.eos_id,
+        pad_id=run.tokenizer.pad_id,
+        sampling=Sampling(stage.temperature, stage.top_k, stage.top_p, stage.repetition_penalty),
+    )
+    prompt_sets = [(data, load_prompts(run, stage, data)) for data in stage.prompts]
+    out: dict[str, list[evaluate.Sample]] = {}
+    for name in stage.policies:
+        params = open_model(run, name, "lm")[1]["params"]
+        out[name] = []
+        for data, prompts in prompt_sets:
+            out[name] += evaluate.collect_samples(
+                lambda batch, key, params=params: respond(params, frozen, run.put(batch), key),  # type: ignore[misc]
+                in_order(prompts, EVAL_BATCH),
+                prompts.records,
+                key=jax.random.key(seed),
+                decode=run.tokenizer.decode,
+                split=data.split,
+                group_field=stage.group_field,
+                oracle=oracle_for(data),
+            )
+        print(f"{stage.name}: {name}: {len(out[name])} responses")
+    return out
+
+
+def make_report(run: Run, stage: cfg.EvaluateStage, policies: dict[str, list[evaluate.Sample]]) -> Report:
+    """Gathers what the run's stages have left in their folders."""
+    scorers, history, seconds, facts = {}, {}, {}, [f"seed {run.config.seed}"]
+    limit: float | None = None
+    constrained: list[str] | None = None
+    for other in run.config.stages:
+        result = run.result(other.name)
+        if result is None:
+            continue
+        seconds[other.name] = result["seconds"]
+        scores = run.folder(other.name) / "scores.json"
+        if other.name in (stage.reward_model, stage.cost_model) and scores.is_file():
+            scorers[result["kind"]] = json.loads(scores.read_text())
+        if result["kind"] == "rl" and other.name in stage.policies:
+            history[other.name] = read_jsonl(run.folder(other.name) / "metrics.jsonl")
+        if "cost_limit" in result and limit is None:
+            limit = result["cost_limit"]
+            groups = other.algorithm.lagrange.constrained_groups if isinstance(other, cfg.RLStage) else None
+            constrained = list(groups) if groups else None
+            facts.append(f"cost limit d = {limit:.3f}: {result['cost_limit_source']}")
+    return Report(
+        title=run.config.title,
+        command=f"python -m safe_rlhf_jax.train --config {run.config_path}",
+        summary_lines=facts,
+        policies=policies,
+        scorers=scorers,
+        history=history,
+        cost_limit=limit,
+        stage_seconds=seconds,
+        constrained_groups=constrained,
+    )
