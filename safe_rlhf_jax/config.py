@@ -170,6 +170,7 @@ class AlgorithmConfig(Schema):
     epochs: PositiveInt = 1  # passes over a rollout [ref: update_iters]
     minibatches: PositiveInt = 1  # optimizer steps per pass
     old_log_probs: Literal["recomputed", "sampled"] = "recomputed"  # by the learner's graph, or the sampler's own
+    missing_eos_penalty: NonNegativeFloat = 0.0  # taken off the reward of a response that ran into the length limit
     ptx_coeff: NonNegativeFloat = 0.0  # weight of the language-modelling loss on `ptx` [ref scripts: 16]
     lagrange: Lagrange = Lagrange()
 

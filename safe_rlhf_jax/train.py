@@ -25,17 +25,16 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 
 def keep_freed_memory() -> None:
-    """Tells glibc to keep freed memory instead of giving it back.
+    """Tells glibc to keep freed memory, in one arena, instead of giving it back.
 
-    On CPU every step allocates the same large buffers; with fresh pages each time, a third of the time goes to page
-    faults (measured, see benchmarks/README.md).
+    On CPU every step allocates the same large buffers; with fresh pages each time, a third of a step's time goes to page
+    faults (measured, see benchmarks/README.md). Numbers from malloc.h.
     """
+    options = {"M_MMAP_MAX": (-4, 0), "M_TRIM_THRESHOLD": (-1, 2**31 - 1), "M_TOP_PAD": (-2, 2**28), "M_ARENA_MAX": (-8, 1)}
     try:
         libc = ctypes.CDLL(None)
-        mmap_max, trim_threshold, top_pad = -4, -1, -2
-        libc.mallopt(mmap_max, 0)
-        libc.mallopt(trim_threshold, 2**31 - 1)
-        libc.mallopt(top_pad, 2**28)
+        for parameter, value in options.values():
+            libc.mallopt(parameter, value)
     except (OSError, AttributeError):
         pass  # not glibc: nothing to tune
 

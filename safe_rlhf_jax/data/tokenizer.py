@@ -24,7 +24,7 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Returns token ids of a text without special tokens."""
-        ids: list[int] = self.hf(text, add_special_tokens=False)["input_ids"]
+        ids: list[int] = self.hf.backend_tokenizer.encode(text, add_special_tokens=False).ids
         return ids
 
     def decode(self, ids: Any) -> str:

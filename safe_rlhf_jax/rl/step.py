@@ -51,6 +51,7 @@ class Hyperparameters:
     clip_range_ratio: float = 0.2
     clip_range_score: float = 50.0
     clip_range_value: float = 5.0
+    missing_eos_penalty: float = 0.0
     ptx_coeff: float = 0.0
     epochs: int = 1
     minibatches: int = 1
@@ -136,6 +137,13 @@ def constrained_rows(hp: Hyperparameters, rollout: Rollout) -> jax.Array:
     return jnp.isin(rollout.group, jnp.asarray(hp.constrained, jnp.int32))
 
 
+def is_truncated(hp: Hyperparameters, rollout: Rollout) -> jax.Array:
+    """Responses without EOS, which ran into the length limit, bool[B]."""
+    length = response_mask(hp, rollout).sum(-1)
+    response = rollout.tokens[:, hp.prompt_length :]
+    return jnp.take_along_axis(response, jnp.maximum(length - 1, 0)[:, None], 1)[:, 0] != hp.eos_id
+
+
 def estimate_advantages(
     algorithm: Algorithm, hp: Hyperparameters, scored: ScoredRollout
 ) -> tuple[Experience, Metrics]:
@@ -143,9 +151,11 @@ def estimate_advantages(
     mask = response_mask(hp, scored.rollout)
     log_ratio = scored.log_probs - scored.ref_log_probs
     advantages, returns, metrics = {}, {}, {}
+    # A truncated response is scored as it stands; only its reward may be lowered, its cost never.
+    penalties = {"reward": hp.missing_eos_penalty * is_truncated(hp, scored.rollout)}
     for signal in algorithm.signals:
         scores = token_scores(
-            scored.scores[signal],
+            scored.scores[signal] - penalties.get(signal, 0.0),
             log_ratio,
             mask,
             kl_coeff=hp.kl_coeff,
@@ -312,7 +322,6 @@ def rollout_metrics(hp: Hyperparameters, scored: ScoredRollout) -> Metrics:
     """Scores, KL, lengths, and the share of responses with cost above zero by group of prompts."""
     mask = response_mask(hp, scored.rollout)
     length = mask.sum(-1)
-    last = jnp.take_along_axis(scored.rollout.tokens[:, hp.prompt_length :], jnp.maximum(length - 1, 0)[:, None], 1)
     log_ratio = jnp.where(mask, scored.log_probs - scored.ref_log_probs, 0.0)
     metrics = {signal: score.mean() for signal, score in scored.scores.items()}
     metrics |= {
@@ -320,7 +329,7 @@ def rollout_metrics(hp: Hyperparameters, scored: ScoredRollout) -> Metrics:
         "entropy": -masked_mean(scored.log_probs, mask),
         "response_length": length.astype(jnp.float32).mean(),
         "max_response_length": length.astype(jnp.float32).max(),
-        "truncation_rate": (last[:, 0] != hp.eos_id).mean(),
+        "truncation_rate": is_truncated(hp, scored.rollout).mean(),
         "sampler_gap": masked_mean(jnp.abs(scored.log_probs - scored.rollout.sampler_log_probs), mask),
     }
     if "cost" in scored.scores:

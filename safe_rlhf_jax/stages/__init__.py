@@ -13,17 +13,17 @@ import jax
 
 from safe_rlhf_jax import config as cfg
 from safe_rlhf_jax.stages.common import Run
-from safe_rlhf_jax.stages.evaluation import evaluation
-from safe_rlhf_jax.stages.reinforcement import reinforcement
-from safe_rlhf_jax.stages.supervised import supervised
+from safe_rlhf_jax.stages.evaluation import run_evaluation
+from safe_rlhf_jax.stages.reinforcement import run_reinforcement
+from safe_rlhf_jax.stages.supervised import run_supervised
 
 # kind -> (run, stage config, folder) -> what goes into result.json
 STAGES: dict[str, Callable[..., dict[str, Any]]] = {
-    "sft": supervised,
-    "reward": supervised,
-    "cost": supervised,
-    "rl": reinforcement,
-    "evaluate": evaluation,
+    "sft": run_supervised,
+    "reward": run_supervised,
+    "cost": run_supervised,
+    "rl": run_reinforcement,
+    "evaluate": run_evaluation,
 }
 
 

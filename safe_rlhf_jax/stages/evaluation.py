@@ -19,7 +19,7 @@ from safe_rlhf_jax.stages.reinforcement import load_prompts
 from safe_rlhf_jax.types import Frozen
 
 
-def evaluation(run: Run, stage: cfg.EvaluateStage, folder: pathlib.Path) -> dict[str, Any]:
+def run_evaluation(run: Run, stage: cfg.EvaluateStage, folder: pathlib.Path) -> dict[str, Any]:
     """Runs an evaluate stage: samples from every policy, scores, oracle, table, report."""
     policies = sample_policies(run, stage)
     with (folder / "samples.jsonl").open("w") as file:

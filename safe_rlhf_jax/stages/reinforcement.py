@@ -36,7 +36,7 @@ from safe_rlhf_jax.stages.common import (
 from safe_rlhf_jax.types import Frozen, PromptBatch, RLState
 
 
-def reinforcement(run: Run, stage: cfg.RLStage, folder: pathlib.Path) -> dict[str, Any]:
+def run_reinforcement(run: Run, stage: cfg.RLStage, folder: pathlib.Path) -> dict[str, Any]:
     """Runs an RL stage."""
     prompts = load_prompts(run, stage, stage.prompts)
     report_data(stage.name, prompts)
@@ -231,6 +231,7 @@ def hyperparameters(
         clip_range_ratio=a.clip_range_ratio,
         clip_range_score=a.clip_range_score,
         clip_range_value=a.clip_range_value,
+        missing_eos_penalty=a.missing_eos_penalty,
         ptx_coeff=a.ptx_coeff,
         epochs=a.epochs,
         minibatches=a.minibatches,

@@ -47,7 +47,7 @@ def load_examples(run: Run, stage: Any, data: cfg.Data, kind: str) -> examples.E
     return examples.load_pairs(records, run.template, run.tokenizer, safety=kind == "cost", **shared)
 
 
-def supervised(run: Run, stage: Any, folder: pathlib.Path) -> dict[str, Any]:
+def run_supervised(run: Run, stage: Any, folder: pathlib.Path) -> dict[str, Any]:
     """Runs an SFT, reward or cost stage."""
     data = load_examples(run, stage, stage.data, stage.kind)
     report_data(stage.name, data)

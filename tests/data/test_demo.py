@@ -269,7 +269,7 @@ def test_preference_records_have_the_schema_of_pku_saferlhf(pairs):
         "response_0_sha256",
         "response_1_sha256",
     ]
-    assert [len(pairs[split]) for split in ("train", "test")] == [10000, 1000]
+    assert [len(pairs[split]) for split in ("train", "test")] == [30000, 1000]
     for record in pairs["train"] + pairs["test"]:
         assert list(record) == keys
         assert record["response_0"] != record["response_1"]
@@ -294,7 +294,7 @@ def test_safety_labels_never_contradict_each_other(pairs):
 def test_pairs_can_be_told_apart(pairs):
     for record in pairs["train"]:
         scores = [
-            (demo.helpfulness(record["prompt"], record[key]), harm_score(record["prompt"], record[key]))
+            (demo.helpfulness(record["prompt"], record[key]), harm_score(record[key]))
             for key in ("response_0", "response_1")
         ]
         assert scores[0] != scores[1]

@@ -25,7 +25,7 @@ SAFETY_FLIP_RATE = 0.02
 CORRUPTED_RESPONSE_RATE = 0.3  # of preference responses
 
 _SFT_TRAIN_SIZE = 6000
-_PREFERENCE_SIZES = {"train": 10000, "test": 1000}
+_PREFERENCE_SIZES = {"train": 30000, "test": 1000}
 
 
 class Message(TypedDict):
@@ -108,7 +108,7 @@ def preference(split: str) -> list[PreferenceRecord]:
     """Pairs of responses, some of them corrupted, labelled by simulated annotators.
 
     Args:
-        split: `train` (10000 records) or `test` (1000).
+        split: `train` (30000 records) or `test` (1000).
 
     Returns:
         Records whose two responses differ in text and in at least one of the oracles. A response labelled unsafe is
@@ -131,12 +131,9 @@ def preference(split: str) -> list[PreferenceRecord]:
     return records
 
 
-def harm_score(prompt: str, response: str) -> int:
-    """What annotators rank safety by: the severity; declining a risky request properly is one better than no harm."""
-    severity = harm(response).severity
-    if severity == 0 and parse_prompt(prompt).kind == "risky" and helpfulness(prompt, response) > 0:
-        return -1
-    return severity
+def harm_score(response: str) -> int:
+    """What annotators rank safety by: the severity of harm, 0 to 3; between two harmless responses they toss a coin."""
+    return harm(response).severity
 
 
 def annotator_accuracy(records: list[PreferenceRecord]) -> dict[str, float]:
@@ -159,10 +156,10 @@ def annotator_accuracy(records: list[PreferenceRecord]) -> dict[str, float]:
     for record in records:
         prompt, pair = record["prompt"], (record["response_0"], record["response_1"])
         help_0, help_1 = (helpfulness(prompt, response) for response in pair)
-        harm_0, harm_1 = (harm_score(prompt, response) for response in pair)
+        harm_0, harm_1 = (harm_score(response) for response in pair)
         better.append(_agreement(help_1 - help_0, record["better_response_id"]))
         safer.append(_agreement(harm_0 - harm_1, record["safer_response_id"]))
-        sign += [(harm_0 <= 0) == record["is_response_0_safe"], (harm_1 <= 0) == record["is_response_1_safe"]]
+        sign += [(harm_0 == 0) == record["is_response_0_safe"], (harm_1 == 0) == record["is_response_1_safe"]]
     return {
         "helpfulness_ranking": sum(better) / len(better),
         "helpfulness_ties": better.count(0.5) / len(better),
@@ -199,7 +196,7 @@ def _is_comparable(prompt: Prompt, response_0: str, response_1: str, rng: random
     """Whether the oracles tell the responses apart; few pairs that only safety tells apart are kept."""
     if helpfulness(prompt.text, response_0) != helpfulness(prompt.text, response_1):
         return True
-    return harm_score(prompt.text, response_0) != harm_score(prompt.text, response_1) and rng.random() < 0.3
+    return harm_score(response_0) != harm_score(response_1) and rng.random() < 0.3
 
 
 def _prefers_1(margin: float, rng: random.Random) -> bool:
@@ -210,7 +207,7 @@ def _prefers_1(margin: float, rng: random.Random) -> bool:
 def _annotate(prompt: Prompt, pair: tuple[tuple[str, str], tuple[str, str]], rng: random.Random) -> PreferenceRecord:
     (text_0, source_0), (text_1, source_1) = pair
     help_margin = helpfulness(prompt.text, text_1) - helpfulness(prompt.text, text_0)
-    harm_margin = harm_score(prompt.text, text_0) - harm_score(prompt.text, text_1)
+    harm_margin = harm_score(text_0) - harm_score(text_1)
     better = _prefers_1(HELPFULNESS_AGREEMENT_SCALE * help_margin, rng)
     safe_0, safe_1 = (harm(text).is_harmful == (rng.random() < SAFETY_FLIP_RATE) for text in (text_0, text_1))
     # The labels of one pair agree with each other: what is labelled safe is safer than what is labelled unsafe.
