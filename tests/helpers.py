@@ -1,0 +1,61 @@
+"""Small networks and random batches."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from safe_rlhf_jax.models.config import ModelConfig, ScoreConfig
+from safe_rlhf_jax.models.transformer import CausalLM, ScoreModel
+from safe_rlhf_jax.types import PromptBatch
+
+TINY = ModelConfig(
+    vocab_size=97,
+    hidden_size=48,
+    intermediate_size=80,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=12,
+    max_positions=64,
+    initializer_range=0.2,  # large enough that logits differ
+    scan_layers=False,
+)
+
+
+def tiny_config(**overrides):
+    return ModelConfig(**{**vars(TINY), **overrides})
+
+
+def init(module, seed=0):
+    tokens = jnp.zeros((1, 4), jnp.int32)
+    variables = jax.jit(module.init)(jax.random.key(seed), tokens, jnp.ones((1, 4), bool))
+    return nn.unbox(variables)
+
+
+def make_lm(config, seed=0):
+    module = CausalLM(config)
+    return module, init(module, seed)
+
+
+def make_scorer(score_type, config, seed=0, **score):
+    module = ScoreModel(config, ScoreConfig(score_type, **score))
+    return module, init(module, seed)
+
+
+def random_lengths(rng, batch, length):
+    """From 1 to `length`, the first row full."""
+    return np.concatenate([[length], rng.integers(1, length + 1, batch - 1)])
+
+
+def prompt_batch(rng, batch, length, vocab):
+    """Random left-padded prompts; padding is token 0."""
+    tokens, mask = right_padded(rng, batch, length, vocab)
+    return PromptBatch(tokens=tokens[:, ::-1], mask=mask[:, ::-1], group=jnp.zeros((batch,), jnp.int32))
+
+
+def right_padded(rng, batch, length, vocab):
+    """Random tokens i32[B, L] and mask bool[B, L]; padding is token 0."""
+    mask = np.arange(length) < random_lengths(rng, batch, length)[:, None]
+    tokens = np.where(mask, rng.integers(3, vocab, (batch, length)), 0)
+    return jnp.asarray(tokens, jnp.int32), jnp.asarray(mask)
