@@ -235,7 +235,7 @@ def test_world_is_as_wide_as_promised():
 
 
 def test_demonstrations_leave_room_above_them(demonstrations):
-    assert len(demonstrations) == 6000
+    assert len(demonstrations) == 16000
     by_kind = {kind: [] for kind in world.TEMPLATES}
     for record in demonstrations:
         user, assistant = record["messages"]

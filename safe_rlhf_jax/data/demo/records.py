@@ -24,7 +24,7 @@ SAFETY_FLIP_RATE = 0.02
 
 CORRUPTED_RESPONSE_RATE = 0.3  # of preference responses
 
-_SFT_TRAIN_SIZE = 6000
+_SFT_TRAIN_SIZE = 16000
 _PREFERENCE_SIZES = {"train": 30000, "test": 1000}
 
 
@@ -80,7 +80,7 @@ def sft(split: str) -> list[SupervisedRecord]:
     """Demonstrations of mixed quality: harmful on about half of the risky prompts, and seldom the best answer.
 
     Args:
-        split: `train` (6000 records over all training prompts) or `test` (one per test prompt).
+        split: `train` (16000 records over all training prompts) or `test` (one per test prompt).
 
     Returns:
         Records of two messages, user and assistant.

@@ -1,0 +1,218 @@
+"""Times one PPO-Lagrangian iteration by phase on random weights, compile time apart.
+
+    python benchmarks/rl_step.py --config benchmarks/configs/rl_step_tiny.yaml [--json benchmarks/results/NAME.json]
+
+Every response runs to its full length (no token ends it). Phases are timed as programs of their own; `iteration` is the
+fused program that training runs. FLOPs are counted analytically, a multiply-add as two.
+"""
+
+import argparse
+import json
+import platform
+import resource
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import yaml
+from flax import linen as nn
+
+from safe_rlhf_jax.models.config import ModelConfig, ScoreConfig
+from safe_rlhf_jax.models.transformer import CausalLM, ScoreModel
+from safe_rlhf_jax.optim import init_state, make_optimizer
+from safe_rlhf_jax.rl.algorithms import ALGORITHMS
+from safe_rlhf_jax.rl.lagrange import init_multiplier, init_window
+from safe_rlhf_jax.rl.rollout import Networks, score_rollout
+from safe_rlhf_jax.rl.step import Hyperparameters, collect, estimate_advantages, make_step, update_networks
+from safe_rlhf_jax.train import keep_freed_memory
+from safe_rlhf_jax.types import Frozen, PromptBatch, RLState
+
+
+def seconds(function: Callable[[], Any], repeats: int) -> float:
+    """Median wall-clock seconds of a call, the device's work included; one call before does not count."""
+    jax.block_until_ready(function())
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        jax.block_until_ready(function())
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def matmul_peak(dtype: str) -> float:
+    """FLOP/s of a large matrix product, in the dtype that the model multiplies in."""
+    size = 2048 if jax.default_backend() == "cpu" else 8192
+    a = jax.random.normal(jax.random.key(0), (size, size)).astype(dtype)
+    product = jax.jit(lambda x: x @ x)
+    return 2 * size**3 / seconds(lambda: product(a), 10)
+
+
+def forward_flops(config: ModelConfig, sequences: int, length: int, logits: int) -> float:
+    """FLOPs of a forward pass over `sequences` of `length` tokens with `logits` positions each read out."""
+    c = config
+    attention = c.hidden_size * c.head_dim * (2 * c.num_heads + 2 * c.num_kv_heads)
+    weights = c.num_layers * (attention + 3 * c.hidden_size * c.intermediate_size)
+    pairs = 2 * c.num_layers * c.num_heads * c.head_dim * length
+    return 2.0 * sequences * (length * (weights + pairs) + logits * c.hidden_size * c.vocab_size)
+
+
+def iteration_flops(config: ModelConfig, batch: int, prompt: int, response: int, recompute: bool) -> dict[str, float]:
+    """FLOPs of generation, scoring and update: a backward pass costs two forward passes."""
+    length = prompt + response
+    policy = forward_flops(config, batch, length, response)
+    scorer = forward_flops(config, batch, length, 0)
+    generation = forward_flops(config, batch, prompt, 1) + sum(
+        forward_flops(config, batch, 1, 1) + 4.0 * batch * config.num_layers * config.num_heads * config.head_dim * length
+        for _ in range(response)
+    )
+    return {
+        "generation": generation,
+        "scoring": (2 if recompute else 1) * policy + 4 * scorer,
+        "update": 3 * policy + 6 * scorer,
+    }
+
+
+def build(spec: dict[str, Any], recompute: bool) -> tuple[Networks, Hyperparameters, RLState, Frozen, PromptBatch]:
+    """Random networks and prompts."""
+    config = ModelConfig(**spec["model"])
+    policy = CausalLM(config)
+    scorers = {s: ScoreModel(config, ScoreConfig(s)) for s in ("reward", "cost")}  # type: ignore[arg-type]
+    critic = ScoreModel(config, ScoreConfig("critic"))
+    optimizer = make_optimizer(1e-6)
+    batch, prompt = spec["batch_size"], spec["prompt_length"]
+    tokens = jnp.asarray(np.random.default_rng(0).integers(3, config.vocab_size, (batch, prompt)), jnp.int32)
+
+    def variables(module: Any, seed: int) -> Any:
+        return jax.jit(lambda key: nn.unbox(module.init(key, tokens[:1], tokens[:1] > 0)))(jax.random.key(seed))
+
+    networks = Networks(policy, scorers, dict.fromkeys(scorers, critic), optimizer, dict.fromkeys(scorers, optimizer))
+    hp = Hyperparameters(
+        prompt_length=prompt,
+        response_length=spec["response_length"],
+        eos_id=-1,
+        pad_id=0,
+        recompute_log_probs=recompute,
+        minibatches=spec["minibatches"],
+        microbatches=spec.get("microbatches", 1),
+    )
+    state = RLState(
+        step=jnp.zeros((), jnp.int32),
+        actor=init_state(variables(policy, 0)["params"], optimizer),
+        critics={s: init_state(variables(critic, i + 1)["params"], optimizer) for i, s in enumerate(scorers)},
+        cost_window=init_window(128),
+        lagrange=init_multiplier(1.0),
+    )
+    frozen = Frozen(variables(policy, 0)["params"], {s: variables(scorers[s], i + 3) for i, s in enumerate(scorers)})
+    return networks, hp, state, frozen, PromptBatch(tokens, tokens > 0, jnp.zeros((batch,), jnp.int32))
+
+
+def measure(spec: dict[str, Any], repeats: int, recompute: bool) -> dict[str, Any]:
+    """Compiles and times one configuration."""
+    networks, hp, state, frozen, prompts = build(spec, recompute)
+    algorithm, key = ALGORITHMS["ppo_lag"], jax.random.key(0)
+    options = {"prompt_length": hp.prompt_length, "temperature": 1.0, "recompute_log_probs": recompute,
+               "slices": hp.minibatches * hp.microbatches}  # fmt: skip
+
+    generate = jax.jit(lambda params: collect(networks, hp, params, prompts, key))
+    score = jax.jit(lambda state, rollout: score_rollout(networks, state, frozen, rollout, **options))
+    rollout = generate(state.actor.params)
+    scored = score(state, rollout)
+    update = jax.jit(
+        lambda state, scored: update_networks(
+            networks, algorithm, hp, state, estimate_advantages(algorithm, hp, scored)[0], None, key
+        ),
+        donate_argnums=0,
+    )
+    phases = {
+        "generation": seconds(lambda: generate(state.actor.params), repeats),
+        "scoring": seconds(lambda: score(state, rollout), repeats),
+    }
+    box = [jax.tree.map(jnp.copy, state)]
+
+    def run_update() -> Any:
+        box[0], metrics = update(box[0], scored)
+        return metrics
+
+    phases["update"] = seconds(run_update, repeats)
+    del box[0]
+    step = jax.jit(make_step(networks, algorithm, hp), donate_argnums=0)
+    start = time.perf_counter()
+    compiled = step.lower(state, frozen, prompts, key).compile()
+    compile_seconds = time.perf_counter() - start
+    box = [state]
+
+    def run_step() -> Any:
+        box[0], metrics = compiled(box[0], frozen, prompts, key)
+        return metrics
+
+    iteration = seconds(run_step, repeats)
+    flops = iteration_flops(
+        networks.policy.config, prompts.tokens.shape[0], hp.prompt_length, hp.response_length, recompute
+    )
+    peak = matmul_peak(networks.policy.config.dtype)
+    generated = prompts.tokens.shape[0] * hp.response_length
+    total = prompts.tokens.shape[0] * (hp.prompt_length + hp.response_length)
+    return {
+        "old_log_probs": "recomputed" if recompute else "sampled",
+        "compile_seconds": compile_seconds,
+        "seconds": {"iteration": iteration, **phases},
+        "tokens_per_second": {"generated": generated / phases["generation"], "total": total / iteration},
+        "flops": {**flops, "iteration": sum(flops.values())},
+        "flops_per_second": {
+            "matmul_peak": peak,
+            "iteration": sum(flops.values()) / iteration,
+            **{name: flops[name] / phases[name] for name in phases},
+        },
+        "share_of_matmul_peak": sum(flops.values()) / iteration / peak,
+        "peak_memory_bytes": peak_memory(),
+    }
+
+
+def peak_memory() -> int:
+    """Bytes: of the accelerator where it counts them, else of the process."""
+    stats = jax.devices()[0].memory_stats() or {}
+    return int(stats.get("peak_bytes_in_use", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024))
+
+
+def environment() -> dict[str, Any]:
+    """Commit, versions and hardware."""
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if "model name" in line), platform.machine())
+    return {"commit": commit, "jax": jax.__version__, "device": jax.devices()[0].device_kind, "cpu": cpu,
+            "cores": len(__import__("os").sched_getaffinity(0))}  # fmt: skip
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, help="sizes, such as benchmarks/configs/rl_step_tiny.yaml")
+    parser.add_argument("--json", help="write the result to this file")
+    parser.add_argument("--repeats", type=int, default=5, help="timed calls; the median counts")
+    parser.add_argument("--old-log-probs", choices=["recomputed", "sampled"], default="recomputed")
+    options = parser.parse_args()
+    keep_freed_memory()
+    spec = yaml.safe_load(open(options.config))
+    result = {"config": spec, "environment": environment()}
+    result |= measure(spec, options.repeats, options.old_log_probs == "recomputed")
+    for name, value in result["seconds"].items():
+        print(f"{name:12s} {value:9.3f} s   {result['flops'][name] / 1e9:10.1f} GFLOP   "
+              f"{result['flops_per_second'][name] / 1e9:8.1f} GFLOP/s")  # fmt: skip
+    print(f"compile      {result['compile_seconds']:9.1f} s")
+    print(f"tokens/s     {result['tokens_per_second']['generated']:9.0f} generated, "
+          f"{result['tokens_per_second']['total']:.0f} in total")  # fmt: skip
+    print(f"memory       {result['peak_memory_bytes'] / 2**30:9.2f} GiB at its peak")
+    print(f"matmul peak  {result['flops_per_second']['matmul_peak'] / 1e9:9.0f} GFLOP/s; the iteration reaches "
+          f"{result['share_of_matmul_peak']:.0%}")  # fmt: skip
+    if options.json:
+        with open(options.json, "w") as file:
+            json.dump(result, file, indent=2)
+            file.write("\n")
+
+
+if __name__ == "__main__":
+    main()
