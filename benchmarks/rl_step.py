@@ -8,6 +8,8 @@ fused program that training runs. FLOPs are counted analytically, a multiply-add
 
 import argparse
 import json
+import os
+import pathlib
 import platform
 import resource
 import statistics
@@ -66,10 +68,8 @@ def iteration_flops(config: ModelConfig, batch: int, prompt: int, response: int,
     length = prompt + response
     policy = forward_flops(config, batch, length, response)
     scorer = forward_flops(config, batch, length, 0)
-    generation = forward_flops(config, batch, prompt, 1) + sum(
-        forward_flops(config, batch, 1, 1) + 4.0 * batch * config.num_layers * config.num_heads * config.head_dim * length
-        for _ in range(response)
-    )
+    cached = 4.0 * batch * config.num_layers * config.num_heads * config.head_dim * length  # attention to the cache
+    generation = forward_flops(config, batch, prompt, 1) + response * (forward_flops(config, batch, 1, 1) + cached)
     return {
         "generation": generation,
         "scoring": (2 if recompute else 1) * policy + 4 * scorer,
@@ -182,9 +182,15 @@ def peak_memory() -> int:
 def environment() -> dict[str, Any]:
     """Commit, versions and hardware."""
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if "model name" in line), platform.machine())
-    return {"commit": commit, "jax": jax.__version__, "device": jax.devices()[0].device_kind, "cpu": cpu,
-            "cores": len(__import__("os").sched_getaffinity(0))}  # fmt: skip
+    lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+    cpu = next((line.split(":")[1].strip() for line in lines if "model name" in line), platform.machine())
+    return {
+        "commit": commit,
+        "jax": jax.__version__,
+        "device": jax.devices()[0].device_kind,
+        "cpu": cpu,
+        "cores": len(os.sched_getaffinity(0)),
+    }
 
 
 def main() -> None:
@@ -196,7 +202,7 @@ def main() -> None:
     parser.add_argument("--old-log-probs", choices=["recomputed", "sampled"], default="recomputed")
     options = parser.parse_args()
     keep_freed_memory()
-    spec = yaml.safe_load(open(options.config))
+    spec = yaml.safe_load(pathlib.Path(options.config).read_text())
     result = {"config": spec, "environment": environment()}
     result |= measure(spec, options.repeats, options.old_log_probs == "recomputed")
     for name, value in result["seconds"].items():
@@ -209,9 +215,7 @@ def main() -> None:
     print(f"matmul peak  {result['flops_per_second']['matmul_peak'] / 1e9:9.0f} GFLOP/s; the iteration reaches "
           f"{result['share_of_matmul_peak']:.0%}")  # fmt: skip
     if options.json:
-        with open(options.json, "w") as file:
-            json.dump(result, file, indent=2)
-            file.write("\n")
+        pathlib.Path(options.json).write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -129,9 +129,7 @@ def evaluate_pairs(
     """
     first, second, labels = [], [], []
     for batch, valid in batches:
-        sides = (
-            (batch.chosen, batch.rejected) if isinstance(batch, PreferenceBatch) else (batch.safer, batch.unsafer)
-        )
+        sides = (batch.chosen, batch.rejected) if isinstance(batch, PreferenceBatch) else (batch.safer, batch.unsafer)
         scores = [np.asarray(jax.device_get(score(side)))[:valid] for side in sides]
         first.append(scores[0])
         second.append(scores[1])
@@ -165,7 +163,7 @@ def sigmoid(x: np.ndarray) -> np.ndarray:
 
 
 def calibrated_limit(safe: Sequence[float], unsafe: Sequence[float], margin: float) -> float:
-    """d = mean of safe + margin · (mean of unsafe − mean of safe), from a cost model's scores of labelled responses."""
+    """Cost limit: mean of safe + margin · (mean of unsafe − mean of safe), by a cost model."""
     low, high = float(np.mean(safe)), float(np.mean(unsafe))
     return low + margin * (high - low)
 

@@ -51,12 +51,22 @@ border-bottom:1px solid #e6e6e6;text-align:right;vertical-align:top;font-variant
 th{font-weight:600;vertical-align:bottom;background:#fafafa}th:first-child,td:first-child,.text{text-align:left}
 td:first-child{white-space:nowrap}.prompt td:first-child{white-space:normal}
 .ci{display:block;color:#777;font-size:.78rem;white-space:nowrap}
-.responses{width:100%}.prompt td{background:#f4f4f4;font-weight:600;border-top:2px solid #ccc}
+.responses{width:100%}.responses td:nth-child(n+3){white-space:nowrap}
+.prompt td{background:#f4f4f4;font-weight:600;border-top:2px solid #ccc}
 .prompt small{font-weight:400;color:#666;margin-left:.6rem}.text{white-space:pre-wrap;overflow-wrap:anywhere}
 .safe,.unsafe,.plain{border-radius:4px;padding:.05em .45em;white-space:nowrap;margin-left:.2em}
 .safe{background:#d9f0e8;color:#00523d}.unsafe{background:#fbe0d2;color:#8a3500}.plain{background:#eee;color:#444}
 .swatch{display:inline-block;width:.75em;height:.75em;border-radius:2px;margin-right:.45em}
 """
+
+
+SCORER_METRICS = {
+    "accuracy": "ranking accuracy",
+    "sign_accuracy": "sign accuracy (cost > 0 is unsafe)",
+    "calibration_error": "expected calibration error",
+    "mean": "mean score",
+    "std": "standard deviation of scores",
+}
 
 
 @dataclass(frozen=True)
@@ -229,9 +239,12 @@ def _win_rates(report: Report) -> str:
 
 
 def _scorers(report: Report) -> str:
-    names = sorted({metric for scorer in report.scorers.values() for metric in scorer.get("metrics", {})})
+    present = {metric for scorer in report.scorers.values() for metric in scorer.get("metrics", {})}
+    names = [name for name in SCORER_METRICS if name in present] + sorted(present - SCORER_METRICS.keys())
     metrics = {name: scorer.get("metrics", {}) for name, scorer in report.scorers.items()}
-    rows = [[escape(n), *(f"{m[n]:.3f}" if n in m else "–" for m in metrics.values())] for n in names]
+    rows = [
+        [escape(SCORER_METRICS.get(n, n)), *(f"{m[n]:.3f}" if n in m else "–" for m in metrics.values())] for n in names
+    ]
     return _table(["on held-out pairs", *(f"{name} model" for name in metrics)], rows) if rows else ""
 
 

@@ -1,0 +1,97 @@
+"""Evaluation of policies and scorers on made-up scores."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from safe_rlhf_jax.evaluation.evaluate import (
+    calibrated_limit,
+    check_reachable,
+    collect_samples,
+    evaluate_pairs,
+    sigmoid,
+)
+from safe_rlhf_jax.types import PreferenceBatch, PromptBatch, SafetyBatch, Sequences
+
+
+def texts(scores):
+    """Texts whose only token id is their score."""
+    tokens = np.asarray(scores, np.int32)[:, None]
+    return Sequences(tokens, np.ones_like(tokens, bool), np.ones_like(tokens, bool))
+
+
+def score(sequences):
+    return jnp.asarray(sequences.tokens[:, 0], jnp.float32)
+
+
+def test_preference_evaluation_counts_pairs_that_are_ranked_right_and_drops_filled_rows():
+    batch = PreferenceBatch(texts([3, 1, 5, 5]), texts([1, 2, 4, 4]))
+    out = evaluate_pairs(score, [(batch, 3)])
+    assert out["metrics"]["accuracy"] == pytest.approx(2 / 3)
+    assert out["scores_by_label"] == {"chosen": [3.0, 1.0, 5.0], "rejected": [1.0, 2.0, 4.0]}
+
+
+def test_safety_evaluation_needs_a_strictly_negative_cost_for_safe_and_a_positive_one_for_unsafe():
+    batch = SafetyBatch(
+        texts([-2, 0, 1]), texts([3, -1, 2]), np.array([True, True, False]), np.array([False, True, False])
+    )
+    out = evaluate_pairs(score, [(batch, 3)])
+    assert out["metrics"]["accuracy"] == pytest.approx(2 / 3)  # the second pair is ranked wrongly
+    assert out["metrics"]["sign_accuracy"] == pytest.approx(5 / 6)  # a cost of exactly 0 is wrong
+    assert sorted(out["scores_by_label"]["safe"]) == [-2.0, -1.0, 0.0]
+    assert sorted(out["scores_by_label"]["unsafe"]) == [1.0, 2.0, 3.0]
+
+
+def test_calibration_error_is_small_for_a_calibrated_scorer_and_large_for_an_overconfident_one():
+    rng = np.random.default_rng(0)
+    margin = rng.integers(-3, 4, 4000)
+    right = rng.random(4000) < sigmoid(margin.astype(float))
+    chosen, rejected = np.where(right, margin, 0), np.where(right, 0, margin)
+    calibrated = evaluate_pairs(score, [(PreferenceBatch(texts(chosen), texts(rejected)), 4000)])
+    overconfident = evaluate_pairs(score, [(PreferenceBatch(texts(10 * chosen), texts(10 * rejected)), 4000)])
+    assert calibrated["metrics"]["calibration_error"] < 0.03
+    assert overconfident["metrics"]["calibration_error"] > 0.15
+
+
+def test_sigmoid_is_finite_far_out():
+    assert sigmoid(np.array([-1e4, 0.0, 1e4])).tolist() == [0.0, 0.5, 1.0]
+
+
+def test_limit_lies_between_safe_and_unsafe_by_the_margin():
+    assert calibrated_limit([-4.0, -2.0], [5.0, 7.0], 0.1) == pytest.approx(-3.0 + 0.1 * 9.0)
+
+
+def test_limit_below_every_safe_response_is_refused_with_the_floor():
+    safe = np.linspace(-4.0, -2.0, 101).tolist()
+    check_reachable(-3.0, safe)
+    with pytest.raises(ValueError, match=r"cost_limit -5\.000 is below .* \(-3\.900"):
+        check_reachable(-5.0, safe)
+
+
+def test_samples_carry_scores_oracle_and_group_and_skip_filled_rows():
+    out = {
+        "tokens": np.array([[5, 6, 2], [7, 2, 0]]),
+        "length": np.array([3, 2]),
+        "truncated": np.array([False, True]),
+        "kl": np.array([0.5, 0.25]),
+        "reward": np.array([1.0, 2.0]),
+        "cost": np.array([-1.0, 3.0]),
+    }
+    prompts = PromptBatch(np.ones((2, 1), np.int32), np.ones((2, 1), bool), np.zeros(2, np.int32))
+    samples = collect_samples(
+        lambda batch, key: out,
+        [(prompts, 2), (prompts, 1)],
+        [{"prompt": p, "kind": "risky", "category": "c"} for p in "abc"],
+        key=jax.random.key(0),
+        decode=lambda ids: " ".join(map(str, ids)),
+        split="test",
+        group_field="kind",
+        oracle=lambda prompt, response: {"helpfulness": len(response) / 10, "harmful": prompt == "b"},
+    )
+    assert [s["prompt"] for s in samples] == ["a", "b", "c"]
+    assert samples[1] == {
+        "prompt": "b", "response": "7 2", "group": "risky", "split": "test", "category": "c", "length": 2,
+        "truncated": True, "kl": 0.25, "reward": 2.0, "cost": 3.0, "helpfulness": 0.3, "harmful": True,
+        "severity": None, "refusal": None,
+    }  # fmt: skip
