@@ -51,7 +51,7 @@ def test_calibration_error_is_small_for_a_calibrated_scorer_and_large_for_an_ove
     calibrated = evaluate_pairs(score, [(PreferenceBatch(texts(chosen), texts(rejected)), 4000)])
     overconfident = evaluate_pairs(score, [(PreferenceBatch(texts(10 * chosen), texts(10 * rejected)), 4000)])
     assert calibrated["metrics"]["calibration_error"] < 0.03
-    assert overconfident["metrics"]["calibration_error"] > 0.15
+    assert overconfident["metrics"]["calibration_error"] > 0.1
 
 
 def test_sigmoid_is_finite_far_out():
