@@ -1,0 +1,171 @@
+"""What the documents say of the code is so: links, names, defaults, configs, and the snippets of docs/adding.md."""
+
+import ast
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+
+from safe_rlhf_jax import config as cfg
+from safe_rlhf_jax.config import load_config
+from safe_rlhf_jax.data import sources
+from safe_rlhf_jax.models import families, hf
+from safe_rlhf_jax.rl import algorithms
+from safe_rlhf_jax.sharding import LOGICAL_RULES
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+LATER = {"docs/images/reward_cost.png"}  # written by a run of the quickstart
+
+
+def page(name):
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def between(text, mark):
+    return text.split(f"<!-- {mark} -->")[1].split(f"<!-- /{mark} -->")[0]
+
+
+def rows(table):
+    """Cells of a markdown table's body."""
+    lines = [line.strip().strip("|").split("|") for line in table.strip().splitlines()]
+    return [[cell.strip() for cell in cells] for cells in lines[2:]]
+
+
+def snippet(name):
+    """The fenced python block of docs/adding.md that begins with `# tested: name`."""
+    blocks = re.findall(r"```python\n(.*?)```", page("docs/adding.md"), re.DOTALL)
+    (found,) = [block for block in blocks if block.startswith(f"# tested: {name}\n")]
+    return found
+
+
+def defined(path):
+    """Names of the functions and classes at the top of a file."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    return {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_relative_links_resolve(path):
+    text = re.sub(r"```.*?```", "", path.read_text(encoding="utf-8"), flags=re.DOTALL)
+    for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text):
+        if "://" in target:
+            continue
+        file = (path.parent / target).resolve()
+        if str(file.relative_to(ROOT)) not in LATER:
+            assert file.exists(), f"{path.relative_to(ROOT)} links to {target}"
+
+
+def test_functions_named_in_algorithms_exist():
+    named = set(re.findall(r"`((?:[a-z_]+\.)+[A-Za-z_]+)`", page("docs/algorithms.md")))
+    named = {name for name in named if (ROOT / "safe_rlhf_jax" / name.split(".")[0]).is_dir() or exists(name)}
+    assert len(named) > 25
+    for name in named:
+        module, _, function = name.rpartition(".")
+        assert hasattr(importlib.import_module(f"safe_rlhf_jax.{module}"), function), name
+
+
+def exists(name):
+    return (ROOT / "safe_rlhf_jax" / f"{name.split('.')[0]}.py").is_file()
+
+
+def test_functions_of_the_line_are_in_the_files_beside_them():
+    table = page("docs/architecture.md").split("## The line")[1].split("Steps 4 to 9")[0]
+    for _, _, names, files in rows(table):
+        paths = [(ROOT / "docs" / link).resolve() for link in re.findall(r"\]\(([^)]+)\)", files)]
+        text = "".join(path.read_text(encoding="utf-8") for path in paths)
+        for name in re.findall(r"`(\w+)`", names):
+            assert re.search(rf"^(?:def |class |    def |){name}\b", text, re.MULTILINE), (name, files)
+
+
+def test_four_hops_lead_to_the_line_where_the_multiplier_changes():
+    hops = rows(between(page("README.md"), "four-hops"))
+    assert len(hops) == 4
+    for _, file, function in hops:
+        path = ROOT / re.search(r"\]\(([^)]+)\)", file)[1]
+        assert re.match(r"`(\w+)`", function)[1] in defined(path), function
+    caller = ast.unparse(defined(ROOT / "safe_rlhf_jax/rl/step.py")["update_multiplier"])
+    assert "ascend_log_multiplier(" in caller
+
+
+def test_sharding_table_is_the_code():
+    table = {
+        re.match(r"`(\w+)`", logical)[1]: tuple(re.findall(r"`(\w+)`", mesh))
+        for logical, mesh in rows(between(page("docs/architecture.md"), "logical-rules"))
+    }
+    code = {name: (axes,) if isinstance(axes, str) else axes or () for name, axes in LOGICAL_RULES.items()}
+    assert table == code
+
+
+def test_defaults_in_algorithms_are_those_of_the_config():
+    knobs = rows(between(page("docs/algorithms.md"), "knobs"))
+    assert knobs
+    for setting, default, _ in knobs:
+        schema, field = setting.strip("`").split(".")
+        assert str(getattr(cfg, schema).model_fields[field].default) == default, setting
+
+
+def test_every_difference_is_listed():
+    listed = re.findall(r"^\| (Q\d+) \|", page("docs/parity.md"), re.MULTILINE)
+    assert listed == [f"Q{i}" for i in range(1, 30)]
+
+
+def test_settings_named_in_parity_exist():
+    schemas = [s for s in vars(cfg).values() if isinstance(s, type) and issubclass(s, cfg.Schema)]
+    keys = {key for schema in schemas for key in schema.model_fields}
+    for cell in re.findall(r"^\| Q\d+ .*\| ([^|]+) \|$", page("docs/parity.md"), re.MULTILINE):
+        for setting in re.findall(r"`([a-z_.]+)", cell):
+            assert set(setting.split(".")) <= keys, setting
+
+
+def test_config_of_the_readme_is_valid(tmp_path):
+    (text,) = re.findall(r"```yaml\n(.*?)```", page("README.md"), re.DOTALL)
+    (tmp_path / "mine.yaml").write_text(text, encoding="utf-8")
+    run = load_config(tmp_path / "mine.yaml")
+    assert [stage.kind for stage in run.stages] == ["sft", "reward", "cost", "rl", "evaluate"]
+
+
+def test_make_targets_of_the_readme_exist():
+    targets = set(re.findall(r"^([a-z-]+):", page("Makefile"), re.MULTILINE))
+    for name in ("README.md", "CONTRIBUTING.md"):
+        assert set(re.findall(r"`make ([a-z-]+)`", page(name))) <= targets
+
+
+@pytest.mark.parametrize("name", ["dataset", "family", "algorithm"])
+def test_snippet_is_at_most_ten_lines_of_code(name):
+    code = [
+        line for line in snippet(name).splitlines() if line.strip() and not line.startswith(("#", "import", "from"))
+    ]
+    assert len(code) <= 10
+
+
+def test_dataset_snippet_adds_a_dataset(monkeypatch):
+    monkeypatch.setattr(sources, "DATASETS", dict(sources.DATASETS))
+    exec(snippet("dataset"), {})
+    assert sources.read_records("arithmetic", "test")[0] == {"prompt": "50 plus one", "response": "51"}
+    with pytest.raises(ValueError, match="split 'dev'"):
+        sources.read_records("arithmetic", "dev")
+
+
+def test_family_snippet_opens_and_saves_a_model(monkeypatch, tmp_path):
+    from tests.helpers import make_lm, tiny_config
+
+    monkeypatch.setattr(families, "FAMILIES", dict(families.FAMILIES))
+    exec(snippet("family"), {})
+    module, variables = make_lm(tiny_config(family="mistral"))
+    hf.save(tmp_path, module, variables)
+    assert hf.read_config(tmp_path)["architectures"] == ["MistralForCausalLM"]
+    assert hf.load(tmp_path)[0].config.family == "mistral"
+
+
+def test_algorithm_snippet_combines_advantages(monkeypatch):
+    import jax.numpy as jnp
+
+    monkeypatch.setattr(algorithms, "ALGORITHMS", dict(algorithms.ALGORITHMS))
+    exec(snippet("algorithm"), {})
+    algorithm = algorithms.ALGORITHMS["ppo_fixed"]
+    ones = jnp.ones((2, 3), jnp.float32)
+    combined = algorithm.combine({"reward": 3.0 * ones, "cost": ones}, 0.0 * ones[:, :1])
+    assert not algorithm.constrained
+    assert (combined == 1.0).all()
