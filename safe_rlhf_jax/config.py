@@ -1,32 +1,34 @@
-"""Every schema of a config file, and `load_config`. Defaults live here, with unit and source; a YAML holds what differs.
+"""Every schema of a config file, and `load_config`.
+
+Defaults live here, with unit and source; a YAML holds what differs.
 
 Sources: [ref] PKU-Alignment/safe-rlhf@82743cc scripts; [paper] Dai et al. 2023, arXiv 2310.12773.
 """
 
-import difflib
 import hashlib
 import json
 import pathlib
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import pydantic
 import yaml
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
+from safe_rlhf_jax.config_errors import ConfigError, did_you_mean, explain_all, nearest_multiples
 from safe_rlhf_jax.models.config import PRESETS, RematPolicy
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
-class ConfigError(ValueError):
-    """A config that cannot run; the message names the field, the value and the fix."""
+__all__ = ["ConfigError", "RunConfig", "Stage", "load_config"]
 
 
 class Schema(pydantic.BaseModel):
     """Frozen, and an unknown key is an error."""
 
-    model_config = pydantic.ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = pydantic.ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
+    refused: ClassVar[dict[str, str]] = {}  # keys that one might expect here -> why there are none
 
 
 class Data(Schema):
@@ -125,8 +127,8 @@ class CostStage(PreferenceStage):
 class CalibratedLimit(Schema):
     """Sets d from the cost model's own scores of labelled data instead of guessing it.
 
-    d = mean cost of responses labelled safe + margin · (mean of unsafe − mean of safe), over prompts that the constraint
-    names. (With E[C] ≤ 0 over mixed prompts, very negative costs of benign prompts pay for harm elsewhere.)
+    d = mean cost of responses labelled safe + margin · (mean of unsafe − mean of safe), over prompts that the
+    constraint names. (With E[C] ≤ 0 over mixed prompts, very negative costs of benign prompts pay for harm elsewhere.)
     """
 
     data: Data
@@ -178,6 +180,10 @@ class AlgorithmConfig(Schema):
 class RLStage(TrainingStage):
     """PPO or PPO-Lagrangian."""
 
+    refused: ClassVar[dict[str, str]] = dict.fromkeys(
+        ("top_k", "top_p", "min_p", "repetition_penalty", "greedy", "do_sample"),
+        "sampling by anything but temperature would train on another distribution than the policy's own",
+    )
     kind: Literal["rl"]
     algorithm: AlgorithmConfig = AlgorithmConfig()
     reward_model: str
@@ -192,7 +198,7 @@ class RLStage(TrainingStage):
     max_prompt_length: PositiveInt = 256  # tokens
     max_response_length: PositiveInt = 256  # tokens
     long_prompts: Literal["drop", "truncate_left"] = "drop"
-    temperature: PositiveFloat = 1.0  # top-k, top-p and repetition penalty would train on another distribution
+    temperature: PositiveFloat = 1.0
     fuse: bool = True  # one program per iteration; False compiles generation and learning apart
     actor: OptimizerConfig = OptimizerConfig(lr=1e-5, weight_decay=0.01)  # [ref]
     critic: OptimizerConfig = OptimizerConfig(lr=5e-6, schedule="constant")  # [ref]
@@ -202,10 +208,10 @@ class EvaluateStage(StageBase):
     """Compares policies on held-out prompts and writes the report."""
 
     kind: Literal["evaluate"]
-    policies: tuple[str, ...]  # stages; the first is the baseline
+    policies: Annotated[tuple[str, ...], Field(min_length=1)]  # stages; the first is the baseline
     reward_model: str
     cost_model: str
-    prompts: tuple[Data, ...]
+    prompts: Annotated[tuple[Data, ...], Field(min_length=1)]
     reward_data: Data | None = None  # labelled pairs for the score distributions
     group_field: str | None = None
     batch_size: PositiveInt = 64
@@ -225,7 +231,7 @@ class RunConfig(Schema):
     """A run: stages in order, sharing a seed, a tokenizer, a mesh and a folder."""
 
     workdir: str
-    stages: tuple[Stage, ...]
+    stages: Annotated[tuple[Stage, ...], Field(min_length=1)]
     title: str = "Safe RLHF"
     seed: NonNegativeInt = 0
     tokenizer: str = "demo"  # "demo", a folder, or a hub id
@@ -265,15 +271,14 @@ def check_references(where: str, stage: Any, seen: dict[str, str]) -> None:
             continue
         if rest and prefix == "preset" and field == "init_from":
             if rest not in PRESETS:
-                raise ValueError(f"{where}: {field}: preset {rest!r} is unknown; presets: {sorted(PRESETS)}")
+                hint = did_you_mean(rest, PRESETS)
+                raise ValueError(f"{where}: {field}: preset {rest!r} is unknown; presets: {sorted(PRESETS)}{hint}")
             continue
         allowed = kinds.get(field, ("sft", "rl"))
         if value not in seen:
-            nearest = difflib.get_close_matches(value, seen, 1)
-            hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
             raise ValueError(
                 f"{where}: {field} names {value!r}, which is no earlier stage ({sorted(seen)}), nor 'path:…' or "
-                f"'hf:…'{hint}"
+                f"'hf:…'{did_you_mean(value, seen)}"
             )
         if seen[value] not in allowed:
             raise ValueError(f"{where}: {field} names {value!r}, a {seen[value]} stage; it needs one of {allowed}")
@@ -282,20 +287,23 @@ def check_references(where: str, stage: Any, seen: dict[str, str]) -> None:
 def check_divides(where: str, stage: Any) -> None:
     """Batches divide into minibatches and microbatches, and a constraint has what it needs."""
     if isinstance(stage, SupervisedStage) and stage.batch_size % stage.microbatches:
-        raise ValueError(f"{where}: batch_size {stage.batch_size} does not divide into microbatches {stage.microbatches}")
+        raise ValueError(
+            f"{where}: batch_size {stage.batch_size} does not divide into microbatches {stage.microbatches}; nearest "
+            f"batches that do: {nearest_multiples(stage.batch_size, stage.microbatches)}"
+        )
     if not isinstance(stage, RLStage):
         return
     rows, parts = stage.batch_size * stage.responses_per_prompt, stage.algorithm.minibatches * stage.microbatches
     if rows % parts:
         raise ValueError(
-            f"{where}: batch_size·responses_per_prompt = {rows} does not divide into minibatches·microbatches = {parts}; "
-            f"nearest batches that do: {max(rows // parts, 1) * parts} or {(rows // parts + 1) * parts}"
+            f"{where}: batch_size·responses_per_prompt = {rows} does not divide into minibatches·microbatches = {parts}"
+            f"; nearest batches that do: {nearest_multiples(rows, parts)}"
         )
     lagrange = stage.algorithm.lagrange
     if stage.algorithm.name == "ppo_lag" and stage.cost_model is None:
         raise ValueError(f"{where}: algorithm.name 'ppo_lag' needs cost_model; name a cost stage, or use 'ppo'")
     if lagrange.constrained_groups is not None and stage.group_field is None:
-        raise ValueError(f"{where}: algorithm.lagrange.constrained_groups needs group_field, the field that holds the group")
+        raise ValueError(f"{where}: algorithm.lagrange.constrained_groups needs group_field, which holds the group")
     if stage.algorithm.ptx_coeff > 0 and stage.ptx is None:
         raise ValueError(f"{where}: algorithm.ptx_coeff {stage.algorithm.ptx_coeff} needs ptx data")
 
@@ -305,7 +313,7 @@ def load_config(path: str | pathlib.Path, overrides: Sequence[str] = ()) -> RunC
 
     Args:
         path: The file.
-        overrides: Such as `stages.1.algorithm.lagrange.lr=0.05`; a stage may be named by index or name, values are YAML.
+        overrides: Such as `stages.1.algorithm.lagrange.lr=0.05`; stages by index or name, values are YAML.
 
     Raises:
         ConfigError: Names the field, the value and the nearest valid key.
@@ -316,7 +324,7 @@ def load_config(path: str | pathlib.Path, overrides: Sequence[str] = ()) -> RunC
         raise ConfigError(f"--config {path}: no such file; configs here: {', '.join(near) or 'none'}")
     try:
         tree = yaml.safe_load(file.read_text())
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: a config is a mapping of keys, not {type(tree).__name__}")
@@ -325,7 +333,7 @@ def load_config(path: str | pathlib.Path, overrides: Sequence[str] = ()) -> RunC
     try:
         return RunConfig.model_validate(tree)
     except pydantic.ValidationError as error:
-        raise ConfigError(f"{path}: " + "\n".join(explain(e) for e in error.errors())) from None
+        raise ConfigError(f"{path}: {explain_all(RunConfig, error.errors())}") from None
 
 
 def apply_override(tree: dict[str, Any], override: str) -> None:
@@ -337,6 +345,10 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals:
         raise ConfigError(f"override {override!r}: write dotted.key=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {override!r}: the value is not valid YAML: {error}") from error
     node: Any = tree
     *parents, last = key.split(".")
     for part in parents:
@@ -347,9 +359,9 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
         else:
             raise ConfigError(f"override {override!r}: {part!r} lies below a plain value")
     if isinstance(node, list):
-        node[list_index(node, last, override)] = yaml.safe_load(text)
+        node[list_index(node, last, override)] = value
     elif isinstance(node, dict):
-        node[last] = yaml.safe_load(text)
+        node[last] = value
     else:
         raise ConfigError(f"override {override!r}: {last!r} lies below a plain value")
 
@@ -364,39 +376,15 @@ def list_index(items: list[Any], part: str, override: str) -> int:
     raise ConfigError(f"override {override!r}: {part!r} is neither an index below {len(items)} nor one of {names}")
 
 
-def explain(error: Any) -> str:
-    """Turns one pydantic error into one line: where, what, and the nearest key that exists."""
-    location = [str(part) for part in error["loc"]]
-    where, message = ".".join(location) or "config", error["msg"].removeprefix("Value error, ")
-    if error["type"] == "extra_forbidden":
-        keys = known_keys()
-        nearest = difflib.get_close_matches(location[-1], keys, 1)
-        hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
-        return f"{where}: unknown key (value {error['input']!r}){hint}"
-    if error["type"] == "missing":
-        return f"{where}: required, and missing"
-    shown = "" if isinstance(error["input"], dict | tuple | list) else f" (value {error['input']!r})"
-    return f"{where}: {message}{shown}" if error["loc"] else message
-
-
-def known_keys() -> list[str]:
-    """Returns every key of every schema."""
-    pending, keys = Schema.__subclasses__(), []
-    while pending:
-        schema = pending.pop()
-        pending.extend(schema.__subclasses__())
-        keys.extend(schema.model_fields)
-    return sorted(set(keys))
-
-
-def dump(run: RunConfig, stage: Schema) -> str:
-    """Returns a YAML config that runs this stage alone, defaults written out."""
-    tree = run.model_dump(mode="json") | {"stages": [stage.model_dump(mode="json")]}
-    text: str = yaml.safe_dump(tree, sort_keys=False)
+def dump(run: RunConfig, stage: StageBase) -> str:
+    """Returns a YAML config of the run up to this stage, defaults written out; running it again changes nothing."""
+    tree = run.model_dump(mode="json")
+    tree["stages"] = tree["stages"][: [s.name for s in run.stages].index(stage.name) + 1]
+    text: str = yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
     return text
 
 
 def config_hash(*parts: Any) -> str:
     """Returns 12 hex digits that change when any part changes."""
-    text = json.dumps([p.model_dump(mode="json") if isinstance(p, pydantic.BaseModel) else p for p in parts], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
+    plain = [part.model_dump(mode="json") if isinstance(part, pydantic.BaseModel) else part for part in parts]
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:12]

@@ -9,6 +9,7 @@ from types import FrameType
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from safe_rlhf_jax.checkpoint import Checkpoints
 from safe_rlhf_jax.metrics import ProgressBar, Throughput, make_writers
@@ -66,13 +67,13 @@ def fit(stage: Stage, folder: pathlib.Path, *, writers: tuple[str, ...] = ("json
             done = step + 1
             log.push(done, metrics)
             if stage.eval_every and done % stage.eval_every == 0 and done < stage.total_steps:
-                log.flush()
-                log.write(done, stage.evaluate(state))
+                log.flush(lambda: stage.evaluate(state))  # noqa: B023 called before the next step
             if done % stage.checkpoint_every == 0 or done == stage.total_steps or preemption.asked:
                 log.flush()  # raises before a state that is not finite is saved
+                log.refuse(done, not_finite(state))
                 checkpoints.save(done, state)
                 log.throughput.skip()
-            if preemption.asked and done < stage.total_steps:
+            if preemption.asked:
                 checkpoints.close()
                 log.close()
                 print(f"{stage.name}: preempted; step {done} is saved, the same command continues")
@@ -100,39 +101,58 @@ class Log:
         self.flush()
         self.pending = step, metrics
 
-    def flush(self) -> None:
-        """Reports the pending step."""
+    def flush(self, evaluate: Callable[[], dict[str, float]] = dict) -> None:
+        """Reports the pending step, together with what `evaluate` measures after it."""
         if self.pending is None:
             return
         step, metrics = self.pending
         self.pending = None
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        bad = [name for name, value in values.items() if not math.isfinite(value)]
-        if bad:
-            last = self.checkpoints.latest()
-            where = f"step {last} in {self.checkpoints.folder}" if last else "none yet"
-            self.close()
-            raise FloatingPointError(
-                f"{self.stage.name}: {bad[0]} is {values[bad[0]]} at step {step}; last good checkpoint: {where}. "
-                "Lower the learning rate or max_grad_norm, or look at the data of this step."
-            )
+        bad = [f"{name} is {value}" for name, value in values.items() if not math.isfinite(value)]
+        self.refuse(step, bad[0] if bad else None)
         values |= self.throughput.update(self.stage.tokens(values))
         message = None if self.warned else self.stage.warning(values)
         if message:
             self.warned = True
             print(f"{self.stage.name}: warning at step {step}: {message}")
-        self.write(step, values)
+        measured = evaluate()
+        if measured:
+            self.throughput.skip()
+        self.writers.write(step, values | measured)
+        self.bar.write(step, values | measured)
 
-    def write(self, step: int, metrics: dict[str, float]) -> None:
-        """Writes metrics and moves the progress bar."""
-        self.writers.write(step, metrics)
-        self.bar.write(step, metrics)
+    def refuse(self, step: int, problem: str | None) -> None:
+        """Stops a run with a number that is not finite, before its state is saved."""
+        if problem is None:
+            return
+        self.pending = None
+        last = self.checkpoints.latest()
+        self.checkpoints.close()
+        self.close()
+        where = f"step {last} in {self.checkpoints.folder}" if last else "none yet"
+        raise FloatingPointError(
+            f"{self.stage.name}: {problem} at step {step}; last good checkpoint: {where}. "
+            "Lower the learning rate or max_grad_norm, or look at the data of this step."
+        )
 
     def close(self) -> None:
         """Reports what is pending and closes the files."""
         self.flush()
         self.bar.close()
         self.writers.close()
+
+
+@jax.jit
+def finite_leaves(state: Any) -> Any:
+    """Returns a bool[] for each array of numbers: all of them are finite."""
+    return jax.tree.map(lambda x: jnp.isfinite(x).all() if jnp.issubdtype(x.dtype, jnp.floating) else True, state)
+
+
+def not_finite(state: Any) -> str | None:
+    """Returns which array of a state is not finite, in words, or None."""
+    leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(finite_leaves(state)))
+    bad = [jax.tree_util.keystr(path) for path, finite in leaves if not finite]
+    return f"state{bad[0]} is not finite" if bad else None
 
 
 class Preemption:

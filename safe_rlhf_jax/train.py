@@ -1,4 +1,4 @@
-"""Command line: `python -m safe_rlhf_jax.train --config FILE [dotted.key=value …]` runs the stages of a config in order."""
+"""Command line: `python -m safe_rlhf_jax.train --config FILE [dotted.key=value …]` runs a config's stages in order."""
 
 import argparse
 import ctypes
@@ -19,7 +19,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     )
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML config, such as configs/quickstart.yaml")
     parser.add_argument(
-        "overrides", nargs="*", metavar="dotted.key=value", help="overrides; stages by index or by name; values are YAML"
+        "overrides", nargs="*", metavar="dotted.key=value", help="overrides; stages by index or name; values are YAML"
     )
     return parser.parse_args(arguments)
 
@@ -27,10 +27,15 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 def keep_freed_memory() -> None:
     """Tells glibc to keep freed memory, in one arena, instead of giving it back.
 
-    On CPU every step allocates the same large buffers; with fresh pages each time, a third of a step's time goes to page
-    faults (measured, see benchmarks/README.md). Numbers from malloc.h.
+    On CPU every step allocates the same large buffers; with fresh pages each time, a third of a step's time goes to
+    page faults (measured, see benchmarks/README.md). Numbers from malloc.h.
     """
-    options = {"M_MMAP_MAX": (-4, 0), "M_TRIM_THRESHOLD": (-1, 2**31 - 1), "M_TOP_PAD": (-2, 2**28), "M_ARENA_MAX": (-8, 1)}
+    options = {
+        "M_MMAP_MAX": (-4, 0),
+        "M_TRIM_THRESHOLD": (-1, 2**31 - 1),
+        "M_TOP_PAD": (-2, 2**28),
+        "M_ARENA_MAX": (-8, 1),
+    }
     try:
         libc = ctypes.CDLL(None)
         for parameter, value in options.values():
@@ -53,9 +58,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         command = " ".join([options.config, *options.overrides])
         run = Run(config, command)
+        stages.check_run(run)
         for stage in config.stages:
             stages.run_stage(run, stage)
-    except (ConfigError, ValueError, FileNotFoundError, FloatingPointError) as error:
+    except (ConfigError, ValueError, OSError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

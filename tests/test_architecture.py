@@ -16,7 +16,7 @@ LEVELS = (
     {"models"},
     {"optim", "inference"},
     {"objectives", "rl", "evaluation", "data"},
-    {"checkpoint", "loop", "config"},
+    {"checkpoint", "loop", "config", "config_errors"},
     {"stages"},
     {"train", "compile", "chat"},
 )
@@ -24,7 +24,8 @@ LEVELS = (
 ONLY = {
     "types": set(),
     "data": {"data", "types"},
-    "config": {"models.config"},
+    "config": {"config_errors", "models.config"},
+    "config_errors": set(),
 }
 FORBIDDEN_IMPORTS = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "joblib", "shelve"}
 FORBIDDEN_ARGUMENTS = {"trust_remote_code", "allow_pickle"}  # = True

@@ -1,6 +1,10 @@
-"""Step 3 of the line: a record becomes rows of arrays. Unusable records are counted by reason, and fatal above a limit."""
+"""Step 3 of the line: a record becomes rows of arrays.
+
+Unusable records are counted by reason, and fatal above a limit.
+"""
 
 import dataclasses
+import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,6 +16,7 @@ from safe_rlhf_jax.data.templates import Message, Template, format_dialogue
 from safe_rlhf_jax.data.tokenizer import Tokenizer
 from safe_rlhf_jax.types import PreferenceBatch, PromptBatch, SafetyBatch, Sequences, SupervisedBatch
 
+MAX_SHOWN = 300  # characters of a bad record in an error
 ROUND = 8  # columns: widths are rounded up to a multiple
 
 
@@ -59,7 +64,9 @@ class Examples:
 def messages_of(record: Record) -> list[Message]:
     """Returns the conversation of a supervised record, whichever of the known formats it has."""
     if "messages" in record:
-        return list(record["messages"])
+        if not isinstance(record["messages"], list) or not record["messages"]:
+            raise Unusable("messages is no list of turns")
+        return record["messages"]
     if "instruction" in record and "output" in record:
         request = " ".join(part for part in (record["instruction"], record.get("input", "")) if part)
         return pair(request, record["output"])
@@ -76,9 +83,13 @@ def pair(prompt: str, response: str) -> list[Message]:
 def encode(messages: Sequence[Message], template: Template, tokenizer: Tokenizer) -> Text:
     """Tokenises a conversation segment by segment, as generation will see it; EOS follows every response."""
     ids, trained = list(tokenizer.prefix), [False] * len(tokenizer.prefix)
+    for i, message in enumerate(messages):
+        content = message.get("content") if isinstance(message, dict) else None
+        if not isinstance(content, str) or not content.strip():
+            raise Unusable("no response" if i % 2 else "no prompt")
     try:
         segments = format_dialogue(messages, template)
-    except (ValueError, KeyError, AttributeError) as error:
+    except ValueError as error:
         raise Unusable("turns that do not alternate between user and assistant") from error
     for segment in segments:
         tokens = tokenizer.encode(segment.text) + ([tokenizer.eos_id] if segment.trained else [])
@@ -145,9 +156,16 @@ def convert(
     *,
     where: str,
     max_bad: float,
-    fits: Callable[[tuple[Text, ...]], bool] = lambda texts: True,
+    unfit: Callable[[tuple[Text, ...]], str | None] = lambda texts: None,
 ) -> tuple[list[tuple[Text, ...]], list[Record], dict[str, int]]:
     """Converts every record, counting the unusable ones by reason.
+
+    Args:
+        records: The records.
+        example: A record's texts; raises `Unusable`.
+        where: Names the data in errors.
+        max_bad: Share of records that may be unusable.
+        unfit: Why texts cannot be used at this length, or None.
 
     Raises:
         ValueError: If more than the share `max_bad` is unusable, with the counts and a first example.
@@ -157,10 +175,8 @@ def convert(
     for record in records:
         try:
             converted = example(record)
-            if not fits(converted):
-                raise Unusable("longer than max_prompt_length")
-            if converted[0].trained[-1] and not all(any(text.trained) for text in converted):
-                raise Unusable("no response")
+            if problem := unfit(converted):
+                raise Unusable(problem)
         except Unusable as reason:
             skipped[str(reason)] += 1
             first_bad = first_bad or record
@@ -170,14 +186,25 @@ def convert(
     bad = sum(skipped.values())
     if not kept or bad > max_bad * len(records):
         reasons = "; ".join(f"{reason}: {count}" for reason, count in skipped.most_common())
+        shown = json.dumps(first_bad, ensure_ascii=False, default=str)
+        shown = shown if len(shown) <= MAX_SHOWN else shown[:MAX_SHOWN] + " …"
         raise ValueError(
-            f"{where}: {bad} of {len(records)} records cannot be used ({reasons}). First: {first_bad}. "
-            f"Mend the data, or raise max_bad_records ({max_bad})."
+            f"{where}: {bad} of {len(records)} records cannot be used ({reasons}). First: {shown}. "
+            + (f"Mend the data, or raise max_bad_records ({max_bad})." if kept else "None is left.")
         )
     return texts, kept, dict(skipped)
 
 
-def pad_right(texts: Sequence[Text], width: int, pad_id: int) -> dict[str, np.ndarray]:
+def unfit_texts(texts: tuple[Text, ...], max_length: int) -> str | None:
+    """Returns why texts of prompt and response teach nothing when cut to `max_length`, or None."""
+    if not all(any(text.trained[:max_length]) for text in texts):
+        return "the prompt fills max_length"
+    if len(texts) > 1 and texts[0].ids[:max_length] == texts[1].ids[:max_length]:
+        return "responses that are identical within max_length"
+    return None
+
+
+def pad_right(texts: Sequence[Text], width: int, pad_id: int) -> dict[str, Any]:
     """Returns tokens, mask and trained [N, width]; longer texts lose their end."""
     tokens = np.full((len(texts), width), pad_id, np.int32)
     mask, trained = np.zeros((len(texts), width), bool), np.zeros((len(texts), width), bool)
@@ -198,7 +225,11 @@ def load_supervised(
 ) -> Examples:
     """Returns a `SupervisedBatch` of all records."""
     texts, kept, skipped = convert(
-        records, lambda r: supervised_example(r, template, tokenizer), where=where, max_bad=max_bad
+        records,
+        lambda r: supervised_example(r, template, tokenizer),
+        where=where,
+        max_bad=max_bad,
+        unfit=lambda t: unfit_texts(t, max_length),
     )
     rows = [text for (text,) in texts]
     padded = pad_right(rows, common_width(rows, max_length), tokenizer.pad_id)
@@ -218,7 +249,13 @@ def load_pairs(
 ) -> Examples:
     """Returns a `SafetyBatch` or a `PreferenceBatch` of all records; both sides have one width."""
     example = safety_example if safety else preference_example
-    texts, kept, skipped = convert(records, lambda r: example(r, template, tokenizer), where=where, max_bad=max_bad)
+    texts, kept, skipped = convert(
+        records,
+        lambda r: example(r, template, tokenizer),
+        where=where,
+        max_bad=max_bad,
+        unfit=lambda t: unfit_texts(t, max_length),
+    )
     flat = [text for pair_ in texts for text in pair_]
     width = common_width(flat, max_length)
 
@@ -229,7 +266,7 @@ def load_pairs(
     batch: SafetyBatch | PreferenceBatch
     if safety:
         safer = np.array([record["safer_response_id"] for record in kept], np.int64)
-        labels = np.array([safety_labels(record) for record in kept], bool)
+        labels: Any = np.array([safety_labels(record) for record in kept], bool)
         rows = np.arange(len(kept))
         batch = SafetyBatch(side(0), side(1), labels[rows, safer], labels[rows, 1 - safer])
     else:
@@ -252,6 +289,14 @@ def load_prompts(
     """Returns a `PromptBatch` of all records, left-padded; a prompt that is too long is dropped or loses its start.
 
     Args:
+        records: The records.
+        template: Of the run.
+        tokenizer: Of the run.
+        max_length: Tokens of a prompt.
+        where: Names the data in errors.
+        max_bad: Share of records that may be unusable.
+        long_prompts: "drop", or "truncate_left".
+        group_field: Field that names the group, if any.
         groups: Names by index of the values of `group_field`.
 
     Raises:
@@ -263,19 +308,20 @@ def load_prompts(
         lambda r: prompt_example(r, template, tokenizer),
         where=where,
         max_bad=max_bad,
-        fits=lambda t: not drop or len(t[0].ids) <= max_length,
+        unfit=lambda t: "longer than max_prompt_length" if drop and len(t[0].ids) > max_length else None,
     )
     rows = [text for (text,) in texts]
     width = common_width(rows, max_length)
-    tokens = np.full((len(rows), width), tokenizer.pad_id, np.int32)
-    mask = np.zeros((len(rows), width), bool)
+    tokens: Any = np.full((len(rows), width), tokenizer.pad_id, np.int32)
+    mask: Any = np.zeros((len(rows), width), bool)
     for i, text in enumerate(rows):
         ids = text.ids[-width:]
         tokens[i, width - len(ids) :], mask[i, width - len(ids) :] = ids, True
-    group = np.zeros(len(rows), np.int32)
+    group: Any = np.zeros(len(rows), np.int32)
     if group_field is not None:
         if any(group_field not in record for record in kept):
-            raise ValueError(f"{where}: group_field {group_field!r} is missing from records; they have {sorted(kept[0])}")
+            keys = sorted(kept[0])
+            raise ValueError(f"{where}: group_field {group_field!r} is missing from records; the first has {keys}")
         names = list(groups or group_names(kept, group_field))
         group = np.array([names.index(str(record[group_field])) for record in kept], np.int32)
     return Examples(PromptBatch(tokens, mask, group), kept, skipped, sum(len(text.ids) > width for text in rows))

@@ -4,7 +4,9 @@
 train leave `export/`.
 """
 
+import itertools
 import json
+import pathlib
 import time
 from collections.abc import Callable
 from typing import Any
@@ -12,10 +14,13 @@ from typing import Any
 import jax
 
 from safe_rlhf_jax import config as cfg
+from safe_rlhf_jax.stages.check import check_run
 from safe_rlhf_jax.stages.common import Run
 from safe_rlhf_jax.stages.evaluation import run_evaluation
 from safe_rlhf_jax.stages.reinforcement import run_reinforcement
 from safe_rlhf_jax.stages.supervised import run_supervised
+
+__all__ = ["STAGES", "Run", "check_run", "run_stage"]
 
 # kind -> (run, stage config, folder) -> what goes into result.json
 STAGES: dict[str, Callable[..., dict[str, Any]]] = {
@@ -38,7 +43,7 @@ def run_stage(run: Run, stage: Any) -> None:
     folder = run.folder(stage.name)
     mark = folder / "config_hash"
     if mark.is_file() and mark.read_text() != run.hashes[stage.name]:
-        aside = folder.with_name(f"{folder.name}.{mark.read_text()}")
+        aside = unused(folder.with_name(f"{folder.name}.{mark.read_text()}"))
         folder.rename(aside)
         print(f"{stage.name}: the config has changed; the earlier result is kept in {aside}")
     folder.mkdir(parents=True, exist_ok=True)
@@ -52,5 +57,11 @@ def run_stage(run: Run, stage: Any) -> None:
     partial = folder / "result.json.partial"
     partial.write_text(json.dumps(result, indent=2) + "\n")
     partial.rename(folder / "result.json")
-    shown = {name: value for name, value in result.get("metrics", {}).items() if isinstance(value, float)}
-    print(f"{stage.name}: done in {seconds:.0f} s; " + ", ".join(f"{k} {v:.4g}" for k, v in shown.items()))
+    shown = result["metrics"] if stage.kind != "evaluate" else {}  # its table has been shown
+    print(f"{stage.name}: done in {seconds:.0f} s" + "".join(f"; {k} {v:.4g}" for k, v in shown.items()))
+
+
+def unused(path: pathlib.Path) -> pathlib.Path:
+    """Returns the path, or where it exists the first of path.2, path.3, … that does not."""
+    candidates = itertools.chain([path], (path.with_name(f"{path.name}.{i}") for i in itertools.count(2)))
+    return next(candidate for candidate in candidates if not candidate.exists())

@@ -1,6 +1,7 @@
 """What stages share: the run, opening networks, making states, compiling steps, exporting."""
 
 import dataclasses
+import hashlib
 import json
 import pathlib
 from collections.abc import Callable
@@ -37,10 +38,10 @@ class Run:
         self.template = TEMPLATES[config.template]
         self.mesh = make_mesh((config.mesh.data, config.mesh.fsdp, config.mesh.tensor))
         self.hashes: dict[str, str] = {}
+        shared = [config.seed, config.tokenizer, config.template, config.execution, config.mesh]
         for stage in config.stages:
             upstream = [self.hashes.get(name, name) for name in cfg.references(stage).values()]
-            shared = [config.seed, config.tokenizer, config.template, config.execution, config.mesh]
-            self.hashes[stage.name] = cfg.config_hash(stage, *shared, *upstream)
+            self.hashes[stage.name] = cfg.config_hash(stage, *shared, file_digests(stage), *upstream)
 
     def folder(self, name: str) -> pathlib.Path:
         """Returns the folder of a stage."""
@@ -70,17 +71,31 @@ class Run:
         return shard_batch(batch, self.mesh)
 
 
+def file_digests(stage: Any) -> dict[str, str]:
+    """Returns {path: digest} of the local files a stage reads: other contents are another run."""
+    pending, digests = list(stage), {}
+    while pending:
+        _, value = pending.pop()
+        if isinstance(value, cfg.Data) and pathlib.Path(value.name).expanduser().is_file():
+            with pathlib.Path(value.name).expanduser().open("rb") as file:
+                digests[value.name] = hashlib.file_digest(file, "sha256").hexdigest()
+        elif isinstance(value, cfg.Schema):
+            pending.extend(value)
+        elif isinstance(value, tuple):
+            pending.extend(("", item) for item in value)
+    return digests
+
+
 def new_config(run: Run, preset: str) -> ModelConfig:
     """Returns the configuration of a preset for the run's tokenizer."""
-    return with_execution(run, ModelConfig(vocab_size=run.tokenizer.vocab_size, **PRESETS[preset]))
+    sizes: dict[str, Any] = dict(PRESETS[preset])
+    return with_execution(run, ModelConfig(vocab_size=run.tokenizer.vocab_size, **sizes))
 
 
 def with_execution(run: Run, config: ModelConfig) -> ModelConfig:
     """Returns a model's configuration with the run's way of running it."""
     execution = run.config.execution
-    return dataclasses.replace(
-        config, dtype=execution.dtype, remat=execution.remat, scan_layers=execution.scan_layers
-    )
+    return dataclasses.replace(config, dtype=execution.dtype, remat=execution.remat, scan_layers=execution.scan_layers)
 
 
 def open_model(
@@ -100,7 +115,8 @@ def open_model(
     prefix, _, rest = reference.partition(":")
     if prefix == "preset":
         config = new_config(run, rest)
-        module: Any = CausalLM(config) if head == "lm" else ScoreModel(config, score or ScoreConfig(score_type or "reward"))
+        score = score or ScoreConfig(score_type or "reward")
+        module: Any = CausalLM(config) if head == "lm" else ScoreModel(config, score)
         variables = init_sharded(initializer(module), run.mesh, jax.random.key(seed))
         return module, variables
     module, variables = hf.load(
@@ -123,7 +139,9 @@ def initializer(module: Any) -> Callable[[jax.Array], Any]:
     return lambda key: module.init(key, tokens, tokens == 0)
 
 
-def start_state(run: Run, module: Any, variables: dict[str, Any], optimizer: optax.GradientTransformation) -> TrainState:
+def start_state(
+    run: Run, module: Any, variables: dict[str, Any], optimizer: optax.GradientTransformation
+) -> TrainState:
     """Returns the state of a network before its first step; optimizer moments are sharded like the parameters."""
 
     def boxed(key: jax.Array) -> TrainState:
@@ -179,16 +197,6 @@ def report_data(name: str, data: Examples) -> None:
     notes = [f"{count} skipped: {reason}" for reason, count in data.skipped.items()]
     notes += [f"{data.truncated} texts cut to the length limit"] if data.truncated else []
     print(f"{name}: {len(data)} records" + "".join(f"; {note}" for note in notes))
-
-
-def check_positions(where: str, needed: int, config: ModelConfig) -> None:
-    """Refuses sequences longer than the model has positions.
-
-    Raises:
-        ConfigError: With both numbers.
-    """
-    if needed > config.max_positions:
-        raise cfg.ConfigError(f"{where}: {needed} tokens, but the model has {config.max_positions} positions; shorten them")
 
 
 def writers(run: Run) -> tuple[str, ...]:

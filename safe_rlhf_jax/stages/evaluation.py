@@ -14,7 +14,7 @@ from safe_rlhf_jax.evaluation.report import Report, summary_table, write_report
 from safe_rlhf_jax.evaluation.statistics import summarize
 from safe_rlhf_jax.inference.sampling import Sampling
 from safe_rlhf_jax.metrics import read_jsonl
-from safe_rlhf_jax.stages.common import EVAL_BATCH, Run, open_model, oracle_for
+from safe_rlhf_jax.stages.common import Run, open_model, oracle_for
 from safe_rlhf_jax.stages.reinforcement import load_prompts
 from safe_rlhf_jax.types import Frozen
 
@@ -56,7 +56,7 @@ def sample_policies(run: Run, stage: cfg.EvaluateStage) -> dict[str, list[evalua
         for data, prompts in prompt_sets:
             out[name] += evaluate.collect_samples(
                 lambda batch, key, params=params: respond(params, frozen, run.put(batch), key),  # type: ignore[misc]
-                in_order(prompts, EVAL_BATCH),
+                in_order(prompts, stage.batch_size),
                 prompts.records,
                 key=jax.random.key(seed),
                 decode=run.tokenizer.decode,

@@ -23,7 +23,6 @@ from safe_rlhf_jax.sharding import replicated
 from safe_rlhf_jax.stages.common import (
     EVAL_BATCH,
     Run,
-    check_positions,
     export,
     jit_step,
     open_model,
@@ -43,11 +42,6 @@ def run_reinforcement(run: Run, stage: cfg.RLStage, folder: pathlib.Path) -> dic
     groups = examples.group_names(prompts.records, stage.group_field)
     limit, limit_source = cost_limit(run, stage)
     networks, state, frozen = build_networks(run, stage)
-    check_positions(
-        f"{stage.name}: max_prompt_length + max_response_length",
-        prompts.width + stage.max_response_length,
-        networks.policy.config,
-    )
     hp = hyperparameters(run, stage, prompts.width, limit, groups)
     algorithm = ALGORITHMS[stage.algorithm.name]
     step = compile_step(run, stage, networks, algorithm, hp, state)
@@ -146,8 +140,8 @@ def cost_limit(run: Run, stage: cfg.RLStage) -> tuple[float, str]:
     groups = stage.algorithm.lagrange.constrained_groups
     where = f" to {', '.join(groups)} prompts" if groups else ""
     source = (
-        f"mean cost of {len(costs['safe'])} responses{where} labelled safe, plus {setting.margin:.0%} of the gap to the "
-        f"{len(costs['unsafe'])} labelled unsafe, by the cost model"
+        f"mean cost of {len(costs['safe'])} responses{where} labelled safe, plus {setting.margin:.0%} of the gap to "
+        f"the {len(costs['unsafe'])} labelled unsafe, by the cost model"
     )
     print(f"{stage.name}: cost limit {limit:.3f} ({source})")
     return limit, source
@@ -155,11 +149,8 @@ def cost_limit(run: Run, stage: cfg.RLStage) -> tuple[float, str]:
 
 def labelled_costs(run: Run, stage: cfg.RLStage, data: cfg.Data) -> dict[str, list[float]]:
     """Returns the cost model's scores of labelled responses, {safe, unsafe}, on prompts the constraint names."""
-    records, groups = run.records(data), stage.algorithm.lagrange.constrained_groups
-    if groups and any(stage.group_field in record for record in records):
-        records = [record for record in records if str(record.get(stage.group_field)) in groups]
     pairs = examples.load_pairs(
-        records,
+        constrained_records(run, stage, data),
         run.template,
         run.tokenizer,
         safety=True,
@@ -172,6 +163,27 @@ def labelled_costs(run: Run, stage: cfg.RLStage, data: cfg.Data) -> dict[str, li
     out = evaluate.evaluate_pairs(lambda texts: score(variables, run.put(texts)), in_order(pairs, EVAL_BATCH))
     by_label: dict[str, list[float]] = out["scores_by_label"]
     return by_label
+
+
+def constrained_records(run: Run, stage: cfg.RLStage, data: cfg.Data) -> list[Any]:
+    """Returns labelled pairs on prompts that the constraint names; on all prompts where the data knows no groups.
+
+    Raises:
+        ConfigError: If no response is labelled safe, or none unsafe.
+    """
+    records, field = run.records(data), str(stage.group_field)
+    groups = stage.algorithm.lagrange.constrained_groups
+    if groups and any(field in record for record in records):
+        records = [record for record in records if str(record.get(field)) in groups]
+    labels = {record.get(f"is_response_{i}_safe") for record in records for i in (0, 1)}
+    if not {True, False} <= labels:
+        on = f" on {', '.join(groups)} prompts" if groups else ""
+        raise cfg.ConfigError(
+            f"{stage.name}: algorithm.lagrange.cost_limit: data {data.name} ({data.split}) needs responses labelled "
+            f"safe and responses labelled unsafe{on}; is_response_0_safe and is_response_1_safe hold "
+            f"{sorted(map(str, labels))}"
+        )
+    return records
 
 
 def build_networks(run: Run, stage: cfg.RLStage) -> tuple[Networks, RLState, Frozen]:
@@ -188,8 +200,10 @@ def build_networks(run: Run, stage: cfg.RLStage) -> tuple[Networks, RLState, Fro
             critics[signal], critic_variables = open_model(run, reference, "score", score_type="critic")
             critic_states[signal] = start_state(run, critics[signal], critic_variables, critic_optimizer)
     lagrange = stage.algorithm.lagrange
-    constraint = (init_window(lagrange.window), init_multiplier(lagrange.init)) if algorithm.constrained else (None, None)
-    window, multiplier = jax.device_put(constraint, replicated(run.mesh))
+    window, multiplier = None, None
+    if algorithm.constrained:
+        start = init_window(lagrange.window), init_multiplier(lagrange.init)
+        window, multiplier = jax.device_put(start, replicated(run.mesh))
     state = RLState(
         step=jax.device_put(jnp.zeros((), jnp.int32), replicated(run.mesh)),
         actor=start_state(run, policy, variables, actor_optimizer),
@@ -201,22 +215,28 @@ def build_networks(run: Run, stage: cfg.RLStage) -> tuple[Networks, RLState, Fro
     return networks, state, Frozen(reference=variables["params"], scorers=scorer_variables)
 
 
-def hyperparameters(
-    run: Run, stage: cfg.RLStage, prompt_length: int, limit: float, groups: tuple[str, ...]
-) -> Hyperparameters:
-    """Returns the scalars of an iteration.
+def check_groups(stage: cfg.RLStage, groups: tuple[str, ...]) -> None:
+    """The prompts have the groups that the constraint names.
 
     Raises:
-        ConfigError: If the constraint names a group that the prompts do not have.
+        ConfigError: With the groups there are.
     """
-    a, lagrange = stage.algorithm, stage.algorithm.lagrange
-    names = lagrange.constrained_groups if a.name == "ppo_lag" else None
-    unknown = [name for name in names or () if name not in groups]
+    named = stage.algorithm.lagrange.constrained_groups if stage.algorithm.name == "ppo_lag" else None
+    unknown = [name for name in named or () if name not in groups]
     if unknown:
         raise cfg.ConfigError(
             f"{stage.name}: algorithm.lagrange.constrained_groups names {unknown}, but {stage.group_field!r} of the "
             f"prompts has {list(groups)}"
         )
+
+
+def hyperparameters(
+    run: Run, stage: cfg.RLStage, prompt_length: int, limit: float, groups: tuple[str, ...]
+) -> Hyperparameters:
+    """Returns the scalars of an iteration."""
+    a, lagrange = stage.algorithm, stage.algorithm.lagrange
+    names = lagrange.constrained_groups if a.name == "ppo_lag" else None
+    check_groups(stage, groups)
     return Hyperparameters(
         prompt_length=prompt_length,
         response_length=stage.max_response_length,
@@ -276,7 +296,7 @@ def make_evaluate(
     """Returns evaluate(state): the policy on `eval_prompts`, sampled as in training."""
     if stage.eval_prompts is None:
         return lambda _: {}
-    prompts = load_prompts(run, stage, stage.eval_prompts)
+    prompts, oracle = load_prompts(run, stage, stage.eval_prompts), oracle_for(stage.eval_prompts)
     respond = evaluate.make_respond(
         networks.policy,
         networks.scorers,
@@ -295,7 +315,7 @@ def make_evaluate(
             decode=run.tokenizer.decode,
             split="test",
             group_field=stage.group_field,
-            oracle=oracle_for(stage.eval_prompts),
+            oracle=oracle,
         )
         summary = summarize(samples)
         return {f"eval/{k}": v for k, v in summary.items() if "/" not in k and not k.endswith(("_low", "_high"))}

@@ -1,9 +1,10 @@
 """SFT, reward model, cost model."""
 
+import dataclasses
 import json
 import pathlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,6 @@ from safe_rlhf_jax.optim import gradient_step
 from safe_rlhf_jax.stages.common import (
     EVAL_BATCH,
     Run,
-    check_positions,
     export,
     flat,
     jit_step,
@@ -58,10 +58,10 @@ def run_supervised(run: Run, stage: Any, folder: pathlib.Path) -> dict[str, Any]
     if stage.kind != "sft":
         momentum = stage.normalizer_momentum
         score = ScoreConfig(stage.kind, normalize=stage.normalize, momentum=momentum)
-    module, variables = open_model(run, stage.init_from, "lm" if stage.kind == "sft" else "score", score=score, seed=seed)
-    check_positions(f"{stage.name}: max_length", data.width, module.config)
+    head: Literal["lm", "score"] = "lm" if stage.kind == "sft" else "score"
+    module, variables = open_model(run, stage.init_from, head, score=score, seed=seed)
     state = start_state(run, module, variables, optimizer)
-    step = {"sft": sft_step, "reward": pairs_step, "cost": pairs_step}[stage.kind](stage, module, optimizer)
+    step = (sft_step if stage.kind == "sft" else pairs_step)(stage, module, optimizer)
     held_out = load_examples(run, stage, stage.eval_data, stage.kind) if stage.eval_data else None
     evaluator = sft_evaluate if stage.kind == "sft" else pairs_evaluate
     evaluate_state = evaluator(run, module, held_out) if held_out else (lambda _: {})
@@ -109,13 +109,13 @@ def pairs_step(
         del frozen, key
 
         def loss(params: Any, part: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
-            options = {"token_wise": stage.token_wise, "regularization": stage.regularization}
+            options: dict[str, Any] = {"token_wise": stage.token_wise, "regularization": stage.regularization}
             return loss_of(module, params, state.stats, part, **options)
 
         state, metrics = gradient_step(loss, state, batch, optimizer, microbatches=stage.microbatches)
         mean, square = metrics["score_mean"], metrics.pop("score_square")
         stats = objectives.update_normalizer(state.stats, mean, square, 2 * stage.batch_size, module.score)
-        return state.replace(stats=stats), {f"train/{name}": value for name, value in metrics.items()}
+        return dataclasses.replace(state, stats=stats), {f"train/{name}": value for name, value in metrics.items()}
 
     return step
 

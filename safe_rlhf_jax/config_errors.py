@@ -1,0 +1,91 @@
+"""Validation errors as one clear line each: the key as an override writes it, the value, what is allowed, the fix."""
+
+import difflib
+from collections.abc import Iterable, Sequence
+from typing import Any, get_args
+
+import pydantic
+
+
+class ConfigError(ValueError):
+    """A config that cannot run; the message names the field, the value and the fix."""
+
+
+def did_you_mean(word: str, words: Iterable[str], prefix: str = "") -> str:
+    """Returns "; did you mean …?" with the nearest of `words`, or nothing where none is near."""
+    nearest = difflib.get_close_matches(word, list(words), 1)
+    return f"; did you mean {prefix + nearest[0]!r}?" if nearest else ""
+
+
+def nearest_multiples(rows: int, parts: int) -> str:
+    """Returns the multiples of `parts` on both sides of `rows`, in words."""
+    low, high = rows // parts * parts, (rows // parts + 1) * parts
+    return f"{low} or {high}" if low else str(high)
+
+
+def explain_all(root: type[pydantic.BaseModel], errors: Sequence[Any]) -> str:
+    """Returns one line per offending key of a config with schema `root`."""
+    lines: dict[tuple[str, ...], str] = {}
+    for error in errors:
+        path, owners = follow(root, error["loc"], keep_last=error["type"] == "extra_forbidden")
+        line = explain(error, path, owners)
+        lines[path] = f"{lines[path]}; or: {error['msg']}" if path in lines else line
+    # A union complains once per member: where a member was recognised, what is wrong inside it says it all.
+    return "\n".join(
+        line for path, line in lines.items() if not any(p != path and path and p[: len(path)] == path for p in lines)
+    )
+
+
+def explain(error: Any, path: tuple[str, ...], owners: Sequence[type[pydantic.BaseModel]]) -> str:
+    """Turns one pydantic error into one line."""
+    where, message = ".".join(path) or "config", error["msg"].removeprefix("Value error, ")
+    kinds = [kind for owner in owners for kind in kinds_of(owner)]
+    if error["type"] == "extra_forbidden":
+        reasons = [getattr(owner, "refused", {}).get(path[-1]) for owner in owners]
+        if any(reasons):
+            return f"{where}: refused (value {error['input']!r}): {next(filter(None, reasons))}"
+        keys = sorted({key for owner in owners for key in owner.model_fields})
+        hint = did_you_mean(path[-1], keys, prefix="".join(f"{part}." for part in path[:-1]))
+        return f"{where}: unknown key (value {error['input']!r}){hint or f'; keys here: {keys}'}"
+    if error["type"] == "missing":
+        return f"{where}: required, and missing"
+    if error["type"] == "union_tag_not_found":
+        return f"{where}.kind: required, and missing; one of {', '.join(kinds)}"
+    if error["type"] == "union_tag_invalid":
+        tag = error["ctx"]["tag"]
+        return f"{where}.kind: {tag!r} is none of {', '.join(kinds)}{did_you_mean(tag, kinds)}"
+    shown = "" if isinstance(error["input"], dict | tuple | list) else f" (value {error['input']!r})"
+    return f"{where}: {message}{shown}" if path else message
+
+
+def follow(
+    root: type[pydantic.BaseModel], location: Sequence[Any], *, keep_last: bool
+) -> tuple[tuple[str, ...], list[type[pydantic.BaseModel]]]:
+    """Returns the keys of a pydantic location without its union tags, and the schemas the last key was looked up in."""
+    path, owners, here = [], [root], [root]
+    for i, part in enumerate(location):
+        annotations = [schema.model_fields[part].annotation for schema in here if part in schema.model_fields]
+        if isinstance(part, int):
+            path.append(str(part))
+            owners = here
+        elif annotations:
+            path.append(part)
+            owners, here = here, [schema for a in annotations for schema in schemas_in(a)]
+        elif keep_last and i == len(location) - 1:
+            path.append(part)
+            owners = here
+        else:
+            here = [schema for schema in here if part in (schema.__name__, *kinds_of(schema))] or here
+    return tuple(path), owners
+
+
+def schemas_in(annotation: Any) -> list[type[pydantic.BaseModel]]:
+    """Returns the schemas inside an annotation such as `tuple[A | B, ...] | None`."""
+    if isinstance(annotation, type) and issubclass(annotation, pydantic.BaseModel):
+        return [annotation]
+    return [schema for argument in get_args(annotation) for schema in schemas_in(argument)]
+
+
+def kinds_of(schema: type[pydantic.BaseModel]) -> tuple[str, ...]:
+    """Returns the values that the key `kind` of a schema may have."""
+    return get_args(schema.model_fields["kind"].annotation) if "kind" in schema.model_fields else ()
