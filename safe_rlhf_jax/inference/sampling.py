@@ -21,9 +21,7 @@ class Sampling:
     repetition_penalty: float = 1.0  # > 1 makes tokens that have occurred less likely
 
 
-def penalize_repetition(
-    logits: Float[Array, "B V"], seen: Bool[Array, "B V"], penalty: float
-) -> Float[Array, "B V"]:
+def penalize_repetition(logits: Float[Array, "B V"], seen: Bool[Array, "B V"], penalty: float) -> Float[Array, "B V"]:
     """Divides positive and multiplies negative logits of seen tokens. Source: Keskar et al. 2019, arXiv 1909.05858."""
     return jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
 

@@ -101,7 +101,6 @@ class Attention(nn.Module):
             if visible.shape[-1] != keys.shape[2]:  # a step of decoding; prefill sees only what it brings
                 keys, values = cache.keys, cache.values
         out = attend(queries, keys, values, visible).swapaxes(1, 2)
-        out = Linear(
-            (c.hidden_size,), ("heads", "head_dim", "embed"), c, c.attention_bias, in_ndim=2, name="o_proj"
-        )(out)
+        axes = ("heads", "head_dim", "embed")
+        out = Linear((c.hidden_size,), axes, c, c.attention_bias, in_ndim=2, name="o_proj")(out)
         return constrain(out, "batch", "length", None), cache

@@ -11,11 +11,14 @@ Path = tuple[str, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Weight:
-    """One stored tensor: where it lives in our tree, and whether it is stored [out, in]."""
+    """One stored tensor: where it lives in our tree, and how many of its dimensions there are inputs of a linear map.
+
+    Linear maps are stored [out, in] and biases [out], with heads and head dimension as one; the rest as it is.
+    """
 
     path: Path
     layer: int | None = None  # index on the leading axis of a scanned parameter
-    transposed: bool = False
+    in_ndim: int | None = None  # 0 for a bias; None for what belongs to no linear map
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,12 +47,14 @@ def llama_config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
     Raises:
         ValueError: For a switch that is not implemented, naming the field.
     """
-    rope = hf.get("rope_parameters") or {}
-    kind = rope.get("rope_type", "default")
-    if kind != "default" or hf.get("rope_scaling"):
-        raise ValueError(f"rope_parameters/rope_scaling {kind or hf['rope_scaling']!r} is not supported; only 'default'")
+    for field in ("rope_parameters", "rope_scaling"):
+        scaling = hf.get(field) or {}
+        kind = scaling.get("rope_type", scaling.get("type", "default"))
+        if kind != "default":
+            raise ValueError(f"config.json: {field} {kind!r} is not supported; only 'default'")
     if hf.get("hidden_act", "silu") != "silu":
-        raise ValueError(f"hidden_act {hf['hidden_act']!r} is not supported; only 'silu'")
+        raise ValueError(f"config.json: hidden_act {hf['hidden_act']!r} is not supported; only 'silu'")
+    rope = hf.get("rope_parameters") or {}
     heads = hf["num_attention_heads"]
     return ModelConfig(
         vocab_size=hf["vocab_size"],
@@ -110,9 +115,10 @@ def llama_decoder_weights(config: ModelConfig) -> dict[str, Weight]:
         for theirs, (ours, names, bias) in linear.items():
             for name in names:
                 stem = f"layers.{i}.{theirs}.{name}"
-                weights[f"{stem}.weight"] = Weight((*base, ours, name, "kernel"), index, transposed=True)
+                in_ndim = 2 if name == "o_proj" else 1  # heads and head dimension
+                weights[f"{stem}.weight"] = Weight((*base, ours, name, "kernel"), index, in_ndim)
                 if bias:
-                    weights[f"{stem}.bias"] = Weight((*base, ours, name, "bias"), index)
+                    weights[f"{stem}.bias"] = Weight((*base, ours, name, "bias"), index, in_ndim=0)
     return weights
 
 

@@ -6,6 +6,7 @@ Two layouts: `*ForCausalLM`, and the Beaver layout `*ForScore` of reward and cos
 
 import dataclasses
 import json
+import math
 import pathlib
 from typing import Any, Literal
 
@@ -23,7 +24,6 @@ from safe_rlhf_jax.models.transformer import CausalLM, ScoreModel
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-NORMALIZERS = {None: "RunningMeanStd"}  # momentum -> normalizer_type; any number is an exponential average
 
 
 def resolve(path_or_id: str | pathlib.Path) -> pathlib.Path:
@@ -50,9 +50,9 @@ def resolve(path_or_id: str | pathlib.Path) -> pathlib.Path:
 
 def score_weights(config: ScoreConfig) -> dict[str, Weight]:
     """Returns {stored name: Weight} of the score head."""
-    weights = {"score_head.weight": Weight(("score_kernel",), transposed=True)}
+    weights = {"score_head.weight": Weight(("score_kernel",), in_ndim=1)}
     if config.bias:
-        weights["score_head.bias"] = Weight(("score_bias",))
+        weights["score_head.bias"] = Weight(("score_bias",), in_ndim=0)
     return weights
 
 
@@ -63,7 +63,7 @@ def weight_map(config: ModelConfig, score: ScoreConfig | None) -> dict[str, Weig
     if score is not None:
         return weights | score_weights(score)
     if not config.tie_embeddings:
-        weights["lm_head.weight"] = Weight(("lm_head", "kernel"), transposed=True)
+        weights["lm_head.weight"] = Weight(("lm_head", "kernel"), in_ndim=1)
     return weights
 
 
@@ -114,7 +114,8 @@ def load(
         seed: Of a fresh head.
 
     Returns:
-        module: `module.apply(variables, tokens i32[B, L], mask bool[B, L])` gives logits f32[B, L, V] or scores f32[B, L].
+        module: `module.apply(variables, tokens i32[B, L], mask bool[B, L])` gives logits f32[B, L, V], or scores
+            f32[B, L].
         variables: {"params": …} and, for reward and cost models, {"stats": {mean, var, count}}.
 
     Raises:
@@ -131,8 +132,8 @@ def load(
         module, score = CausalLM(config), None
     else:
         score = score_config(hf, score_type)
-        if "score_head.weight" in tensors.files and "score_head.bias" not in tensors.files:
-            score = dataclasses.replace(score, bias=False)
+        if "score_head.weight" in tensors.files:  # what is stored counts: the field changed its name and its default
+            score = dataclasses.replace(score, bias="score_head.bias" in tensors.files)
         module = ScoreModel(config, score)
 
     abstract = abstract_variables(module)
@@ -140,7 +141,7 @@ def load(
     leaves: dict[tuple[str, ...], Any] = {}
     for name, weight in weight_map(config, score).items():
         if name.startswith("score_head.") and name not in tensors.files:
-            leaves[weight.path] = fresh_head(shapes[weight.path], weight.path, seed)
+            leaves[weight.path] = fresh_head(shapes[weight.path], weight.path, seed).astype(dtype)
             continue
         shape = shapes[weight.path].shape
         array = from_stored(tensors.read(name), shape if weight.layer is None else shape[1:], weight, name)
@@ -188,9 +189,15 @@ def save(
     if score is None:
         hf["architectures"] = [this.causal_lm]
     else:
-        hf |= {"architectures": [this.score], "score_dim": 1, "score_bias": score.bias, "score_type": score.score_type,
-               "do_normalize": score.normalize, "momentum": score.momentum,
-               "normalizer_type": NORMALIZERS.get(score.momentum, "ExponentialMovingAverage")}  # fmt: skip
+        hf |= {
+            "architectures": [this.score],
+            "score_dim": 1,
+            "score_bias": score.bias,
+            "score_type": score.score_type,
+            "do_normalize": score.normalize,
+            "momentum": score.momentum,
+            "normalizer_type": "RunningMeanStd" if score.momentum is None else "ExponentialMovingAverage",
+        }
         if score.score_type != "critic":
             stats = {k: np.asarray(v) for k, v in jax.device_get(variables["stats"]).items()}
             hf |= {"mean": stats["mean"].tolist(), "var": stats["var"].tolist()}
@@ -242,20 +249,27 @@ def fresh_head(shape: jax.ShapeDtypeStruct, path: tuple[str, ...], seed: int) ->
     return std * jax.random.normal(jax.random.key(seed), shape.shape, jnp.float32)
 
 
+def stored_shape(shape: tuple[int, ...], weight: Weight) -> tuple[int, ...]:
+    """Returns the shape in which a parameter of ours is stored."""
+    if weight.in_ndim is None:
+        return shape
+    inputs, outputs = shape[: weight.in_ndim], shape[weight.in_ndim :]
+    return (math.prod(outputs), math.prod(inputs)) if inputs else (math.prod(outputs),)
+
+
 def from_stored(array: np.ndarray, shape: tuple[int, ...], weight: Weight, name: str) -> np.ndarray:
     """Returns a stored tensor in the shape of our parameter.
 
     Raises:
-        ValueError: If it has another number of elements.
+        ValueError: If it is stored in another shape.
     """
-    if array.size != np.prod(shape):
-        raise ValueError(f"tensor {name!r} has shape {array.shape}; config.json asks for the size of {shape}")
-    return (array.T if weight.transposed else array).reshape(shape)
+    expected = stored_shape(shape, weight)
+    if array.shape != expected:
+        raise ValueError(f"tensor {name!r} has shape {array.shape}; config.json asks for {expected}")
+    return array if weight.in_ndim is None else array.T.reshape(shape)
 
 
 def to_stored(array: np.ndarray, weight: Weight) -> np.ndarray:
     """Returns our parameter in the shape it is stored in."""
-    if not weight.transposed:
-        return np.ascontiguousarray(array.reshape(-1) if array.ndim == 2 and weight.path[-1] == "bias" else array)
-    inputs = array.shape[:2] if weight.path[-2:-1] == ("o_proj",) else array.shape[:1]
-    return np.ascontiguousarray(array.reshape(int(np.prod(inputs)), -1).T)
+    shape = stored_shape(array.shape, weight)
+    return np.ascontiguousarray(array.reshape(shape[::-1]).T if weight.in_ndim else array.reshape(shape))

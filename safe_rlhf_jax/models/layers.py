@@ -15,7 +15,8 @@ def logical_param(module: nn.Module, name: str, init: nn.initializers.Initialize
                   axes: tuple[str, ...]) -> jax.Array:  # fmt: skip
     """Declares a float32 parameter whose dimensions carry logical axis names."""
     boxed = nn.with_logical_partitioning(init, axes)
-    return module.param(name, boxed, shape, jnp.float32)
+    param: jax.Array = module.param(name, boxed, shape, jnp.float32)  # type: ignore[assignment]  # flax unboxes it
+    return param
 
 
 class RMSNorm(nn.Module):
@@ -66,9 +67,8 @@ class GatedMLP(nn.Module):
     def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
         """Returns float[B, L, D]."""
         c = self.config
-        into = {"features": (c.intermediate_size,), "axes": ("embed", "mlp"), "config": c, "use_bias": c.mlp_bias}
-        gate = Linear(**into, name="gate_proj")(x)
-        up = Linear(**into, name="up_proj")(x)
+        gate = Linear((c.intermediate_size,), ("embed", "mlp"), c, c.mlp_bias, name="gate_proj")(x)
+        up = Linear((c.intermediate_size,), ("embed", "mlp"), c, c.mlp_bias, name="up_proj")(x)
         h = constrain(nn.silu(gate) * up, "batch", "length", "mlp")
         return Linear((c.hidden_size,), ("mlp", "embed"), c, c.mlp_bias, name="down_proj")(h)
 

@@ -42,6 +42,7 @@ class Decoder(nn.Module):
     config: ModelConfig
 
     def setup(self) -> None:
+        """Declares parameters and submodules."""
         c = self.config
         init = nn.initializers.normal(c.initializer_range)
         self.embedding = logical_param(self, "embedding", init, (c.vocab_size, c.hidden_size), ("vocab", "embed"))
@@ -90,6 +91,7 @@ class CausalLM(nn.Module):
     config: ModelConfig
 
     def setup(self) -> None:
+        """Declares parameters and submodules."""
         c = self.config
         self.decoder = Decoder(c)
         if not c.tie_embeddings:
@@ -147,6 +149,7 @@ class ScoreModel(nn.Module):
     score: ScoreConfig
 
     def setup(self) -> None:
+        """Declares parameters and submodules."""
         self.decoder = Decoder(self.config)
         # N(0, 1/√(D+1)): Stiennon et al. 2020, arXiv 2009.01325.
         width = self.config.hidden_size
