@@ -194,10 +194,12 @@ def test_repetition_penalty_counts_prompt_and_response_but_not_padding(lm, promp
 
 
 def test_padding_tokens_are_not_penalised(lm, prompts):
-    sampling = Sampling(repetition_penalty=1.5)
-    fills = (prompts.replace(tokens=jnp.where(prompts.mask, prompts.tokens, fill)) for fill in (0, 9))
-    first, second = (sample(lm, batch, sampling=sampling) for batch in fills)
-    np.testing.assert_array_equal(first.tokens[:, PROMPT:], second.tokens[:, PROMPT:])
+    sampling = Sampling(temperature=0.0, repetition_penalty=1e6)
+    expected = sample(lm, prompts, sampling=sampling)
+    chosen = expected.tokens[:, PROMPT : PROMPT + 1]  # what would not be chosen again if padding counted
+    filled = prompts.replace(tokens=jnp.where(prompts.mask, prompts.tokens, chosen))
+    actual = sample(lm, filled, sampling=sampling)
+    np.testing.assert_array_equal(actual.tokens[:, PROMPT:], expected.tokens[:, PROMPT:])
     assert not prompts.mask.all()
 
 
