@@ -1,5 +1,7 @@
 """Supervised losses: language modelling (SFT, PTX), Bradley–Terry (reward model), safety (cost model)."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
@@ -34,15 +36,13 @@ def lm_loss(
     Returns:
         f32[], nats per token, and metrics {perplexity}.
     """
-    hidden = module.apply({"params": params}, batch.tokens, batch.mask, method="hidden")[:, :-1]
-    log_probs = next_token_log_probs(module, params, hidden, batch.tokens[:, 1:])
+    hidden: Any = module.apply({"params": params}, batch.tokens, batch.mask, method="hidden")
+    log_probs = next_token_log_probs(module, params, hidden[:, :-1], batch.tokens[:, 1:])
     loss = -(weights[:, 1:] * log_probs).sum(-1).mean()
     return loss, {"perplexity": jnp.exp(loss)}
 
 
-def slice_mean(
-    x: Float[Array, "B ..."], mask: Bool[Array, "B L"] | None
-) -> Float[Array, " B"]:
+def slice_mean(x: Float[Array, "B ..."], mask: Bool[Array, "B L"] | None) -> Float[Array, " B"]:
     """Mean over the masked tokens of each sequence; x itself where scores are per sequence."""
     return x if mask is None else sequence_mean(x, mask)
 
@@ -136,13 +136,19 @@ def pair_scores(
 ) -> tuple[Float[Array, "B L"], Float[Array, "B L"]]:
     """Scores of every token of both sides, f32[B, L] each, before normalisation."""
     both = stack_pair(first, second)
-    scores = module.apply({"params": params, "stats": stats}, both.tokens, both.mask, method="raw_scores")
+    scores: Any = module.apply({"params": params, "stats": stats}, both.tokens, both.mask, method="raw_scores")
     size = first.tokens.shape[0]
     return scores[:size], scores[size:]
 
 
 def reward_loss(
-    module: ScoreModel, params: Params, stats: Params, batch: PreferenceBatch, *, token_wise: bool, regularization: float
+    module: ScoreModel,
+    params: Params,
+    stats: Params,
+    batch: PreferenceBatch,
+    *,
+    token_wise: bool,
+    regularization: float,
 ) -> tuple[jax.Array, Metrics]:
     """Bradley–Terry loss of a batch of pairs, with metrics {accuracy, score_mean, score_square}."""
     chosen, rejected = pair_scores(module, params, stats, batch.chosen, batch.rejected)
@@ -153,7 +159,11 @@ def reward_loss(
     else:
         loss = bradley_terry_loss(end_chosen, end_rejected, regularization=regularization)
     ends = jnp.concatenate([end_chosen, end_rejected])
-    metrics = {"accuracy": (end_chosen > end_rejected).mean(), "score_mean": ends.mean(), "score_square": (ends**2).mean()}
+    metrics = {
+        "accuracy": (end_chosen > end_rejected).mean(),
+        "score_mean": ends.mean(),
+        "score_square": (ends**2).mean(),
+    }
     return loss, metrics
 
 

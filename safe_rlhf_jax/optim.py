@@ -1,5 +1,6 @@
 """Optimizers, learning-rate schedules, and `gradient_step`, the only place that differentiates."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -71,12 +72,15 @@ def make_optimizer(
 def init_state(params: Params, optimizer: optax.GradientTransformation, stats: Any = None) -> TrainState:
     """Returns the state of a network before its first step."""
     return TrainState(
-        step=jnp.zeros((), jnp.int32), params=params, opt_state=optimizer.init(params), stats={} if stats is None else stats
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        opt_state=optimizer.init(params),
+        stats={} if stats is None else stats,
     )
 
 
 def split(batch: Any, parts: int) -> Any:
-    """Reshapes every leaf [B, …] to [parts, B/parts, …]; part i holds rows i, i + parts, …
+    """Reshapes every leaf [B, …] to [parts, B/parts, …]; part i holds rows i, i + parts and so on.
 
     Strided, so that a batch that is sharded over devices stays evenly sharded in every part.
     """
@@ -109,11 +113,10 @@ def gradient_step(
 
         parts = split(batch, microbatches)
         first = jax.tree.map(lambda x: x[0], parts)
-        zeros = jax.tree.map(
-            lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(value_and_grad, state.params, first)
-        )
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(value_and_grad, state.params, first))
         total, _ = jax.lax.scan(accumulate, zeros, parts)
         (value, metrics), grads = jax.tree.map(lambda x: x / microbatches, total)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    state = state.replace(step=state.step + 1, params=optax.apply_updates(state.params, updates), opt_state=opt_state)
+    params = optax.apply_updates(state.params, updates)
+    state = dataclasses.replace(state, step=state.step + 1, params=params, opt_state=opt_state)
     return state, metrics | {"loss": value, "grad_norm": optax.global_norm(grads)}

@@ -23,7 +23,8 @@ def token_scores(
     The *sum* is clipped, as in the reference. A KL term in rewards (−1) and in costs (+1) leaves an effective
     coefficient β for every multiplier, because the advantages are combined as (A_r − λA_c)/(1 + λ).
 
-    Source: Dai et al. 2023 (arXiv 2310.12773) appendix B.2; PKU-Alignment/safe-rlhf@82743cc `add_kl_divergence_regularization`.
+    Source: Dai et al. 2023 (arXiv 2310.12773) appendix B.2;
+    PKU-Alignment/safe-rlhf@82743cc `add_kl_divergence_regularization`.
 
     Args:
         score: f32[B], of the whole sequence, in units of the signal.

@@ -56,7 +56,7 @@ def ascend_log_multiplier(
     lr: float | Float[Array, ""],
     max_multiplier: float | None,
 ) -> Float[Array, ""]:
-    """log λ ← min(log λ + lr·λ·(J_C − d), log λ_max): one step of gradient ascent in log λ.
+    """One step of gradient ascent in log λ: log λ ← min(log λ + lr·λ·(J_C − d), log λ_max).
 
     Source: Dai et al. 2023 (arXiv 2310.12773) eq. 31, with d = −(their d).
 

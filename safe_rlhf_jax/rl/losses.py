@@ -31,9 +31,7 @@ def clipped_surrogate(
     return -masked_mean(jnp.minimum(ratio * advantages, clipped * advantages), mask)
 
 
-def clip_fraction(
-    ratio: Float[Array, "B T"], mask: Bool[Array, "B T"], *, clip_range_ratio: float
-) -> Float[Array, ""]:
+def clip_fraction(ratio: Float[Array, "B T"], mask: Bool[Array, "B T"], *, clip_range_ratio: float) -> Float[Array, ""]:
     """Share of response tokens whose ratio lies outside 1 ± ε."""
     return masked_mean((jnp.abs(ratio - 1.0) > clip_range_ratio).astype(jnp.float32), mask)
 

@@ -66,14 +66,15 @@ def score_rollout(
                 networks.policy, params, part.tokens, part.mask, prompt_length=prompt_length, temperature=temperature
             )
 
+        def end_score(signal: str) -> jax.Array:
+            scores: Any = networks.scorers[signal].apply(frozen.scorers[signal], part.tokens, part.mask)
+            return gather_last(scores, part.mask)
+
         return ScoredRollout(
             rollout=part,
             log_probs=log_probs(state.actor.params) if recompute_log_probs else part.sampler_log_probs,
             ref_log_probs=log_probs(frozen.reference),
-            scores={
-                signal: gather_last(module.apply(frozen.scorers[signal], part.tokens, part.mask), part.mask)
-                for signal, module in networks.scorers.items()
-            },
+            scores={signal: end_score(signal) for signal in networks.scorers},
             values={
                 signal: response_values(
                     module, state.critics[signal].params, part.tokens, part.mask, prompt_length=prompt_length

@@ -30,8 +30,11 @@ from safe_rlhf_jax.types import (
     RLState,
     Rollout,
     ScoredRollout,
+    Signals,
     SupervisedBatch,
 )
+
+DEFAULT_MULTIPLIER_LR = optax.constant_schedule(0.1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +60,7 @@ class Hyperparameters:
     minibatches: int = 1
     microbatches: int = 1
     cost_limit: float = 0.0
-    multiplier_lr: optax.Schedule = optax.constant_schedule(0.1)
+    multiplier_lr: optax.Schedule = DEFAULT_MULTIPLIER_LR
     multiplier_every: str = "rollout"  # or "minibatch"
     multiplier_delay: int = 0  # iterations before λ moves
     max_multiplier: float | None = None
@@ -122,7 +125,7 @@ def learn(
     metrics |= rollout_metrics(hp, scored) | constraint_metrics | update_metrics
     if state.lagrange is not None:
         metrics["multiplier"] = jnp.exp(state.lagrange.log_multiplier)
-    return state.replace(step=state.step + 1), {f"train/{name}": value for name, value in metrics.items()}
+    return dataclasses.replace(state, step=state.step + 1), {f"train/{name}": value for name, value in metrics.items()}
 
 
 def response_mask(hp: Hyperparameters, rollout: Rollout) -> jax.Array:
@@ -144,13 +147,13 @@ def is_truncated(hp: Hyperparameters, rollout: Rollout) -> jax.Array:
     return jnp.take_along_axis(response, jnp.maximum(length - 1, 0)[:, None], 1)[:, 0] != hp.eos_id
 
 
-def estimate_advantages(
-    algorithm: Algorithm, hp: Hyperparameters, scored: ScoredRollout
-) -> tuple[Experience, Metrics]:
+def estimate_advantages(algorithm: Algorithm, hp: Hyperparameters, scored: ScoredRollout) -> tuple[Experience, Metrics]:
     """Token scores and GAE, once per signal."""
     mask = response_mask(hp, scored.rollout)
     log_ratio = scored.log_probs - scored.ref_log_probs
-    advantages, returns, metrics = {}, {}, {}
+    advantages: Signals = {}
+    returns: Signals = {}
+    metrics: Metrics = {}
     # A truncated response is scored as it stands; only its reward may be lowered, its cost never.
     penalties = {"reward": hp.missing_eos_penalty * is_truncated(hp, scored.rollout)}
     for signal in algorithm.signals:
@@ -189,10 +192,10 @@ def update_constraint(
         return state, {}
     counted = constrained_rows(hp, scored.rollout)
     window = push_costs(state.cost_window, scored.scores["cost"], counted)
-    state = state.replace(cost_window=window)
+    lagrange = state.lagrange
     if hp.multiplier_every == "rollout":
-        state = state.replace(lagrange=update_multiplier(hp, state.lagrange, window_mean(window), state.step))
-    return state, {"mean_cost": window_mean(window)}
+        lagrange = update_multiplier(hp, lagrange, window_mean(window), state.step)
+    return dataclasses.replace(state, cost_window=window, lagrange=lagrange), {"mean_cost": window_mean(window)}
 
 
 def update_multiplier(
@@ -249,12 +252,12 @@ def update_minibatch(
     ptx: SupervisedBatch | None,
 ) -> tuple[RLState, Metrics]:
     """One optimizer step of the actor and of each critic."""
-    multiplier = jnp.float32(0.0)
-    if state.lagrange is not None and state.cost_window is not None:
+    multiplier, lagrange = jnp.float32(0.0), state.lagrange
+    if lagrange is not None and state.cost_window is not None:
         if hp.multiplier_every == "minibatch":
             mean_cost = window_mean(state.cost_window)
-            state = state.replace(lagrange=update_multiplier(hp, state.lagrange, mean_cost, state.step))
-        multiplier = jnp.exp(state.lagrange.log_multiplier)
+            lagrange = update_multiplier(hp, lagrange, mean_cost, state.step)
+        multiplier = jnp.exp(lagrange.log_multiplier)
 
     def policy_loss(params: Any, part: tuple[Experience, SupervisedBatch | None, jax.Array]) -> tuple[Any, Metrics]:
         part_experience, part_ptx, part_weights = part
@@ -315,7 +318,7 @@ def update_minibatch(
         )
         metrics[f"{signal}_critic_loss"] = critic_metrics["loss"]
         metrics[f"{signal}_critic_grad_norm"] = critic_metrics["grad_norm"]
-    return state.replace(actor=actor, critics=critics), metrics
+    return dataclasses.replace(state, actor=actor, critics=critics, lagrange=lagrange), metrics
 
 
 def rollout_metrics(hp: Hyperparameters, scored: ScoredRollout) -> Metrics:
@@ -336,7 +339,5 @@ def rollout_metrics(hp: Hyperparameters, scored: ScoredRollout) -> Metrics:
         cost, group = scored.scores["cost"], scored.rollout.group
         metrics["unsafe_share"] = share_above_zero(cost, constrained_rows(hp, scored.rollout))
         if len(hp.groups) > 1:
-            metrics |= {
-                f"unsafe_share/{name}": share_above_zero(cost, group == i) for i, name in enumerate(hp.groups)
-            }
+            metrics |= {f"unsafe_share/{name}": share_above_zero(cost, group == i) for i, name in enumerate(hp.groups)}
     return metrics
