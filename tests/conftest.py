@@ -3,6 +3,8 @@
 import functools
 import importlib.util
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 # Before jax starts a backend.
@@ -63,3 +65,33 @@ def pytest_collection_modifyitems(items):
             for item in items:
                 if item.get_closest_marker(marker):
                     item.add_marker(pytest.mark.skip(reason=reason))
+
+
+MINI = Path(__file__).parent / "configs" / "mini.yaml"
+
+
+@pytest.fixture(scope="session")
+def train_process(tmp_path_factory):
+    """Runs the command line in a process of its own, with one device; compilations are shared between the runs."""
+    environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
+    environment |= {
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "PYTHONPATH": str(PACKAGE.parent),
+    }
+
+    def run(*overrides, config=MINI, prelude="", timeout=300):
+        code = f"{prelude}\nimport sys\nfrom safe_rlhf_jax.train import main\nsys.exit(main())"
+        command = [sys.executable, "-c", code, "--config", str(config), *overrides]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def mini_run(tmp_path_factory, train_process):
+    """A finished run of every stage: its folder, and the process that made it."""
+    workdir = tmp_path_factory.mktemp("mini") / "run"
+    process = train_process(f"workdir={workdir}")
+    assert process.returncode == 0, process.stderr
+    return workdir, process

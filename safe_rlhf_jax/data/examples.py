@@ -68,11 +68,19 @@ def messages_of(record: Record) -> list[Message]:
             raise Unusable("messages is no list of turns")
         return record["messages"]
     if "instruction" in record and "output" in record:
-        request = " ".join(part for part in (record["instruction"], record.get("input", "")) if part)
-        return pair(request, record["output"])
+        given = text_of(record, "input") if record.get("input") else ""
+        return pair(" ".join(filter(None, (text_of(record, "instruction"), given))), text_of(record, "output"))
     if "prompt" in record and "response" in record:
-        return pair(record["prompt"], record["response"])
+        return pair(text_of(record, "prompt"), text_of(record, "response"))
     raise Unusable("no messages, prompt + response, or instruction + output")
+
+
+def text_of(record: Record, field: str) -> str:
+    """Returns a field that must be text."""
+    if not isinstance(record.get(field), str):
+        raise Unusable(f"{field} is missing or no text")
+    text: str = record[field]
+    return text
 
 
 def pair(prompt: str, response: str) -> list[Message]:
@@ -108,14 +116,14 @@ def supervised_example(record: Record, template: Template, tokenizer: Tokenizer)
 
 def two_responses(record: Record, label: str) -> tuple[int, str, str, str]:
     """Returns the label's value (0 or 1), the prompt and both responses."""
-    missing = [field for field in ("prompt", "response_0", "response_1", label) if record.get(field) is None]
-    if missing:
-        raise Unusable(f"missing {missing[0]}")
+    prompt, *responses = (text_of(record, field) for field in ("prompt", "response_0", "response_1"))
+    if record.get(label) is None:
+        raise Unusable(f"missing {label}")
     if record[label] not in (0, 1):
         raise Unusable(f"{label} is neither 0 nor 1")
-    if record["response_0"] == record["response_1"]:
+    if responses[0] == responses[1]:
         raise Unusable("identical responses")
-    return int(record[label]), record["prompt"], record["response_0"], record["response_1"]
+    return int(record[label]), prompt, responses[0], responses[1]
 
 
 def preference_example(record: Record, template: Template, tokenizer: Tokenizer) -> tuple[Text, Text]:
@@ -145,9 +153,7 @@ def safety_labels(record: Record) -> tuple[bool, bool]:
 
 def prompt_example(record: Record, template: Template, tokenizer: Tokenizer) -> tuple[Text]:
     """Returns the prompt of a record."""
-    if not isinstance(record.get("prompt"), str):
-        raise Unusable("missing prompt")
-    return (encode([{"role": "user", "content": record["prompt"]}], template, tokenizer),)
+    return (encode([{"role": "user", "content": text_of(record, "prompt")}], template, tokenizer),)
 
 
 def convert(

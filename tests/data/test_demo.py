@@ -327,7 +327,7 @@ def test_records_are_deterministic(pairs):
     assert demo.prompts("train") == demo.prompts("train")
     assert random.getstate() == state  # the global generator is not used
     digest = hashlib.sha256("".join(r["response_0"] + str(r["safer_response_id"]) for r in pairs["test"]).encode())
-    assert digest.hexdigest()[:12] == "7fd7b75d3947"  # changes whenever the world does: update it then
+    assert digest.hexdigest()[:12] == "4dfbf13453c3"  # changes whenever the world does: update it then
 
 
 @pytest.mark.parametrize("make", [demo.sft, demo.preference, demo.prompts])

@@ -1,0 +1,193 @@
+"""The loop: a run that is stopped continues as if it had not been; a run that breaks says so and saves nothing bad."""
+
+import shutil
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from safe_rlhf_jax.checkpoint import Checkpoints
+from safe_rlhf_jax.loop import PREEMPTED, Stage, fit, not_finite
+from safe_rlhf_jax.metrics import read_jsonl
+
+STEPS = 6  # of the stage ppo_lag in mini.yaml, which saves every second one
+
+# Stops the RL stage from inside, when it asks for the batch of a step: at a moment that does not depend on the clock.
+INTERRUPT = """
+import os, pathlib, signal, time
+from safe_rlhf_jax.stages import reinforcement
+original = reinforcement.prompt_batches
+def prompt_batches(*args):
+    batches = original(*args)
+    def batch(step):
+        if step == {step}:
+            while {saved} and not any(pathlib.Path({checkpoints!r}).glob("{saved}/*")):
+                time.sleep(0.05)
+            os.kill(os.getpid(), signal.{signal})
+        return batches(step)
+    return batch
+reinforcement.prompt_batches = prompt_batches
+"""
+
+
+@pytest.fixture(scope="module")
+def interrupted(mini_run, train_process, tmp_path_factory):
+    """The RL stage of the mini run again: terminated, then killed, then left to finish."""
+    workdir = tmp_path_factory.mktemp("interrupted") / "run"
+    for name in ("sft", "reward", "cost"):
+        shutil.copytree(mini_run[0] / name, workdir / name)
+    # Starts from the config that the stage left in its folder.
+    command = {"config": mini_run[0] / "ppo_lag" / "config.yaml"}
+    where = {"checkpoints": str(workdir / "ppo_lag" / "checkpoints")}
+    stops = ({"step": 2, "saved": 0, "signal": "SIGTERM"}, {"step": 5, "saved": 4, "signal": "SIGKILL"})
+    processes = [
+        train_process(f"workdir={workdir}", prelude=INTERRUPT.format(**stop, **where), **command) for stop in stops
+    ]
+    steps = [record["step"] for record in read_jsonl(workdir / "ppo_lag" / "metrics.jsonl")]
+    processes.append(train_process(f"workdir={workdir}", **command))
+    return workdir / "ppo_lag", processes, steps
+
+
+def state_of(folder, step):
+    with ocp.StandardCheckpointer() as checkpointer:
+        return checkpointer.restore(folder / "checkpoints" / str(step) / "default")
+
+
+def test_termination_saves_at_the_next_step_boundary_and_says_so(interrupted):
+    terminated = interrupted[1][0]
+    assert terminated.returncode == PREEMPTED == 143
+    assert "preempted; step 3 is saved" in terminated.stdout
+
+
+def test_interrupted_run_continues_where_it_was(interrupted):
+    _, (_, killed, finished), steps = interrupted
+    assert killed.returncode == -9
+    assert "continuing from step 3" in killed.stdout
+    assert finished.returncode == 0, finished.stderr
+    assert "continuing from step 4" in finished.stdout
+    assert "sft: finished, config unchanged; skipped" in finished.stdout
+    assert steps == [1, 2, 3, 4], "the step that the kill interrupted was written"
+
+
+def test_resume_is_bit_exact(interrupted, mini_run):
+    folder, straight = interrupted[0], mini_run[0] / "ppo_lag"
+    ours, theirs = state_of(folder, STEPS), state_of(straight, STEPS)
+    assert {"actor", "critics", "cost_window", "lagrange", "step"} <= set(theirs)
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+    assert float(theirs["lagrange"]["log_multiplier"]) != 0.0, "λ has not moved: the test shows nothing"
+    assert int(theirs["cost_window"]["count"]) > 0
+    assert (folder / "export" / "model.safetensors").read_bytes() == (
+        straight / "export" / "model.safetensors"
+    ).read_bytes()
+
+
+def test_metrics_have_each_step_once_and_are_those_of_a_straight_run(interrupted, mini_run):
+    def metrics(folder):
+        records = read_jsonl(folder / "metrics.jsonl")
+        return [{k: v for k, v in record.items() if not k.startswith("perf/")} for record in records]
+
+    ours = metrics(interrupted[0])
+    assert [record["step"] for record in ours] == list(range(1, STEPS + 1))
+    assert ours == metrics(mini_run[0] / "ppo_lag")
+    assert all("train/mean_cost" in record and "train/multiplier" in record for record in ours)
+
+
+def test_checkpoints_beyond_the_newest_are_removed(mini_run):
+    assert sorted(path.name for path in (mini_run[0] / "ppo_lag" / "checkpoints").iterdir()) == ["4", "6"]
+
+
+def test_run_whose_numbers_break_names_step_metric_and_checkpoint(mini_run, train_process, tmp_path):
+    for name in ("sft", "reward", "cost"):
+        shutil.copytree(mini_run[0] / name, tmp_path / name)
+    # Float32 overflows in the forward pass that follows the second update of an absurd size.
+    process = train_process(
+        f"workdir={tmp_path}", "stages.ppo_lag.actor.lr=1e30", "stages.ppo_lag.actor.schedule=constant",
+        "stages.ppo_lag.actor.warmup_ratio=0", "stages.ppo_lag.checkpoint_every=1",
+    )  # fmt: skip
+    assert process.returncode == 1
+    assert process.stderr.strip().splitlines()[-1].startswith("error: ppo_lag: ")
+    assert "Traceback" not in process.stderr
+    assert "last good checkpoint: none yet" in process.stderr
+    assert "at step 1" in process.stderr
+    assert not list((tmp_path / "ppo_lag" / "checkpoints").glob("[0-9]*"))
+    assert not (tmp_path / "ppo_lag" / "result.json").exists()
+
+
+# --- The loop alone
+
+
+def counter(total=10, *, bad_metric=None, bad_state=None, **options):
+    """A stage whose state counts."""
+
+    @jax.jit
+    def step(state, frozen, batch, key):
+        count = state["count"] + batch
+        loss = jax.numpy.where(count == bad_metric, jax.numpy.nan, 1.0 * count) if bad_metric else 1.0 * count
+        value = jax.numpy.where(count == bad_state, jax.numpy.inf, 0.5) if bad_state else state["value"]
+        return {"count": count, "value": value}, {"train/loss": loss}
+
+    defaults = {
+        "name": "count", "total_steps": total,
+        "init": lambda: {"count": jax.numpy.int32(0), "value": jax.numpy.float32(0)},
+        "step": step, "batch": lambda _: 1, "frozen": None, "seed": 0, "checkpoint_every": 2, "keep_checkpoints": 2,
+        "eval_every": None, "evaluate": lambda _: {}, "tokens": lambda _: 1.0,
+    }  # fmt: skip
+    return Stage(**(defaults | options))
+
+
+def test_loop_takes_every_step_once_and_evaluates_when_told(tmp_path):
+    stage = counter(7, eval_every=3, evaluate=lambda state: {"eval/count": float(state["count"])})
+    assert int(fit(stage, tmp_path, writers=("jsonl",))["count"]) == 7
+    records = read_jsonl(tmp_path / "metrics.jsonl")
+    assert [record["step"] for record in records] == list(range(1, 8))
+    assert {r["step"]: r["eval/count"] for r in records if "eval/count" in r} == {3: 3.0, 6: 6.0}
+
+
+def test_finished_loop_takes_no_step(tmp_path):
+    fit(counter(4), tmp_path, writers=("jsonl",))
+    broken = counter(4, batch=lambda _: 1 / 0)
+    assert int(fit(broken, tmp_path, writers=("jsonl",))["count"]) == 4
+
+
+def test_metric_that_is_not_finite_stops_the_run_and_its_state_is_not_saved(tmp_path):
+    with pytest.raises(FloatingPointError, match=r"train/loss is nan at step 6; last good checkpoint: step 4 in"):
+        fit(counter(bad_metric=6), tmp_path, writers=("jsonl",))
+    assert Checkpoints(tmp_path / "checkpoints").latest() == 4
+    assert [record["step"] for record in read_jsonl(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 5]
+
+
+def test_state_that_is_not_finite_is_not_saved_even_where_the_metrics_are(tmp_path):
+    with pytest.raises(FloatingPointError, match=r"count: state\['value'\] is not finite at step 6; .* step 4 in"):
+        fit(counter(bad_state=6), tmp_path, writers=("jsonl",))
+    assert Checkpoints(tmp_path / "checkpoints").latest() == 4
+
+
+def test_termination_at_the_last_step_stops_before_the_next_stage(tmp_path):
+    import os
+    import signal
+
+    def batch(step):
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return 1
+
+    with pytest.raises(SystemExit) as stop:
+        fit(counter(4, batch=batch), tmp_path, writers=("jsonl",))
+    assert stop.value.code == PREEMPTED
+    assert int(fit(counter(4), tmp_path, writers=("jsonl",))["count"]) == 4
+
+
+def test_warning_is_printed_once(tmp_path, capsys):
+    fit(
+        counter(5, warning=lambda metrics: "careful" if metrics["train/loss"] > 2 else None),
+        tmp_path,
+        writers=("jsonl",),
+    )
+    assert capsys.readouterr().out.count("warning at step 3: careful") == 1
+    assert "step 4: careful" not in capsys.readouterr().out
+
+
+def test_not_finite_names_the_leaf():
+    assert not_finite({"a": np.zeros(3), "b": np.arange(2)}) is None
+    assert not_finite({"a": np.zeros(3), "b": [np.array([0.0, np.nan])]}) == "state['b'][0] is not finite"

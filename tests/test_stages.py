@@ -1,0 +1,74 @@
+"""Stages: what decides whether one runs again, and steps that compile once."""
+
+from pathlib import Path
+
+import jax
+import pytest
+
+from safe_rlhf_jax import config as cfg
+from safe_rlhf_jax.rl.algorithms import ALGORITHMS
+from safe_rlhf_jax.stages import Run, reinforcement, unused
+
+MINI = Path(__file__).parent / "configs" / "mini.yaml"
+
+
+def hashes(*overrides):
+    return Run(cfg.load_config(MINI, overrides)).hashes
+
+
+def changed(*overrides):
+    before, after = hashes(), hashes(*overrides)
+    return {name for name in before if before[name] != after[name]}
+
+
+def test_change_of_a_stage_reaches_the_stages_that_use_it_and_no_others():
+    assert changed("workdir=elsewhere", "title=other") == set()
+    assert changed("stages.cost.epochs=2") == {"cost", "ppo_lag", "evaluate"}
+    assert changed("stages.evaluate.top_k=3") == {"evaluate"}
+    assert changed("seed=1") == {"sft", "reward", "cost", "ppo_lag", "evaluate"}
+
+
+def test_change_of_a_data_file_is_a_change_of_its_stage(tmp_path):
+    file = tmp_path / "data.jsonl"
+    file.write_text('{"prompt": "a"}\n')
+    override = f"stages.ppo_lag.prompts.name={file}"
+    before = hashes(override)
+    file.write_text('{"prompt": "b"}\n')
+    after = hashes(override)
+    assert {name for name in before if before[name] != after[name]} == {"ppo_lag", "evaluate"}
+
+
+def test_folder_is_moved_to_a_name_that_is_free(tmp_path):
+    assert unused(tmp_path / "a") == tmp_path / "a"
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a.2").mkdir()
+    assert unused(tmp_path / "a") == tmp_path / "a.3"
+
+
+@pytest.mark.parametrize("fuse", [True, False])
+def test_second_step_does_not_recompile_and_nothing_is_transferred(mini_run, fuse):
+    overrides = [f"workdir={mini_run[0]}", f"stages.ppo_lag.fuse={fuse}"]
+    run = Run(cfg.load_config(MINI, overrides))
+    stage = run.config.stages[3]
+    prompts = reinforcement.load_prompts(run, stage, stage.prompts)
+    batch = reinforcement.prompt_batches(run, stage, prompts, 0)
+    with jax.set_mesh(run.mesh):
+        networks, state, frozen = reinforcement.build_networks(run, stage)
+        hp = reinforcement.hyperparameters(run, stage, prompts.width, 0.0, ("benign", "risky", "sensitive"))
+        step = reinforcement.compile_step(run, stage, networks, ALGORITHMS["ppo_lag"], hp, state)
+        batches, keys = [batch(i) for i in range(3)], jax.random.split(jax.random.key(0), 3)
+        keys = [jax.device_put(key, run.mesh.devices.flat[0]) for key in keys]
+        state, _ = step(state, frozen, batches[0], keys[0])
+        with jax.log_compiles(False), pytest.MonkeyPatch.context() as patch:
+            compilations = []
+            original = jax._src.compiler.compile_or_get_cached
+            patch.setattr(
+                jax._src.compiler,
+                "compile_or_get_cached",
+                lambda *a, **k: compilations.append(a[1]) or original(*a, **k),
+            )
+            with jax.transfer_guard("disallow"):
+                for i in (1, 2):
+                    state, _ = step(state, frozen, batches[i], keys[i])
+        assert not compilations
+    assert int(state.step) == 3

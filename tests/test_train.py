@@ -1,0 +1,115 @@
+"""The command line, and what a run of every stage leaves behind."""
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import yaml
+from transformers import AutoTokenizer
+
+from safe_rlhf_jax import config as cfg
+from safe_rlhf_jax import train
+from safe_rlhf_jax.data import demo
+from safe_rlhf_jax.metrics import read_jsonl
+from safe_rlhf_jax.models import hf
+
+STAGES = ("sft", "reward", "cost", "ppo_lag", "evaluate")
+
+
+def test_help_starts_neither_jax_nor_anything_slow():
+    code = (
+        "import sys\nfrom safe_rlhf_jax import train\n"
+        "try:\n    train.main(['--help'])\nexcept SystemExit as stop:\n    assert stop.code == 0\n"
+        "assert not {'jax', 'transformers', 'pydantic'} & set(sys.modules)"
+    )
+    started = time.monotonic()
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert time.monotonic() - started < 5
+    assert "--config FILE" in process.stdout
+    assert "dotted.key=value" in process.stdout
+
+
+def test_command_without_a_config_is_a_usage_error():
+    with pytest.raises(SystemExit) as stop:
+        train.main([])
+    assert stop.value.code == 2
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_each_stage_leaves_a_result_and_a_config_that_loads(mini_run, stage):
+    folder = mini_run[0] / stage
+    result = json.loads((folder / "result.json").read_text())
+    assert result["seconds"] > 0
+    assert result["metrics"]
+    assert all(np.isfinite(value) for value in result["metrics"].values())
+    assert cfg.load_config(folder / "config.yaml").stages[-1].name == stage
+    assert (folder / "config_hash").read_text() == result["config_hash"]
+
+
+@pytest.mark.parametrize(("stage", "head"), [("sft", "lm"), ("reward", "score"), ("cost", "score"), ("ppo_lag", "lm")])
+def test_each_export_loads_back_with_its_tokenizer(mini_run, stage, head):
+    folder = mini_run[0] / stage / "export"
+    module, variables = hf.load(folder, head)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    text = demo.prompts("test")[0]["prompt"]
+    ids = np.array([tokenizer(text)["input_ids"]], np.int32)
+    out = module.apply(variables, ids, np.ones_like(ids, bool))
+    assert out.shape == ids.shape + ((len(tokenizer),) if head == "lm" else ())
+    assert np.isfinite(out).all()
+    if head == "score":
+        assert module.score.score_type == stage
+    assert tokenizer.decode(ids[0]) == text
+
+
+def test_training_moved_the_policy(mini_run):
+    (_, before), (_, after) = (hf.load(mini_run[0] / stage / "export", "lm") for stage in ("sft", "ppo_lag"))
+    assert not np.allclose(before["params"]["lm_head"]["kernel"], after["params"]["lm_head"]["kernel"], atol=1e-6)
+
+
+def test_cost_limit_is_reported_with_how_it_was_chosen(mini_run):
+    result = json.loads((mini_run[0] / "ppo_lag" / "result.json").read_text())
+    assert np.isfinite(result["cost_limit"])
+    assert "risky" in result["cost_limit_source"]
+    assert "50%" in result["cost_limit_source"]
+
+
+def test_evaluation_has_a_sample_of_every_policy_for_every_prompt_and_a_report(mini_run):
+    folder = mini_run[0] / "evaluate"
+    samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    for policy in ("sft", "ppo_lag"):
+        prompts = [sample["prompt"] for sample in samples if sample["policy"] == policy]
+        assert prompts == [r["prompt"] for r in demo.prompts("test")[:32] + demo.prompts("redteam")[:16]]
+    report = (folder / "report.html").read_text()
+    assert "ppo_lag" in report
+    assert "Safe RLHF" in report
+    assert "report at" in mini_run[1].stdout
+
+
+def test_first_step_has_ratio_one_and_no_kl(mini_run):
+    first = read_jsonl(mini_run[0] / "ppo_lag" / "metrics.jsonl")[0]
+    assert first["train/first_ratio_gap"] == 0
+    assert first["train/kl"] == pytest.approx(0, abs=1e-5)
+
+
+def test_finished_stages_are_skipped_and_changed_ones_run_again_with_those_after_them(
+    mini_run, train_process, tmp_path
+):
+    shutil.copytree(mini_run[0], tmp_path / "run", ignore=shutil.ignore_patterns("ppo_lag", "evaluate"))
+    run = tmp_path / "run"
+    tree = yaml.safe_load((mini_run[0] / "cost" / "config.yaml").read_text())
+    config = tmp_path / "three.yaml"
+    config.write_text(yaml.safe_dump(tree | {"workdir": str(run)}))
+    before = {name: (run / name / "config_hash").read_text() for name in ("sft", "reward", "cost")}
+    unchanged = train_process(config=config)
+    assert unchanged.returncode == 0, unchanged.stderr
+    assert unchanged.stdout.count("finished, config unchanged; skipped") == 3
+    changed = train_process("stages.reward.optimizer.lr=1e-4", config=config)
+    assert changed.returncode == 0, changed.stderr
+    assert changed.stdout.count("finished, config unchanged; skipped") == 2
+    assert "reward: the config has changed" in changed.stdout
+    assert (run / f"reward.{before['reward']}" / "result.json").exists()
+    assert (run / "reward" / "config_hash").read_text() != before["reward"]
