@@ -7,6 +7,7 @@ import pytest
 
 from safe_rlhf_jax import config as cfg
 from safe_rlhf_jax.rl.algorithms import ALGORITHMS
+from safe_rlhf_jax.sharding import replicated
 from safe_rlhf_jax.stages import Run, reinforcement, unused
 
 MINI = Path(__file__).parent / "configs" / "mini.yaml"
@@ -57,7 +58,7 @@ def test_second_step_does_not_recompile_and_nothing_is_transferred(mini_run, fus
         hp = reinforcement.hyperparameters(run, stage, prompts.width, 0.0, ("benign", "risky", "sensitive"))
         step = reinforcement.compile_step(run, stage, networks, ALGORITHMS["ppo_lag"], hp, state)
         batches, keys = [batch(i) for i in range(3)], jax.random.split(jax.random.key(0), 3)
-        keys = [jax.device_put(key, run.mesh.devices.flat[0]) for key in keys]
+        keys = [jax.device_put(key, replicated(run.mesh)) for key in keys]
         state, _ = step(state, frozen, batches[0], keys[0])
         with jax.log_compiles(False), pytest.MonkeyPatch.context() as patch:
             compilations = []

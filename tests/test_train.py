@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import yaml
@@ -56,8 +57,8 @@ def test_each_export_loads_back_with_its_tokenizer(mini_run, stage, head):
     module, variables = hf.load(folder, head)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     text = demo.prompts("test")[0]["prompt"]
-    ids = np.array([tokenizer(text)["input_ids"]], np.int32)
-    out = module.apply(variables, ids, np.ones_like(ids, bool))
+    ids = jnp.array([tokenizer(text)["input_ids"]], jnp.int32)
+    out = module.apply(variables, ids, jnp.ones(ids.shape, bool))
     assert out.shape == ids.shape + ((len(tokenizer),) if head == "lm" else ())
     assert np.isfinite(out).all()
     if head == "score":
