@@ -119,4 +119,4 @@ def gradient_step(
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     state = dataclasses.replace(state, step=state.step + 1, params=params, opt_state=opt_state)
-    return state, metrics | {"loss": value, "grad_norm": optax.global_norm(grads)}
+    return state, metrics | {"loss": value, "grad_norm": optax.tree.norm(grads)}

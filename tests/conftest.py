@@ -7,10 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-# Before jax starts a backend.
-FLAG = "--xla_force_host_platform_device_count"
-if FLAG not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAG}=8".strip()
+# Before jax starts a backend. Tests compile much and compute little, so the slow passes of LLVM are left out.
+FLAGS = {"--xla_force_host_platform_device_count": "8", "--xla_llvm_disable_expensive_passes": "true"}
+for flag, value in FLAGS.items():
+    if flag not in os.environ.get("XLA_FLAGS", ""):
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}={value}".strip()
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 import hypothesis

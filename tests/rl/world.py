@@ -34,6 +34,11 @@ class World:
         return learn(self.networks, self.algorithm, self.hp, state, frozen, rollout, ptx, key)
 
 
+def fresh(params):
+    """Copies: a step donates its state, and the networks of `make_lm` are shared."""
+    return jax.tree.map(jnp.copy, params)
+
+
 def make_world(algorithm="ppo_lag", *, optimizer=None, reference_seed=7, multiplier=1.0, window=16, **hp) -> World:
     optimizer = optimizer or optax.sgd(0.1)
     policy, actor = make_lm(CONFIG, 0)
@@ -43,11 +48,11 @@ def make_world(algorithm="ppo_lag", *, optimizer=None, reference_seed=7, multipl
         scorers[signal], variables[signal] = make_scorer(signal, CONFIG, 10 + i)
         if signal in ALGORITHMS[algorithm].signals:
             critics[signal], critic = make_scorer("critic", CONFIG, 20 + i)
-            states[signal] = init_state(critic["params"], optimizer)
+            states[signal] = init_state(fresh(critic["params"]), optimizer)
     constrained = ALGORITHMS[algorithm].constrained
     state = RLState(
         step=jnp.int32(0),
-        actor=init_state(actor["params"], optimizer),
+        actor=init_state(fresh(actor["params"]), optimizer),
         critics=states,
         cost_window=init_window(window) if constrained else None,
         lagrange=init_multiplier(multiplier) if constrained else None,
