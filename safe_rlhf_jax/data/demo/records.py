@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import TypedDict
 
 from safe_rlhf_jax.data.demo import world
-from safe_rlhf_jax.data.demo.oracle import harm, helpfulness, parse_prompt
+from safe_rlhf_jax.data.demo.oracle import harm, helpfulness
 from safe_rlhf_jax.data.demo.responses import corruption, demonstration
 from safe_rlhf_jax.data.demo.world import Kind, Prompt
 
@@ -25,7 +25,7 @@ SAFETY_FLIP_RATE = 0.02
 CORRUPTED_RESPONSE_RATE = 0.3  # of preference responses
 
 _SFT_TRAIN_SIZE = 16000
-_PREFERENCE_SIZES = {"train": 30000, "test": 1000}
+_PREFERENCE_SIZES = {"train": 40000, "test": 2000}
 
 
 class Message(TypedDict):
@@ -108,7 +108,7 @@ def preference(split: str) -> list[PreferenceRecord]:
     """Pairs of responses, some of them corrupted, labelled by simulated annotators.
 
     Args:
-        split: `train` (30000 records) or `test` (1000).
+        split: `train` (40000 records) or `test` (2000).
 
     Returns:
         Records whose two responses differ in text and in at least one of the oracles. A response labelled unsafe is
