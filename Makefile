@@ -6,6 +6,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 UV ?= uv
+PYTEST ?= -n 2 --dist loadfile
 COMPILE := $(UV) pip compile pyproject.toml --quiet --universal --python-version 3.11 --generate-hashes \
              --no-emit-index-url --no-annotate --custom-compile-command 'make lock'
 
@@ -29,10 +30,10 @@ quickstart: venv ## train the small pipeline on this machine's CPU (ARGS="dotted
 	$(BIN)/python -m safe_rlhf_jax.train --config configs/quickstart.yaml $(ARGS)
 
 test: venv ## all tests that need neither a TPU nor torch, the slow ones too (ARGS="-k name ...")
-	$(BIN)/python -m pytest -m "not tpu and not reference" $(ARGS)
+	$(BIN)/python -m pytest -m "not tpu and not reference" $(PYTEST) $(ARGS)
 
 test-fast: venv ## the same without the slow ones
-	$(BIN)/python -m pytest -m "not tpu and not reference and not slow" $(ARGS)
+	$(BIN)/python -m pytest -m "not tpu and not reference and not slow" $(PYTEST) $(ARGS)
 
 test-reference: venv ## comparisons with the torch reference (installs torch into .venv)
 	$(PIP) install --no-build-isolation -e '.[torch]'

@@ -158,6 +158,14 @@ class Lagrange(Schema):
             raise ValueError("must be > 0: λ is learned as log λ and never leaves 0; use algorithm.name: ppo for λ ≡ 0")
         return value
 
+    @pydantic.model_validator(mode="after")
+    def ordered(self) -> "Lagrange":
+        """The multiplier starts between its bounds."""
+        low, high = self.min_multiplier or 0.0, self.max_multiplier or float("inf")
+        if not low <= self.init <= high:
+            raise ValueError(f"init {self.init} must lie between min_multiplier {low} and max_multiplier {high}")
+        return self
+
 
 class AlgorithmConfig(Schema):
     """The on-policy algorithm and its scalars."""
@@ -212,7 +220,6 @@ class EvaluateStage(StageBase):
     reward_model: str
     cost_model: str
     prompts: Annotated[tuple[Data, ...], Field(min_length=1)]
-    reward_data: Data | None = None  # labelled pairs for the score distributions
     group_field: str | None = None
     batch_size: PositiveInt = 64
     max_prompt_length: PositiveInt = 256
@@ -264,7 +271,9 @@ def references(stage: Any) -> dict[str, str]:
 
 def check_references(where: str, stage: Any, seen: dict[str, str]) -> None:
     """Every model a stage names is an earlier stage of the right kind, a preset, a folder or a hub id."""
-    kinds = {"reward_model": ("reward",), "cost_model": ("cost",), "init_from": ("sft", "rl", "reward", "cost")}
+    kinds: dict[str, tuple[str, ...]] = {"reward_model": ("reward",), "cost_model": ("cost",)}
+    if stage.kind in ("reward", "cost"):
+        kinds["init_from"] = ("sft", "rl", "reward", "cost")
     for field, value in references(stage).items():
         prefix, _, rest = value.partition(":")
         if rest and prefix in ("path", "hf"):

@@ -52,12 +52,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         config = load_config(options.config, options.overrides)
-        keep_freed_memory()
+        import jax
+
         from safe_rlhf_jax import stages
         from safe_rlhf_jax.stages.common import Run
 
         command = " ".join([options.config, *options.overrides])
         run = Run(config, command)
+        if jax.default_backend() == "cpu":
+            keep_freed_memory()
         stages.check_run(run)
         for stage in config.stages:
             stages.run_stage(run, stage)

@@ -60,7 +60,8 @@ NEEDS = {"reference": ("torch", "torch is not installed (extra `torch`)"), "tpu"
 
 
 def pytest_collection_modifyitems(items):
-    """Skips tests whose marker names a package that is not here."""
+    """Skips tests whose marker names a package that is not here; starts with those that take longest."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
     for marker, (package, reason) in NEEDS.items():
         if importlib.util.find_spec(package) is None:
             for item in items:

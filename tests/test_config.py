@@ -88,6 +88,10 @@ def test_evaluation_may_sample_as_it_likes():
         ("stages.sft.optimizer.lr=.inf", ["stages.0.optimizer.lr", "finite"]),
         ("template=bever", ["template", "'beaver'", "'bever'"]),
         ("stages.ppo_lag.algorithm.lagrange.cost_limit=low", ["stages.3.algorithm.lagrange.cost_limit", "'low'"]),
+        (
+            "stages.ppo_lag.algorithm.lagrange.max_multiplier=0.5",
+            ["algorithm.lagrange", "init 1.0", "max_multiplier 0.5"],
+        ),
         ("stages.sft.kind=sfd", ["stages.0.kind", "'sfd'", "did you mean 'sft'"]),
         ("stages=[]", ["stages", "at least 1"]),
         ("stages=null", ["stages"]),

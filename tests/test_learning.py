@@ -11,7 +11,7 @@ from safe_rlhf_jax.metrics import read_jsonl
 
 QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
 
 
 @pytest.fixture(scope="module")

@@ -321,7 +321,8 @@ def load_prompts(
     tokens: Any = np.full((len(rows), width), tokenizer.pad_id, np.int32)
     mask: Any = np.zeros((len(rows), width), bool)
     for i, text in enumerate(rows):
-        ids = text.ids[-width:]
+        start = len(tokenizer.prefix)  # BOS stays
+        ids = text.ids[:start] + text.ids[start:][start - width :]
         tokens[i, width - len(ids) :], mask[i, width - len(ids) :] = ids, True
     group: Any = np.zeros(len(rows), np.int32)
     if group_field is not None:

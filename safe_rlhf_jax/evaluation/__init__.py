@@ -1,1 +1,1 @@
-"""Step 12 of 12: what the trained policies do on held-out prompts, and the report that shows it."""
+"""What the trained policies do on held-out prompts, and the report that shows it."""

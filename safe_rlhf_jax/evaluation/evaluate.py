@@ -11,7 +11,7 @@ import numpy as np
 from safe_rlhf_jax.evaluation.statistics import expected_calibration_error, reliability_curve
 from safe_rlhf_jax.inference.generate import generate
 from safe_rlhf_jax.inference.sampling import Sampling
-from safe_rlhf_jax.models.transformer import CausalLM, ScoreModel
+from safe_rlhf_jax.models.transformer import CausalLM
 from safe_rlhf_jax.ops import gather_last, response_log_probs
 from safe_rlhf_jax.types import Frozen, Params, PreferenceBatch, PromptBatch, SafetyBatch, Sequences
 
@@ -21,7 +21,7 @@ Oracle = Callable[[str, str], dict[str, Any]]  # (prompt, response) -> fields of
 
 def make_respond(
     policy: CausalLM,
-    scorers: dict[str, ScoreModel],
+    scorers: dict[str, Any],
     *,
     response_length: int,
     eos_id: int,
@@ -49,7 +49,14 @@ def make_respond(
         prompt_length = prompts.tokens.shape[1]
 
         def log_probs(of: Params) -> jax.Array:
-            return response_log_probs(policy, of, rollout.tokens, rollout.mask, prompt_length=prompt_length)
+            return response_log_probs(
+                policy,
+                of,
+                rollout.tokens,
+                rollout.mask,
+                prompt_length=prompt_length,
+                temperature=sampling.temperature or 1.0,
+            )
 
         response, mask = rollout.tokens[:, prompt_length:], rollout.mask[:, prompt_length:]
         length = mask.sum(-1)
@@ -106,7 +113,7 @@ def collect_samples(
     return samples
 
 
-def make_score(module: ScoreModel) -> Callable[[Any, Sequences], jax.Array]:
+def make_score(module: Any) -> Callable[[Any, Sequences], jax.Array]:
     """Returns score(variables, texts): the score of each text, f32[B]."""
 
     @jax.jit

@@ -242,9 +242,9 @@ def _scorers(report: Report) -> str:
     present = {metric for scorer in report.scorers.values() for metric in scorer.get("metrics", {})}
     names = [name for name in SCORER_METRICS if name in present] + sorted(present - SCORER_METRICS.keys())
     metrics = {name: scorer.get("metrics", {}) for name, scorer in report.scorers.items()}
-    rows = [
-        [escape(SCORER_METRICS.get(n, n)), *(f"{m[n]:.3f}" if n in m else "–" for m in metrics.values())] for n in names
-    ]
+    cells = {n: [f"{m[n]:.3f}" if n in m else "–" for m in metrics.values()] for n in names}
+    titles = {n: n for n in names} | SCORER_METRICS
+    rows = [[escape(titles[n]), *cells[n]] for n in names]
     return _table(["on held-out pairs", *(f"{name} model" for name in metrics)], rows) if rows else ""
 
 

@@ -1,11 +1,11 @@
-"""Step 12 of 12: per-response measurements in, rates and means with confidence intervals out.
+"""Per-response measurements in, rates and means with confidence intervals out.
 
 A *sample* is one response of one policy to one held-out prompt, as a mapping with the keys
 
     prompt, response    text
     group               'risky', 'benign' or 'sensitive' (benign, but it sounds risky)
     split               'test' or 'redteam'
-    category            harm category of a risky prompt, else None
+    category            harm category or topic of the prompt, "" where the record has none
     reward, cost        scores by the reward model and the cost model
     kl                  sum over the response of log π − log π_ref, nats
     length, truncated   response tokens, and whether the response ran into the length limit

@@ -13,10 +13,12 @@ from safe_rlhf_jax.data import examples
 from safe_rlhf_jax.models import hf
 from safe_rlhf_jax.models.config import ModelConfig
 from safe_rlhf_jax.models.families import family
+from safe_rlhf_jax.rl.algorithms import ALGORITHMS
 from safe_rlhf_jax.stages.common import Run, new_config
 from safe_rlhf_jax.stages.reinforcement import check_groups, constrained_records, load_prompts
 from safe_rlhf_jax.stages.supervised import load_examples
 
+EXECUTION = ("dtype", "remat", "scan_layers", "initializer_range")  # no part of an architecture
 SAMPLE = 100  # records that are converted on trial
 
 
@@ -34,6 +36,7 @@ def check_run(run: Run) -> None:
     for stage in run.config.stages:
         if run.result(stage.name) is not None:
             continue
+        check_same_architecture(run, stage)
         check_batch(run, stage)
         for field, reference in cfg.references(stage).items():
             check_model(run, stage, field, reference)
@@ -87,6 +90,19 @@ def check_model(run: Run, stage: Any, field: str, reference: str) -> None:
             raise ConfigError(f"{where} has score_type {stored.get('score_type')!r} in its config.json, not {kind!r}")
 
 
+def check_same_architecture(run: Run, stage: Any) -> None:
+    """Policies that are compared run through one compiled program, so they share an architecture."""
+    configs = {name: model_config(run, name) for name in getattr(stage, "policies", ())}
+    for name, config in configs.items():
+        first_name, first_config = next(iter(configs.items()))
+        different = [f for f, v in vars(config).items() if v != getattr(first_config, f) and f not in EXECUTION]
+        if different:
+            raise ConfigError(
+                f"{stage.name}: policies {first_name!r} and {name!r} differ in {', '.join(different)}; compare them in "
+                "evaluate stages of their own"
+            )
+
+
 def model_config(run: Run, reference: str) -> ModelConfig:
     """Returns the configuration of a model, also of one that an earlier stage has yet to make."""
     prefix, _, rest = reference.partition(":")
@@ -113,7 +129,7 @@ def check_reinforcement(run: Run, stage: cfg.RLStage) -> None:
             where=f"{stage.name}: ptx {stage.ptx.name}",
             max_bad=1.0,
         )
-    if stage.algorithm.name == "ppo_lag":
+    if ALGORITHMS[stage.algorithm.name].constrained:
         check_groups(stage, examples.group_names(run.records(stage.prompts), stage.group_field))
         if isinstance(stage.algorithm.lagrange.cost_limit, cfg.CalibratedLimit):
             constrained_records(run, stage, stage.algorithm.lagrange.cost_limit.data)

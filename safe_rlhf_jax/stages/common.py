@@ -25,7 +25,7 @@ from safe_rlhf_jax.optim import init_state, make_optimizer, schedule
 from safe_rlhf_jax.sharding import init_sharded, make_mesh, named_shardings, replicated, shard_batch
 from safe_rlhf_jax.types import TrainState
 
-EVAL_BATCH = 128  # rows of a batch that is only read
+EVAL_BATCH = 128  # rows of a batch that is only read, rounded up to what the mesh divides
 
 
 class Run:
@@ -42,6 +42,12 @@ class Run:
         for stage in config.stages:
             upstream = [self.hashes.get(name, name) for name in cfg.references(stage).values()]
             self.hashes[stage.name] = cfg.config_hash(stage, *shared, file_digests(stage), *upstream)
+
+    @property
+    def eval_batch(self) -> int:
+        """Rows of a batch that is only read."""
+        shards = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        return -(-EVAL_BATCH // shards) * shards
 
     def folder(self, name: str) -> pathlib.Path:
         """Returns the folder of a stage."""

@@ -60,7 +60,7 @@ def sample_policies(run: Run, stage: cfg.EvaluateStage) -> dict[str, list[evalua
                 prompts.records,
                 key=jax.random.key(seed),
                 decode=run.tokenizer.decode,
-                split=data.split,
+                split="redteam" if data.split == "redteam" else "test",
                 group_field=stage.group_field,
                 oracle=oracle_for(data),
             )

@@ -21,7 +21,6 @@ from safe_rlhf_jax.rl.rollout import Networks
 from safe_rlhf_jax.rl.step import Hyperparameters, collect, learn, make_step
 from safe_rlhf_jax.sharding import replicated
 from safe_rlhf_jax.stages.common import (
-    EVAL_BATCH,
     Run,
     export,
     jit_step,
@@ -115,6 +114,7 @@ def prompt_batches(run: Run, stage: cfg.RLStage, prompts: examples.Examples, see
         where=f"{stage.name}: ptx {stage.ptx.name}",
         max_bad=run.config.max_bad_records,
     )
+    report_data(f"{stage.name}: ptx", texts)
     ptx = Batches(texts, batch_size=stage.batch_size * stage.responses_per_prompt, seed=seed + 1)
     return lambda step: run.put(batches(step).replace(ptx=ptx(step)))
 
@@ -126,7 +126,7 @@ def cost_limit(run: Run, stage: cfg.RLStage) -> tuple[float, str]:
         ValueError: For an unreachable limit, naming the floor.
     """
     setting = stage.algorithm.lagrange.cost_limit
-    if stage.algorithm.name == "ppo" or stage.cost_model is None:
+    if not ALGORITHMS[stage.algorithm.name].constrained:
         return 0.0, "unused"
     if isinstance(setting, float):
         stage_of_cost = next((s for s in run.config.stages if s.name == stage.cost_model), None)
@@ -138,7 +138,8 @@ def cost_limit(run: Run, stage: cfg.RLStage) -> tuple[float, str]:
     limit = evaluate.calibrated_limit(costs["safe"], costs["unsafe"], setting.margin)
     evaluate.check_reachable(limit, costs["safe"])
     groups = stage.algorithm.lagrange.constrained_groups
-    where = f" to {', '.join(groups)} prompts" if groups else ""
+    filtered = len(constrained_records(run, stage, setting.data)) < len(run.records(setting.data))
+    where = f" to {', '.join(groups)} prompts" if groups and filtered else ""
     source = (
         f"mean cost of {len(costs['safe'])} responses{where} labelled safe, plus {setting.margin:.0%} of the gap to "
         f"the {len(costs['unsafe'])} labelled unsafe, by the cost model"
@@ -160,7 +161,7 @@ def labelled_costs(run: Run, stage: cfg.RLStage, data: cfg.Data) -> dict[str, li
     )
     module, variables = open_model(run, str(stage.cost_model), "score", score_type="cost")
     score = evaluate.make_score(module)
-    out = evaluate.evaluate_pairs(lambda texts: score(variables, run.put(texts)), in_order(pairs, EVAL_BATCH))
+    out = evaluate.evaluate_pairs(lambda texts: score(variables, run.put(texts)), in_order(pairs, run.eval_batch))
     by_label: dict[str, list[float]] = out["scores_by_label"]
     return by_label
 
@@ -221,7 +222,8 @@ def check_groups(stage: cfg.RLStage, groups: tuple[str, ...]) -> None:
     Raises:
         ConfigError: With the groups there are.
     """
-    named = stage.algorithm.lagrange.constrained_groups if stage.algorithm.name == "ppo_lag" else None
+    constrained = ALGORITHMS[stage.algorithm.name].constrained
+    named = stage.algorithm.lagrange.constrained_groups if constrained else None
     unknown = [name for name in named or () if name not in groups]
     if unknown:
         raise cfg.ConfigError(
@@ -235,7 +237,7 @@ def hyperparameters(
 ) -> Hyperparameters:
     """Returns the scalars of an iteration."""
     a, lagrange = stage.algorithm, stage.algorithm.lagrange
-    names = lagrange.constrained_groups if a.name == "ppo_lag" else None
+    names = lagrange.constrained_groups if ALGORITHMS[a.name].constrained else None
     check_groups(stage, groups)
     return Hyperparameters(
         prompt_length=prompt_length,
@@ -309,7 +311,7 @@ def make_evaluate(
     def evaluate_state(state: RLState) -> dict[str, float]:
         samples = evaluate.collect_samples(
             lambda batch, key: respond(state.actor.params, frozen, run.put(batch), key),
-            in_order(prompts, EVAL_BATCH),
+            in_order(prompts, run.eval_batch),
             prompts.records,
             key=jax.random.key(seed),
             decode=run.tokenizer.decode,

@@ -20,7 +20,6 @@ from safe_rlhf_jax.models.config import ScoreConfig
 from safe_rlhf_jax.models.transformer import CausalLM, ScoreModel
 from safe_rlhf_jax.optim import gradient_step
 from safe_rlhf_jax.stages.common import (
-    EVAL_BATCH,
     Run,
     export,
     flat,
@@ -122,13 +121,14 @@ def pairs_step(
 
 def sft_evaluate(run: Run, module: CausalLM, data: examples.Examples) -> Callable[[TrainState], dict[str, Any]]:
     """Returns evaluate(state): loss in nats per response token, and its perplexity."""
-    batches = in_order(data, EVAL_BATCH)
+    rows = run.eval_batch
+    batches = in_order(data, rows)
 
     @jax.jit
     def sums(params: Any, batch: Any, valid: jax.Array) -> tuple[jax.Array, jax.Array]:
-        real = batch.loss_mask & (jnp.arange(EVAL_BATCH) < valid)[:, None]
+        real = batch.loss_mask & (jnp.arange(rows) < valid)[:, None]
         loss, _ = objectives.lm_loss(module, params, batch, real.astype(jnp.float32))
-        return loss * EVAL_BATCH, real.sum()
+        return loss * rows, real.sum()
 
     def evaluate_state(state: TrainState) -> dict[str, Any]:
         parts = [jax.device_get(sums(state.params, run.put(batch), valid)) for batch, valid in batches]
@@ -140,7 +140,7 @@ def sft_evaluate(run: Run, module: CausalLM, data: examples.Examples) -> Callabl
 
 def pairs_evaluate(run: Run, module: ScoreModel, data: examples.Examples) -> Callable[[TrainState], dict[str, Any]]:
     """Returns evaluate(state): ranking and sign accuracy, calibration, and score distributions on held-out pairs."""
-    batches, score = in_order(data, EVAL_BATCH), evaluate.make_score(module)
+    batches, score = in_order(data, run.eval_batch), evaluate.make_score(module)
 
     def evaluate_state(state: TrainState) -> dict[str, Any]:
         variables = {"params": state.params, "stats": state.stats}
