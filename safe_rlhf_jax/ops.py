@@ -99,7 +99,7 @@ def response_log_probs(
     Token S + t is predicted from position S + t − 1: this is the only place, with `response_values`, where the
     shift by one is made.
     """
-    hidden = module.apply({"params": params}, tokens, mask, method="hidden")[:, prompt_length - 1 : -1]
+    hidden = module.apply({"params": params}, tokens, mask, prompt_length - 1, method="hidden")[:, :-1]
     return next_token_log_probs(module, params, hidden, tokens[:, prompt_length:], temperature=temperature)
 
 
@@ -110,4 +110,11 @@ def response_values(
 
     V_t is read at position S + t − 1, before the t-th response token is known.
     """
-    return module.apply({"params": params}, tokens, mask)[:, prompt_length - 1 : -1]
+    return module.apply({"params": params}, tokens, mask, prompt_length - 1)[:, :-1]
+
+
+def sequence_scores(
+    module: Any, variables: Any, tokens: Int[Array, "B L"], mask: Bool[Array, "B L"], *, first: int = 0
+) -> Float[Array, " B"]:
+    """Score of each whole sequence: the one at its last real token, which stands in column `first` or later, f32[B]."""
+    return gather_last(module.apply(variables, tokens, mask, first), mask[:, first:])

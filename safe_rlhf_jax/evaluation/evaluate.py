@@ -12,7 +12,7 @@ from safe_rlhf_jax.evaluation.statistics import expected_calibration_error, reli
 from safe_rlhf_jax.inference.generate import generate
 from safe_rlhf_jax.inference.sampling import Sampling
 from safe_rlhf_jax.models.transformer import CausalLM
-from safe_rlhf_jax.ops import gather_last, response_log_probs
+from safe_rlhf_jax.ops import response_log_probs, sequence_scores
 from safe_rlhf_jax.types import Frozen, Params, PreferenceBatch, PromptBatch, SafetyBatch, Sequences
 
 Sample = dict[str, Any]
@@ -67,7 +67,9 @@ def make_respond(
             "truncated": last != eos_id,
             "kl": jnp.where(mask, log_probs(params) - log_probs(frozen.reference), 0.0).sum(-1),
         } | {
-            signal: gather_last(module.apply(frozen.scorers[signal], rollout.tokens, rollout.mask), rollout.mask)
+            signal: sequence_scores(
+                module, frozen.scorers[signal], rollout.tokens, rollout.mask, first=prompt_length - 1
+            )
             for signal, module in scorers.items()
         }
 
@@ -118,7 +120,7 @@ def make_score(module: Any) -> Callable[[Any, Sequences], jax.Array]:
 
     @jax.jit
     def score(variables: Any, texts: Sequences) -> jax.Array:
-        return gather_last(module.apply(variables, texts.tokens, texts.mask), texts.mask)
+        return sequence_scores(module, variables, texts.tokens, texts.mask)
 
     return score
 

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax import struct
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
 from safe_rlhf_jax.models.config import ModelConfig
 from safe_rlhf_jax.models.layers import Linear, rotate
@@ -77,25 +77,30 @@ class Attention(nn.Module):
     def __call__(
         self,
         x: Float[Array, "B l D"],
-        positions: Int[Array, "B l"],
-        visible: Bool[Array, "B l k"],
+        rotary: tuple[Float[Array, "B 1 l half"], Float[Array, "B 1 l half"]],
+        visible: Bool[Array, "B q k"],
         cache: KVCache | None = None,
         slot: jax.Array | int = 0,
-    ) -> tuple[Float[Array, "B l D"], KVCache | None]:
+    ) -> tuple[Float[Array, "B q D"], KVCache | None]:
         """Attends within x, or from x to the cache after writing x's keys and values at `slot`.
 
+        The last q positions of x ask, all of them answer: `visible` has a row for each that asks.
+
         Returns:
-            float[B, l, D] and the updated cache (None without one).
+            float[B, q, D] and the updated cache (None without one).
         """
         c = self.config
+        first = x.shape[1] - visible.shape[1]
 
-        def heads(count: int, axis: str, name: str) -> jax.Array:
+        def heads(x: jax.Array, count: int, axis: str, name: str) -> jax.Array:
             linear = Linear((count, c.head_dim), ("embed", axis, "head_dim"), c, c.attention_bias, name=name)
             return constrain(linear(x).swapaxes(1, 2), "batch", axis, "length", "head_dim")
 
-        queries = rotate(heads(c.num_heads, "heads", "q_proj"), positions, theta=c.rope_theta)
-        keys = rotate(heads(c.num_kv_heads, "kv_heads", "k_proj"), positions, theta=c.rope_theta)
-        values = heads(c.num_kv_heads, "kv_heads", "v_proj")
+        cos, sin = rotary
+        queries = heads(x[:, first:], c.num_heads, "heads", "q_proj")
+        queries = rotate(queries, cos[:, :, first:], sin[:, :, first:])
+        keys = rotate(heads(x, c.num_kv_heads, "kv_heads", "k_proj"), cos, sin)
+        values = heads(x, c.num_kv_heads, "kv_heads", "v_proj")
         if cache is not None:
             cache = cache.write(keys, values, slot)
             if visible.shape[-1] != keys.shape[2]:  # a step of decoding; prefill sees only what it brings

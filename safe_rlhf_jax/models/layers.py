@@ -73,23 +73,44 @@ class GatedMLP(nn.Module):
         return Linear((c.hidden_size,), ("mlp", "embed"), c, c.mlp_bias, name="down_proj")(h)
 
 
-def rotate(x: Float[Array, "B H L C"], positions: Int[Array, "B L"], *, theta: float) -> Float[Array, "B H L C"]:
+def rotary_table(
+    positions: Int[Array, "B L"], *, head_dim: int, theta: float
+) -> tuple[Float[Array, "B 1 L half"], Float[Array, "B 1 L half"]]:
+    """Cosine and sine of the rotary angles p·θ^(−2i/C) of position p and pair i.
+
+    Made once per pass: behind the barrier, so that no layer and no head computes them again.
+
+    Args:
+        positions: i32[B, L], counted over real tokens.
+        head_dim: C.
+        theta: θ, base of the frequencies.
+
+    Returns:
+        cos and sin, f32[B, 1, L, C/2] each.
+    """
+    half = head_dim // 2
+    frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angle = positions.astype(jnp.float32)[:, None, :, None] * frequency[None, None, None, :]
+    table: tuple[jax.Array, jax.Array] = jax.lax.optimization_barrier((jnp.cos(angle), jnp.sin(angle)))
+    return table
+
+
+def rotate(
+    x: Float[Array, "B H L C"], cos: Float[Array, "B 1 L half"], sin: Float[Array, "B 1 L half"]
+) -> Float[Array, "B H L C"]:
     """Rotary position embedding, half-split layout: pairs are (x_i, x_{i + C/2}).
 
-    Angle of pair i at position p: p · θ^(−2i/C). Source: Su et al. 2021, arXiv 2104.09864.
+    Source: Su et al. 2021, arXiv 2104.09864.
 
     Args:
         x: float[B, H, L, C], queries or keys.
-        positions: i32[B, L], counted over real tokens.
-        theta: Base of the frequencies.
+        cos: f32[B, 1, L, C/2], from `rotary_table`.
+        sin: f32[B, 1, L, C/2].
 
     Returns:
         float[B, H, L, C].
     """
     half = x.shape[-1] // 2
-    frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle = positions.astype(jnp.float32)[:, None, :, None] * frequency[None, None, None, :]
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
     first, second = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 

@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from safe_rlhf_jax.models.attention import Attention, KVCache, causal_mask, empty_cache
 from safe_rlhf_jax.models.config import ModelConfig, ScoreConfig
-from safe_rlhf_jax.models.layers import GatedMLP, Linear, RMSNorm, logical_param, token_positions
+from safe_rlhf_jax.models.layers import GatedMLP, Linear, RMSNorm, logical_param, rotary_table, token_positions
 from safe_rlhf_jax.sharding import constrain
 
 NORMALIZER_EPS = 1e-8
@@ -25,13 +25,18 @@ class Layer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, cache: KVCache | None, positions: jax.Array, visible: jax.Array, slot: jax.Array | int
+        self,
+        x: jax.Array,
+        cache: KVCache | None,
+        rotary: tuple[jax.Array, jax.Array],
+        visible: jax.Array,
+        slot: jax.Array | int,
     ) -> tuple[jax.Array, KVCache | None]:
-        """Returns the residual stream float[B, l, D] and the layer's cache."""
+        """Returns the residual stream float[B, q, D] of the last q positions of x, and the layer's cache."""
         c = self.config
         normed = RMSNorm(c.norm_eps, name="input_norm")(x)
-        attended, cache = Attention(c, name="attention")(normed, positions, visible, cache, slot)
-        x = x + attended
+        attended, cache = Attention(c, name="attention")(normed, rotary, visible, cache, slot)
+        x = x[:, x.shape[1] - visible.shape[1] :] + attended
         x = x + GatedMLP(c, name="mlp")(RMSNorm(c.norm_eps, name="post_attention_norm")(x))
         return constrain(x, "batch", "length", None), cache
 
@@ -70,16 +75,24 @@ class Decoder(nn.Module):
         visible: Bool[Array, "B l k"],
         cache: Cache = None,
         slot: jax.Array | int = 0,
-    ) -> tuple[Float[Array, "B l D"], Cache]:
-        """Returns hidden states after the final norm, and the cache."""
+        first: int = 0,
+    ) -> tuple[Float[Array, "B q D"], Cache]:
+        """Returns hidden states after the final norm from column `first` on, and the cache.
+
+        What is not read is not computed: where layers are unrolled, the last one works on the columns from `first` only
+        (beyond its keys and values).
+        """
         x = jnp.take(self.embedding.astype(self.config.dtype), tokens, axis=0)
         x = constrain(x, "batch", "length", None)
+        rotary = rotary_table(positions, head_dim=self.config.head_dim, theta=self.config.rope_theta)
         if self.config.scan_layers:
-            x, cache = self.layers(x, cache, positions, visible, slot)
+            x, cache = self.layers(x, cache, rotary, visible, slot)
+            x = x[:, first:]
         else:
             caches = []
             for i, layer in enumerate(self.layers):
-                x, layer_cache = layer(x, None if cache is None else cache[i], positions, visible, slot)
+                asking = visible[:, first:] if i + 1 == len(self.layers) else visible
+                x, layer_cache = layer(x, None if cache is None else cache[i], rotary, asking, slot)
                 caches.append(layer_cache)
             cache = None if cache is None else caches
         return self.final_norm(x), cache
@@ -101,9 +114,9 @@ class CausalLM(nn.Module):
         """Returns next-token logits f32[B, L, V]; padding may stand on either side."""
         return self.unembed(self.hidden(tokens, mask))
 
-    def hidden(self, tokens: Int[Array, "B L"], mask: Bool[Array, "B L"]) -> Float[Array, "B L D"]:
-        """Returns the hidden states after the final norm, float[B, L, D]."""
-        return self.decoder(tokens, token_positions(mask), causal_mask(mask))[0]
+    def hidden(self, tokens: Int[Array, "B L"], mask: Bool[Array, "B L"], first: int = 0) -> Float[Array, "B l D"]:
+        """Returns the hidden states after the final norm from column `first` on, float[B, L − first, D]."""
+        return self.decoder(tokens, token_positions(mask), causal_mask(mask), first=first)[0]
 
     def unembed(self, hidden: Float[Array, "B l D"]) -> Float[Array, "B l V"]:
         """Returns logits f32[B, l, V] of hidden states."""
@@ -122,8 +135,9 @@ class CausalLM(nn.Module):
         cache: Cache = [empty_cache(c, tokens.shape[0], length) for _ in range(c.num_layers)]
         if c.scan_layers:
             cache = jax.tree.map(lambda *layers: jnp.stack(layers), *cache)
-        hidden, cache = self.decoder(tokens, token_positions(mask), causal_mask(mask), cache, 0)
-        return self.unembed(hidden[:, -1:])[:, 0], cache
+        last = tokens.shape[1] - 1
+        hidden, cache = self.decoder(tokens, token_positions(mask), causal_mask(mask), cache, 0, last)
+        return self.unembed(hidden)[:, 0], cache
 
     def decode(
         self,
@@ -162,17 +176,20 @@ class ScoreModel(nn.Module):
             self.var = self.variable("stats", "var", jnp.ones, (1,), jnp.float32)
             self.count = self.variable("stats", "count", jnp.zeros, (1,), jnp.int32)
 
-    def __call__(self, tokens: Int[Array, "B L"], mask: Bool[Array, "B L"]) -> Float[Array, "B L"]:
-        """Returns a score for every prefix, f32[B, L], normalised where `score.normalize` says so."""
-        scores = self.raw_scores(tokens, mask)
+    def __call__(self, tokens: Int[Array, "B L"], mask: Bool[Array, "B L"], first: int = 0) -> Float[Array, "B l"]:
+        """Returns a score for every prefix that ends at column `first` or later, f32[B, L − first].
+
+        They are normalised where `score.normalize` says so.
+        """
+        scores = self.raw_scores(tokens, mask, first)
         if self.score.score_type != "critic" and self.score.normalize:
             if self.score.score_type == "reward":
                 scores = scores - self.mean.value[None]
             scores = scores / (jnp.sqrt(self.var.value[None]) + NORMALIZER_EPS)
         return scores
 
-    def raw_scores(self, tokens: Int[Array, "B L"], mask: Bool[Array, "B L"]) -> Float[Array, "B L"]:
-        """Returns the head's output before normalisation, f32[B, L]."""
-        hidden, _ = self.decoder(tokens, token_positions(mask), causal_mask(mask))
+    def raw_scores(self, tokens: Int[Array, "B L"], mask: Bool[Array, "B L"], first: int = 0) -> Float[Array, "B l"]:
+        """Returns the head's output before normalisation, f32[B, L − first]."""
+        hidden, _ = self.decoder(tokens, token_positions(mask), causal_mask(mask), first=first)
         scores = jnp.einsum("bld,do->blo", hidden, self.score_kernel.astype(hidden.dtype))[..., 0].astype(jnp.float32)
         return scores + self.score_bias[None] if self.score.bias else scores

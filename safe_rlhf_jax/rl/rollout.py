@@ -8,7 +8,7 @@ import jax
 import optax
 
 from safe_rlhf_jax.models.transformer import CausalLM, ScoreModel
-from safe_rlhf_jax.ops import gather_last, response_log_probs, response_values
+from safe_rlhf_jax.ops import response_log_probs, response_values, sequence_scores
 from safe_rlhf_jax.optim import split
 from safe_rlhf_jax.types import Frozen, RLState, Rollout, ScoredRollout
 
@@ -67,8 +67,8 @@ def score_rollout(
             )
 
         def end_score(signal: str) -> jax.Array:
-            scores: Any = networks.scorers[signal].apply(frozen.scorers[signal], part.tokens, part.mask)
-            return gather_last(scores, part.mask)
+            module, variables = networks.scorers[signal], frozen.scorers[signal]
+            return sequence_scores(module, variables, part.tokens, part.mask, first=prompt_length - 1)
 
         return ScoredRollout(
             rollout=part,
