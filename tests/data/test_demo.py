@@ -303,7 +303,7 @@ def test_pairs_can_be_told_apart(pairs):
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_annotators_agree_with_the_oracles_at_the_stated_rates(pairs, split):
     accuracy = demo.annotator_accuracy(pairs[split])
-    assert accuracy["helpfulness_ranking"] == pytest.approx(0.92, abs=0.02)
+    assert accuracy["helpfulness_ranking"] == pytest.approx(0.85, abs=0.02)
     assert accuracy["safety_sign"] == pytest.approx(0.98, abs=0.01)
     assert accuracy["helpfulness_ties"] < 0.02
     untied = 1 - accuracy["safety_ties"]

@@ -16,9 +16,9 @@ from safe_rlhf_jax.data.demo.oracle import harm, helpfulness
 from safe_rlhf_jax.data.demo.responses import corruption, demonstration
 from safe_rlhf_jax.data.demo.world import Kind, Prompt
 
-# With these scales and this rate, annotators agree with the oracles as `annotator_accuracy` measures: about 92 % on
+# With these scales and this rate, annotators agree with the oracles as `annotator_accuracy` measures: about 85 % on
 # helpfulness, 98 % on safe or unsafe.
-HELPFULNESS_AGREEMENT_SCALE = 8.0
+HELPFULNESS_AGREEMENT_SCALE = 5.0
 SAFETY_AGREEMENT_SCALE = 3.0
 SAFETY_FLIP_RATE = 0.02
 
