@@ -50,6 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from safe_rlhf_jax.config import ConfigError, load_config
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it only reads text here and needs no PyTorch
     try:
         config = load_config(options.config, options.overrides)
         import jax
