@@ -118,6 +118,19 @@ def measure(spec: dict[str, Any], repeats: int, recompute: bool) -> dict[str, An
     options = {"prompt_length": hp.prompt_length, "temperature": 1.0, "recompute_log_probs": recompute,
                "slices": hp.minibatches * hp.microbatches}  # fmt: skip
 
+    step = jax.jit(make_step(networks, algorithm, hp), donate_argnums=0)
+    start = time.perf_counter()
+    compiled = step.lower(state, frozen, prompts, key).compile()
+    compile_seconds = time.perf_counter() - start
+    box = [jax.tree.map(jnp.copy, state)]
+
+    def run_step() -> Any:
+        box[0], metrics = compiled(box[0], frozen, prompts, key)
+        return metrics
+
+    iteration = seconds(run_step, repeats)
+    box.clear()
+
     generate = jax.jit(lambda params: collect(networks, hp, params, prompts, key))
     score = jax.jit(lambda state, rollout: score_rollout(networks, state, frozen, rollout, **options))
     rollout = generate(state.actor.params)
@@ -139,18 +152,6 @@ def measure(spec: dict[str, Any], repeats: int, recompute: bool) -> dict[str, An
         return metrics
 
     phases["update"] = seconds(run_update, repeats)
-    del box[0]
-    step = jax.jit(make_step(networks, algorithm, hp), donate_argnums=0)
-    start = time.perf_counter()
-    compiled = step.lower(state, frozen, prompts, key).compile()
-    compile_seconds = time.perf_counter() - start
-    box = [state]
-
-    def run_step() -> Any:
-        box[0], metrics = compiled(box[0], frozen, prompts, key)
-        return metrics
-
-    iteration = seconds(run_step, repeats)
     flops = iteration_flops(
         networks.policy.config, prompts.tokens.shape[0], hp.prompt_length, hp.response_length, recompute
     )
