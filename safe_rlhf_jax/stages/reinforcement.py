@@ -45,6 +45,7 @@ def run_reinforcement(run: Run, stage: cfg.RLStage, folder: pathlib.Path) -> dic
     algorithm = ALGORITHMS[stage.algorithm.name]
     step = compile_step(run, stage, networks, algorithm, hp, state)
     seed, lagrange = run.seed(stage), stage.algorithm.lagrange
+    evaluate_state = make_evaluate(run, stage, networks, frozen, hp, seed)
 
     def warning(metrics: dict[str, float]) -> str | None:
         share, mean = metrics.get("train/unsafe_share", 0.0), metrics.get("train/mean_cost")
@@ -70,7 +71,7 @@ def run_reinforcement(run: Run, stage: cfg.RLStage, folder: pathlib.Path) -> dic
             checkpoint_every=stage.checkpoint_every,
             keep_checkpoints=stage.keep_checkpoints,
             eval_every=stage.eval_every,
-            evaluate=make_evaluate(run, stage, networks, frozen, hp, seed),
+            evaluate=evaluate_state,
             tokens=lambda metrics: rows * (prompt_tokens + metrics["train/response_length"]),
             warning=warning,
             shown=("train/reward", "train/cost", "train/multiplier", "train/kl"),
@@ -79,7 +80,7 @@ def run_reinforcement(run: Run, stage: cfg.RLStage, folder: pathlib.Path) -> dic
         writers=writers(run),
     )
     export(run, folder, networks.policy, final.actor)
-    result: dict[str, Any] = {"metrics": make_evaluate(run, stage, networks, frozen, hp, seed)(final)}
+    result: dict[str, Any] = {"metrics": evaluate_state(final)}
     if final.lagrange is not None:
         result |= {"cost_limit": limit, "cost_limit_source": limit_source}
         result["metrics"]["multiplier"] = float(jnp.exp(final.lagrange.log_multiplier))
