@@ -24,13 +24,15 @@ import numpy as np
 import yaml
 from flax import linen as nn
 
+from safe_rlhf_jax.analysis.flops import iteration_flops
 from safe_rlhf_jax.models.config import ModelConfig, ScoreConfig
 from safe_rlhf_jax.models.transformer import CausalLM, ScoreModel
 from safe_rlhf_jax.optim import init_state, make_optimizer
 from safe_rlhf_jax.rl.algorithms import ALGORITHMS
-from safe_rlhf_jax.rl.lagrange import init_multiplier, init_window
+from safe_rlhf_jax.rl.constraints import Constraint, init_constraint
 from safe_rlhf_jax.rl.rollout import Networks, score_rollout
-from safe_rlhf_jax.rl.step import Hyperparameters, collect, estimate_advantages, make_step, update_networks
+from safe_rlhf_jax.rl.step import Hyperparameters, collect, estimate_advantages, make_step
+from safe_rlhf_jax.rl.update import update_networks
 from safe_rlhf_jax.train import keep_freed_memory
 from safe_rlhf_jax.types import Frozen, PromptBatch, RLState
 
@@ -52,29 +54,6 @@ def matmul_peak(dtype: str) -> float:
     a = jax.random.normal(jax.random.key(0), (size, size)).astype(dtype)
     product = jax.jit(lambda x: x @ x)
     return 2 * size**3 / seconds(lambda: product(a), 10)
-
-
-def forward_flops(config: ModelConfig, sequences: int, length: int, logits: int) -> float:
-    """FLOPs of a forward pass over `sequences` of `length` tokens with `logits` positions each read out."""
-    c = config
-    attention = c.hidden_size * c.head_dim * (2 * c.num_heads + 2 * c.num_kv_heads)
-    weights = c.num_layers * (attention + 3 * c.hidden_size * c.intermediate_size)
-    pairs = 2 * c.num_layers * c.num_heads * c.head_dim * length
-    return 2.0 * sequences * (length * (weights + pairs) + logits * c.hidden_size * c.vocab_size)
-
-
-def iteration_flops(config: ModelConfig, batch: int, prompt: int, response: int, recompute: bool) -> dict[str, float]:
-    """FLOPs of generation, scoring and update: a backward pass costs two forward passes."""
-    length = prompt + response
-    policy = forward_flops(config, batch, length, response)
-    scorer = forward_flops(config, batch, length, 0)
-    cached = 4.0 * batch * config.num_layers * config.num_heads * config.head_dim * length  # attention to the cache
-    generation = forward_flops(config, batch, prompt, 1) + response * (forward_flops(config, batch, 1, 1) + cached)
-    return {
-        "generation": generation,
-        "scoring": (2 if recompute else 1) * policy + 4 * scorer,
-        "update": 3 * policy + 6 * scorer,
-    }
 
 
 def build(spec: dict[str, Any], recompute: bool) -> tuple[Networks, Hyperparameters, RLState, Frozen, PromptBatch]:
@@ -99,13 +78,13 @@ def build(spec: dict[str, Any], recompute: bool) -> tuple[Networks, Hyperparamet
         recompute_log_probs=recompute,
         minibatches=spec["minibatches"],
         microbatches=spec.get("microbatches", 1),
+        constraints={"cost": Constraint()},
     )
     state = RLState(
         step=jnp.zeros((), jnp.int32),
         actor=init_state(variables(policy, 0)["params"], optimizer),
         critics={s: init_state(variables(critic, i + 1)["params"], optimizer) for i, s in enumerate(scorers)},
-        cost_window=init_window(128),
-        lagrange=init_multiplier(1.0),
+        constraints={"cost": init_constraint(Constraint(), multiplier=1.0, window=128)},
     )
     frozen = Frozen(variables(policy, 0)["params"], {s: variables(scorers[s], i + 3) for i, s in enumerate(scorers)})
     return networks, hp, state, frozen, PromptBatch(tokens, tokens > 0, jnp.zeros((batch,), jnp.int32))
@@ -137,7 +116,7 @@ def measure(spec: dict[str, Any], repeats: int, recompute: bool) -> dict[str, An
     scored = score(state, rollout)
     update = jax.jit(
         lambda state, scored: update_networks(
-            networks, algorithm, hp, state, estimate_advantages(algorithm, hp, scored)[0], None, key
+            networks, algorithm, hp, state, estimate_advantages(algorithm, hp, state, scored)[0], None, key
         ),
         donate_argnums=0,
     )

@@ -1,36 +1,127 @@
 """Step 10 of the line: the whole state of a stage, saved and restored by Orbax."""
 
+import contextlib
 import pathlib
+import shutil
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
+
+from safe_rlhf_jax import processes
 
 
 class Checkpoints:
-    """The newest checkpoints of one stage; each is written beside the others and becomes visible when complete."""
+    """The checkpoints of one stage; each is written beside the others and becomes visible when it is complete.
 
-    def __init__(self, folder: str | pathlib.Path, *, keep: int = 2):
+    Args:
+        folder: Where they are; every process sees it.
+        keep: How many of the newest are kept.
+        best: Metric whose best checkpoint is kept as well: highest value, or with a leading "-" lowest.
+    """
+
+    def __init__(self, folder: str | pathlib.Path, *, keep: int = 2, best: str | None = None):
         self.folder = pathlib.Path(folder).absolute()
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=True)
-        self.manager = ocp.CheckpointManager(self.folder, options=options)
+        self.best = best
+        rank = (lambda metrics: metrics["rank"]) if best else None
+        policies = [LatestN(keep), *([BestN(get_metric_fn=rank, n=1)] if rank else [])]
+        self.manager = ocp.CheckpointManager(
+            self.folder,
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=AnyPreservationPolicy(policies),
+                best_fn=rank,  # without it, Orbax does not store metrics
+                cleanup_tmp_directories=True,
+            ),
+        )
 
     def latest(self) -> int | None:
         """Returns the step of the newest complete checkpoint, or None."""
         step: int | None = self.manager.latest_step()
         return step
 
-    def save(self, step: int, state: Any) -> None:
-        """Copies the state off the devices and writes it in the background."""
-        if step not in self.manager.all_steps():
-            self.manager.save(step, args=ocp.args.StandardSave(state))
+    def save(self, step: int, state: Any, metrics: Mapping[str, float]) -> None:
+        """Copies the state off the devices and writes it in the background.
 
-    def restore(self, step: int, like: Any) -> Any:
-        """Returns the state of a step, in the shapes, dtypes and shardings of `like`."""
+        Raises:
+            OSError: If the checkpoint before this one, or the start of this one, could not be written.
+            ValueError: If there is no such metric.
+        """
+        if step in self.manager.all_steps():
+            return
+        rank = None
+        if self.best is not None:
+            name = self.best.removeprefix("-")
+            if name not in metrics:
+                raise ValueError(f"keep_best: {name!r} is not among the metrics of this stage: {', '.join(metrics)}")
+            value = metrics[name]
+            rank = {"rank": -value if self.best.startswith("-") else value}
+        with self.write_errors():
+            self.manager.save(step, metrics=rank, args=ocp.args.StandardSave(state))
+
+    def restore(self, like: Any) -> tuple[Any, int]:
+        """Returns the state of the newest checkpoint that can be read, in the shardings of `like`, and its step.
+
+        Newer ones, which cannot be read, are moved to `checkpoints.unreadable/`. Without any checkpoint: `like` and 0.
+
+        Raises:
+            OSError: If there are checkpoints, and none can be read; they stay where they are.
+        """
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
-        return self.manager.restore(step, args=ocp.args.StandardRestore(abstract))
+        found = sorted(self.manager.all_steps(), reverse=True)
+        if found:
+            jax.tree.map(lambda x: x.delete(), like)  # a step would donate it; here it makes room
+        problems: dict[int, str] = {}
+        for step in found:
+            problem = None
+            try:
+                # The handler alone: the manager would wait for a process that has met a broken file.
+                path = self.manager.directory / str(step) / "default"
+                state = ocp.StandardCheckpointHandler().restore(path, args=ocp.args.StandardRestore(abstract))
+            except Exception as error:  # whatever a broken file makes Orbax raise
+                problem = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+            if not processes.any_process(problem is not None):
+                self.set_aside(problems)
+                return state, step
+            problems[step] = problem or "another process could not read it"
+        if found:
+            reasons = "; ".join(f"step {step}: {problem}" for step, problem in problems.items())
+            raise OSError(f"{self.folder}: none of the checkpoints {found} can be read: {reasons}")
+        return like, 0
+
+    def set_aside(self, problems: Mapping[int, str]) -> None:
+        """Moves checkpoints {step: what is wrong} out of the way, and says so."""
+        aside = self.folder.with_name(f"{self.folder.name}.unreadable")
+        for step, problem in problems.items():
+            print(f"checkpoint of step {step} cannot be read ({problem}); it is kept in {aside}")
+            if processes.is_main():
+                aside.mkdir(exist_ok=True)
+                shutil.rmtree(aside / str(step), ignore_errors=True)
+                (self.folder / str(step)).rename(aside / str(step))
+        processes.barrier("unreadable checkpoints are set aside")
+        self.manager.reload()
 
     def close(self) -> None:
-        """Waits for what is being written."""
-        self.manager.wait_until_finished()
-        self.manager.close()
+        """Waits for what is being written.
+
+        Raises:
+            OSError: If it could not be written.
+        """
+        with self.write_errors():
+            self.manager.wait_until_finished()
+            self.manager.close()
+
+    @contextlib.contextmanager
+    def write_errors(self) -> Iterator[None]:
+        """Turns whatever Orbax raises when it cannot write into one clear error."""
+        try:
+            yield
+        except Exception as error:
+            reason = str(error).strip().splitlines()
+            kept = max((step for step in ocp.utils.checkpoint_steps(self.folder)), default=None)
+            last = f"step {kept}" if kept else "none yet"
+            raise OSError(
+                f"{self.folder}: a checkpoint could not be written: {reason[0][:300] if reason else error!r}. "
+                f"Last good checkpoint: {last}. Make room if the disk is full, then run the same command again."
+            ) from error

@@ -15,28 +15,16 @@ import pydantic
 import yaml
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
+from safe_rlhf_jax.config_algorithm import AlgorithmConfig as AlgorithmConfig
+from safe_rlhf_jax.config_algorithm import CalibratedLimit as CalibratedLimit
+from safe_rlhf_jax.config_algorithm import KLConfig as KLConfig
+from safe_rlhf_jax.config_algorithm import Lagrange as Lagrange
+from safe_rlhf_jax.config_algorithm import PIDConfig as PIDConfig
+from safe_rlhf_jax.config_data import TEMPLATE_NAMES, Data, Mixture, Schema, Share, check_held_out, parts_of
 from safe_rlhf_jax.config_errors import ConfigError, did_you_mean, explain_all, nearest_multiples
-from safe_rlhf_jax.models.config import PRESETS, RematPolicy
+from safe_rlhf_jax.models.config import PRESETS, Layout, RematPolicy
 
-Share = Annotated[float, Field(ge=0.0, le=1.0)]
-
-
-__all__ = ["ConfigError", "RunConfig", "Stage", "load_config"]
-
-
-class Schema(pydantic.BaseModel):
-    """Frozen, and an unknown key is an error."""
-
-    model_config = pydantic.ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
-    refused: ClassVar[dict[str, str]] = {}  # keys that one might expect here -> why there are none
-
-
-class Data(Schema):
-    """Where records come from."""
-
-    name: str  # a key of DATASETS, or a path to .json, .jsonl or .jsonl.gz
-    split: str = "train"
-    limit: PositiveInt | None = None  # take the first records only
+__all__ = ["ConfigError", "Data", "Mixture", "RunConfig", "Schema", "Share", "Stage", "load_config", "parts_of"]
 
 
 class OptimizerConfig(Schema):
@@ -82,14 +70,15 @@ class TrainingStage(StageBase):
     microbatches: PositiveInt = 1  # slices of a (mini)batch whose gradients are accumulated
     checkpoint_every: PositiveInt = 100  # steps
     keep_checkpoints: PositiveInt = 2
+    keep_best: Annotated[str, Field(pattern="^-?(train|eval)/")] | None = None  # by metric: highest; -eval/loss: lowest
     eval_every: PositiveInt | None = None  # steps; None evaluates at the end only
 
 
 class SupervisedStage(TrainingStage):
     """What SFT, reward and cost stages share."""
 
-    data: Data
-    eval_data: Data | None = None
+    data: Mixture
+    eval_data: Mixture | None = None
     epochs: PositiveFloat = 3.0  # passes over the data
     batch_size: PositiveInt = 32  # examples (pairs for reward and cost) per optimizer step
     max_length: PositiveInt = 512  # tokens of prompt + response [ref]; longer texts lose their end
@@ -110,6 +99,7 @@ class PreferenceStage(SupervisedStage):
     regularization: NonNegativeFloat = 0.001  # weight of the mean squared score [ref]
     normalize: bool = False  # keep a running normaliser of the scores and apply it when scoring [ref: off]
     normalizer_momentum: Share | None = 0.9  # of its exponential average [ref]; null: running mean and variance
+    export_layout: Layout = "beaver"  # as [ref]; "sequence_classification": transformers' class, a new head has no bias
 
 
 class RewardStage(PreferenceStage):
@@ -124,69 +114,8 @@ class CostStage(PreferenceStage):
     kind: Literal["cost"]
 
 
-class CalibratedLimit(Schema):
-    """Sets d from the cost model's own scores of labelled data instead of guessing it.
-
-    d = mean cost of responses labelled safe + margin · (mean of unsafe − mean of safe), over prompts that the
-    constraint names. (With E[C] ≤ 0 over mixed prompts, very negative costs of benign prompts pay for harm elsewhere.)
-    """
-
-    data: Data
-    margin: Share = 0.03
-
-
-class Lagrange(Schema):
-    """The constraint J_C ≤ d and its multiplier λ."""
-
-    cost_limit: float | CalibratedLimit = 0.0  # d, cost-model units [ref]
-    init: float = 1.0  # λ at the start [ref]
-    lr: PositiveFloat = 0.1  # of log λ [ref]
-    schedule: Literal["constant", "linear", "cosine", "hold_linear"] = "constant"
-    max_multiplier: PositiveFloat | None = 5.0  # [ref]
-    min_multiplier: PositiveFloat | None = None
-    every: Literal["rollout", "minibatch"] = "rollout"  # [ref: minibatch]
-    delay: NonNegativeInt = 0  # iterations before λ moves [ref]
-    window: PositiveInt = 128  # newest costs that J_C averages over, all devices together [ref: per process]
-    constrained_groups: tuple[str, ...] | None = None  # values of `group_field` the constraint names; null: all prompts
-    warn_unsafe_share: Share = 0.1  # warn when J_C ≤ d while a larger share of constrained responses costs more than 0
-
-    @pydantic.field_validator("init")
-    @classmethod
-    def positive(cls, value: float) -> float:
-        """Log λ must exist."""
-        if value <= 0:
-            raise ValueError("must be > 0: λ is learned as log λ and never leaves 0; use algorithm.name: ppo for λ ≡ 0")
-        return value
-
-    @pydantic.model_validator(mode="after")
-    def ordered(self) -> "Lagrange":
-        """The multiplier starts between its bounds."""
-        low, high = self.min_multiplier or 0.0, self.max_multiplier or float("inf")
-        if not low <= self.init <= high:
-            raise ValueError(f"init {self.init} must lie between min_multiplier {low} and max_multiplier {high}")
-        return self
-
-
-class AlgorithmConfig(Schema):
-    """The on-policy algorithm and its scalars."""
-
-    name: Literal["ppo", "ppo_lag"] = "ppo_lag"
-    kl_coeff: NonNegativeFloat = 0.01  # β, score per nat [ref ppo-lag]; in rewards and in costs
-    gamma: Share = 1.0  # [ref]
-    gae_lambda: Share = 0.95  # [ref]
-    clip_range_ratio: PositiveFloat = 0.2  # [ref]
-    clip_range_score: PositiveFloat = 50.0  # [ref]
-    clip_range_value: PositiveFloat = 5.0  # [ref]
-    epochs: PositiveInt = 1  # passes over a rollout [ref: update_iters]
-    minibatches: PositiveInt = 1  # optimizer steps per pass
-    old_log_probs: Literal["recomputed", "sampled"] = "recomputed"  # by the learner's graph, or the sampler's own
-    missing_eos_penalty: NonNegativeFloat = 0.0  # taken off the reward of a response that ran into the length limit
-    ptx_coeff: NonNegativeFloat = 0.0  # weight of the language-modelling loss on `ptx` [ref scripts: 16]
-    lagrange: Lagrange = Lagrange()
-
-
 class RLStage(TrainingStage):
-    """PPO or PPO-Lagrangian."""
+    """On-policy training: PPO, PPO-Lagrangian and their relatives."""
 
     refused: ClassVar[dict[str, str]] = dict.fromkeys(
         ("top_k", "top_p", "min_p", "repetition_penalty", "greedy", "do_sample"),
@@ -195,10 +124,13 @@ class RLStage(TrainingStage):
     kind: Literal["rl"]
     algorithm: AlgorithmConfig = AlgorithmConfig()
     reward_model: str
-    cost_model: str | None = None  # without a constraint it is only reported
-    prompts: Data
+    cost_model: str | None = None  # signal `cost`, limited by algorithm.lagrange; without a constraint only reported
+    cost_models: dict[str, str] = Field(
+        default_factory=dict
+    )  # several: signals `cost/<name>`, by algorithm.constraints.<name>
+    prompts: Mixture
     eval_prompts: Data | None = None
-    ptx: Data | None = None
+    ptx: Mixture | None = None
     group_field: str | None = None  # field of a record that names the prompt's group
     steps: PositiveInt = 200  # iterations: one rollout batch each
     batch_size: PositiveInt = 16  # prompts per iteration [ref]
@@ -210,6 +142,18 @@ class RLStage(TrainingStage):
     fuse: bool = True  # one program per iteration; False compiles generation and learning apart
     actor: OptimizerConfig = OptimizerConfig(lr=1e-5, weight_decay=0.01)  # [ref]
     critic: OptimizerConfig = OptimizerConfig(lr=5e-6, schedule="constant")  # [ref]
+
+    @property
+    def scorers(self) -> dict[str, str]:
+        """{signal: model}."""
+        single = {"reward": self.reward_model} | ({"cost": self.cost_model} if self.cost_model else {})
+        return single | {f"cost/{name}": model for name, model in self.cost_models.items()}
+
+    @property
+    def limits(self) -> dict[str, Lagrange]:
+        """{cost signal: its constraint}, for algorithms that have constraints."""
+        single = {"cost": self.algorithm.lagrange} if self.cost_model else {}
+        return single | {f"cost/{name}": lagrange for name, lagrange in self.algorithm.constraints.items()}
 
 
 class EvaluateStage(StageBase):
@@ -242,11 +186,21 @@ class RunConfig(Schema):
     title: str = "Safe RLHF"
     seed: NonNegativeInt = 0
     tokenizer: str = "demo"  # "demo", a folder, or a hub id
-    template: Literal["plain", "beaver", "alpaca"] = "plain"
+    template: str = "plain"  # "plain", "beaver", "alpaca", "tokenizer" (its own chat template), or a .jinja file
     mesh: Mesh = Mesh()
     execution: Execution = Execution()
+    assume: str | None = None  # preset with the shape of `path:` and `hf:` models, to compile where they are absent
     max_bad_records: Share = 0.05  # share of unusable records above which a stage refuses its data
     wandb: bool = False
+
+    @pydantic.field_validator("template")
+    @classmethod
+    def template_is_known(cls, value: str) -> str:
+        """A name, or a Jinja file."""
+        if value not in TEMPLATE_NAMES and not value.endswith((".jinja", ".jinja2", ".j2")):
+            hint = did_you_mean(value, TEMPLATE_NAMES)
+            raise ValueError(f"one of {', '.join(map(repr, TEMPLATE_NAMES))}, or the path of a .jinja file{hint}")
+        return value
 
     @pydantic.model_validator(mode="after")
     def stages_fit(self) -> "RunConfig":
@@ -258,6 +212,7 @@ class RunConfig(Schema):
                 raise ValueError(f"{where}: name {stage.name!r} is taken by an earlier stage; names must differ")
             check_references(where, stage, seen)
             check_divides(where, stage)
+            check_held_out(where, stage)
             seen[stage.name] = stage.kind
         return self
 
@@ -265,6 +220,7 @@ class RunConfig(Schema):
 def references(stage: Any) -> dict[str, str]:
     """Returns {field: model it names} of a stage."""
     fields = {name: getattr(stage, name, None) for name in ("init_from", "reward_model", "cost_model")}
+    fields |= {f"cost_models.{name}": model for name, model in getattr(stage, "cost_models", {}).items()}
     fields |= {f"policies.{i}": name for i, name in enumerate(getattr(stage, "policies", ()))}
     return {field: value for field, value in fields.items() if value is not None}
 
@@ -283,7 +239,7 @@ def check_references(where: str, stage: Any, seen: dict[str, str]) -> None:
                 hint = did_you_mean(rest, PRESETS)
                 raise ValueError(f"{where}: {field}: preset {rest!r} is unknown; presets: {sorted(PRESETS)}{hint}")
             continue
-        allowed = kinds.get(field, ("sft", "rl"))
+        allowed = ("cost",) if field.startswith("cost_models.") else kinds.get(field, ("sft", "rl"))
         if value not in seen:
             raise ValueError(
                 f"{where}: {field} names {value!r}, which is no earlier stage ({sorted(seen)}), nor 'path:…' or "
@@ -308,11 +264,16 @@ def check_divides(where: str, stage: Any) -> None:
             f"{where}: batch_size·responses_per_prompt = {rows} does not divide into minibatches·microbatches = {parts}"
             f"; nearest batches that do: {nearest_multiples(rows, parts)}"
         )
-    lagrange = stage.algorithm.lagrange
-    if stage.algorithm.name == "ppo_lag" and stage.cost_model is None:
-        raise ValueError(f"{where}: algorithm.name 'ppo_lag' needs cost_model; name a cost stage, or use 'ppo'")
-    if lagrange.constrained_groups is not None and stage.group_field is None:
-        raise ValueError(f"{where}: algorithm.lagrange.constrained_groups needs group_field, which holds the group")
+    for signal, lagrange in stage.limits.items():
+        field = "lagrange" if signal == "cost" else f"constraints.{signal.removeprefix('cost/')}"
+        if signal not in stage.scorers:
+            raise ValueError(
+                f"{where}: algorithm.{field} limits a cost that no model measures; name its model in "
+                f"cost_models.{signal.removeprefix('cost/')} (there are {sorted(stage.cost_models)})"
+            )
+        for name in ("constrained_groups", "group_limits"):
+            if getattr(lagrange, name) is not None and stage.group_field is None:
+                raise ValueError(f"{where}: algorithm.{field}.{name} needs group_field, which holds the group")
     if stage.algorithm.ptx_coeff > 0 and stage.ptx is None:
         raise ValueError(f"{where}: algorithm.ptx_coeff {stage.algorithm.ptx_coeff} needs ptx data")
 

@@ -23,6 +23,13 @@ def nearest_multiples(rows: int, parts: int) -> str:
     return f"{low} or {high}" if low else str(high)
 
 
+def nearest_divisors(value: int, parts: int) -> str:
+    """Returns the divisors of `value` on both sides of `parts`, in words."""
+    divisors = [n for n in range(1, value + 1) if value % n == 0]
+    below, above = [n for n in divisors if n <= parts][-1:], [n for n in divisors if n > parts][:1]
+    return " or ".join(str(n) for n in (*below, *above))
+
+
 def explain_all(root: type[pydantic.BaseModel], errors: Sequence[Any]) -> str:
     """Returns one line per offending key of a config with schema `root`."""
     lines: dict[tuple[str, ...], str] = {}

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from safe_rlhf_jax.checkpoint import Checkpoints
 from safe_rlhf_jax.metrics import ProgressBar, Throughput, make_writers
+from safe_rlhf_jax.processes import any_process, is_main
 
 PREEMPTED = 143  # exit status: a launcher should start the same command again
 
@@ -35,6 +36,12 @@ class Stage:
     tokens: Callable[[dict[str, float]], float]  # metrics of a step -> tokens it processed
     warning: Callable[[dict[str, float]], str | None] = lambda _: None  # metrics -> something worth saying once
     shown: tuple[str, ...] = ("train/loss",)  # metrics beside the progress bar
+    keep_best: str | None = None  # metric whose best checkpoint is kept as well, see `Checkpoints`
+
+    def evaluates(self, done: int, saves: bool) -> bool:
+        """Returns whether the state is evaluated after `done` steps: when it is due, or to rank a checkpoint."""
+        due = self.eval_every is not None and done % self.eval_every == 0 and done < self.total_steps
+        return due or (saves and (self.keep_best or "").removeprefix("-").startswith("eval/"))
 
 
 def fit(stage: Stage, folder: pathlib.Path, *, writers: tuple[str, ...] = ("jsonl", "tensorboard")) -> Any:
@@ -54,26 +61,28 @@ def fit(stage: Stage, folder: pathlib.Path, *, writers: tuple[str, ...] = ("json
         FloatingPointError: At the first metric that is not finite, naming it, the step and the last checkpoint.
         SystemExit: With status `PREEMPTED` after SIGTERM, when the state is saved.
     """
-    checkpoints = Checkpoints(folder / "checkpoints", keep=stage.keep_checkpoints)
-    state, start = stage.init(), checkpoints.latest() or 0
+    checkpoints = Checkpoints(folder / "checkpoints", keep=stage.keep_checkpoints, best=stage.keep_best)
+    state, start = checkpoints.restore(stage.init())
     if start:
-        state = checkpoints.restore(start, state)
         print(f"{stage.name}: continuing from step {start}")
-    log = Log(stage, folder, checkpoints, start, writers)
+    log = Log(stage, folder, checkpoints, start, writers if is_main() else ())
     key = jax.random.key(stage.seed)
     with Preemption() as preemption:
         for step in range(start, stage.total_steps):
-            state, metrics = stage.step(state, stage.frozen, stage.batch(step), jax.random.fold_in(key, step))
+            batch, asked = stage.batch(step), preemption.agreed()
+            state, metrics = stage.step(state, stage.frozen, batch, jax.random.fold_in(key, step))
             done = step + 1
             log.push(done, metrics)
-            if stage.eval_every and done % stage.eval_every == 0 and done < stage.total_steps:
+            stop = asked()
+            save = done % stage.checkpoint_every == 0 or done == stage.total_steps or stop
+            if stage.evaluates(done, save):
                 log.flush(lambda: stage.evaluate(state))  # noqa: B023 called before the next step
-            if done % stage.checkpoint_every == 0 or done == stage.total_steps or preemption.asked:
+            if save:
                 log.flush()  # raises before a state that is not finite is saved
                 log.refuse(done, not_finite(state))
-                checkpoints.save(done, state)
+                checkpoints.save(done, state, log.newest)
                 log.throughput.skip()
-            if preemption.asked:
+            if stop:
                 checkpoints.close()
                 log.close()
                 print(f"{stage.name}: preempted; step {done} is saved, the same command continues")
@@ -94,6 +103,7 @@ class Log:
         self.bar = ProgressBar(stage.name, stage.total_steps, start=start, keys=stage.shown)
         self.throughput = Throughput()
         self.pending: tuple[int, dict[str, jax.Array]] | None = None
+        self.newest: dict[str, float] = {}  # metrics of the newest step that is reported
         self.warned = False
 
     def push(self, step: int, metrics: dict[str, jax.Array]) -> None:
@@ -118,8 +128,9 @@ class Log:
         measured = evaluate()
         if measured:
             self.throughput.skip()
-        self.writers.write(step, values | measured)
-        self.bar.write(step, values | measured)
+        self.newest = values | measured
+        self.writers.write(step, self.newest)
+        self.bar.write(step, self.newest)
 
     def refuse(self, step: int, problem: str | None) -> None:
         """Stops a run with a number that is not finite, before its state is saved."""
@@ -156,7 +167,7 @@ def not_finite(state: Any) -> str | None:
 
 
 class Preemption:
-    """Remembers SIGTERM, so that the loop can save at the next step boundary."""
+    """Remembers SIGTERM, so that the loop can save at the next step boundary: the same one in every process."""
 
     def __init__(self) -> None:
         self.asked = False
@@ -167,6 +178,17 @@ class Preemption:
 
         self.previous = signal.signal(signal.SIGTERM, remember)
         return self
+
+    def agreed(self) -> Callable[[], bool]:
+        """Returns asked(): this process, or at the time of this call any other, has been told to stop.
+
+        Where there are several processes, call this before a step is dispatched and `asked` after it: the answer then
+        comes from the devices when the step before is done, and nobody waits for it.
+        """
+        if jax.process_count() == 1:
+            return lambda: self.asked
+        anyone = any_process(self.asked)
+        return lambda: bool(anyone)
 
     def __exit__(self, *_: object) -> None:
         signal.signal(signal.SIGTERM, self.previous)

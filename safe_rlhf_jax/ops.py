@@ -41,6 +41,11 @@ def gather_last(x: Float[Array, "B L"], mask: Bool[Array, "B L"]) -> Float[Array
     return jnp.take_along_axis(x, last_index(mask)[:, None], axis=-1)[:, 0]
 
 
+def ends_with(tokens: Int[Array, "B T"], mask: Bool[Array, "B T"], token: int) -> Bool[Array, " B"]:
+    """Whether the last real token of each row is `token`, bool[B]; False says that a response was cut off."""
+    return jnp.take_along_axis(tokens, last_index(mask)[:, None], axis=-1)[:, 0] == token
+
+
 def token_log_probs(logits: Float[Array, "B T V"], tokens: Int[Array, "B T"]) -> Float[Array, "B T"]:
     """Log-probability of each token under its logits, f32[B, T], nats."""
     logits = logits.astype(jnp.float32)

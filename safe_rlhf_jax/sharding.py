@@ -1,5 +1,6 @@
 """Meshes and shardings: one table from the axes that models name to the axes of the device mesh."""
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -7,9 +8,11 @@ from typing import Any
 import jax
 import numpy as np
 from flax import linen as nn
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 MESH_AXES = ("data", "fsdp", "tensor")
+FETCHED_BYTES = 2**28  # of an array that stand whole on every device while it is fetched
 
 # Logical axis -> mesh axis (or axes). Models name logical axes only.
 LOGICAL_RULES: dict[str, str | tuple[str, ...] | None] = {
@@ -27,14 +30,16 @@ LOGICAL_RULES: dict[str, str | tuple[str, ...] | None] = {
 
 
 def make_mesh(shape: Sequence[int], devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Returns a mesh with the axes `data`, `fsdp`, `tensor`.
+    """Returns a mesh with the axes `data`, `fsdp`, `tensor`, laid out along the interconnect of the devices.
+
+    Where the devices are in several slices, `data` alone crosses the slower network between them.
 
     Args:
         shape: Three sizes; at most one of them may be -1, which takes the devices that remain.
         devices: The devices to use; all of them by default.
 
     Raises:
-        ValueError: If the sizes do not use exactly the devices there are.
+        ValueError: If the sizes do not use exactly the devices there are, or `data` does not divide into the slices.
     """
     devices = list(devices or jax.devices())
     sizes = list(shape)
@@ -46,7 +51,18 @@ def make_mesh(shape: Sequence[int], devices: Sequence[jax.Device] | None = None)
             f"mesh: {dict(zip(MESH_AXES, shape, strict=True))} needs {math.prod(sizes)} devices, "
             f"{len(devices)} are present. Make the product of the sizes {len(devices)}, or set one size to -1."
         )
-    return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    axis_types = (AxisType.Auto,) * len(MESH_AXES)
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1:
+        return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=axis_types, devices=devices)
+    if sizes[0] % slices:
+        raise ValueError(
+            f"mesh: data {sizes[0]} does not divide into the {slices} slices that the devices are in; only data "
+            f"crosses the network between slices. Make it a multiple of {slices}."
+        )
+    within = (sizes[0] // slices, *sizes[1:])
+    grid = mesh_utils.create_hybrid_device_mesh(within, (slices, 1, 1), devices, allow_split_physical_axes=True)
+    return Mesh(grid, MESH_AXES, axis_types=axis_types)
 
 
 def partition_spec(names: Sequence[str | None]) -> PartitionSpec:
@@ -89,12 +105,76 @@ def init_sharded(init: Callable[..., Any], mesh: Mesh, *args: Any) -> Any:
     return jax.jit(lambda *a: nn.unbox(init(*a)), out_shardings=shardings)(*args)
 
 
+def with_shardings(shapes: Any, shardings: Any) -> Any:
+    """Returns arrays without contents: the shapes and dtypes of one tree, the shardings of the other."""
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """Returns the sharding of an array that every device holds whole."""
     return NamedSharding(mesh, PartitionSpec())
 
 
-def shard_batch(batch: Any, mesh: Mesh) -> Any:
-    """Puts a tree of host arrays on the mesh, split along the first dimension."""
-    sharding = NamedSharding(mesh, partition_spec(("batch",)))
-    return jax.tree.map(lambda x: jax.device_put(np.asarray(x), sharding), batch)
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Returns the sharding of an array that is split along its first dimension."""
+    return NamedSharding(mesh, partition_spec(("batch",)))
+
+
+def shard_batch(batch: Any, mesh: Mesh, share: tuple[int, int] = (0, 1)) -> Any:
+    """Puts a tree of host arrays on the mesh, split along the first dimension.
+
+    Args:
+        batch: Arrays [B/n, …] of host memory.
+        mesh: The mesh.
+        share: (i, n): this process passes the i-th of n equal slices of the rows (see `process_share`).
+    """
+    sharding = batch_sharding(mesh)
+    index, count = share
+
+    def one(x: Any) -> jax.Array:
+        rows = np.asarray(x)
+        first, total = index * len(rows), count * len(rows)
+
+        def held(at: Any) -> np.ndarray:
+            start, stop, _ = at[0].indices(total)
+            return rows[start - first : stop - first]
+
+        return jax.make_array_from_callback((total, *rows.shape[1:]), sharding, held)
+
+    return jax.tree.map(one, batch)
+
+
+def process_share(mesh: Mesh) -> tuple[int, int]:
+    """Returns (i, n): of n equal slices of a batch's rows, the i-th holds just what this process's devices need.
+
+    (0, 1), the whole batch, where the mesh scatters the rows of a process.
+    """
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    indices = batch_sharding(mesh).addressable_devices_indices_map((shards,)).values()
+    held = sorted({at[0].indices(shards)[0] for at in indices if at is not None})
+    size = len(held)
+    aligned = shards % size == 0 and held[0] % size == 0 and held == list(range(held[0], held[0] + size))
+    return (held[0] // size, shards // size) if aligned else (0, 1)
+
+
+def fetch(tree: Any) -> Any:
+    """Returns a tree of arrays, however sharded, as host arrays in every process."""
+    return jax.tree.map(fetch_array, tree)
+
+
+def fetch_array(x: jax.Array) -> np.ndarray:
+    """Returns an array as a host array; what other processes hold comes over in slices, so that devices have room."""
+    if x.is_fully_addressable or x.is_fully_replicated or not isinstance(x.sharding, NamedSharding):
+        return np.asarray(x)
+    rows = min(max(x.shape[0] * FETCHED_BYTES // x.nbytes, 1), x.shape[0])
+    out = np.empty(x.shape, x.dtype)
+    for start in range(0, x.shape[0], rows):
+        start = min(start, x.shape[0] - rows)
+        out[start : start + rows] = replicated_rows(x, start, rows, NamedSharding(x.sharding.mesh, PartitionSpec()))
+    return out
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def replicated_rows(x: jax.Array, start: int, rows: int, sharding: NamedSharding) -> jax.Array:
+    """Returns `rows` rows of an array, whole on every device."""
+    return jax.lax.with_sharding_constraint(jax.lax.dynamic_slice_in_dim(x, start, rows), sharding)

@@ -4,6 +4,7 @@ import argparse
 import ctypes
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 
 
@@ -45,30 +46,43 @@ def keep_freed_memory() -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a config; returns the exit status."""
+    """Runs a config; returns the exit status: 0, 1 after an error, 143 after SIGTERM (start the same command again)."""
     options = parse_arguments(arguments)
-    from safe_rlhf_jax.config import ConfigError, load_config
-
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it only reads text here and needs no PyTorch
     try:
-        config = load_config(options.config, options.overrides)
-        import jax
+        run_config(options.config, options.overrides)
+    except Exception as error:
+        from safe_rlhf_jax import processes
 
-        from safe_rlhf_jax import stages
-        from safe_rlhf_jax.stages.common import Run
+        if isinstance(error, ValueError | OSError | FloatingPointError):  # they say what is wrong and what to do
+            print(f"error: {error}", file=sys.stderr)
+        else:
+            traceback.print_exc()
+        return processes.stop(1)
+    return 0
 
-        command = " ".join([options.config, *options.overrides])
-        run = Run(config, command)
-        if jax.default_backend() == "cpu":
-            keep_freed_memory()
-        stages.check_run(run)
+
+def run_config(path: str, overrides: Sequence[str]) -> None:
+    """Runs the stages of a config in order, together with the other processes of the run where there are any."""
+    from safe_rlhf_jax.config import load_config
+
+    config = load_config(path, overrides)
+    import jax
+
+    from safe_rlhf_jax import processes
+
+    processes.start()
+    if jax.default_backend() == "cpu":
+        keep_freed_memory()
+    from safe_rlhf_jax import stages
+    from safe_rlhf_jax.stages.common import Run
+
+    run = Run(config, " ".join([path, *overrides]))
+    stages.check_run(run)
+    with processes.claimed(config.workdir):
         for stage in config.stages:
             stages.run_stage(run, stage)
-    except (ConfigError, ValueError, OSError, FloatingPointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
 
 
 if __name__ == "__main__":

@@ -3,11 +3,12 @@
 Axis legend, used in the whole package:
 
     B sequences   S prompt length   T response length   L = S + T   M minibatch   V vocabulary
-    D model width   H query heads   K key/value heads   N layers   W cost window
+    D model width   H query heads   K key/value heads   N layers   W cost window   G slots of a constraint
 
 Prompts are left-padded to S and responses fill the last T columns. Every per-token array of a response
 is [B, T], and index t means "the t-th response token". Scores are in reward-model units, KL in nats.
-A *signal* is `reward` or `cost`; dictionaries keyed by signal carry whatever exists once per signal.
+A *signal* is `reward`, `cost`, or `cost/<name>` where there are several; dictionaries keyed by signal carry whatever
+exists once per signal.
 """
 
 from typing import Any
@@ -93,9 +94,10 @@ class Experience:
 
     rollout: Rollout
     log_probs: jax.Array  # f32[B, T]
-    values: Signals  # f32[B, T]
+    ref_log_probs: jax.Array  # f32[B, T]
+    values: Signals  # f32[B, T]  of signals that have a critic
     advantages: Signals  # f32[B, T]
-    returns: Signals  # f32[B, T]
+    returns: Signals  # f32[B, T]  of signals that have a critic
 
 
 @struct.dataclass
@@ -110,17 +112,26 @@ class TrainState:
 
 @struct.dataclass
 class CostWindow:
-    """The newest costs of constrained prompts, newest last."""
+    """The newest costs of constrained prompts, newest last; in a constraint with a leading axis of slots [G]."""
 
     recent: jax.Array  # f32[W]
     count: jax.Array  # i32[]  how many of the last entries are filled
 
 
 @struct.dataclass
-class LagrangeState:
-    """The Lagrange multiplier, as log λ."""
+class ConstraintState:
+    """What a constraint remembers, one row per slot (one, or one per group of prompts)."""
 
-    log_multiplier: jax.Array  # f32[]
+    window: CostWindow  # f32[G, W], i32[G]
+    multiplier: dict[str, jax.Array]  # f32[G, …]  log λ, or λ with what its controller remembers
+
+
+@struct.dataclass
+class MovingReference:
+    """A reference policy that follows the actor."""
+
+    params: Params
+    age: jax.Array  # f32[]  iterations since its parameters were the actor's, on average
 
 
 @struct.dataclass
@@ -130,8 +141,9 @@ class RLState:
     step: jax.Array  # i32[]  iterations done
     actor: TrainState
     critics: dict[str, TrainState]
-    cost_window: CostWindow | None
-    lagrange: LagrangeState | None
+    constraints: dict[str, ConstraintState]  # by cost signal
+    kl_coeff: jax.Array | None = None  # f32[]  β, where a controller moves it
+    reference: MovingReference | None = None  # where it moves; else `Frozen.reference`
 
 
 @struct.dataclass

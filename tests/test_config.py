@@ -17,6 +17,7 @@ ROOT = Path(__file__).parent.parent
 def refuse(tmp_path, capsys, monkeypatch):
     """Runs a config that must fail; returns its one message."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "1")  # other tests have touched the devices: too late to look for a cluster
 
     def run(*overrides, config=MINI):
         workdir = tmp_path / "run"
@@ -129,7 +130,42 @@ def test_missing_name_and_kind_are_named(refuse, edited):
         (["stages.sft.init_from=preset:tinny"], ["preset 'tinny'", "did you mean 'tiny'"]),
         (["stages.ppo_lag.algorithm.lagrange.init=0"], ["lagrange.init", "must be > 0", "ppo"]),
         (["stages.ppo_lag.algorithm.lagrange.init=-1"], ["lagrange.init", "must be > 0"]),
-        (["stages.ppo_lag.cost_model=null"], ["'ppo_lag' needs cost_model"]),
+        (["stages.ppo_lag.algorithm.lagrange={multiplier: pid, init: -1}"], ["lagrange.init", "must be ≥ 0"]),
+        (["stages.ppo_lag.cost_model=null"], ["algorithm.lagrange limits the cost of cost_model", "not given"]),
+        (
+            ["stages.ppo_lag.cost_model=null", "stages.ppo_lag.algorithm={name: ppo_lag}"],
+            ["'ppo_lag' needs cost_model"],
+        ),
+        (
+            ["stages.ppo_lag.algorithm.constraints={toxic: {cost_limit: 0}}"],
+            ["algorithm.constraints.toxic limits a cost that no model measures", "cost_models.toxic"],
+        ),
+        (["stages.ppo_lag.cost_models={toxic: reward}"], ["cost_models.toxic names 'reward'", "a reward stage"]),
+        (
+            ["stages.ppo_lag.cost_model=null", "stages.ppo_lag.algorithm={name: reward_shaping}"],
+            ["'reward_shaping' weighs a cost", "cost_model"],
+        ),
+        (["stages.ppo_lag.algorithm.name=rloo_lag"], ["'rloo_lag'", "responses_per_prompt is 1", "2 or more"]),
+        (["stages.ppo_lag.algorithm.name=p3o_lag"], ["'p3o_lag'", "responses_per_prompt is 1", "must be 2"]),
+        (
+            ["stages.ppo_lag.algorithm.name=p3o_lag", "stages.ppo_lag.responses_per_prompt=4"],
+            ["responses_per_prompt is 4", "must be 2"],
+        ),
+        (
+            ["stages.ppo_lag.algorithm.name=grpo_lag", "stages.ppo_lag.responses_per_prompt=4"],
+            ["'grpo_lag'", "kl.place: k2"],
+        ),
+        (["stages.ppo_lag.algorithm.kl={target: 3, schedule: linear}"], ["algorithm.kl", "both move kl_coeff"]),
+        (["stages.ppo_lag.algorithm.kl={refresh_every: 3, average: 0.1}"], ["both move the reference"]),
+        (["stages.ppo_lag.algorithm.lagrange={measure: rectified, cost_limit: -1}"], ["never negative", "≥ 0"]),
+        (
+            ["stages.ppo_lag.algorithm.lagrange={group_limits: {risky: 0, rude: 1}}"],
+            ["group_limits names ['rude']", "'benign', 'risky', 'sensitive'"],
+        ),
+        (
+            ["stages.ppo_lag.group_field=null", "stages.ppo_lag.algorithm.lagrange={group_limits: {risky: 0}}"],
+            ["group_limits needs group_field"],
+        ),
         (["stages.ppo_lag.group_field=null"], ["constrained_groups needs group_field"]),
         (["stages.ppo_lag.algorithm.ptx_coeff=1"], ["needs ptx data"]),
     ],
@@ -170,7 +206,7 @@ def test_batch_that_does_not_divide_names_the_nearest_that_do(refuse, overrides,
         ("stages.cost.data.split=validation", ["demo/preference", "'validation'", "'train', 'test'"]),
         ("stages.ppo_lag.prompts.name=demo/promts", ["'demo/promts'", "did you mean 'demo/prompts'"]),
         ("stages.cost.data.name=no/such.jsonl", ["no/such.jsonl", "no such file"]),
-        ("stages.ppo_lag.prompts.name=demo/sft", ["ppo_lag", "prompt is missing", "None is left"]),
+        ("stages.reward.data.name=demo/sft", ["reward", "response_0 is missing", "None is left"]),
         ("stages.ppo_lag.group_field=topic", ["group_field 'topic' is missing", "prompt_source"]),
         ("stages.ppo_lag.algorithm.lagrange.constrained_groups=[risk]", ["['risk']", "'benign', 'risky', 'sensitive'"]),
         ("stages.ppo_lag.algorithm.lagrange.cost_limit.data.name=demo/sft", ["cost_limit", "labelled safe"]),

@@ -9,7 +9,7 @@ import pytest
 
 from safe_rlhf_jax import config as cfg
 from safe_rlhf_jax.config import load_config
-from safe_rlhf_jax.data import sources
+from safe_rlhf_jax.data import formats, sources
 from safe_rlhf_jax.models import families, hf
 from safe_rlhf_jax.rl import algorithms
 from safe_rlhf_jax.sharding import LOGICAL_RULES
@@ -81,8 +81,10 @@ def test_four_hops_lead_to_the_line_where_the_multiplier_changes():
     for _, file, function in hops:
         path = ROOT / re.search(r"\]\(([^)]+)\)", file)[1]
         assert re.match(r"`(\w+)`", function)[1] in defined(path), function
-    caller = ast.unparse(defined(ROOT / "safe_rlhf_jax/rl/step.py")["update_multiplier"])
-    assert "ascend_log_multiplier(" in caller
+    caller = ast.unparse(defined(ROOT / "safe_rlhf_jax/rl/constraints.py")["move_multiplier"])
+    assert "constraint.multiplier.move(" in caller
+    move = ast.unparse(defined(ROOT / "safe_rlhf_jax/rl/lagrange.py")["move_log"])
+    assert "ascend_log_multiplier(" in move
 
 
 def test_sharding_table_is_the_code():
@@ -128,7 +130,7 @@ def test_make_targets_of_the_readme_exist():
         assert set(re.findall(r"`make ([a-z-]+)`", page(name))) <= targets
 
 
-@pytest.mark.parametrize("name", ["dataset", "family", "algorithm"])
+@pytest.mark.parametrize("name", ["dataset", "format", "family", "algorithm"])
 def test_snippet_is_at_most_ten_lines_of_code(name):
     code = [
         line for line in snippet(name).splitlines() if line.strip() and not line.startswith(("#", "import", "from"))
@@ -144,32 +146,50 @@ def test_dataset_snippet_adds_a_dataset(monkeypatch):
         sources.read_records("arithmetic", "dev")
 
 
+def test_format_snippet_adds_a_format(monkeypatch):
+    monkeypatch.setitem(formats.FORMATS, "quiz", None)  # so that it is taken out again
+    exec(snippet("format"), {})
+    record = {"question": "how", "a": "so", "b": "not", "right": "b"}
+    assert formats.recognise([record], None, "here") == "quiz"
+    pair = {"prompt": "how", "response_0": "so", "response_1": "not", "better_response_id": 1}
+    assert formats.FORMATS["quiz"].read(record) == pair
+    assert formats.FORMATS["quiz"].read(record | {"right": "c"})[formats.UNUSABLE] == "right is neither a nor b"
+
+
+def test_formats_of_the_table_are_those_of_the_code():
+    table = rows(between(page("docs/data.md"), "formats"))
+    listed = [(name.strip("`"), tuple(re.findall(r"`(\w+)`", columns))) for name, columns, *_ in table]
+    assert listed == [(name, format_.needs) for name, format_ in formats.FORMATS.items()]
+
+
+def test_keys_of_data_in_the_docs_are_those_of_the_schema():
+    keys = set(re.findall(r"^\| `(\w+)`(?:, `(\w+)`)? \| ", page("docs/data.md"), re.MULTILINE))
+    listed = {key for pair in keys for key in pair if key} & set(cfg.Data.model_fields)
+    assert listed == set(cfg.Data.model_fields)
+
+
 def test_family_snippet_opens_and_saves_a_model(monkeypatch, tmp_path):
     from tests.helpers import make_lm, tiny_config
 
     monkeypatch.setattr(families, "FAMILIES", dict(families.FAMILIES))
     exec(snippet("family"), {})
-    module, variables = make_lm(tiny_config(family="mistral"))
+    module, variables = make_lm(tiny_config(family="seed_oss", attention_bias=True, attention_out_bias=False))
     hf.save(tmp_path, module, variables)
-    assert hf.read_config(tmp_path)["architectures"] == ["MistralForCausalLM"]
-    assert hf.load(tmp_path)[0].config.family == "mistral"
+    assert hf.read_config(tmp_path)["architectures"] == ["SeedOssForCausalLM"]
+    assert hf.load(tmp_path, scan_layers=False)[0].config == module.config
 
 
-def test_algorithm_snippet_runs_an_iteration(monkeypatch):
+def test_algorithm_snippet_runs_an_iteration_and_reaches_its_optimum(monkeypatch):
     import jax
-    import jax.numpy as jnp
 
     from tests.rl.world import make_rollout, make_world
 
-    monkeypatch.setitem(algorithms.ALGORITHMS, "ppo_fixed", None)  # so that it is taken out again
+    monkeypatch.setitem(algorithms.ALGORITHMS, "ppo_lag_plain", None)  # so that it is taken out again
     exec(snippet("algorithm"), {})
-    algorithm = algorithms.ALGORITHMS["ppo_fixed"]
-    ones = jnp.ones((2, 3), jnp.float32)
-    combined = algorithm.combine({"reward": 3.0 * ones, "cost": ones}, 0.0 * ones[:, :1])
-    assert (combined == 1.0).all()
-    world = make_world("ppo_fixed")
+    world = make_world("ppo_lag_plain")
     key = jax.random.key(0)
     state, metrics = jax.eval_shape(world.learn, world.state, world.frozen, make_rollout(), None, key)
     assert set(state.critics) == {"reward", "cost"}
     assert "train/cost_critic_loss" in metrics
-    assert "train/multiplier" not in metrics
+    assert "train/multiplier" in metrics
+    exec(snippet("algorithm-test"), {})

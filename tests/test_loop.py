@@ -1,6 +1,12 @@
 """The loop: a run that is stopped continues as if it had not been; a run that breaks says so and saves nothing bad."""
 
+import os
+import resource
 import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -10,6 +16,9 @@ import pytest
 from safe_rlhf_jax.checkpoint import Checkpoints
 from safe_rlhf_jax.loop import PREEMPTED, Stage, fit, not_finite
 from safe_rlhf_jax.metrics import read_jsonl
+from safe_rlhf_jax.processes import claimed
+
+ROOT = Path(__file__).parent.parent
 
 STEPS = 6  # of the stage ppo_lag in mini.yaml, which saves every second one
 
@@ -73,10 +82,11 @@ def test_interrupted_run_continues_where_it_was(interrupted):
 def test_resume_is_bit_exact(interrupted, mini_run):
     folder, straight = interrupted[0], mini_run[0] / "ppo_lag"
     ours, theirs = state_of(folder, STEPS), state_of(straight, STEPS)
-    assert {"actor", "critics", "cost_window", "lagrange", "step"} <= set(theirs)
+    assert {"actor", "critics", "constraints", "step"} <= set(theirs)
     jax.tree.map(np.testing.assert_array_equal, ours, theirs)
-    assert float(theirs["lagrange"]["log_multiplier"]) != 0.0, "λ has not moved: the test shows nothing"
-    assert int(theirs["cost_window"]["count"]) > 0
+    constraint = theirs["constraints"]["cost"]
+    assert float(constraint["multiplier"]["log"][0]) != 0.0, "λ has not moved: the test shows nothing"
+    assert int(constraint["window"]["count"][0]) > 0
     assert (folder / "export" / "model.safetensors").read_bytes() == (
         straight / "export" / "model.safetensors"
     ).read_bytes()
@@ -164,9 +174,6 @@ def test_state_that_is_not_finite_is_not_saved_even_where_the_metrics_are(tmp_pa
 
 
 def test_termination_at_the_last_step_stops_before_the_next_stage(tmp_path):
-    import os
-    import signal
-
     def batch(step):
         if step == 3:
             os.kill(os.getpid(), signal.SIGTERM)
@@ -176,6 +183,122 @@ def test_termination_at_the_last_step_stops_before_the_next_stage(tmp_path):
         fit(counter(4, batch=batch), tmp_path, writers=("jsonl",))
     assert stop.value.code == PREEMPTED
     assert int(fit(counter(4), tmp_path, writers=("jsonl",))["count"]) == 4
+
+
+# --- Checkpoints that break
+
+
+def wide(total=6, **options):
+    """A stage whose state takes 80 kB on disk and depends on every step before."""
+    noise = np.random.default_rng(0).normal(size=(100, 200)).astype(np.float32)
+
+    @jax.jit
+    def step(state, frozen, batch, key):
+        value = state["value"] * 0.5 + jax.random.normal(key, state["value"].shape, jax.numpy.float32)
+        return {"value": value}, {"train/loss": value.sum(), "train/step": 1.0 * batch}
+
+    defaults = {"step": step, "batch": lambda step: step, "init": lambda: {"value": jax.numpy.asarray(noise)}}
+    return counter(total, **(defaults | options))
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    """A folder with the checkpoints of steps 2 and 4, and the state after step 6."""
+    folder = tmp_path_factory.mktemp("unbroken")
+    fit(wide(4), folder, writers=("jsonl",))
+    final = fit(wide(), tmp_path_factory.mktemp("final"), writers=("jsonl",))
+    return folder, np.asarray(final["value"])
+
+
+def files_of_newest(folder):
+    newest = folder / "checkpoints" / "4"
+    return [path.relative_to(folder) for path in sorted(newest.rglob("*")) if path.is_file()]
+
+
+@pytest.mark.parametrize("how", ["truncated", "deleted"])
+def test_run_falls_back_from_a_broken_checkpoint_says_so_and_loses_nothing_else(unbroken, tmp_path, capsys, how):
+    folder, final = unbroken
+    fell_back = 0
+    for i, file in enumerate(files_of_newest(folder)):
+        copy = tmp_path / str(i)
+        shutil.copytree(folder, copy)
+        os.truncate(copy / file, (copy / file).stat().st_size // 2) if how == "truncated" else (copy / file).unlink()
+        state = fit(wide(), copy, writers=("jsonl",))
+        np.testing.assert_array_equal(state["value"], final, err_msg=str(file))
+        assert [record["step"] for record in read_jsonl(copy / "metrics.jsonl")] == list(range(1, 7)), file
+        assert Checkpoints(copy / "checkpoints").latest() == 6
+        out = capsys.readouterr().out
+        aside = (copy / "checkpoints.unreadable" / "4").exists()
+        assert ("checkpoint of step 4 cannot be read" in out) == ("continuing from step 2" in out) == aside, (file, out)
+        assert aside or "continuing from step 4" in out, (file, out)
+        fell_back += aside
+    assert fell_back >= 3, "hardly any file matters: the test shows little"
+
+
+def test_run_without_a_readable_checkpoint_stops_instead_of_starting_anew(unbroken, tmp_path):
+    shutil.copytree(unbroken[0], tmp_path / "run")
+    for file in (tmp_path / "run" / "checkpoints").rglob("d/*"):
+        file.unlink()
+    for _ in range(2):
+        with pytest.raises(OSError, match=r"none of the checkpoints \[4, 2\] can be read"):
+            fit(wide(), tmp_path / "run", writers=("jsonl",))
+
+
+def test_full_disk_is_a_clear_error_and_the_last_good_checkpoint_continues(unbroken, tmp_path):
+    """The kernel refuses to write more than 20 kB into a file, from the fifth step on."""
+    shutil.copytree(unbroken[0], tmp_path / "run")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def batch(step):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+        return step
+
+    try:
+        with pytest.raises(OSError, match=r"checkpoint could not be written: .*Last good checkpoint: step 4"):
+            fit(wide(batch=batch), tmp_path / "run", writers=("jsonl",))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    state = fit(wide(), tmp_path / "run", writers=("jsonl",))
+    np.testing.assert_array_equal(state["value"], unbroken[1])
+
+
+@pytest.mark.parametrize(("best", "kept"), [("train/loss", [3, 6]), ("-eval/distance", [2, 6]), (None, [6])])
+def test_best_checkpoint_is_kept_beside_the_newest(tmp_path, best, kept):
+    losses, distances = jax.numpy.asarray([0.0, 1.0, 5.0, 2.0, 3.0, 4.0]), [None, 2.0, 1.0, 3.0, 4.0, 5.0, 6.0]
+
+    def step(state, frozen, batch, key):
+        return {"count": state["count"] + 1}, {"train/loss": losses[batch]}
+
+    stage = counter(
+        6, step=step, batch=lambda step: step, init=lambda: {"count": jax.numpy.int32(0)}, checkpoint_every=1,
+        keep_checkpoints=1, keep_best=best, evaluate=lambda state: {"eval/distance": distances[int(state["count"])]},
+    )  # fmt: skip
+    fit(stage, tmp_path, writers=("jsonl",))
+    assert sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir()) == kept
+
+
+def test_best_by_a_metric_that_is_not_measured_is_refused_by_name(tmp_path):
+    with pytest.raises(ValueError, match=r"keep_best: 'train/los' is not among the metrics .*train/loss"):
+        fit(counter(keep_best="train/los"), tmp_path, writers=("jsonl",))
+
+
+# --- Two runs in one folder
+
+
+def test_folder_of_a_live_run_is_refused_and_free_when_it_is_gone(tmp_path, train_process):
+    with claimed(tmp_path):
+        process = train_process(f"workdir={tmp_path}")
+        assert process.returncode == 1
+        assert f"workdir {tmp_path} is in use by process {os.getpid()} on" in process.stderr
+        assert not (tmp_path / "sft").exists()
+    code = (
+        "import os, signal; from safe_rlhf_jax.processes import claimed\n"
+        f"with claimed({str(tmp_path)!r}): os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == -signal.SIGKILL
+    assert "process" in (tmp_path / ".lock").read_text(), "the run that was killed has left its lock file"
+    with claimed(tmp_path):
+        pass
 
 
 def test_warning_is_printed_once(tmp_path, capsys):

@@ -3,12 +3,14 @@
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from safe_rlhf_jax import config as cfg
 from safe_rlhf_jax.rl.algorithms import ALGORITHMS
 from safe_rlhf_jax.sharding import replicated
 from safe_rlhf_jax.stages import Run, reinforcement, unused
+from safe_rlhf_jax.stages.common import only_read, open_model
 
 MINI = Path(__file__).parent / "configs" / "mini.yaml"
 
@@ -54,8 +56,9 @@ def test_second_step_does_not_recompile_and_nothing_is_transferred(mini_run, fus
     prompts = reinforcement.load_prompts(run, stage, stage.prompts)
     batch = reinforcement.prompt_batches(run, stage, prompts, 0)
     with jax.set_mesh(run.mesh):
-        networks, state, frozen = reinforcement.build_networks(run, stage)
-        hp = reinforcement.hyperparameters(run, stage, prompts.width, 0.0, ("benign", "risky", "sensitive"))
+        limits, groups = {"cost": (0.0,)}, ("benign", "risky", "sensitive")
+        hp = reinforcement.hyperparameters(run, stage, prompts.width, limits, groups)
+        networks, state, frozen = reinforcement.build_networks(run, stage, hp)
         step = reinforcement.compile_step(run, stage, networks, ALGORITHMS["ppo_lag"], hp, state)
         batches, keys = [batch(i) for i in range(3)], jax.random.split(jax.random.key(0), 3)
         keys = [jax.device_put(key, replicated(run.mesh)) for key in keys]
@@ -73,3 +76,16 @@ def test_second_step_does_not_recompile_and_nothing_is_transferred(mini_run, fus
                     state, _ = step(state, frozen, batches[i], keys[i])
         assert not compilations
     assert int(state.step) == 3
+
+
+def test_frozen_networks_in_the_dtype_of_the_matmuls_score_the_same():
+    run = Run(cfg.load_config(MINI, ["execution.dtype=bfloat16"]))
+    tokens = jnp.arange(24, dtype=jnp.int32).reshape(2, 12)
+    mask = jnp.ones((2, 12), bool)
+    with jax.set_mesh(run.mesh):
+        module, variables = open_model(run, "preset:tiny", "score", score_type="reward")
+        frozen = variables | {"params": only_read(run, variables["params"])}
+        apply = jax.jit(module.apply)
+        assert (apply(variables, tokens, mask) == apply(frozen, tokens, mask)).all()
+    size = lambda tree: sum(leaf.nbytes for leaf in jax.tree.leaves(tree))  # noqa: E731
+    assert size(frozen["params"]) < 0.51 * size(variables["params"])

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -15,8 +16,13 @@ from transformers import AutoTokenizer
 from safe_rlhf_jax import config as cfg
 from safe_rlhf_jax import train
 from safe_rlhf_jax.data import demo
+from safe_rlhf_jax.data.tokenizer import load_tokenizer
+from safe_rlhf_jax.inference.generate import generate
+from safe_rlhf_jax.inference.sampling import Sampling
 from safe_rlhf_jax.metrics import read_jsonl
 from safe_rlhf_jax.models import hf
+from safe_rlhf_jax.ops import sequence_scores
+from safe_rlhf_jax.types import PromptBatch
 
 STAGES = ("sft", "reward", "cost", "ppo_lag", "evaluate")
 
@@ -66,6 +72,51 @@ def test_each_export_loads_back_with_its_tokenizer(mini_run, stage, head):
     assert tokenizer.decode(ids[0]) == text
 
 
+@pytest.mark.reference
+def test_an_exported_policy_generates_the_same_greedy_tokens_in_transformers(mini_run):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    folder, length = mini_run[0] / "ppo_lag" / "export", 12
+    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
+    texts = [record["prompt"] for record in demo.prompts("test")[:16]]
+    rows = tokenizer(texts, padding=True, return_tensors="np")
+    tokens, mask = jnp.asarray(rows["input_ids"], jnp.int32), jnp.asarray(rows["attention_mask"], bool)
+    assert not mask.all()
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    expected = theirs.generate(
+        torch.tensor(rows["input_ids"]), attention_mask=torch.tensor(rows["attention_mask"]), max_new_tokens=length,
+        do_sample=False,
+    ).numpy()  # fmt: skip
+    module, variables = hf.load(folder)
+    rollout = generate(
+        module, variables["params"], PromptBatch(tokens, mask, jnp.zeros(len(texts), jnp.int32)), jax.random.key(0),
+        response_length=length, eos_id=tokenizer.eos_token_id, pad_id=tokenizer.pad_token_id,
+        sampling=Sampling(temperature=0.0),
+    )  # fmt: skip
+    np.testing.assert_array_equal(rollout.tokens[:, : expected.shape[1]], expected)
+    assert len(np.unique(expected[:, tokens.shape[1] :])) > 3
+
+
+def test_an_exported_cost_model_in_both_layouts_loads_back_with_equal_scores(mini_run, tmp_path):
+    module, variables = hf.load(mini_run[0] / "cost" / "export", "score")
+    texts = AutoTokenizer.from_pretrained(mini_run[0] / "cost" / "export")(
+        [f"{record['prompt']} {record['response_0']}" for record in demo.preference("test")[:16]],
+        padding=True, padding_side="right", return_tensors="np",
+    )  # fmt: skip
+    batch = jnp.asarray(texts["input_ids"], jnp.int32), jnp.asarray(texts["attention_mask"], bool)
+    expected = sequence_scores(module, variables, *batch)
+    assert np.ptp(expected) > 0
+    hf.save(tmp_path / "beaver", module, variables)
+    with pytest.warns(UserWarning, match=r"score\.bias"):
+        hf.save(tmp_path / "classifier", module, variables, layout="sequence_classification")
+    for folder, architecture in (("beaver", "LlamaForScore"), ("classifier", "LlamaForSequenceClassification")):
+        assert hf.read_config(tmp_path / folder)["architectures"] == [architecture]
+        again, loaded = hf.load(tmp_path / folder, "score")
+        assert again.score.score_type == "cost"
+        np.testing.assert_allclose(sequence_scores(again, loaded, *batch), expected, rtol=1e-6)
+
+
 def test_training_moved_the_policy(mini_run):
     (_, before), (_, after) = (hf.load(mini_run[0] / stage / "export", "lm") for stage in ("sft", "ppo_lag"))
     assert not np.allclose(before["params"]["lm_head"]["kernel"], after["params"]["lm_head"]["kernel"], atol=1e-6)
@@ -108,9 +159,13 @@ def test_finished_stages_are_skipped_and_changed_ones_run_again_with_those_after
     unchanged = train_process(config=config)
     assert unchanged.returncode == 0, unchanged.stderr
     assert unchanged.stdout.count("finished, config unchanged; skipped") == 3
-    changed = train_process("stages.reward.optimizer.lr=1e-4", config=config)
+    layout = "stages.reward.export_layout=sequence_classification"
+    changed = train_process("stages.reward.optimizer.lr=1e-4", layout, config=config)
     assert changed.returncode == 0, changed.stderr
     assert changed.stdout.count("finished, config unchanged; skipped") == 2
     assert "reward: the config has changed" in changed.stdout
     assert (run / f"reward.{before['reward']}" / "result.json").exists()
     assert (run / "reward" / "config_hash").read_text() != before["reward"]
+    module, _ = hf.load(run / "reward" / "export", "score")  # in a layout without a bias, so it was trained without
+    assert hf.read_config(run / "reward" / "export")["architectures"] == ["LlamaForSequenceClassification"]
+    assert (module.score.bias, module.score.pad_id) == (False, load_tokenizer("demo").pad_id)

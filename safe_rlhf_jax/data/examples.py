@@ -1,4 +1,4 @@
-"""Step 3 of the line: a record becomes rows of arrays.
+"""Step 3 of the line, second half: texts become rows of arrays.
 
 Unusable records are counted by reason, and fatal above a limit.
 """
@@ -11,25 +11,24 @@ from typing import Any
 
 import numpy as np
 
-from safe_rlhf_jax.data.sources import Record
-from safe_rlhf_jax.data.templates import Message, Template, format_dialogue
+from safe_rlhf_jax.data.formats import PART, UNUSABLE, Record, Unusable
+from safe_rlhf_jax.data.templates import AnyTemplate
+from safe_rlhf_jax.data.texts import (
+    Text,
+    paired,
+    preference_example,
+    prompt_example,
+    safety_example,
+    safety_labels,
+    shown,
+    supervised_example,
+)
 from safe_rlhf_jax.data.tokenizer import Tokenizer
 from safe_rlhf_jax.types import PreferenceBatch, PromptBatch, SafetyBatch, Sequences, SupervisedBatch
 
 MAX_SHOWN = 300  # characters of a bad record in an error
+SHOWN_REASONS = 3  # of which an error shows the first bad record
 ROUND = 8  # columns: widths are rounded up to a multiple
-
-
-class Unusable(Exception):
-    """A record that a stage cannot use; the message is the reason it is counted under."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Text:
-    """Token ids, and which of them are the assistant's (EOS included)."""
-
-    ids: list[int]
-    trained: list[bool]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,8 +37,9 @@ class Examples:
 
     arrays: Any
     records: list[Record]
-    skipped: dict[str, int]
-    truncated: int
+    skipped: dict[str, int]  # reason -> records
+    truncated: int  # texts
+    lengths: tuple[int, ...] = ()  # tokens of every text before it was cut; of pairs, both sides
 
     def __len__(self) -> int:
         return len(self.records)
@@ -51,6 +51,11 @@ class Examples:
         return [side.mask for side in sides if side is not None] or [self.arrays.mask]
 
     @property
+    def parts(self) -> np.ndarray:
+        """Which part of a weighted mixture each row is of, i64[N]."""
+        return np.array([record.get(PART, 0) for record in self.records], np.int64)
+
+    @property
     def width(self) -> int:
         """Columns, in tokens."""
         return int(self.masks[0].shape[1])
@@ -59,101 +64,6 @@ class Examples:
     def mean_tokens(self) -> float:
         """Real tokens of a record, both sides of a pair together."""
         return float(sum(mask.sum() for mask in self.masks) / len(self))
-
-
-def messages_of(record: Record) -> list[Message]:
-    """Returns the conversation of a supervised record, whichever of the known formats it has."""
-    if "messages" in record:
-        if not isinstance(record["messages"], list) or not record["messages"]:
-            raise Unusable("messages is no list of turns")
-        return record["messages"]
-    if "instruction" in record and "output" in record:
-        given = text_of(record, "input") if record.get("input") else ""
-        return pair(" ".join(filter(None, (text_of(record, "instruction"), given))), text_of(record, "output"))
-    if "prompt" in record and "response" in record:
-        return pair(text_of(record, "prompt"), text_of(record, "response"))
-    raise Unusable("no messages, prompt + response, or instruction + output")
-
-
-def text_of(record: Record, field: str) -> str:
-    """Returns a field that must be text."""
-    if not isinstance(record.get(field), str):
-        raise Unusable(f"{field} is missing or no text")
-    text: str = record[field]
-    return text
-
-
-def pair(prompt: str, response: str) -> list[Message]:
-    """Returns a conversation of one prompt and one response."""
-    return [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
-
-
-def encode(messages: Sequence[Message], template: Template, tokenizer: Tokenizer) -> Text:
-    """Tokenises a conversation segment by segment, as generation will see it; EOS follows every response."""
-    ids, trained = list(tokenizer.prefix), [False] * len(tokenizer.prefix)
-    for i, message in enumerate(messages):
-        content = message.get("content") if isinstance(message, dict) else None
-        if not isinstance(content, str) or not content.strip():
-            raise Unusable("no response" if i % 2 else "no prompt")
-    try:
-        segments = format_dialogue(messages, template)
-    except ValueError as error:
-        raise Unusable("turns that do not alternate between user and assistant") from error
-    for segment in segments:
-        tokens = tokenizer.encode(segment.text) + ([tokenizer.eos_id] if segment.trained else [])
-        ids += tokens
-        trained += [segment.trained] * len(tokens)
-    return Text(ids, trained)
-
-
-def supervised_example(record: Record, template: Template, tokenizer: Tokenizer) -> tuple[Text]:
-    """Returns the text of a demonstration."""
-    messages = messages_of(record)
-    if len(messages) % 2:
-        raise Unusable("the last turn is not the assistant's")
-    return (encode(messages, template, tokenizer),)
-
-
-def two_responses(record: Record, label: str) -> tuple[int, str, str, str]:
-    """Returns the label's value (0 or 1), the prompt and both responses."""
-    prompt, *responses = (text_of(record, field) for field in ("prompt", "response_0", "response_1"))
-    if record.get(label) is None:
-        raise Unusable(f"missing {label}")
-    if record[label] not in (0, 1):
-        raise Unusable(f"{label} is neither 0 nor 1")
-    if responses[0] == responses[1]:
-        raise Unusable("identical responses")
-    return int(record[label]), prompt, responses[0], responses[1]
-
-
-def preference_example(record: Record, template: Template, tokenizer: Tokenizer) -> tuple[Text, Text]:
-    """Returns chosen and rejected."""
-    better, prompt, *responses = two_responses(record, "better_response_id")
-    texts = [encode(pair(prompt, response), template, tokenizer) for response in responses]
-    return texts[better], texts[1 - better]
-
-
-def safety_example(record: Record, template: Template, tokenizer: Tokenizer) -> tuple[Text, Text]:
-    """Returns the safer and the less safe response."""
-    safer, prompt, *responses = two_responses(record, "safer_response_id")
-    safe = safety_labels(record)
-    if safe[1 - safer] and not safe[safer]:
-        raise Unusable("the safer response is labelled unsafe, the other safe")
-    texts = [encode(pair(prompt, response), template, tokenizer) for response in responses]
-    return texts[safer], texts[1 - safer]
-
-
-def safety_labels(record: Record) -> tuple[bool, bool]:
-    """Returns is_response_0_safe, is_response_1_safe."""
-    labels = [record.get(f"is_response_{i}_safe") for i in (0, 1)]
-    if any(label not in (True, False) for label in labels):
-        raise Unusable("is_response_0_safe or is_response_1_safe missing or not a truth value")
-    return bool(labels[0]), bool(labels[1])
-
-
-def prompt_example(record: Record, template: Template, tokenizer: Tokenizer) -> tuple[Text]:
-    """Returns the prompt of a record."""
-    return (encode([{"role": "user", "content": text_of(record, "prompt")}], template, tokenizer),)
 
 
 def convert(
@@ -177,28 +87,36 @@ def convert(
         ValueError: If more than the share `max_bad` is unusable, with the counts and a first example.
     """
     texts, kept, skipped = [], [], Counter[str]()
-    first_bad: Record | None = None
+    first: dict[str, Record] = {}
     for record in records:
         try:
+            if UNUSABLE in record:
+                raise Unusable(record[UNUSABLE])
             converted = example(record)
             if problem := unfit(converted):
                 raise Unusable(problem)
         except Unusable as reason:
             skipped[str(reason)] += 1
-            first_bad = first_bad or record
+            first.setdefault(str(reason), record)
             continue
         texts.append(converted)
         kept.append(record)
     bad = sum(skipped.values())
     if not kept or bad > max_bad * len(records):
-        reasons = "; ".join(f"{reason}: {count}" for reason, count in skipped.most_common())
-        shown = json.dumps(first_bad, ensure_ascii=False, default=str)
-        shown = shown if len(shown) <= MAX_SHOWN else shown[:MAX_SHOWN] + " …"
+        ranked = skipped.most_common()
+        reasons = "; ".join(f"{reason}: {count}" for reason, count in ranked)
+        shown = "; ".join(excerpt(first[reason]) for reason, _ in ranked[:SHOWN_REASONS])
         raise ValueError(
             f"{where}: {bad} of {len(records)} records cannot be used ({reasons}). First: {shown}. "
             + (f"Mend the data, or raise max_bad_records ({max_bad})." if kept else "None is left.")
         )
     return texts, kept, dict(skipped)
+
+
+def excerpt(record: Record) -> str:
+    """Returns the beginning of a record."""
+    text = json.dumps(record, ensure_ascii=False, default=str)
+    return text if len(text) <= MAX_SHOWN else text[:MAX_SHOWN] + " …"
 
 
 def unfit_texts(texts: tuple[Text, ...], max_length: int) -> str | None:
@@ -226,8 +144,22 @@ def common_width(texts: Sequence[Text], max_length: int) -> int:
     return min(-(-longest // ROUND) * ROUND, max_length)
 
 
+def finished(
+    arrays: Any, records: list[Record], skipped: dict[str, int], texts: Sequence[Text], max_length: int
+) -> Examples:
+    """Returns examples with the lengths of their texts."""
+    lengths = tuple(len(text.ids) for text in texts)
+    return Examples(arrays, records, skipped, sum(length > max_length for length in lengths), lengths)
+
+
 def load_supervised(
-    records: Sequence[Record], template: Template, tokenizer: Tokenizer, *, max_length: int, where: str, max_bad: float
+    records: Sequence[Record],
+    template: AnyTemplate,
+    tokenizer: Tokenizer,
+    *,
+    max_length: int,
+    where: str,
+    max_bad: float,
 ) -> Examples:
     """Returns a `SupervisedBatch` of all records."""
     texts, kept, skipped = convert(
@@ -240,12 +172,12 @@ def load_supervised(
     rows = [text for (text,) in texts]
     padded = pad_right(rows, common_width(rows, max_length), tokenizer.pad_id)
     batch = SupervisedBatch(padded["tokens"], padded["mask"], padded["trained"])
-    return Examples(batch, kept, skipped, sum(len(text.ids) > max_length for text in rows))
+    return finished(batch, kept, skipped, rows, max_length)
 
 
 def load_pairs(
     records: Sequence[Record],
-    template: Template,
+    template: AnyTemplate,
     tokenizer: Tokenizer,
     *,
     safety: bool,
@@ -256,7 +188,7 @@ def load_pairs(
     """Returns a `SafetyBatch` or a `PreferenceBatch` of all records; both sides have one width."""
     example = safety_example if safety else preference_example
     texts, kept, skipped = convert(
-        records,
+        paired(records) if safety else records,
         lambda r: example(r, template, tokenizer),
         where=where,
         max_bad=max_bad,
@@ -277,12 +209,12 @@ def load_pairs(
         batch = SafetyBatch(side(0), side(1), labels[rows, safer], labels[rows, 1 - safer])
     else:
         batch = PreferenceBatch(side(0), side(1))
-    return Examples(batch, kept, skipped, sum(len(text.ids) > max_length for text in flat))
+    return finished(batch, kept, skipped, flat, max_length)
 
 
 def load_prompts(
     records: Sequence[Record],
-    template: Template,
+    template: AnyTemplate,
     tokenizer: Tokenizer,
     *,
     max_length: int,
@@ -321,7 +253,9 @@ def load_prompts(
     tokens: Any = np.full((len(rows), width), tokenizer.pad_id, np.int32)
     mask: Any = np.zeros((len(rows), width), bool)
     for i, text in enumerate(rows):
-        start = len(tokenizer.prefix)  # BOS stays
+        start = (
+            len(tokenizer.prefix) if tuple(text.ids[: len(tokenizer.prefix)]) == tokenizer.prefix else 0
+        )  # BOS stays
         ids = text.ids[:start] + text.ids[start:][start - width :]
         tokens[i, width - len(ids) :], mask[i, width - len(ids) :] = ids, True
     group: Any = np.zeros(len(rows), np.int32)
@@ -331,7 +265,8 @@ def load_prompts(
             raise ValueError(f"{where}: group_field {group_field!r} is missing from records; the first has {keys}")
         names = list(groups or group_names(kept, group_field))
         group = np.array([names.index(str(record[group_field])) for record in kept], np.int32)
-    return Examples(PromptBatch(tokens, mask, group), kept, skipped, sum(len(text.ids) > width for text in rows))
+    kept = [record if isinstance(record.get("prompt"), str) else record | {"prompt": shown(record)} for record in kept]
+    return finished(PromptBatch(tokens, mask, group), kept, skipped, rows, width)
 
 
 def group_names(records: Sequence[Record], field: str | None) -> tuple[str, ...]:

@@ -1,5 +1,6 @@
 """Batches as a function of (seed, step): nothing to save, nothing to fast-forward on resume."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import grain
@@ -10,18 +11,56 @@ from safe_rlhf_jax.data.examples import Examples
 
 
 class Batches:
-    """Batches of a dataset in an order that is drawn anew in every epoch; an epoch's rest runs on into the next."""
+    """Batches of a dataset in an order that is drawn anew in every epoch; an epoch's rest runs on into the next.
 
-    def __init__(self, examples: Examples, *, batch_size: int, seed: int):
+    The rows of a step are the same however many processes share them: process i of n gets the i-th of n equal slices.
+
+    Args:
+        examples: The dataset.
+        batch_size: Rows of a step, all processes together.
+        seed: Of the order.
+        weights: Of the parts of a mixture: shares of the rows drawn, in proportion, whatever the parts' sizes.
+        process_index: Which process this is.
+        process_count: How many there are.
+
+    Raises:
+        ValueError: If the batch does not divide into the processes, or a part of a mixture has no usable record.
+    """
+
+    def __init__(
+        self,
+        examples: Examples,
+        *,
+        batch_size: int,
+        seed: int,
+        weights: Sequence[float] | None = None,
+        process_index: int = 0,
+        process_count: int = 1,
+    ):
+        if batch_size % process_count:
+            raise ValueError(f"batch_size {batch_size} does not divide into {process_count} processes")
         self.examples = examples
-        self.batch_size = batch_size
-        rows = grain.MapDataset.range(len(examples)).seed(seed % 2**32).shuffle().repeat()
-        self.order = rows.batch(batch_size)
+        self.share = slice(
+            process_index * batch_size // process_count, (process_index + 1) * batch_size // process_count
+        )
+        self.order = shuffled(examples, seed % 2**32, weights).batch(batch_size)
 
     def __call__(self, step: int) -> Any:
-        """Returns the batch of a step: the examples' batch type with `batch_size` rows of host arrays."""
-        rows = np.asarray(self.order[step])
+        """Returns this process's rows of a step: the examples' batch type, host arrays."""
+        rows = np.asarray(self.order[step])[self.share]
         return jax.tree.map(lambda x: x[rows], self.examples.arrays)
+
+
+def shuffled(examples: Examples, seed: int, weights: Sequence[float] | None) -> Any:
+    """Returns row numbers without end, in a new order in every epoch; random access."""
+    if weights is None:
+        return grain.MapDataset.range(len(examples)).seed(seed).shuffle().repeat()
+    parts = [np.flatnonzero(examples.parts == i) for i in range(len(weights))]
+    empty = [i for i, rows in enumerate(parts) if not len(rows)]
+    if empty:
+        raise ValueError(f"part {empty[0]} of the mixture has no record that can be used")
+    orders = [grain.MapDataset.source(rows.tolist()).seed(seed + i).shuffle().repeat() for i, rows in enumerate(parts)]
+    return grain.MapDataset.mix(orders, weights=list(weights))
 
 
 def in_order(examples: Examples, batch_size: int) -> list[tuple[Any, int]]:

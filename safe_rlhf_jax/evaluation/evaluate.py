@@ -12,7 +12,7 @@ from safe_rlhf_jax.evaluation.statistics import expected_calibration_error, reli
 from safe_rlhf_jax.inference.generate import generate
 from safe_rlhf_jax.inference.sampling import Sampling
 from safe_rlhf_jax.models.transformer import CausalLM
-from safe_rlhf_jax.ops import response_log_probs, sequence_scores
+from safe_rlhf_jax.ops import ends_with, response_log_probs, sequence_scores
 from safe_rlhf_jax.types import Frozen, Params, PreferenceBatch, PromptBatch, SafetyBatch, Sequences
 
 Sample = dict[str, Any]
@@ -59,12 +59,10 @@ def make_respond(
             )
 
         response, mask = rollout.tokens[:, prompt_length:], rollout.mask[:, prompt_length:]
-        length = mask.sum(-1)
-        last = jnp.take_along_axis(response, (length - 1)[:, None], axis=1)[:, 0]
         return {
             "tokens": response,
-            "length": length,
-            "truncated": last != eos_id,
+            "length": mask.sum(-1),
+            "truncated": ~ends_with(response, mask, eos_id),
             "kl": jnp.where(mask, log_probs(params) - log_probs(frozen.reference), 0.0).sum(-1),
         } | {
             signal: sequence_scores(

@@ -4,10 +4,11 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax import struct
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from safe_rlhf_jax.models.config import ModelConfig
-from safe_rlhf_jax.models.layers import Linear, rotate
+from safe_rlhf_jax.models.layers import Linear, Norm, softcap
+from safe_rlhf_jax.models.positions import Rotary, alibi_slopes, config_rotary, rotate
 from safe_rlhf_jax.sharding import constrain
 
 MASKED = -1e30  # finite, so that a row in which nothing is visible stays finite
@@ -41,71 +42,131 @@ def causal_mask(mask: Bool[Array, "B L"]) -> Bool[Array, "B L L"]:
     return jnp.tril(jnp.ones((length, length), bool))[None] & mask[:, None, :]
 
 
+@struct.dataclass
+class Context:
+    """What the layers of one kind see beside the residual stream. Made once per pass."""
+
+    visible: jax.Array  # bool[B, q, k]  what each column that asks sees
+    rotary: Rotary | None  # of all columns that answer
+    bias: jax.Array | None  # f32[H, q, k]  added to q·k
+
+    def asking(self, first: int) -> "Context":
+        """Returns the context in which only the columns from `first` on ask."""
+        bias = None if self.bias is None else self.bias[:, first:]
+        return Context(self.visible[:, first:], self.rotary, bias)
+
+
+def contexts(
+    config: ModelConfig, positions: Int[Array, "B l"], visible: Bool[Array, "B l k"], slot: jax.Array | int
+) -> tuple[list[Context], list[int]]:
+    """Returns the different contexts of a model's layers, and the index there of each layer's.
+
+    Windows and linear biases count columns: the real tokens of a row stand next to each other.
+
+    Args:
+        config: The model's configuration.
+        positions: i32[B, l], counted over real tokens.
+        visible: bool[B, l, k], what each of the l columns sees of the k columns without a window.
+        slot: Column of the first of the l columns.
+    """
+    length, columns = visible.shape[1:]
+    distance = (slot + jnp.arange(length, dtype=jnp.int32))[:, None] - jnp.arange(columns, dtype=jnp.int32)[None]
+    bias = None
+    if config.positions == "alibi":
+        bias = -jnp.asarray(alibi_slopes(config.num_heads))[:, None, None] * distance.astype(jnp.float32)[None]
+    kinds: dict[tuple[int | None, bool], int] = {}
+    found: list[Context] = []
+    index: list[int] = []
+    rotaries: dict[bool, Rotary] = {}
+    for window in config.windows or (None,) * config.num_layers:
+        local = window is not None and config.local_rope_theta is not None
+        kind = (window if window is not None and window < columns else None, local)
+        if kind not in kinds:
+            kinds[kind] = len(found)
+            if config.positions == "rotary" and local not in rotaries:
+                rotaries[local] = config_rotary(config, positions, local=local)
+            near = visible if kind[0] is None else visible & (distance < kind[0])[None]
+            found.append(Context(near, rotaries.get(local), bias))
+        index.append(kinds[kind])
+    return found, index
+
+
 def attend(
     queries: Float[Array, "B H q C"],
     keys: Float[Array, "B K k C"],
     values: Float[Array, "B K k C"],
     visible: Bool[Array, "B q k"],
+    *,
+    scale: float,
+    cap: float | None = None,
+    bias: Float[Array, "H q k"] | None = None,
 ) -> Float[Array, "B H q C"]:
-    """softmax(q·kᵀ/√C) · v over the visible keys, softmax in float32.
+    """softmax(softcap(s·q·kᵀ) + b) · v over the visible keys, softmax in float32.
 
     Args:
         queries: float[B, H, q, C]; H is a multiple of K, and K consecutive groups of H/K heads share keys.
         keys: float[B, K, k, C].
         values: float[B, K, k, C].
         visible: bool[B, q, k].
+        scale: s.
+        cap: Limit of the softcap.
+        bias: b, f32[H, q, k].
 
     Returns:
         float[B, H, q, C].
     """
     batch, heads, length, size = queries.shape
     kv_heads = keys.shape[1]
-    grouped = queries.reshape(batch, kv_heads, heads // kv_heads * length, size) * size**-0.5
+    grouped = queries.reshape(batch, kv_heads, heads // kv_heads * length, size) * scale
     logits = jnp.einsum("bkqc,bklc->bkql", grouped, keys, preferred_element_type=jnp.float32)
-    logits = logits.reshape(batch, heads, length, -1)
+    logits = softcap(logits.reshape(batch, heads, length, -1), cap)
+    if bias is not None:
+        logits = logits + bias[None]
     weights = jax.nn.softmax(jnp.where(visible[:, None], logits, MASKED), axis=-1).astype(values.dtype)
     weights = weights.reshape(batch, kv_heads, heads // kv_heads * length, -1)
     return jnp.einsum("bkql,bklc->bkqc", weights, values).reshape(batch, heads, length, size)
 
 
 class Attention(nn.Module):
-    """Multi-head attention with rotary positions and shared key/value heads (Ainslie et al. 2023)."""
+    """Multi-head attention with shared key/value heads (Ainslie et al. 2023)."""
 
     config: ModelConfig
 
     @nn.compact
     def __call__(
-        self,
-        x: Float[Array, "B l D"],
-        rotary: tuple[Float[Array, "B 1 l half"], Float[Array, "B 1 l half"]],
-        visible: Bool[Array, "B q k"],
-        cache: KVCache | None = None,
-        slot: jax.Array | int = 0,
+        self, x: Float[Array, "B l D"], context: Context, cache: KVCache | None = None, slot: jax.Array | int = 0
     ) -> tuple[Float[Array, "B q D"], KVCache | None]:
         """Attends within x, or from x to the cache after writing x's keys and values at `slot`.
 
-        The last q positions of x ask, all of them answer: `visible` has a row for each that asks.
+        The last q positions of x ask, all of them answer: `context.visible` has a row for each that asks.
 
         Returns:
             float[B, q, D] and the updated cache (None without one).
         """
         c = self.config
-        first = x.shape[1] - visible.shape[1]
+        first = x.shape[1] - context.visible.shape[1]
 
         def heads(x: jax.Array, count: int, axis: str, name: str) -> jax.Array:
-            linear = Linear((count, c.head_dim), ("embed", axis, "head_dim"), c, c.attention_bias, name=name)
+            linear = Linear((count, c.head_dim), ("embed", axis, "head_dim"), c, c.attention_bias, name=f"{name}_proj")
             return constrain(linear(x).swapaxes(1, 2), "batch", axis, "length", "head_dim")
 
-        cos, sin = rotary
-        queries = heads(x[:, first:], c.num_heads, "heads", "q_proj")
-        queries = rotate(queries, cos[:, :, first:], sin[:, :, first:])
-        keys = rotate(heads(x, c.num_kv_heads, "kv_heads", "k_proj"), cos, sin)
-        values = heads(x, c.num_kv_heads, "kv_heads", "v_proj")
+        queries = heads(x[:, first:], c.num_heads, "heads", "q")
+        keys, values = (heads(x, c.num_kv_heads, "kv_heads", name) for name in ("k", "v"))
+        if c.qk_norm:
+            queries = Norm(c, "head_dim", name="q_norm")(queries)
+            keys = Norm(c, "head_dim", name="k_norm")(keys)
+        if context.rotary is not None:
+            cos, sin = context.rotary
+            queries = rotate(queries, cos[:, :, first:], sin[:, :, first:], interleaved=c.rotary_interleaved)
+            keys = rotate(keys, cos, sin, interleaved=c.rotary_interleaved)
         if cache is not None:
             cache = cache.write(keys, values, slot)
-            if visible.shape[-1] != keys.shape[2]:  # a step of decoding; prefill sees only what it brings
+            if context.visible.shape[-1] != keys.shape[2]:  # a step of decoding; prefill sees only what it brings
                 keys, values = cache.keys, cache.values
-        out = attend(queries, keys, values, visible).swapaxes(1, 2)
-        axes = ("heads", "head_dim", "embed")
-        out = Linear((c.hidden_size,), axes, c, c.attention_bias, in_ndim=2, name="o_proj")(out)
+        scale = c.head_dim**-0.5 if c.attention_scale is None else c.attention_scale
+        out = attend(
+            queries, keys, values, context.visible, scale=scale, cap=c.attention_softcap, bias=context.bias
+        ).swapaxes(1, 2)
+        bias = c.attention_bias if c.attention_out_bias is None else c.attention_out_bias
+        out = Linear((c.hidden_size,), ("heads", "head_dim", "embed"), c, bias, in_ndim=2, name="o_proj")(out)
         return constrain(out, "batch", "length", None), cache

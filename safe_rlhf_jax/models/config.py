@@ -1,15 +1,43 @@
 """What a network is made of: sizes and switches, independent of any file format."""
 
 import dataclasses
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 RematPolicy = Literal["none", "dots", "full"]
 ScoreType = Literal["reward", "cost", "critic"]
+Layout = Literal["beaver", "sequence_classification"]  # of score models in Hugging Face folders: models/score_layouts
+Positions = Literal["rotary", "learned", "alibi"]
+Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
+# What a layer does to the residual stream x, with norms n and n':
+#   pre_norm          x += attention(n(x)), then x += mlp(n'(x))
+#   post_norm         x = n(x + attention(x)), then x = n'(x + mlp(x))
+#   sandwich          as pre_norm, and what is added is normalised too
+#   parallel          x += attention(n(x)) + mlp(n'(x))
+#   parallel_shared   x += attention(n(x)) + mlp(n(x))
+Block = Literal["pre_norm", "post_norm", "sandwich", "parallel", "parallel_shared"]
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """How rotary frequencies are stretched for texts longer than those of pretraining.
+
+    `dynamic` and `longrope` depend on the length of the text; they are settled only up to `ModelConfig.fixed_length`.
+    """
+
+    kind: Literal["linear", "dynamic", "llama3", "longrope"]
+    factor: float = 1.0
+    original_positions: int = 0  # tokens; llama3 and longrope
+    low_freq_factor: float = 1.0  # llama3
+    high_freq_factor: float = 1.0
+    short_factors: tuple[float, ...] = ()  # longrope: one for each pair
+    long_factors: tuple[float, ...] = ()
+    attention_factor: float = 1.0  # of cosine and sine
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """A decoder-only transformer of the Llama kind, and how to run it.
+    """A decoder-only transformer, and how to run it. The defaults of the switches make it a Llama.
 
     Axis legend: V `vocab_size`, D `hidden_size`, F `intermediate_size`, N `num_layers`, H `num_heads`,
     K `num_kv_heads`, C `head_dim`.
@@ -24,16 +52,57 @@ class ModelConfig:
     head_dim: int
     max_positions: int  # tokens
     family: str = "llama"  # Hugging Face `model_type`
-    rope_theta: float = 10000.0
-    norm_eps: float = 1e-6
-    attention_bias: bool = False
-    mlp_bias: bool = False
-    tie_embeddings: bool = False
     initializer_range: float = 0.02
+    # Positions
+    positions: Positions = "rotary"
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    local_rope_theta: float | None = None  # of layers with a window, which are not scaled; None: as the others
+    rotary_dim: int | None = None  # leading dimensions of a head that turn; None: all
+    rotary_interleaved: bool = False  # pairs are neighbours (x_2i, x_2i+1) rather than halves (x_i, x_i+C/2)
+    position_offset: int = 0  # row of a learned table that belongs to position 0
+    # Embedding
+    tie_embeddings: bool = False
+    embedding_size: int | None = None  # width of a token's embedding where a projection leads to D and back
+    embedding_norm: bool = False
+    scale_embedding: bool = False  # by √D
+    lm_head_bias: bool = False
+    logit_softcap: float | None = None  # s·tanh(logit / s)
+    # Norms and the order of things in a layer
+    norm: Literal["rms", "layer"] = "rms"
+    norm_eps: float = 1e-6
+    norm_unit_offset: bool = False  # scale by 1 + w
+    final_norm: bool = True
+    block: Block = "pre_norm"
+    # Attention
+    attention_bias: bool = False
+    attention_out_bias: bool | None = None  # None: as `attention_bias`
+    attention_scale: float | None = None  # of q·k; None: 1/√C
+    attention_softcap: float | None = None
+    qk_norm: bool = False  # of each head's queries and keys, before they are turned
+    windows: tuple[int | None, ...] = ()  # tokens that each layer sees, itself included; empty: all, everywhere
+    # MLP
+    activation: Activation = "silu"
+    gated: bool = True
+    mlp_bias: bool = False
     # How to run it; none of these changes a result beyond rounding.
     dtype: str = "float32"  # of matmuls and activations; parameters stay as they are stored
     scan_layers: bool = True  # one compiled layer, scanned; False unrolls, faster for small models
     remat: RematPolicy = "none"  # what the backward pass recomputes
+    # {file: contents} of the JSON files it was read from: `hf.save` keeps what we have no use for.
+    stored: Mapping[str, Any] = dataclasses.field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def embedding_width(self) -> int:
+        """Width of token embeddings, and of the hidden states that the heads read."""
+        return self.embedding_size or self.hidden_size
+
+    @property
+    def fixed_length(self) -> int | None:
+        """Tokens up to which a text's first part is encoded the same however it goes on; None: always."""
+        if self.rope_scaling is None or self.rope_scaling.kind not in ("dynamic", "longrope"):
+            return None
+        return self.max_positions if self.rope_scaling.kind == "dynamic" else self.rope_scaling.original_positions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,17 +117,38 @@ class ScoreConfig:
     bias: bool = True
     normalize: bool = False  # apply the normaliser to the scores
     momentum: float | None = None  # of an exponential moving average; None keeps running mean and variance
+    # The score of a text stands on its last token with another id than this, as in transformers' sequence
+    # classification; None: on its last real token.
+    pad_id: int | None = None
 
 
-PRESETS: dict[str, dict[str, int]] = {
+PRESETS: dict[str, dict[str, Any]] = {
     # The quickstart's model: half a million parameters.
     "tiny": {
         "hidden_size": 128, "intermediate_size": 352, "num_layers": 2, "num_heads": 4, "num_kv_heads": 4,
-        "head_dim": 32, "max_positions": 128,
+        "head_dim": 32, "max_positions": 512,
+    },
+    # Three million parameters without the embeddings: configs/real_text.
+    "mini": {
+        "hidden_size": 256, "intermediate_size": 704, "num_layers": 4, "num_heads": 4, "num_kv_heads": 4,
+        "head_dim": 64, "max_positions": 512,
     },
     # 38 million parameters without the embeddings.
     "small": {
         "hidden_size": 512, "intermediate_size": 1408, "num_layers": 12, "num_heads": 8, "num_kv_heads": 8,
         "head_dim": 64, "max_positions": 1024,
+    },
+    # Shapes of released models, with their vocabularies: to start from scratch, or to compile without their weights.
+    "llama_7b": {
+        "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_layers": 32, "num_heads": 32,
+        "num_kv_heads": 32, "head_dim": 128, "max_positions": 2048,
+    },
+    "llama_3_8b": {
+        "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_layers": 32, "num_heads": 32,
+        "num_kv_heads": 8, "head_dim": 128, "max_positions": 131072, "rope_theta": 500000.0, "norm_eps": 1e-5,
+    },
+    "llama_3_70b": {
+        "vocab_size": 128256, "hidden_size": 8192, "intermediate_size": 28672, "num_layers": 80, "num_heads": 64,
+        "num_kv_heads": 8, "head_dim": 128, "max_positions": 131072, "rope_theta": 500000.0, "norm_eps": 1e-5,
     },
 }  # fmt: skip

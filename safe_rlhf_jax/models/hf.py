@@ -1,13 +1,14 @@
 """Hugging Face folders in and out: config.json and safetensors, never a pickle.
 
-Two layouts: `*ForCausalLM`, and the Beaver layout `*ForScore` of reward and cost models (`score_head.*` and
-`normalizer.*`; REFERENCE section 4).
+Layouts: `*ForCausalLM`, and for score models `*ForScore` and `*ForSequenceClassification` (`score_layouts`). Weights
+go from the disk to where they belong one tensor at a time, and back.
 """
 
 import dataclasses
 import json
-import math
 import pathlib
+import re
+from collections.abc import Collection, Mapping
 from typing import Any, Literal
 
 import jax
@@ -15,15 +16,49 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
-from safetensors import safe_open
-from safetensors.numpy import save_file
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 
-from safe_rlhf_jax.models.config import ModelConfig, ScoreConfig, ScoreType
-from safe_rlhf_jax.models.families import Weight, family
+from safe_rlhf_jax.models.config import Layout, ModelConfig, ScoreConfig, ScoreType
+from safe_rlhf_jax.models.families import family
+from safe_rlhf_jax.models.parameters import (
+    abstract_variables,
+    boxed_variables,
+    fresh_head,
+    gather,
+    place,
+    reader,
+    stored_specs,
+)
+from safe_rlhf_jax.models.safetensors_io import INDEX, WEIGHTS, Spec, Tensors, read_json, write_tensors
+from safe_rlhf_jax.models.score_layouts import (
+    BIAS,
+    KERNEL,
+    in_layout,
+    read_score_config,
+    score_weights,
+    stored_layout,
+    stored_score_type,
+)
 from safe_rlhf_jax.models.transformer import CausalLM, ScoreModel
+from safe_rlhf_jax.models.weights import Weight
+from safe_rlhf_jax.sharding import named_shardings
 
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
+__all__ = ["INDEX", "WEIGHTS", "Tensors", "abstract_variables", "load", "resolve", "save", "stored_score_type"]
+
+DTYPES = ("float32", "bfloat16", "float16")
+JSON_FILES = ("config.json", "generation_config.json")
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+# Buffers of older files, which are computed: rotary frequencies, causal masks, positions.
+BUFFERS = re.compile(r"(rotary_emb\.inv_freq|\.(attn|attention)\.(masked_)?bias|position_ids)$")
+# Of a stored config.json, what is not true of what we write.
+STALE = ("auto_map", "quantization_config", "transformers_version")
+MAX_FILE_BYTES = 5 * 10**9
+
+Variables = dict[str, Any]
+
+
+# --- Folders ----------------------------------------------------------------------------------------------------------
 
 
 def resolve(path_or_id: str | pathlib.Path) -> pathlib.Path:
@@ -39,32 +74,16 @@ def resolve(path_or_id: str | pathlib.Path) -> pathlib.Path:
         raise FileNotFoundError(f"{path_or_id}: no such folder, and not a hub id of the form owner/name")
     from huggingface_hub import snapshot_download
 
+    wanted = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
+    second_copies = ["*/*", "consolidated*"]
     try:
-        return pathlib.Path(snapshot_download(str(path_or_id), allow_patterns=["*.json", "*.safetensors", "*.jinja"]))
+        return pathlib.Path(snapshot_download(str(path_or_id), allow_patterns=wanted, ignore_patterns=second_copies))
     except Exception as error:
         raise FileNotFoundError(
-            f"{path_or_id}: no such folder, and the download from the hub failed ({error}). "
-            "Give a local folder, check the id, or log in with `hf auth login`."
+            f"{path_or_id}: no such folder, and not to be had from the hub ({' '.join(str(error).split())}). Check the "
+            "id; log in with `hf auth login` if it is gated or private; with HF_HUB_OFFLINE=1 or without a network it "
+            f"must be in the cache already (`hf download {path_or_id}`); or give a local folder."
         ) from error
-
-
-def score_weights(config: ScoreConfig) -> dict[str, Weight]:
-    """Returns {stored name: Weight} of the score head."""
-    weights = {"score_head.weight": Weight(("score_kernel",), in_ndim=1)}
-    if config.bias:
-        weights["score_head.bias"] = Weight(("score_bias",), in_ndim=0)
-    return weights
-
-
-def weight_map(config: ModelConfig, score: ScoreConfig | None) -> dict[str, Weight]:
-    """Returns {stored name: Weight} of a whole model."""
-    this = family(config.family)
-    weights = {this.prefix + name: weight for name, weight in this.decoder_weights(config).items()}
-    if score is not None:
-        return weights | score_weights(score)
-    if not config.tie_embeddings:
-        weights["lm_head.weight"] = Weight(("lm_head", "kernel"), in_ndim=1)
-    return weights
 
 
 def read_config(folder: pathlib.Path) -> dict[str, Any]:
@@ -73,24 +92,21 @@ def read_config(folder: pathlib.Path) -> dict[str, Any]:
     Raises:
         FileNotFoundError: If the folder has none.
     """
-    path = folder / "config.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{folder}: no config.json; not a Hugging Face model folder")
-    config: dict[str, Any] = json.loads(path.read_text())
-    return config
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{folder}: no config.json; not a Hugging Face model folder, or one half written")
+    return read_json(folder / "config.json")
 
 
-def score_config(hf: dict[str, Any], score_type: ScoreType | None) -> ScoreConfig:
-    """Reads the score fields of `config.json`, in the spelling of either version of the reference.
+def weight_map(config: ModelConfig, score: ScoreConfig | None, layout: Layout = "beaver") -> dict[str, Weight]:
+    """Returns {stored name: Weight} of a whole model."""
+    this = family(config.family)
+    weights = {this.prefix + name: weight for name, weight in this.decoder_weights(config).items()}
+    if score is not None:
+        return weights | score_weights(score, layout)
+    return weights | this.head_weights(config)
 
-    Raises:
-        ValueError: If nothing says which kind of score it is.
-    """
-    kind = score_type or hf.get("score_type")
-    if kind not in ("reward", "cost", "critic"):
-        raise ValueError(f"score_type {kind!r}: pass score_type='reward', 'cost' or 'critic'")
-    bias = hf.get("score_bias", hf.get("bias", True))
-    return ScoreConfig(kind, bool(bias), bool(hf.get("do_normalize")) and kind != "critic", hf.get("momentum"))
+
+# --- In ---------------------------------------------------------------------------------------------------------------
 
 
 def load(
@@ -99,19 +115,27 @@ def load(
     dtype: str = "float32",
     *,
     score_type: ScoreType | None = None,
+    score_bias: bool | None = None,
     scan_layers: bool = True,
     seed: int = 0,
-) -> tuple[CausalLM | ScoreModel, dict[str, Any]]:
+    mesh: Mesh | None = None,
+) -> tuple[CausalLM | ScoreModel, Variables]:
     """Opens a Hugging Face folder.
+
+    Every parameter goes from its files into its shards: host memory holds one shard of one parameter at a time, and a
+    process reads what its own shards need.
 
     Args:
         path_or_id: A folder, or a hub id.
         head: "lm" for next-token logits, "score" for a reward model, a cost model or a critic. A score model opened
             from a language model gets a fresh head, N(0, 1/√(D+1)) with zero bias.
-        dtype: Of parameters and matmuls.
-        score_type: "reward", "cost" or "critic"; by default what the folder says.
+        dtype: Of parameters and matmuls: "float32", "bfloat16" or "float16".
+        score_type: "reward", "cost" or "critic"; by default what the folder says, and where a sequence-classification
+            model says nothing, "reward".
+        score_bias: Whether a fresh head has a bias; by default as config.json says, else True.
         scan_layers: Stack the layers and scan them; False unrolls.
         seed: Of a fresh head.
+        mesh: Devices to shard over by the table of `sharding`; by default everything is put on the default device.
 
     Returns:
         module: `module.apply(variables, tokens i32[B, L], mask bool[B, L])` gives logits f32[B, L, V], or scores
@@ -120,156 +144,159 @@ def load(
 
     Raises:
         FileNotFoundError: If the folder or a file of it is missing.
-        ValueError: If a tensor is missing or has another shape, or a switch is not supported; names the field.
+        ValueError: If a file is cut off, a tensor is missing, unknown or has another shape, or a switch is not
+            supported; names the file, tensor or field.
     """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype {dtype!r}: pass one of {DTYPES}")
     folder = resolve(path_or_id)
     hf = read_config(folder)
-    config = family(hf.get("model_type", "")).config_from_hf(hf)
-    config = dataclasses.replace(config, dtype=dtype, scan_layers=scan_layers)
+    if hf.get("quantization_config"):
+        raise ValueError(f"{folder}: config.json: quantization_config is not supported; open the unquantised model")
+    this = family(hf.get("model_type", ""))
+    stored = {name: read_json(folder / name) for name in JSON_FILES if (folder / name).is_file()}
+    config = dataclasses.replace(this.config_from_hf(hf), dtype=dtype, scan_layers=scan_layers, stored=stored)
     tensors = Tensors(folder)
-    module: CausalLM | ScoreModel
     if head == "lm":
-        module, score = CausalLM(config), None
+        module: CausalLM | ScoreModel = CausalLM(config)
+        weights, fresh = weight_map(config, None), {}
     else:
-        score = score_config(hf, score_type)
-        if "score_head.weight" in tensors.files:  # what is stored counts: the field changed its name and its default
-            score = dataclasses.replace(score, bias="score_head.bias" in tensors.files)
+        layout = stored_layout(hf, tensors.entries)
+        score = read_score_config(hf, tensors.entries, score_type, score_bias)
         module = ScoreModel(config, score)
-
-    abstract = abstract_variables(module)
-    shapes = flatten_dict(abstract["params"])
-    leaves: dict[tuple[str, ...], Any] = {}
-    for name, weight in weight_map(config, score).items():
-        if name.startswith("score_head.") and name not in tensors.files:
-            leaves[weight.path] = fresh_head(shapes[weight.path], weight.path, seed).astype(dtype)
-            continue
-        shape = shapes[weight.path].shape
-        array = from_stored(tensors.read(name), shape if weight.layer is None else shape[1:], weight, name)
-        if weight.layer is None:
-            leaves[weight.path] = array.astype(dtype)
+        weights = weight_map(config, score, layout or "beaver")
+        fresh = {} if layout else score_weights(score, "beaver")
+    match_names(tensors, weights.keys() - fresh.keys(), config)
+    boxed = boxed_variables(module)
+    shardings = named_shardings(boxed, mesh) if mesh else jax.tree.map(lambda _: None, nn.unbox(boxed))
+    where = flatten_dict(shardings["params"])
+    shapes = {path: leaf.shape for path, leaf in flatten_dict(nn.unbox(boxed)["params"]).items()}
+    fresh_paths = [weight.paths[0] for weight in fresh.values()]
+    params = {}
+    for path, shape in shapes.items():
+        if path in fresh_paths:
+            params[path] = place(fresh_head(shape, seed).astype(dtype).__getitem__, shape, where[path])
         else:
-            stacked = leaves.setdefault(weight.path, np.empty(shape, jnp.dtype(dtype)))
-            stacked[weight.layer] = array
-    variables: dict[str, Any] = {"params": unflatten_dict({k: jnp.asarray(v) for k, v in leaves.items()})}
-    if "stats" in abstract:
-        variables["stats"] = {
-            "mean": jnp.asarray(tensors.get("normalizer.mean", hf.get("mean", [0.0])), jnp.float32),
-            "var": jnp.asarray(tensors.get("normalizer.var", hf.get("var", [1.0])), jnp.float32),
-            "count": jnp.asarray(tensors.get("normalizer.count", [0]), jnp.int32),
+            params[path] = place(reader(tensors, weights, path, shapes, jnp.dtype(dtype)), shape, where[path])
+    variables: Variables = {"params": unflatten_dict(params)}
+    if "stats" in boxed:
+        stats = {
+            "mean": np.array(tensors.get("normalizer.mean", hf.get("mean", [0.0])), np.float32),
+            "var": np.array(tensors.get("normalizer.var", hf.get("var", [1.0])), np.float32),
+            "count": np.array(tensors.get("normalizer.count", [0]), np.int32),
         }
+        variables["stats"] = {k: place(v.__getitem__, v.shape, shardings["stats"][k]) for k, v in stats.items()}
     return module, variables
 
 
+def match_names(tensors: Tensors, needed: Collection[str], config: ModelConfig) -> None:
+    """Every parameter is stored, under whichever spelling, and nothing is that we would leave out unknowingly.
+
+    Raises:
+        ValueError: Naming the tensors.
+    """
+    language_model = weight_map(dataclasses.replace(config, tie_embeddings=False), None)
+    known = {*needed, *language_model, "normalizer.mean", "normalizer.var", "normalizer.count"}
+    tensors.rename({name: family(config.family).spellings(name) for name in known})
+    missing = [name for name in needed if name not in tensors.entries]
+    if missing:
+        raise ValueError(f"{tensors.folder}: tensor {listed(missing)} is missing")
+    unknown = [name for name in tensors.entries if name not in known and not BUFFERS.search(name)]
+    if unknown:
+        raise ValueError(
+            f"{tensors.folder}: tensor {listed(unknown)} has no place in the model that config.json describes; without "
+            "it the results would be wrong"
+        )
+
+
+def listed(names: list[str]) -> str:
+    """Returns the first names, and how many more there are."""
+    more = f" (and {len(names) - 3} more)" if len(names) > 3 else ""
+    return ", ".join(map(repr, sorted(names)[:3])) + more
+
+
+# --- Out --------------------------------------------------------------------------------------------------------------
+
+
 def save(
-    path: str | pathlib.Path, module: CausalLM | ScoreModel, variables: dict[str, Any], tokenizer: Any = None
+    path: str | pathlib.Path,
+    module: CausalLM | ScoreModel,
+    variables: Variables,
+    tokenizer: Any = None,
+    *,
+    layout: Layout | None = None,
+    max_file_bytes: int = MAX_FILE_BYTES,
 ) -> pathlib.Path:
-    """Writes a folder that transformers' `from_pretrained` opens (score models: in the Beaver layout).
+    """Writes a folder that transformers' `from_pretrained` opens.
+
+    Tensors are gathered and written one at a time. With several processes all of them call this, and the first one
+    writes. `config.json` is written last: a folder without it is not finished. What the config.json and
+    generation_config.json that the module was loaded with say beyond our own fields is kept.
 
     Args:
         path: The folder; made if needed.
         module: The network.
         variables: Its variables, as `load` returns them.
-        tokenizer: A transformers tokenizer, saved beside the weights.
+        tokenizer: A transformers tokenizer, saved beside the weights with its chat template.
+        layout: Of a score model: "beaver", or "sequence_classification", which transformers'
+            AutoModelForSequenceClassification opens; by default the one it was loaded from, else "beaver".
+        max_file_bytes: Size above which weights are split into several files.
 
     Returns:
         The folder.
+
+    Raises:
+        ValueError: If the layout cannot hold the model.
     """
-    folder = pathlib.Path(path)
-    folder.mkdir(parents=True, exist_ok=True)
-    config, this = module.config, family(module.config.family)
-    score = module.score if isinstance(module, ScoreModel) else None
-    leaves = flatten_dict(jax.device_get(variables["params"]))
-    tensors: dict[str, np.ndarray] = {}
-    for name, weight in weight_map(config, score).items():
-        array = leaves[weight.path] if weight.layer is None else leaves[weight.path][weight.layer]
-        tensors[name] = to_stored(np.asarray(array), weight)
-    hf = this.config_to_hf(config) | {"dtype": str(next(iter(tensors.values())).dtype)}
-    if tokenizer is not None:
-        hf |= {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
-    if score is None:
-        hf["architectures"] = [this.causal_lm]
+    folder, writes = pathlib.Path(path), jax.process_index() == 0
+    config, stored, leaves = module.config, module.config.stored, flatten_dict(variables["params"])
+    this = family(config.family)
+    hf = {name: value for name, value in stored.get("config.json", {}).items() if name not in STALE}
+    hf = with_token_ids(hf | this.config_to_hf(config), tokenizer)
+    if isinstance(module, ScoreModel):
+        layout = layout or stored_layout(hf) or "beaver"
+        head = {name: gather(leaves[name]) for name in (KERNEL, BIAS) if name in leaves}
+        stats = {name: gather(value) for name, value in variables.get("stats", {}).items()}
+        spelled = in_layout(layout, this, module.score, head, stats, hf)
+        hf, leaves = spelled.fields, leaves | spelled.head
+        specs = stored_specs(leaves, weight_map(config, spelled.score, layout))
+        specs |= {k: Spec(v.shape, v.dtype, lambda v=v: v) for k, v in spelled.buffers.items()}  # type: ignore[misc]
     else:
-        hf |= {
-            "architectures": [this.score],
-            "score_dim": 1,
-            "score_bias": score.bias,
-            "score_type": score.score_type,
-            "do_normalize": score.normalize,
-            "momentum": score.momentum,
-            "normalizer_type": "RunningMeanStd" if score.momentum is None else "ExponentialMovingAverage",
-        }
-        if score.score_type != "critic":
-            stats = {k: np.asarray(v) for k, v in jax.device_get(variables["stats"]).items()}
-            hf |= {"mean": stats["mean"].tolist(), "var": stats["var"].tolist()}
-            tensors |= {f"normalizer.{k}": v.astype(np.int64) if k == "count" else v for k, v in stats.items()}
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(hf, indent=2) + "\n")
-    if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
+        hf["architectures"] = [this.causal_lm]
+        specs = stored_specs(leaves, weight_map(config, None))
+    dtype = str(next(iter(specs.values())).dtype)
+    hf |= {"dtype": dtype, "torch_dtype": dtype}  # its name before transformers 5
+
+    if writes:
+        folder.mkdir(parents=True, exist_ok=True)
+        for file in [folder / name for name in (*JSON_FILES, INDEX, WEIGHTS)] + [*folder.glob("model-*.safetensors")]:
+            file.unlink(missing_ok=True)
+    write_tensors(folder, specs, max_bytes=max_file_bytes, writes=writes)
+    if writes:
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        if not isinstance(module, ScoreModel):
+            generation = {k: v for k, v in stored.get("generation_config.json", {}).items() if k not in STALE}
+            ids = {name: hf[name] for name in TOKEN_IDS if name in hf}
+            write_json(folder / "generation_config.json", with_token_ids(ids | generation, tokenizer))
+        write_json(folder / "config.json", hf)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(f"{folder} is written")
     return folder
 
 
-class Tensors:
-    """The tensors of a folder, read one at a time."""
-
-    def __init__(self, folder: pathlib.Path):
-        self.folder = folder
-        if (folder / INDEX).is_file():
-            self.files: dict[str, str] = json.loads((folder / INDEX).read_text())["weight_map"]
-        elif (folder / WEIGHTS).is_file():
-            with safe_open(folder / WEIGHTS, framework="flax") as file:
-                self.files = dict.fromkeys(file.keys(), WEIGHTS)
-        else:
-            raise FileNotFoundError(f"{folder}: neither {WEIGHTS} nor {INDEX}; pickled weights are never opened")
-
-    def read(self, name: str) -> np.ndarray:
-        """Returns a tensor."""
-        if name not in self.files:
-            raise ValueError(f"{self.folder}: tensor {name!r} is missing")
-        with safe_open(self.folder / self.files[name], framework="flax") as file:
-            return np.asarray(file.get_tensor(name))
-
-    def get(self, name: str, default: Any) -> Any:
-        """Returns a tensor, or `default` where there is none."""
-        return self.read(name) if name in self.files else default
+def with_token_ids(fields: Mapping[str, Any], tokenizer: Any) -> dict[str, Any]:
+    """Returns the fields with the tokenizer's special tokens; a list of end tokens that has the tokenizer's is kept."""
+    out = dict(fields)
+    for name in TOKEN_IDS:
+        ours, stored = getattr(tokenizer, name, None), out.get(name)
+        if ours is not None and ours not in (stored if isinstance(stored, list) else [stored]):
+            out[name] = ours
+    return out
 
 
-def abstract_variables(module: CausalLM | ScoreModel) -> dict[str, Any]:
-    """Returns shapes and dtypes of the module's variables, without axis boxes."""
-    tokens = jnp.zeros((1, 2), jnp.int32)
-    variables: dict[str, Any] = nn.unbox(jax.eval_shape(module.init, jax.random.key(0), tokens, tokens > 0))
-    return variables
-
-
-def fresh_head(shape: jax.ShapeDtypeStruct, path: tuple[str, ...], seed: int) -> jax.Array:
-    """Returns the start of a score head: N(0, 1/√(D+1)) weights, zero bias."""
-    if path == ("score_bias",):
-        return jnp.zeros(shape.shape, jnp.float32)
-    std = (shape.shape[0] + 1) ** -0.5
-    return std * jax.random.normal(jax.random.key(seed), shape.shape, jnp.float32)
-
-
-def stored_shape(shape: tuple[int, ...], weight: Weight) -> tuple[int, ...]:
-    """Returns the shape in which a parameter of ours is stored."""
-    if weight.in_ndim is None:
-        return shape
-    inputs, outputs = shape[: weight.in_ndim], shape[weight.in_ndim :]
-    return (math.prod(outputs), math.prod(inputs)) if inputs else (math.prod(outputs),)
-
-
-def from_stored(array: np.ndarray, shape: tuple[int, ...], weight: Weight, name: str) -> np.ndarray:
-    """Returns a stored tensor in the shape of our parameter.
-
-    Raises:
-        ValueError: If it is stored in another shape.
-    """
-    expected = stored_shape(shape, weight)
-    if array.shape != expected:
-        raise ValueError(f"tensor {name!r} has shape {array.shape}; config.json asks for {expected}")
-    return array if weight.in_ndim is None else array.T.reshape(shape)
-
-
-def to_stored(array: np.ndarray, weight: Weight) -> np.ndarray:
-    """Returns our parameter in the shape it is stored in."""
-    shape = stored_shape(array.shape, weight)
-    return np.ascontiguousarray(array.reshape(shape[::-1]).T if weight.in_ndim else array.reshape(shape))
+def write_json(path: pathlib.Path, value: Mapping[str, Any]) -> None:
+    """Writes a file that is whole whenever it is there."""
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
+    partial.rename(path)

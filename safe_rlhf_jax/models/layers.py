@@ -1,13 +1,15 @@
-"""Norm, rotary positions, linear maps and the gated MLP. Every parameter names its logical axes."""
+"""Norms, linear maps and the MLP. Every parameter names its logical axes."""
 
+import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
-from safe_rlhf_jax.models.config import ModelConfig
+from safe_rlhf_jax.models.config import Activation, ModelConfig
 from safe_rlhf_jax.sharding import constrain
 
 
@@ -19,18 +21,31 @@ def logical_param(module: nn.Module, name: str, init: nn.initializers.Initialize
     return param
 
 
-class RMSNorm(nn.Module):
-    """x / √(mean(x²) + ε) · w, computed in float32. Source: Zhang & Sennrich 2019, arXiv 1910.07467."""
+class Norm(nn.Module):
+    """x / √(mean(x²) + ε) · w; for `norm: layer` x is centred before and a bias added after. Computed in float32.
 
-    eps: float
+    Source: Zhang & Sennrich 2019, arXiv 1910.07467; Ba et al. 2016, arXiv 1607.06450.
+    """
+
+    config: ModelConfig
+    axis: str = "embed"  # what is normalised
 
     @nn.compact
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-        """Returns x scaled to unit mean square, then by the weight."""
-        weight = logical_param(self, "weight", nn.initializers.ones, (x.shape[-1],), ("embed",))
+        """Returns x scaled to unit mean square, then by the weight (one plus it, where the config says so)."""
+        c = self.config
+        shape = (1,) * (x.ndim - 1) + (-1,)
+        init = nn.initializers.zeros if c.norm_unit_offset else nn.initializers.ones
+        weight = logical_param(self, "weight", init, (x.shape[-1],), (self.axis,)).astype(jnp.float32).reshape(shape)
         x32 = x.astype(jnp.float32)
-        x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
-        return (x32 * weight.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))).astype(x.dtype)
+        if c.norm == "layer":
+            x32 = x32 - jnp.mean(x32, axis=-1, keepdims=True)
+        x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + c.norm_eps)
+        x32 = x32 * (1.0 + weight if c.norm_unit_offset else weight)
+        if c.norm == "layer":
+            bias = logical_param(self, "bias", nn.initializers.zeros, (x.shape[-1],), (self.axis,))
+            x32 = x32 + bias.astype(jnp.float32).reshape(shape)
+        return x32.astype(x.dtype)
 
 
 class Linear(nn.Module):
@@ -58,8 +73,16 @@ class Linear(nn.Module):
         return y
 
 
-class GatedMLP(nn.Module):
-    """(silu(x·W_gate) ⊙ x·W_up)·W_down. Source: Shazeer 2020, arXiv 2002.05202."""
+ACTIVATIONS: dict[Activation, Callable[[jax.Array], jax.Array]] = {
+    "silu": nn.silu,
+    "gelu": functools.partial(nn.gelu, approximate=False),
+    "gelu_tanh": functools.partial(nn.gelu, approximate=True),
+    "relu": nn.relu,
+}
+
+
+class MLP(nn.Module):
+    """(a(x·W_gate) ⊙ x·W_up)·W_down, or a(x·W_up)·W_down. Source: Shazeer 2020, arXiv 2002.05202."""
 
     config: ModelConfig
 
@@ -67,54 +90,16 @@ class GatedMLP(nn.Module):
     def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
         """Returns float[B, L, D]."""
         c = self.config
-        gate = Linear((c.intermediate_size,), ("embed", "mlp"), c, c.mlp_bias, name="gate_proj")(x)
-        up = Linear((c.intermediate_size,), ("embed", "mlp"), c, c.mlp_bias, name="up_proj")(x)
-        h = constrain(nn.silu(gate) * up, "batch", "length", "mlp")
+        activation = ACTIVATIONS[c.activation]
+        up = functools.partial(Linear, (c.intermediate_size,), ("embed", "mlp"), c, c.mlp_bias)
+        if c.gated:
+            h = activation(up(name="gate_proj")(x)) * up(name="up_proj")(x)
+        else:
+            h = activation(up(name="up_proj")(x))
+        h = constrain(h, "batch", "length", "mlp")
         return Linear((c.hidden_size,), ("mlp", "embed"), c, c.mlp_bias, name="down_proj")(h)
 
 
-def rotary_table(
-    positions: Int[Array, "B L"], *, head_dim: int, theta: float
-) -> tuple[Float[Array, "B 1 L half"], Float[Array, "B 1 L half"]]:
-    """Cosine and sine of the rotary angles p·θ^(−2i/C) of position p and pair i.
-
-    Made once per pass: behind the barrier, so that no layer and no head computes them again.
-
-    Args:
-        positions: i32[B, L], counted over real tokens.
-        head_dim: C.
-        theta: θ, base of the frequencies.
-
-    Returns:
-        cos and sin, f32[B, 1, L, C/2] each.
-    """
-    half = head_dim // 2
-    frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle = positions.astype(jnp.float32)[:, None, :, None] * frequency[None, None, None, :]
-    table: tuple[jax.Array, jax.Array] = jax.lax.optimization_barrier((jnp.cos(angle), jnp.sin(angle)))
-    return table
-
-
-def rotate(
-    x: Float[Array, "B H L C"], cos: Float[Array, "B 1 L half"], sin: Float[Array, "B 1 L half"]
-) -> Float[Array, "B H L C"]:
-    """Rotary position embedding, half-split layout: pairs are (x_i, x_{i + C/2}).
-
-    Source: Su et al. 2021, arXiv 2104.09864.
-
-    Args:
-        x: float[B, H, L, C], queries or keys.
-        cos: f32[B, 1, L, C/2], from `rotary_table`.
-        sin: f32[B, 1, L, C/2].
-
-    Returns:
-        float[B, H, L, C].
-    """
-    half = x.shape[-1] // 2
-    first, second = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
-
-
-def token_positions(mask: jax.Array) -> jax.Array:
-    """Position of each token among the real tokens of its row, i32[B, L]; padding gets 0."""
-    return jnp.maximum(jnp.cumsum(mask.astype(jnp.int32), axis=-1) - 1, 0)
+def softcap(x: jax.Array, limit: float | None) -> jax.Array:
+    """Returns s·tanh(x/s) for the limit s; x itself where there is none."""
+    return x if limit is None else limit * jnp.tanh(x / limit)

@@ -7,9 +7,10 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
-from safe_rlhf_jax.models.attention import Attention, KVCache, causal_mask, empty_cache
+from safe_rlhf_jax.models.attention import Attention, Context, KVCache, causal_mask, contexts, empty_cache
 from safe_rlhf_jax.models.config import ModelConfig, ScoreConfig
-from safe_rlhf_jax.models.layers import GatedMLP, Linear, RMSNorm, logical_param, rotary_table, token_positions
+from safe_rlhf_jax.models.layers import MLP, Linear, Norm, logical_param, softcap
+from safe_rlhf_jax.models.positions import token_positions
 from safe_rlhf_jax.sharding import constrain
 
 NORMALIZER_EPS = 1e-8
@@ -19,25 +20,43 @@ REMAT_POLICIES = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveab
 
 
 class Layer(nn.Module):
-    """Pre-norm attention and MLP, each added to the residual stream."""
+    """Attention and MLP, each added to the residual stream, in the order that `config.block` names."""
 
     config: ModelConfig
 
     @nn.compact
     def __call__(
-        self,
-        x: jax.Array,
-        cache: KVCache | None,
-        rotary: tuple[jax.Array, jax.Array],
-        visible: jax.Array,
-        slot: jax.Array | int,
+        self, x: jax.Array, cache: KVCache | None, kind: jax.Array | None, context: Context, slot: jax.Array | int
     ) -> tuple[jax.Array, KVCache | None]:
-        """Returns the residual stream float[B, q, D] of the last q positions of x, and the layer's cache."""
+        """Returns the residual stream float[B, q, D] of the last q positions of x, and the layer's cache.
+
+        Where scanned layers are of several kinds, `context` has them stacked and `kind` is the index of this layer's.
+        """
         c = self.config
-        normed = RMSNorm(c.norm_eps, name="input_norm")(x)
-        attended, cache = Attention(c, name="attention")(normed, rotary, visible, cache, slot)
-        x = x[:, x.shape[1] - visible.shape[1] :] + attended
-        x = x + GatedMLP(c, name="mlp")(RMSNorm(c.norm_eps, name="post_attention_norm")(x))
+        if kind is not None:
+            context = jax.tree.map(lambda stacked: stacked[kind], context)
+        first = x.shape[1] - context.visible.shape[1]
+        attention, mlp = Attention(c, name="attention"), MLP(c, name="mlp")
+        norms = "input_norm", "post_attention_norm", "attention_output_norm", "mlp_output_norm"
+        input_norm, mlp_norm, attention_output_norm, mlp_output_norm = (Norm(c, name=name) for name in norms)
+
+        normed = x if c.block == "post_norm" else input_norm(x)
+        attended, cache = attention(normed, context, cache, slot)
+        x = x[:, first:]
+        match c.block:
+            case "parallel":
+                x = x + attended + mlp(mlp_norm(x))
+            case "parallel_shared":
+                x = x + attended + mlp(normed[:, first:])
+            case "post_norm":
+                x = input_norm(x + attended)
+                x = mlp_norm(x + mlp(x))
+            case "sandwich":
+                x = x + attention_output_norm(attended)
+                x = x + mlp_output_norm(mlp(mlp_norm(x)))
+            case "pre_norm":
+                x = x + attended
+                x = x + mlp(mlp_norm(x))
         return constrain(x, "batch", "length", None), cache
 
 
@@ -50,7 +69,16 @@ class Decoder(nn.Module):
         """Declares parameters and submodules."""
         c = self.config
         init = nn.initializers.normal(c.initializer_range)
-        self.embedding = logical_param(self, "embedding", init, (c.vocab_size, c.hidden_size), ("vocab", "embed"))
+        self.embedding = logical_param(self, "embedding", init, (c.vocab_size, c.embedding_width), ("vocab", "embed"))
+        if c.positions == "learned":
+            rows = c.max_positions + c.position_offset
+            axes = ("length", "embed")
+            self.position_embedding = logical_param(self, "position_embedding", init, (rows, c.hidden_size), axes)
+        if c.embedding_width != c.hidden_size:  # the width of the residual stream is named as if it were an MLP's
+            self.project_in = Linear((c.hidden_size,), ("embed", "mlp"), c)
+            self.project_out = Linear((c.embedding_width,), ("mlp", "embed"), c)
+        if c.embedding_norm:
+            self.embedding_norm = Norm(c)
         layer: Any = Layer
         if c.remat != "none":
             layer = nn.remat(Layer, policy=REMAT_POLICIES[c.remat], prevent_cse=not c.scan_layers)
@@ -59,14 +87,15 @@ class Decoder(nn.Module):
                 layer,
                 variable_axes={"params": 0},
                 split_rngs={"params": True},
-                in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+                in_axes=(0, 0, nn.broadcast, nn.broadcast),
                 length=c.num_layers,
                 metadata_params={nn.PARTITION_NAME: "layers"},
             )
             self.layers = scanned(c)
         else:
             self.layers = [layer(c) for _ in range(c.num_layers)]
-        self.final_norm = RMSNorm(c.norm_eps)
+        if c.final_norm:
+            self.final_norm = Norm(c)
 
     def __call__(
         self,
@@ -76,26 +105,57 @@ class Decoder(nn.Module):
         cache: Cache = None,
         slot: jax.Array | int = 0,
         first: int = 0,
-    ) -> tuple[Float[Array, "B q D"], Cache]:
+    ) -> tuple[Float[Array, "B q W"], Cache]:
         """Returns hidden states after the final norm from column `first` on, and the cache.
 
         What is not read is not computed: where layers are unrolled, the last one works on the columns from `first` only
         (beyond its keys and values).
+
+        Raises:
+            ValueError: If there are more columns than a table of learned positions has rows.
         """
-        x = jnp.take(self.embedding.astype(self.config.dtype), tokens, axis=0)
-        x = constrain(x, "batch", "length", None)
-        rotary = rotary_table(positions, head_dim=self.config.head_dim, theta=self.config.rope_theta)
-        if self.config.scan_layers:
-            x, cache = self.layers(x, cache, rotary, visible, slot)
+        c = self.config
+        if c.positions == "learned" and visible.shape[-1] > c.max_positions:
+            raise ValueError(
+                f"{visible.shape[-1]} tokens are more than the model's {c.max_positions} learned positions"
+            )
+        x = self.embed(tokens, positions)
+        kinds, index = contexts(c, positions, visible, slot)
+        if c.scan_layers:
+            if len(kinds) == 1:
+                x, cache = self.layers(x, cache, None, kinds[0], slot)
+            else:
+                stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *kinds)
+                x, cache = self.layers(x, cache, jnp.array(index, jnp.int32), stacked, slot)
             x = x[:, first:]
         else:
             caches = []
             for i, layer in enumerate(self.layers):
-                asking = visible[:, first:] if i + 1 == len(self.layers) else visible
-                x, layer_cache = layer(x, None if cache is None else cache[i], rotary, asking, slot)
+                context = kinds[index[i]]
+                if i + 1 == len(self.layers):
+                    context = context.asking(first)
+                x, layer_cache = layer(x, None if cache is None else cache[i], None, context, slot)
                 caches.append(layer_cache)
             cache = None if cache is None else caches
-        return self.final_norm(x), cache
+        if c.final_norm:
+            x = self.final_norm(x)
+        if c.embedding_width != c.hidden_size:
+            x = self.project_out(x)
+        return x, cache
+
+    def embed(self, tokens: Int[Array, "B l"], positions: Int[Array, "B l"]) -> Float[Array, "B l D"]:
+        """Returns the residual stream that enters the first layer, float[B, l, D]."""
+        c = self.config
+        x = jnp.take(self.embedding.astype(c.dtype), tokens, axis=0)
+        if c.embedding_width != c.hidden_size:
+            x = self.project_in(x)
+        if c.scale_embedding:
+            x = x * jnp.asarray(c.hidden_size**0.5, c.dtype)
+        if c.positions == "learned":
+            x = x + jnp.take(self.position_embedding.astype(c.dtype), positions + c.position_offset, axis=0)
+        if c.embedding_norm:
+            x = self.embedding_norm(x)
+        return constrain(x, "batch", "length", None)
 
 
 class CausalLM(nn.Module):
@@ -108,7 +168,7 @@ class CausalLM(nn.Module):
         c = self.config
         self.decoder = Decoder(c)
         if not c.tie_embeddings:
-            self.lm_head = Linear((c.vocab_size,), ("embed", "vocab"), c)
+            self.lm_head = Linear((c.vocab_size,), ("embed", "vocab"), c, c.lm_head_bias)
 
     def __call__(self, tokens: Int[Array, "B L"], mask: Bool[Array, "B L"]) -> Float[Array, "B L V"]:
         """Returns next-token logits f32[B, L, V]; padding may stand on either side."""
@@ -125,13 +185,25 @@ class CausalLM(nn.Module):
             logits = jnp.einsum("bld,vd->blv", hidden, embedding)
         else:
             logits = self.lm_head(hidden)
-        return constrain(logits.astype(jnp.float32), "batch", "length", "vocab")
+        logits = softcap(logits.astype(jnp.float32), self.config.logit_softcap)
+        return constrain(logits, "batch", "length", "vocab")
 
     def prefill(
         self, tokens: Int[Array, "B S"], mask: Bool[Array, "B S"], length: int
     ) -> tuple[Float[Array, "B V"], Cache]:
-        """Reads left-padded prompts; returns the logits of the next token f32[B, V] and a cache of `length` columns."""
+        """Reads left-padded prompts; returns the logits of the next token f32[B, V] and a cache of `length` columns.
+
+        Raises:
+            ValueError: If the encoding of the first tokens would depend on how many follow.
+        """
         c = self.config
+        if c.fixed_length is not None and length > c.fixed_length:
+            assert c.rope_scaling is not None
+            raise ValueError(
+                f"rope_scaling {c.rope_scaling.kind!r}: prompt and response have {length} tokens; beyond "
+                f"{c.fixed_length} earlier tokens are encoded by how many follow, which a cache cannot do. Make them "
+                "shorter."
+            )
         cache: Cache = [empty_cache(c, tokens.shape[0], length) for _ in range(c.num_layers)]
         if c.scan_layers:
             cache = jax.tree.map(lambda *layers: jnp.stack(layers), *cache)
@@ -166,7 +238,7 @@ class ScoreModel(nn.Module):
         """Declares parameters and submodules."""
         self.decoder = Decoder(self.config)
         # N(0, 1/√(D+1)): Stiennon et al. 2020, arXiv 2009.01325.
-        width = self.config.hidden_size
+        width = self.config.embedding_width
         init = nn.initializers.normal((width + 1) ** -0.5)
         self.score_kernel = logical_param(self, "score_kernel", init, (width, 1), ("embed", "score"))
         if self.score.bias:
@@ -192,4 +264,11 @@ class ScoreModel(nn.Module):
         """Returns the head's output before normalisation, f32[B, L − first]."""
         hidden, _ = self.decoder(tokens, token_positions(mask), causal_mask(mask), first=first)
         scores = jnp.einsum("bld,do->blo", hidden, self.score_kernel.astype(hidden.dtype))[..., 0].astype(jnp.float32)
-        return scores + self.score_bias[None] if self.score.bias else scores
+        scores = scores + self.score_bias[None] if self.score.bias else scores
+        if self.score.pad_id is None:
+            return scores
+        # After the last token that is not padding, its score goes on: so it is read there, wherever the mask ends.
+        index = jnp.arange(scores.shape[1])[None]
+        real = mask[:, first:] & (tokens[:, first:] != self.score.pad_id)
+        last = jnp.max(index * real, axis=1, keepdims=True)
+        return jnp.where(index > last, jnp.take_along_axis(scores, last, axis=1), scores)

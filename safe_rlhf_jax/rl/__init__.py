@@ -1,1 +1,1 @@
-"""Safe RLHF as five verbs: generate, score, estimate advantages, update the constraint, update the networks."""
+"""Safe RLHF as five verbs: generate, score, update the constraints, estimate advantages, update the networks."""

@@ -1,4 +1,6 @@
-"""Step 6 of the line: token scores and generalised advantage estimation, once per signal."""
+"""Step 6 of the line: token scores and advantages, once per signal, with a critic or without."""
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -80,3 +82,63 @@ def gae(
     _, advantages = jax.lax.scan(backward, jnp.zeros_like(deltas[:, 0]), deltas.T, reverse=True)
     advantages = jax.lax.stop_gradient(advantages.T)
     return advantages, jax.lax.stop_gradient(advantages + values)
+
+
+def leave_one_out(returns: Float[Array, "P n"]) -> Float[Array, "P n"]:
+    """A_i = G_i − mean of the other responses to the same prompt.
+
+    Source: Kool et al. 2019; Ahmadian et al. 2024, arXiv 2402.14740.
+
+    Args:
+        returns: f32[P, n], n ≥ 2 responses to each of P prompts.
+
+    Returns:
+        f32[P, n]; a constant added to all returns of a prompt changes nothing.
+    """
+    n = returns.shape[1]
+    return n / (n - 1) * (returns - returns.mean(1, keepdims=True))
+
+
+def group_normalized(returns: Float[Array, "P n"]) -> Float[Array, "P n"]:
+    """A_i = (G_i − mean)/(standard deviation + 1e-6) over the responses to the same prompt.
+
+    Source: Shao et al. 2024 (GRPO), arXiv 2402.03300. Scales are lost: docs/algorithms.md says
+    what is then optimised.
+
+    Args:
+        returns: f32[P, n], n ≥ 2 responses to each of P prompts.
+
+    Returns:
+        f32[P, n].
+    """
+    return (returns - returns.mean(1, keepdims=True)) / (returns.std(1, ddof=1, keepdims=True) + 1e-6)
+
+
+def sequence_advantages(
+    rewards: Float[Array, "B T"],
+    mask: Bool[Array, "B T"],
+    baseline: Callable[[Float[Array, "P n"]], Float[Array, "P n"]],
+    *,
+    num_responses: int,
+) -> Float[Array, "B T"]:
+    """Advantages without a critic: the sum of a response's rewards against the other responses to its prompt.
+
+    Args:
+        rewards: f32[B, T], r_0 … r_{T−1}; ignored outside the mask.
+        mask: bool[B, T], response tokens.
+        baseline: Compares the n returns of each prompt.
+        num_responses: n; responses to one prompt stand next to each other.
+
+    Returns:
+        f32[B, T], the same at every token of a response, 0 outside the mask, without gradient.
+    """
+    returns = jnp.where(mask, rewards, 0.0).sum(-1).reshape(-1, num_responses)
+    return jax.lax.stop_gradient(jnp.where(mask, baseline(returns).reshape(-1, 1), 0.0))
+
+
+def whiten(advantages: Float[Array, "B T"], mask: Bool[Array, "B T"]) -> Float[Array, "B T"]:
+    """(A − mean)/(standard deviation + 1e-8) over all response tokens of a minibatch, on all devices together."""
+    count = jnp.maximum(mask.sum(), 1)
+    centred = advantages - jnp.where(mask, advantages, 0.0).sum() / count
+    variance = jnp.where(mask, jnp.square(centred), 0.0).sum() / count
+    return jnp.where(mask, centred / (jnp.sqrt(variance) + 1e-8), 0.0)

@@ -1,38 +1,61 @@
 """Algorithms: small records of pure functions over one shared learner.
 
-`ppo_lag` maximises reward subject to E[cost] ≤ d; `ppo` only maximises reward (λ ≡ 0, one critic).
+What is not here is the same for all: scoring, KL, windows, λ, epochs and minibatches. `ppo` is `ppo_lag` without
+constraints.
 """
 
 import dataclasses
 from collections.abc import Callable
 
-import jax
+from jaxtyping import Array, Float
 
-from safe_rlhf_jax.rl.lagrange import lagrangian_advantage
-from safe_rlhf_jax.rl.losses import clipped_surrogate
+from safe_rlhf_jax.rl.advantages import group_normalized, leave_one_out
+from safe_rlhf_jax.rl.lagrange import combine_plain, combine_signals
+from safe_rlhf_jax.rl.losses import clipped_surrogate, pairwise_surrogate, sequence_surrogate
 from safe_rlhf_jax.types import Signals
 
-# The KL term enters each signal with the sign that keeps the policy near the reference.
-KL_SIGN = {"reward": -1, "cost": +1}
+
+def as_scored(scores: Signals, cost_weight: float) -> Signals:
+    """The scores as they are."""
+    return scores
+
+
+def shaped_reward(scores: Signals, cost_weight: float) -> Signals:
+    """R − ν·C as the reward.
+
+    Source: PKU-Alignment/safe-rlhf@82743cc `ppo_reward_shaping`: a constant ν, and no division by 1 + ν.
+    """
+    return scores | {"reward": scores["reward"] - cost_weight * scores["cost"]}
 
 
 @dataclasses.dataclass(frozen=True)
 class Algorithm:
     """What distinguishes one on-policy algorithm from another."""
 
-    signals: tuple[str, ...]  # those that have a critic and an advantage
-    constrained: bool  # a cost window and a multiplier exist, and the multiplier is learned
-    combine: Callable[[Signals, jax.Array], jax.Array]  # (advantages, λ f32[B, 1]) -> f32[B, T]
-    policy_loss: Callable[..., jax.Array] = clipped_surrogate
+    constrained: bool = False  # costs have advantages and multipliers
+    shape: Callable[[Signals, float], Signals] = as_scored  # (scores f32[B], ν) -> scores
+    baseline: Callable[[Float[Array, "P n"]], Float[Array, "P n"]] | None = None  # None: critics and GAE
+    combine: Callable[[Signals, Signals], Float[Array, "B T"]] = combine_signals  # (advantages, λ by signal)
+    policy_loss: Callable[..., Float[Array, ""]] = clipped_surrogate
+    paired: bool = False  # the loss compares the two responses to a prompt
+    # Of the KL term in costs: +1 with `combine_signals`, whose division would weaken the one in the reward; else 0.
+    cost_kl_sign: int = +1
+    kl_as_loss: bool = False  # a KL term in the signals would be divided by their spread
+    needs_cost: bool = False  # also without a constraint
 
+
+PAIRS = Algorithm(
+    baseline=leave_one_out, combine=combine_plain, policy_loss=pairwise_surrogate, paired=True, cost_kl_sign=0
+)
 
 ALGORITHMS: dict[str, Algorithm] = {
-    "ppo": Algorithm(signals=("reward",), constrained=False, combine=lambda advantages, _: advantages["reward"]),
-    "ppo_lag": Algorithm(
-        signals=("reward", "cost"),
-        constrained=True,
-        combine=lambda advantages, multiplier: lagrangian_advantage(
-            advantages["reward"], advantages["cost"], multiplier
-        ),
-    ),
+    "ppo": Algorithm(),
+    "ppo_lag": Algorithm(constrained=True),
+    "reward_shaping": Algorithm(shape=shaped_reward, needs_cost=True),
+    "rloo_lag": Algorithm(constrained=True, baseline=leave_one_out),
+    "grpo_lag": Algorithm(constrained=True, baseline=group_normalized, kl_as_loss=True),
+    "p3o": PAIRS,
+    "p3o_lag": dataclasses.replace(PAIRS, constrained=True),
+    "p3o_separate": dataclasses.replace(PAIRS, policy_loss=sequence_surrogate),
+    "p3o_separate_lag": dataclasses.replace(PAIRS, policy_loss=sequence_surrogate, constrained=True),
 }

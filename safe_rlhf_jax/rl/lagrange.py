@@ -1,17 +1,20 @@
-"""Step 7 of the line: the cost window and the Lagrange multiplier λ."""
+"""Step 7 of the line: the cost window and the Lagrange multiplier λ.
 
+A constraint may have several windows and multipliers, one per group of prompts: their arrays then have a leading axis.
+"""
+
+import dataclasses
 import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from safe_rlhf_jax.types import CostWindow, LagrangeState
+from safe_rlhf_jax.types import CostWindow, Signals
 
-
-def init_multiplier(initial: float) -> LagrangeState:
-    """Returns λ = `initial`, stored as its logarithm."""
-    return LagrangeState(log_multiplier=jnp.asarray(math.log(initial), jnp.float32))
+MultiplierState = dict[str, jax.Array]
 
 
 def init_window(size: int) -> CostWindow:
@@ -33,35 +36,46 @@ def push_costs(window: CostWindow, costs: Float[Array, " B"], counted: Bool[Arra
         The window; unchanged where nothing counts.
     """
     size = window.recent.shape[0]
-    filled = jnp.arange(size, dtype=jnp.int32) >= size - window.count
     entries = jnp.concatenate([window.recent, costs])
-    valid = jnp.concatenate([filled, counted])
+    valid = jnp.concatenate([filled(window), counted])
     newest_last = jnp.argsort(valid, stable=True)[-size:]
     count = jnp.minimum(window.count + counted.sum(dtype=jnp.int32), size)
     return CostWindow(recent=entries[newest_last], count=count)
 
 
+def filled(window: CostWindow) -> Bool[Array, " W"]:
+    """Entries of a window that hold a cost, bool[W]."""
+    size = window.recent.shape[0]
+    return jnp.arange(size, dtype=jnp.int32) >= size - window.count
+
+
 def window_mean(window: CostWindow) -> Float[Array, ""]:
     """J_C: mean of the costs in the window; 0 while it is empty."""
+    return jnp.where(filled(window), window.recent, 0.0).sum() / jnp.maximum(window.count, 1)
+
+
+def window_quantile(window: CostWindow, alpha: float) -> Float[Array, ""]:
+    """The smallest cost in the window that the share `alpha` of them does not exceed; the least one for alpha = 0."""
     size = window.recent.shape[0]
-    filled = jnp.arange(size, dtype=jnp.int32) >= size - window.count
-    return jnp.where(filled, window.recent, 0.0).sum() / jnp.maximum(window.count, 1)
+    ascending = jnp.sort(jnp.where(filled(window), window.recent, -jnp.inf))  # what is not filled comes first
+    rank = jnp.maximum(jnp.ceil(alpha * window.count).astype(jnp.int32) - 1, 0)
+    return jnp.where(window.count > 0, ascending[jnp.minimum(size - window.count + rank, size - 1)], 0.0)
 
 
 def ascend_log_multiplier(
-    log_multiplier: Float[Array, ""],
-    mean_cost: Float[Array, ""],
+    log_multiplier: Float[Array, "*G"],
+    mean_cost: Float[Array, "*G"],
     *,
-    cost_limit: float | Float[Array, ""],
+    cost_limit: float | Float[Array, "*G"],
     lr: float | Float[Array, ""],
     max_multiplier: float | None,
-) -> Float[Array, ""]:
+) -> Float[Array, "*G"]:
     """One step of gradient ascent in log λ: log λ ← min(log λ + lr·λ·(J_C − d), log λ_max).
 
     Source: Dai et al. 2023 (arXiv 2310.12773) eq. 31, with d = −(their d).
 
     Args:
-        log_multiplier: f32[], log λ.
+        log_multiplier: f32[], log λ; or one per group.
         mean_cost: f32[], J_C, in cost-model units.
         cost_limit: d; the constraint is J_C ≤ d.
         lr: Step size.
@@ -74,12 +88,111 @@ def ascend_log_multiplier(
     return ascended if max_multiplier is None else jnp.minimum(ascended, math.log(max_multiplier))
 
 
+def ascend_multiplier(
+    multiplier: Float[Array, "*G"],
+    mean_cost: Float[Array, "*G"],
+    *,
+    cost_limit: float | Float[Array, "*G"],
+    lr: float | Float[Array, ""],
+    max_multiplier: float | None,
+) -> Float[Array, "*G"]:
+    """One step of projected gradient ascent in λ: λ ← min([λ + lr·(J_C − d)]⁺, λ_max). Arguments as above."""
+    ascended = jnp.maximum(multiplier + lr * (mean_cost - cost_limit), 0.0)
+    return ascended if max_multiplier is None else jnp.minimum(ascended, max_multiplier)
+
+
+@dataclasses.dataclass(frozen=True)
+class Multiplier:
+    """How λ is kept and how it moves; the state is a dictionary of arrays with a leading group axis."""
+
+    init: Callable[[Float[Array, " G"]], MultiplierState]  # λ at the start -> state
+    # (state, J_C, cost_limit=, lr=, max_multiplier=, min_multiplier=) -> state
+    move: Callable[..., MultiplierState]
+    read: Callable[[MultiplierState], Float[Array, " G"]]  # state -> λ
+
+
+def move_log(state: MultiplierState, mean_cost: jax.Array, *, min_multiplier: float, **limits: Any) -> MultiplierState:
+    """Ascent in log λ."""
+    moved = ascend_log_multiplier(state["log"], mean_cost, **limits)
+    return {"log": jnp.maximum(moved, jnp.log(jnp.float32(min_multiplier))) if min_multiplier else moved}
+
+
+def move_projected(
+    state: MultiplierState, mean_cost: jax.Array, *, min_multiplier: float, **limits: Any
+) -> MultiplierState:
+    """Projected ascent in λ."""
+    return {"value": jnp.maximum(ascend_multiplier(state["value"], mean_cost, **limits), min_multiplier)}
+
+
+LOG = Multiplier(
+    init=lambda initial: {"log": jnp.log(initial)}, move=move_log, read=lambda state: jnp.exp(state["log"])
+)
+PROJECTED = Multiplier(init=lambda initial: {"value": initial}, move=move_projected, read=lambda state: state["value"])
+
+
+def pid_multiplier(*, proportional: float, derivative: float, smoothing: float, delay: int) -> Multiplier:
+    """λ = [K_p·P + I + K_d·D]⁺ of the error J_C − d; the integral I is projected ascent, so its gain K_i is `lr`.
+
+        P ← αP + (1 − α)(J_C − d),   I ← min([I + K_i·(J_C − d)]⁺, λ_max),   D = [S − S `delay` moves ago]⁺,
+        S ← αS + (1 − α)J_C
+
+    P and S start at their first values, so that the first moves see no false slope.
+
+    Source: Stooke et al. 2020 (arXiv 2007.03964) algorithm 2, smoothed as in omnisafe's `PIDLagrangian`.
+
+    Args:
+        proportional: K_p.
+        derivative: K_d.
+        smoothing: α of both averages.
+        delay: Moves over which the slope is taken.
+    """
+
+    def init(initial: jax.Array) -> MultiplierState:
+        zeros = jnp.zeros_like(initial)
+        past = jnp.zeros((*initial.shape, delay), jnp.float32)
+        return {"value": initial, "integral": initial, "error": zeros, "past": past, "moves": zeros}
+
+    def move(state: MultiplierState, mean_cost: jax.Array, *, min_multiplier: float, **limits: Any) -> MultiplierState:
+        started = state["moves"] > 0
+        error = mean_cost - limits["cost_limit"]
+        error = jnp.where(started, smoothing * state["error"] + (1.0 - smoothing) * error, error)
+        past = jnp.where(started[..., None], state["past"], mean_cost[..., None])
+        smoothed = smoothing * past[..., -1] + (1.0 - smoothing) * mean_cost
+        slope = jnp.maximum(smoothed - past[..., 0], 0.0)
+        integral = ascend_multiplier(state["integral"], mean_cost, **limits)
+        value = jnp.clip(integral + proportional * error + derivative * slope, min_multiplier, limits["max_multiplier"])
+        past = jnp.concatenate([past[..., 1:], smoothed[..., None]], axis=-1)
+        moves = state["moves"] + 1.0
+        return {"value": value, "integral": integral, "error": error, "past": past, "moves": moves}
+
+    return Multiplier(init=init, move=move, read=PROJECTED.read)
+
+
+def combine_signals(advantages: Signals, multipliers: Signals) -> Float[Array, "B T"]:
+    """A = (A_r − Σ_k λ_k·A_k)/(1 + Σ_k λ_k); without constraints it is A_r.
+
+    Args:
+        advantages: f32[B, T] by signal.
+        multipliers: λ_k ≥ 0 by cost signal, f32[B, 1] or scalars.
+
+    Returns:
+        f32[B, T].
+    """
+    costs = sum(multiplier * advantages[signal] for signal, multiplier in multipliers.items())
+    return (advantages["reward"] - costs) / (1.0 + sum(multipliers.values()))
+
+
+def combine_plain(advantages: Signals, multipliers: Signals) -> Float[Array, "B T"]:
+    """A = A_r − Σ_k λ_k·A_k, the plain Lagrangian; arguments as above."""
+    return advantages["reward"] - sum(multiplier * advantages[signal] for signal, multiplier in multipliers.items())
+
+
 def lagrangian_advantage(
     reward_advantages: Float[Array, "B T"],
     cost_advantages: Float[Array, "B T"],
     multiplier: float | Float[Array, ""] | Float[Array, "B 1"],
 ) -> Float[Array, "B T"]:
-    """A = (A_r − λ·A_c)/(1 + λ).
+    """A = (A_r − λ·A_c)/(1 + λ), of one constraint.
 
     Source: Dai et al. 2023 (arXiv 2310.12773) appendix B.3.
 
@@ -91,7 +204,7 @@ def lagrangian_advantage(
     Returns:
         f32[B, T].
     """
-    return (reward_advantages - multiplier * cost_advantages) / (1.0 + multiplier)
+    return combine_signals({"reward": reward_advantages, "cost": cost_advantages}, {"cost": jnp.asarray(multiplier)})
 
 
 def share_above_zero(costs: Float[Array, " B"], counted: Bool[Array, " B"]) -> jax.Array:

@@ -13,22 +13,95 @@ def clipped_surrogate(
     mask: Bool[Array, "B T"],
     *,
     clip_range_ratio: float,
+    dual_clip: float | None = None,
 ) -> Float[Array, ""]:
     """−mean min(ρ·A, clip(ρ, 1 ± ε)·A), per sequence, then over sequences.
 
-    Source: Schulman et al. 2017, arXiv 1707.06347, eq. 7; PKU-Alignment/safe-rlhf@82743cc `actor_loss_fn`.
+    With a dual clip c the term of a negative A is at least c·A, whatever ρ is.
+
+    Source: Schulman et al. 2017, arXiv 1707.06347, eq. 7; PKU-Alignment/safe-rlhf@82743cc `actor_loss_fn`. Dual clip:
+    Ye et al. 2020, arXiv 1912.09729, eq. 5.
 
     Args:
         ratio: f32[B, T], ρ = π(y_t) / π_old(y_t).
         advantages: f32[B, T], A.
         mask: bool[B, T], response tokens.
         clip_range_ratio: ε.
+        dual_clip: c > 1, or None.
 
     Returns:
         f32[], to minimise.
     """
     clipped = jnp.clip(ratio, 1.0 - clip_range_ratio, 1.0 + clip_range_ratio)
-    return -masked_mean(jnp.minimum(ratio * advantages, clipped * advantages), mask)
+    surrogate = jnp.minimum(ratio * advantages, clipped * advantages)
+    if dual_clip is not None:
+        surrogate = jnp.where(advantages < 0, jnp.maximum(surrogate, dual_clip * advantages), surrogate)
+    return -masked_mean(surrogate, mask)
+
+
+def sequence_log_ratio(ratio: Float[Array, "B T"], mask: Bool[Array, "B T"]) -> Float[Array, " B"]:
+    """Log π(y)/π_old(y) of whole responses, f32[B], from the ratios of their tokens."""
+    return jnp.where(mask, jnp.log(ratio), 0.0).sum(-1)
+
+
+def pairwise_surrogate(
+    ratio: Float[Array, "B T"],
+    advantages: Float[Array, "B T"],
+    mask: Bool[Array, "B T"],
+    *,
+    clip_range_ratio: float,
+    dual_clip: float | None = None,
+) -> Float[Array, ""]:
+    """Pairwise PPO, clipped jointly: −½·mean min(D·h, D·clip(h, ±ε)).
+
+        D = R_1 − R_2,   h = log π(y_1)/π(y_2) − log π_old(y_1)/π_old(y_2)
+
+    On policy the gradient is −½·E[D·∇ log π(y_1)/π(y_2)]. Trajectory-wise: the log-ratios are those of whole responses.
+
+    Source: Wu et al. 2023 (P3O), arXiv 2310.00212, section 4.2, the second variant.
+
+    Args:
+        ratio: f32[2P, T], ρ by token; the two responses to a prompt stand next to each other.
+        advantages: f32[2P, T], ±D, the same at every token (`leave_one_out` of two).
+        mask: bool[2P, T], response tokens.
+        clip_range_ratio: ε, of the log-ratio.
+        dual_clip: None; pairs have none.
+
+    Returns:
+        f32[], to minimise.
+    """
+    del dual_clip
+    log_ratio = sequence_log_ratio(ratio, mask)
+    difference = log_ratio[0::2] - log_ratio[1::2]
+    reward = advantages[0::2, 0]
+    clipped = jnp.clip(difference, -clip_range_ratio, clip_range_ratio)
+    return -0.5 * jnp.minimum(reward * difference, reward * clipped).mean()
+
+
+def sequence_surrogate(
+    ratio: Float[Array, "B T"],
+    advantages: Float[Array, "B T"],
+    mask: Bool[Array, "B T"],
+    *,
+    clip_range_ratio: float,
+    dual_clip: float | None = None,
+) -> Float[Array, ""]:
+    """Pairwise PPO, clipped separately: the clipped surrogate with one ratio per response.
+
+        −mean_i min(ρ_i·D_i, clip(ρ_i, 1 ± ε)·D_i),   ρ_i = π(y_i)/π_old(y_i),   D_1 = R_1 − R_2 = −D_2
+
+    Source: Wu et al. 2023 (P3O), arXiv 2310.00212, section 4.2, the first variant. Arguments as above.
+    """
+    whole = jnp.exp(jnp.clip(sequence_log_ratio(ratio, mask), -20.0, 20.0))[:, None]
+    one = jnp.ones_like(whole, dtype=bool)
+    return clipped_surrogate(whole, advantages[:, :1], one, clip_range_ratio=clip_range_ratio, dual_clip=dual_clip)
+
+
+def negative_entropy(
+    ratio: Float[Array, "B T"], log_probs: Float[Array, "B T"], mask: Bool[Array, "B T"]
+) -> Float[Array, ""]:
+    """Mean ρ·log π per token, nats: an estimate of −H(π) whose gradient is unbiased, off policy too."""
+    return masked_mean(ratio * jax.lax.stop_gradient(jnp.where(mask, log_probs, 0.0)), mask)
 
 
 def clip_fraction(ratio: Float[Array, "B T"], mask: Bool[Array, "B T"], *, clip_range_ratio: float) -> Float[Array, ""]:

@@ -7,7 +7,6 @@ from typing import Any
 import jax
 import optax
 
-from safe_rlhf_jax.models.transformer import CausalLM, ScoreModel
 from safe_rlhf_jax.ops import response_log_probs, response_values, sequence_scores
 from safe_rlhf_jax.optim import split
 from safe_rlhf_jax.types import Frozen, RLState, Rollout, ScoredRollout
@@ -17,9 +16,9 @@ from safe_rlhf_jax.types import Frozen, RLState, Rollout, ScoredRollout
 class Networks:
     """The modules and optimizers of an RL run; parameters travel as arguments."""
 
-    policy: CausalLM
-    scorers: dict[str, ScoreModel]
-    critics: dict[str, ScoreModel]
+    policy: Any  # a CausalLM, or a module with its methods
+    scorers: dict[str, Any]  # ScoreModels, by signal
+    critics: dict[str, Any]
     actor_optimizer: optax.GradientTransformation
     critic_optimizers: dict[str, optax.GradientTransformation]
 
@@ -32,6 +31,7 @@ def map_slices(function: Callable[[Any], Any], batch: Any, slices: int) -> Any:
     return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), out)
 
 
+@jax.named_scope("scoring")
 def score_rollout(
     networks: Networks,
     state: RLState,
@@ -48,7 +48,7 @@ def score_rollout(
     Args:
         networks: Modules.
         state: Actor and critics.
-        frozen: Reference and scorers.
+        frozen: Reference (unless it moves and stands in the state) and scorers.
         rollout: B sequences.
         prompt_length: S.
         temperature: Of the sampler; divides the logits of actor and reference alike.
@@ -59,6 +59,7 @@ def score_rollout(
     Returns:
         A `ScoredRollout`; a signal has scores where it has a scorer, values where it has a critic.
     """
+    reference = frozen.reference if state.reference is None else state.reference.params
 
     def score(part: Rollout) -> ScoredRollout:
         def log_probs(params: Any) -> jax.Array:
@@ -73,7 +74,7 @@ def score_rollout(
         return ScoredRollout(
             rollout=part,
             log_probs=log_probs(state.actor.params) if recompute_log_probs else part.sampler_log_probs,
-            ref_log_probs=log_probs(frozen.reference),
+            ref_log_probs=log_probs(reference),
             scores={signal: end_score(signal) for signal in networks.scorers},
             values={
                 signal: response_values(

@@ -1,4 +1,4 @@
-"""One iteration of Safe RLHF: generate → score → estimate advantages → update constraint → update networks.
+"""One iteration of Safe RLHF: generate → score → update constraints → estimate advantages → update networks.
 
 `collect` is the first verb, `learn` the other four; `make_step` composes them into one function for one `jit`.
 """
@@ -9,22 +9,30 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from safe_rlhf_jax.inference.generate import generate
 from safe_rlhf_jax.inference.sampling import Sampling
-from safe_rlhf_jax.objectives import lm_loss, token_weights
-from safe_rlhf_jax.ops import masked_mean, response_log_probs, response_values
-from safe_rlhf_jax.optim import gradient_step, split
-from safe_rlhf_jax.rl.advantages import gae, token_scores
-from safe_rlhf_jax.rl.algorithms import KL_SIGN, Algorithm
-from safe_rlhf_jax.rl.lagrange import ascend_log_multiplier, push_costs, share_above_zero, window_mean
-from safe_rlhf_jax.rl.losses import clip_fraction, clipped_value_loss, explained_variance, policy_ratio
+from safe_rlhf_jax.ops import ends_with, masked_mean
+from safe_rlhf_jax.rl.advantages import gae, sequence_advantages, token_scores
+from safe_rlhf_jax.rl.algorithms import Algorithm
+from safe_rlhf_jax.rl.constraints import (
+    mean_costs,
+    measured_costs,
+    move_multiplier,
+    multiplier_metrics,
+    named_rows,
+    push_all,
+    slot_metrics,
+)
+from safe_rlhf_jax.rl.hyperparameters import Hyperparameters as Hyperparameters
+from safe_rlhf_jax.rl.kl import adapt, move_reference
+from safe_rlhf_jax.rl.lagrange import share_above_zero
+from safe_rlhf_jax.rl.losses import explained_variance
 from safe_rlhf_jax.rl.rollout import Networks, score_rollout
+from safe_rlhf_jax.rl.update import kl_coefficient, response_mask, update_networks
 from safe_rlhf_jax.types import (
     Experience,
     Frozen,
-    LagrangeState,
     Metrics,
     PromptBatch,
     RLState,
@@ -33,41 +41,6 @@ from safe_rlhf_jax.types import (
     Signals,
     SupervisedBatch,
 )
-
-DEFAULT_MULTIPLIER_LR = optax.constant_schedule(0.1)
-
-
-@dataclasses.dataclass(frozen=True)
-class Hyperparameters:
-    """The scalars of an iteration; names and units as in the config, where their sources stand."""
-
-    prompt_length: int  # S, tokens
-    response_length: int  # T, tokens
-    eos_id: int
-    pad_id: int
-    num_responses: int = 1
-    temperature: float = 1.0
-    recompute_log_probs: bool = True
-    kl_coeff: float = 0.01
-    gamma: float = 1.0
-    gae_lambda: float = 0.95
-    clip_range_ratio: float = 0.2
-    clip_range_score: float = 50.0
-    clip_range_value: float = 5.0
-    missing_eos_penalty: float = 0.0
-    ptx_coeff: float = 0.0
-    epochs: int = 1
-    minibatches: int = 1
-    microbatches: int = 1
-    cost_limit: float = 0.0
-    multiplier_lr: optax.Schedule = DEFAULT_MULTIPLIER_LR
-    multiplier_every: str = "rollout"  # or "minibatch"
-    multiplier_delay: int = 0  # iterations before λ moves
-    max_multiplier: float | None = None
-    min_multiplier: float | None = None
-    groups: tuple[str, ...] = ("all",)  # names of the prompt groups, by index
-    constrained: tuple[int, ...] | None = None  # groups the constraint names; None: all
-
 
 Step = Callable[[RLState, Frozen, PromptBatch, jax.Array], tuple[RLState, Metrics]]
 
@@ -83,6 +56,7 @@ def make_step(networks: Networks, algorithm: Algorithm, hp: Hyperparameters) -> 
     return step
 
 
+@jax.named_scope("generation")
 def collect(networks: Networks, hp: Hyperparameters, params: Any, prompts: PromptBatch, key: jax.Array) -> Rollout:
     """Generates: samples `num_responses` responses to each prompt from the actor."""
     return generate(
@@ -108,7 +82,7 @@ def learn(
     ptx: SupervisedBatch | None,
     key: jax.Array,
 ) -> tuple[RLState, Metrics]:
-    """Scores a rollout, estimates advantages, moves λ, then updates actor and critics."""
+    """Scores a rollout, moves λ, estimates advantages, then updates actor and critics."""
     scored = score_rollout(
         networks,
         state,
@@ -119,210 +93,100 @@ def learn(
         recompute_log_probs=hp.recompute_log_probs,
         slices=hp.minibatches * hp.microbatches,
     )
-    experience, metrics = estimate_advantages(algorithm, hp, scored)
-    state, constraint_metrics = update_constraint(algorithm, hp, state, scored)
+    state, constraint_metrics = update_constraints(hp, state, scored)
+    experience, metrics = estimate_advantages(algorithm, hp, state, scored)
+    measured = rollout_metrics(hp, state, scored)
     state, update_metrics = update_networks(networks, algorithm, hp, state, experience, ptx, key)
-    metrics |= rollout_metrics(hp, scored) | constraint_metrics | update_metrics
-    if state.lagrange is not None:
-        metrics["multiplier"] = jnp.exp(state.lagrange.log_multiplier)
-    return dataclasses.replace(state, step=state.step + 1), {f"train/{name}": value for name, value in metrics.items()}
-
-
-def response_mask(hp: Hyperparameters, rollout: Rollout) -> jax.Array:
-    """Response tokens, bool[B, T]."""
-    return rollout.mask[:, hp.prompt_length :]
-
-
-def constrained_rows(hp: Hyperparameters, rollout: Rollout) -> jax.Array:
-    """Sequences whose prompt the constraint names, bool[B]."""
-    if hp.constrained is None:
-        return jnp.ones_like(rollout.group, dtype=bool)
-    return jnp.isin(rollout.group, jnp.asarray(hp.constrained, jnp.int32))
+    metrics |= measured | constraint_metrics | update_metrics | multiplier_metrics(hp.constraints, state.constraints)
+    state = follow(hp, dataclasses.replace(state, step=state.step + 1), measured["kl"])
+    return state, {f"train/{name}": value for name, value in metrics.items()}
 
 
 def is_truncated(hp: Hyperparameters, rollout: Rollout) -> jax.Array:
     """Responses without EOS, which ran into the length limit, bool[B]."""
-    length = response_mask(hp, rollout).sum(-1)
-    response = rollout.tokens[:, hp.prompt_length :]
-    return jnp.take_along_axis(response, jnp.maximum(length - 1, 0)[:, None], 1)[:, 0] != hp.eos_id
+    return ~ends_with(rollout.tokens, rollout.mask, hp.eos_id)
 
 
-def estimate_advantages(algorithm: Algorithm, hp: Hyperparameters, scored: ScoredRollout) -> tuple[Experience, Metrics]:
-    """Token scores and GAE, once per signal."""
+def update_constraints(hp: Hyperparameters, state: RLState, scored: ScoredRollout) -> tuple[RLState, Metrics]:
+    """Pushes the rollout's costs into the windows and moves every λ, before the policy moves."""
+    constraints = {}
+    metrics: Metrics = {}
+    group = scored.rollout.group
+    for signal, constraint in hp.constraints.items():
+        updated = push_all(constraint, state.constraints[signal], scored.scores[signal], group)
+        metrics |= slot_metrics(signal, "mean_cost", constraint, mean_costs(constraint, updated))
+        if constraint.every == "rollout":
+            updated = move_multiplier(constraint, updated, group, state.step)
+        constraints[signal] = updated
+    return dataclasses.replace(state, constraints=constraints), metrics
+
+
+def estimate_advantages(
+    algorithm: Algorithm, hp: Hyperparameters, state: RLState, scored: ScoredRollout
+) -> tuple[Experience, Metrics]:
+    """Token scores and advantages, once per signal: by GAE with critics, without them against the other responses."""
     mask = response_mask(hp, scored.rollout)
     log_ratio = scored.log_probs - scored.ref_log_probs
+    kl_coeff = 0.0 if hp.kl.loss is not None else kl_coefficient(hp, state)
     advantages: Signals = {}
     returns: Signals = {}
     metrics: Metrics = {}
-    # A truncated response is scored as it stands; only its reward may be lowered, its cost never.
-    penalties = {"reward": hp.missing_eos_penalty * is_truncated(hp, scored.rollout)}
-    for signal in algorithm.signals:
+    for signal, score in signal_scores(algorithm, hp, state, scored).items():
         scores = token_scores(
-            scored.scores[signal] - penalties.get(signal, 0.0),
+            score,
             log_ratio,
             mask,
-            kl_coeff=hp.kl_coeff,
-            kl_sign=KL_SIGN[signal],
+            kl_coeff=kl_coeff,
+            kl_sign=-1 if signal == "reward" else algorithm.cost_kl_sign,
             clip_range_score=hp.clip_range_score,
         )
-        advantages[signal], returns[signal] = gae(
-            scores, scored.values[signal], mask, gamma=hp.gamma, gae_lambda=hp.gae_lambda
-        )
-        metrics |= {
-            f"{signal}_advantage": masked_mean(advantages[signal], mask),
-            f"{signal}_return": masked_mean(returns[signal], mask),
-            f"{signal}_value": masked_mean(scored.values[signal], mask),
-            f"{signal}_explained_variance": explained_variance(scored.values[signal], returns[signal], mask),
-        }
+        if algorithm.baseline is None:
+            values = scored.values[signal]
+            advantages[signal], returns[signal] = gae(scores, values, mask, gamma=hp.gamma, gae_lambda=hp.gae_lambda)
+            metrics |= {
+                f"{signal}_return": masked_mean(returns[signal], mask),
+                f"{signal}_value": masked_mean(values, mask),
+                f"{signal}_explained_variance": explained_variance(values, returns[signal], mask),
+            }
+        else:
+            advantages[signal] = sequence_advantages(scores, mask, algorithm.baseline, num_responses=hp.num_responses)
+        metrics[f"{signal}_advantage"] = masked_mean(advantages[signal], mask)
     experience = Experience(
         rollout=scored.rollout,
         log_probs=scored.log_probs,
-        values={signal: scored.values[signal] for signal in algorithm.signals},
+        ref_log_probs=scored.ref_log_probs,
+        values={signal: scored.values[signal] for signal in returns},
         advantages=advantages,
         returns=returns,
     )
     return experience, metrics
 
 
-def update_constraint(
-    algorithm: Algorithm, hp: Hyperparameters, state: RLState, scored: ScoredRollout
-) -> tuple[RLState, Metrics]:
-    """Pushes the rollout's costs into the window and moves λ, before the policy moves."""
-    if state.cost_window is None or state.lagrange is None:
-        return state, {}
-    counted = constrained_rows(hp, scored.rollout)
-    window = push_costs(state.cost_window, scored.scores["cost"], counted)
-    lagrange = state.lagrange
-    if hp.multiplier_every == "rollout":
-        lagrange = update_multiplier(hp, lagrange, window_mean(window), state.step)
-    return dataclasses.replace(state, cost_window=window, lagrange=lagrange), {"mean_cost": window_mean(window)}
+def signal_scores(algorithm: Algorithm, hp: Hyperparameters, state: RLState, scored: ScoredRollout) -> Signals:
+    """What each signal with an advantage makes of a response, f32[B]: shaped, measured, lowered where it was cut off.
+
+    A truncated response is scored as it stands; only its reward may be lowered, its cost never.
+    """
+    scores = algorithm.shape(scored.scores, hp.cost_weight)
+    out = {"reward": scores["reward"] - hp.missing_eos_penalty * is_truncated(hp, scored.rollout)}
+    for signal, constraint in hp.constraints.items():
+        out[signal] = measured_costs(constraint, state.constraints[signal], scores[signal], scored.rollout.group)
+    return out
 
 
-def update_multiplier(
-    hp: Hyperparameters, lagrange: LagrangeState, mean_cost: jax.Array, step: jax.Array
-) -> LagrangeState:
-    """One ascent step on log λ, held for the first `multiplier_delay` iterations and kept above `min_multiplier`."""
-    moved = ascend_log_multiplier(
-        lagrange.log_multiplier,
-        mean_cost,
-        cost_limit=hp.cost_limit,
-        lr=hp.multiplier_lr(step),
-        max_multiplier=hp.max_multiplier,
-    )
-    if hp.min_multiplier is not None:
-        moved = jnp.maximum(moved, jnp.log(jnp.float32(hp.min_multiplier)))
-    return LagrangeState(log_multiplier=jnp.where(step >= hp.multiplier_delay, moved, lagrange.log_multiplier))
+def follow(hp: Hyperparameters, state: RLState, kl: jax.Array) -> RLState:
+    """What follows the policy once it has moved: β under a controller, and a reference that moves."""
+    if state.kl_coeff is not None and hp.kl.target is not None:
+        coeff = adapt(state.kl_coeff, kl, target=hp.kl.target, gain=hp.kl.gain)
+        state = dataclasses.replace(state, kl_coeff=coeff)
+    if state.reference is not None:
+        moved = move_reference(hp.kl, state.reference, state.actor.params, state.step)
+        state = dataclasses.replace(state, reference=moved)
+    return state
 
 
-def update_networks(
-    networks: Networks,
-    algorithm: Algorithm,
-    hp: Hyperparameters,
-    state: RLState,
-    experience: Experience,
-    ptx: SupervisedBatch | None,
-    key: jax.Array,
-) -> tuple[RLState, Metrics]:
-    """PPO: `epochs` passes over the rollout in `minibatches`, each one optimizer step of actor and critics."""
-    batch = experience, ptx
-    rows = experience.log_probs.shape[0]
-
-    def epoch(state: RLState, key: jax.Array) -> tuple[RLState, Metrics]:
-        shuffled = batch
-        if hp.minibatches > 1:
-            order = jax.random.permutation(key, rows)
-            shuffled = jax.tree.map(lambda x: x[order], batch)
-        return jax.lax.scan(minibatch, state, split(shuffled, hp.minibatches))
-
-    def minibatch(state: RLState, part: Any) -> tuple[RLState, Metrics]:
-        return update_minibatch(networks, algorithm, hp, state, *part)
-
-    state, metrics = jax.lax.scan(epoch, state, jax.random.split(key, hp.epochs))
-    # Everything is a mean over the updates, but the ratio's gap, which is that of the very first one.
-    first = {"first_ratio_gap": metrics.pop("ratio_gap")[0, 0]}
-    return state, jax.tree.map(jnp.mean, metrics) | first
-
-
-def update_minibatch(
-    networks: Networks,
-    algorithm: Algorithm,
-    hp: Hyperparameters,
-    state: RLState,
-    experience: Experience,
-    ptx: SupervisedBatch | None,
-) -> tuple[RLState, Metrics]:
-    """One optimizer step of the actor and of each critic."""
-    multiplier, lagrange = jnp.float32(0.0), state.lagrange
-    if lagrange is not None and state.cost_window is not None:
-        if hp.multiplier_every == "minibatch":
-            mean_cost = window_mean(state.cost_window)
-            lagrange = update_multiplier(hp, lagrange, mean_cost, state.step)
-        multiplier = jnp.exp(lagrange.log_multiplier)
-
-    def policy_loss(params: Any, part: tuple[Experience, SupervisedBatch | None, jax.Array]) -> tuple[Any, Metrics]:
-        part_experience, part_ptx, part_weights = part
-        rollout, mask = part_experience.rollout, response_mask(hp, part_experience.rollout)
-        log_probs = response_log_probs(
-            networks.policy,
-            params,
-            rollout.tokens,
-            rollout.mask,
-            prompt_length=hp.prompt_length,
-            temperature=hp.temperature,
-        )
-        ratio = policy_ratio(log_probs, part_experience.log_probs, mask)
-        row_multiplier = jnp.where(constrained_rows(hp, rollout), multiplier, 0.0)[:, None]
-        advantages = algorithm.combine(part_experience.advantages, row_multiplier)
-        loss = algorithm.policy_loss(ratio, advantages, mask, clip_range_ratio=hp.clip_range_ratio)
-        metrics = {
-            "actor_loss": loss,
-            "advantage": masked_mean(advantages, mask),
-            "clip_fraction": clip_fraction(ratio, mask, clip_range_ratio=hp.clip_range_ratio),
-            "approx_kl": masked_mean(ratio - 1.0 - jnp.log(ratio), mask),
-            "ratio_gap": jnp.abs(ratio - 1.0).max(),
-        }
-        if part_ptx is not None:
-            ptx_loss, _ = lm_loss(networks.policy, params, part_ptx, part_weights)
-            loss, metrics["ptx_loss"] = loss + hp.ptx_coeff * ptx_loss, ptx_loss
-        return loss, metrics
-
-    def value_loss(signal: str) -> Callable[[Any, Experience], tuple[jax.Array, Metrics]]:
-        def loss(params: Any, part: Experience) -> tuple[jax.Array, Metrics]:
-            values = response_values(
-                networks.critics[signal],
-                params,
-                part.rollout.tokens,
-                part.rollout.mask,
-                prompt_length=hp.prompt_length,
-            )
-            mask = response_mask(hp, part.rollout)
-            old_values, returns = part.values[signal], part.returns[signal]
-            return clipped_value_loss(values, old_values, returns, mask, clip_range_value=hp.clip_range_value), {}
-
-        return loss
-
-    weights = jnp.zeros_like(experience.log_probs) if ptx is None else token_weights(ptx.loss_mask)
-    actor, metrics = gradient_step(
-        policy_loss, state.actor, (experience, ptx, weights), networks.actor_optimizer, microbatches=hp.microbatches
-    )
-    metrics["actor_grad_norm"] = metrics.pop("grad_norm")
-    del metrics["loss"]
-    critics = {}
-    for signal in algorithm.signals:
-        critics[signal], critic_metrics = gradient_step(
-            value_loss(signal),
-            state.critics[signal],
-            experience,
-            networks.critic_optimizers[signal],
-            microbatches=hp.microbatches,
-        )
-        metrics[f"{signal}_critic_loss"] = critic_metrics["loss"]
-        metrics[f"{signal}_critic_grad_norm"] = critic_metrics["grad_norm"]
-    return dataclasses.replace(state, actor=actor, critics=critics, lagrange=lagrange), metrics
-
-
-def rollout_metrics(hp: Hyperparameters, scored: ScoredRollout) -> Metrics:
-    """Scores, KL, lengths, and the share of responses with cost above zero by group of prompts."""
+def rollout_metrics(hp: Hyperparameters, state: RLState, scored: ScoredRollout) -> Metrics:
+    """Scores, KL, lengths, and the share of responses with cost above zero by constraint and by group of prompts."""
     mask = response_mask(hp, scored.rollout)
     length = mask.sum(-1)
     log_ratio = jnp.where(mask, scored.log_probs - scored.ref_log_probs, 0.0)
@@ -335,9 +199,18 @@ def rollout_metrics(hp: Hyperparameters, scored: ScoredRollout) -> Metrics:
         "truncation_rate": is_truncated(hp, scored.rollout).mean(),
         "sampler_gap": masked_mean(jnp.abs(scored.log_probs - scored.rollout.sampler_log_probs), mask),
     }
-    if "cost" in scored.scores:
-        cost, group = scored.scores["cost"], scored.rollout.group
-        metrics["unsafe_share"] = share_above_zero(cost, constrained_rows(hp, scored.rollout))
+    if hp.kl.schedule is not None or state.kl_coeff is not None:
+        metrics["kl_coeff"] = jnp.asarray(kl_coefficient(hp, state), jnp.float32)
+    if state.reference is not None:
+        metrics["reference_age"] = state.reference.age
+    group = scored.rollout.group
+    for signal in (s for s in scored.scores if s != "reward"):
+        cost, suffix = scored.scores[signal], signal.removeprefix("cost")
+        constraint = hp.constraints.get(signal)
+        named = jnp.ones_like(cost, dtype=bool) if constraint is None else named_rows(constraint, group)
+        metrics[f"unsafe_share{suffix}"] = share_above_zero(cost, named)
         if len(hp.groups) > 1:
-            metrics |= {f"unsafe_share/{name}": share_above_zero(cost, group == i) for i, name in enumerate(hp.groups)}
+            metrics |= {
+                f"unsafe_share{suffix}/{name}": share_above_zero(cost, group == i) for i, name in enumerate(hp.groups)
+            }
     return metrics

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 
 from safe_rlhf_jax import config as cfg
+from safe_rlhf_jax.processes import any_process, barrier, is_main
 from safe_rlhf_jax.stages.check import check_run
 from safe_rlhf_jax.stages.common import Run
 from safe_rlhf_jax.stages.evaluation import run_evaluation
@@ -37,10 +38,29 @@ def run_stage(run: Run, stage: Any) -> None:
 
     A folder that holds the stage with another config is moved aside, never overwritten.
     """
-    if run.result(stage.name) is not None:
+    # What the process that writes finds in the folder counts; the others wait for its answer.
+    if any_process(is_main() and run.result(stage.name) is not None):
         print(f"{stage.name}: finished, config unchanged; skipped")
         return
     folder = run.folder(stage.name)
+    if is_main():
+        prepare(run, stage, folder)
+    barrier(f"{stage.name} begins")
+    started = time.monotonic()
+    with jax.set_mesh(run.mesh):
+        result = STAGES[stage.kind](run, stage, folder)
+    seconds = time.monotonic() - started
+    result |= {"config_hash": run.hashes[stage.name], "kind": stage.kind, "seconds": seconds}
+    if is_main():
+        partial = folder / "result.json.partial"
+        partial.write_text(json.dumps(result, indent=2) + "\n")
+        partial.rename(folder / "result.json")
+    shown = result["metrics"] if stage.kind != "evaluate" else {}  # its table has been shown
+    print(f"{stage.name}: done in {seconds:.0f} s" + "".join(f"; {k} {v:.4g}" for k, v in shown.items()))
+
+
+def prepare(run: Run, stage: Any, folder: pathlib.Path) -> None:
+    """Makes the folder of a stage, with what identifies it; one that holds another config is moved aside."""
     mark = folder / "config_hash"
     if mark.is_file() and mark.read_text() != run.hashes[stage.name]:
         aside = unused(folder.with_name(f"{folder.name}.{mark.read_text()}"))
@@ -49,16 +69,6 @@ def run_stage(run: Run, stage: Any) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     mark.write_text(run.hashes[stage.name])
     (folder / "config.yaml").write_text(cfg.dump(run.config, stage))
-    started = time.monotonic()
-    with jax.set_mesh(run.mesh):
-        result = STAGES[stage.kind](run, stage, folder)
-    seconds = time.monotonic() - started
-    result |= {"config_hash": run.hashes[stage.name], "kind": stage.kind, "seconds": seconds}
-    partial = folder / "result.json.partial"
-    partial.write_text(json.dumps(result, indent=2) + "\n")
-    partial.rename(folder / "result.json")
-    shown = result["metrics"] if stage.kind != "evaluate" else {}  # its table has been shown
-    print(f"{stage.name}: done in {seconds:.0f} s" + "".join(f"; {k} {v:.4g}" for k, v in shown.items()))
 
 
 def unused(path: pathlib.Path) -> pathlib.Path:

@@ -3,23 +3,23 @@
 An error here costs seconds, and would cost hours later.
 """
 
-import copy
 import importlib.util
+import pathlib
 from typing import Any
 
 from safe_rlhf_jax import config as cfg
-from safe_rlhf_jax.config_errors import ConfigError, nearest_multiples
+from safe_rlhf_jax.config_errors import ConfigError, nearest_divisors, nearest_multiples
 from safe_rlhf_jax.data import examples
+from safe_rlhf_jax.data.tokenizer import Tokenizer, load_tokenizer
 from safe_rlhf_jax.models import hf
-from safe_rlhf_jax.models.config import ModelConfig
-from safe_rlhf_jax.models.families import family
 from safe_rlhf_jax.rl.algorithms import ALGORITHMS
-from safe_rlhf_jax.stages.common import Run, new_config
-from safe_rlhf_jax.stages.reinforcement import check_groups, constrained_records, load_prompts
+from safe_rlhf_jax.stages.common import Run, model_config
+from safe_rlhf_jax.stages.constraints import check_groups, constraints_of, load_labelled
+from safe_rlhf_jax.stages.reinforcement import load_prompts, load_ptx
 from safe_rlhf_jax.stages.supervised import load_examples
 
 EXECUTION = ("dtype", "remat", "scan_layers", "initializer_range")  # no part of an architecture
-SAMPLE = 100  # records that are converted on trial
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
 def check_run(run: Run) -> None:
@@ -30,29 +30,22 @@ def check_run(run: Run) -> None:
     """
     if run.config.wandb and importlib.util.find_spec("wandb") is None:
         raise ConfigError("wandb: true, but the package is not installed: pip install 'safe_rlhf_jax[wandb]'")
-    # On trial, a few bad records are no error: the stage itself counts them all.
-    trial = copy.copy(run)
-    trial.config = run.config.model_copy(update={"max_bad_records": 1.0})
     for stage in run.config.stages:
         if run.result(stage.name) is not None:
             continue
         check_same_architecture(run, stage)
-        check_batch(run, stage)
+        check_divides(run, stage)
         for field, reference in cfg.references(stage).items():
             check_model(run, stage, field, reference)
+        # All of the data is converted now, so that nothing about it is left to raise later.
         if isinstance(stage, cfg.SupervisedStage):
             for data in filter(None, (stage.data, stage.eval_data)):
-                load_examples(trial, stage, first(trial, data), stage.kind)  # type: ignore[attr-defined]
+                load_examples(run, stage, data)
         elif isinstance(stage, cfg.RLStage):
-            check_reinforcement(trial, stage)
+            check_reinforcement(run, stage)
         else:
-            for data in stage.prompts:
-                load_prompts(trial, stage, first(trial, data))
-
-
-def first(run: Run, data: cfg.Data) -> cfg.Data:
-    """Returns the first records of a dataset, all of which has been read."""
-    return data.model_copy(update={"limit": min(len(run.records(data)), SAMPLE)})
+            for prompts in stage.prompts:
+                load_prompts(run, stage, prompts)
 
 
 def check_batch(run: Run, stage: Any) -> None:
@@ -63,6 +56,27 @@ def check_batch(run: Run, stage: Any) -> None:
             f"{stage.name}: batch_size {stage.batch_size} does not divide into the mesh's data·fsdp = {shards} shards; "
             f"nearest batches that do: {nearest_multiples(stage.batch_size, shards)}"
         )
+
+
+def check_divides(run: Run, stage: Any) -> None:
+    """Batches, and the heads, widths and vocabularies of models, divide as the mesh asks.
+
+    Raises:
+        ConfigError: With the numbers and the nearest that work.
+    """
+    check_batch(run, stage)
+    shards, tensor = run.mesh.shape["fsdp"], run.mesh.shape["tensor"]
+    for field, reference in cfg.references(stage).items():
+        config = model_config(run, reference)
+        asked = dict.fromkeys(("num_heads", "num_kv_heads", "intermediate_size", "vocab_size"), tensor)
+        asked["hidden_size"] = shards
+        for name, parts in asked.items():
+            value, axis = getattr(config, name), "fsdp" if name == "hidden_size" else "tensor"
+            if value % parts:
+                raise ConfigError(
+                    f"{stage.name}: {field} {reference!r} has {name} {value}, which does not divide into the mesh's "
+                    f"{axis} = {parts}; nearest {axis} sizes that do: {nearest_divisors(value, parts)}"
+                )
 
 
 def check_model(run: Run, stage: Any, field: str, reference: str) -> None:
@@ -84,10 +98,36 @@ def check_model(run: Run, stage: Any, field: str, reference: str) -> None:
             f"{where} embeds {config.vocab_size} tokens, but tokenizer {run.config.tokenizer!r} has "
             f"{run.tokenizer.vocab_size}; use the model's own tokenizer"
         )
-    if field in ("reward_model", "cost_model") and ":" in reference:
-        kind, stored = field.removesuffix("_model"), hf.read_config(hf.resolve(run.model_folder(reference)))
-        if stored.get("score_type") != kind:
-            raise ConfigError(f"{where} has score_type {stored.get('score_type')!r} in its config.json, not {kind!r}")
+    if reference.startswith(("path:", "hf:")):
+        check_folder(run, where, field, hf.resolve(run.model_folder(reference)))
+
+
+def check_folder(run: Run, where: str, field: str, folder: pathlib.Path) -> None:
+    """A folder's weights are whole, its scores are of the kind it is asked for, its token ids are the run's."""
+    stored = hf.read_config(folder)
+    kind = field.removesuffix("_model")
+    if kind in ("reward", "cost") and hf.stored_score_type(stored) != kind:
+        raise ConfigError(
+            f"{where} has score_type {hf.stored_score_type(stored)!r} in its config.json, not {kind!r}; if its scores "
+            f'are {kind}s, write "score_type": "{kind}" there'
+        )
+    hf.Tensors(folder)
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        return
+    theirs, ours = token_of_id(load_tokenizer(str(folder))), token_of_id(run.tokenizer)
+    different = [i for i in sorted(ours.keys() & theirs.keys()) if ours[i] != theirs[i]]
+    if different:
+        i = different[0]
+        raise ConfigError(
+            f"{where} has another tokenizer than the run's {run.config.tokenizer!r}: {len(different)} ids differ, such "
+            f"as {i}, {theirs[i]!r} there and {ours[i]!r} here. The compiled step hands the actor's token ids on as"
+            " they are, without decoding them: all models of a run share one tokenizer"
+        )
+
+
+def token_of_id(tokenizer: Tokenizer) -> dict[int, str]:
+    """Returns {id: token} of a tokenizer."""
+    return {i: token for token, i in tokenizer.hf.get_vocab().items()}
 
 
 def check_same_architecture(run: Run, stage: Any) -> None:
@@ -103,33 +143,53 @@ def check_same_architecture(run: Run, stage: Any) -> None:
             )
 
 
-def model_config(run: Run, reference: str) -> ModelConfig:
-    """Returns the configuration of a model, also of one that an earlier stage has yet to make."""
-    prefix, _, rest = reference.partition(":")
-    if rest and prefix == "preset":
-        return new_config(run, rest)
-    for stage in run.config.stages:
-        if stage.name == reference and isinstance(stage, cfg.TrainingStage):
-            return model_config(run, stage.init_from)
-    stored = hf.read_config(hf.resolve(run.model_folder(reference)))
-    return family(stored.get("model_type", "")).config_from_hf(stored)
+def check_algorithm(stage: cfg.RLStage) -> None:
+    """An algorithm has the models, the responses and the KL term that it needs.
+
+    Raises:
+        ConfigError: Names the field and the fix.
+    """
+    a, algorithm, where = stage.algorithm, ALGORITHMS[stage.algorithm.name], f"{stage.name}: algorithm"
+    rows, parts = stage.batch_size * stage.responses_per_prompt, stage.algorithm.minibatches * stage.microbatches
+    if algorithm.constrained and "lagrange" in a.model_fields_set and stage.cost_model is None:
+        raise ConfigError(f"{where}.lagrange limits the cost of cost_model, which is not given; name a cost stage")
+    if algorithm.constrained and not stage.limits:
+        raise ConfigError(f"{where}.name {a.name!r} needs cost_model; name a cost stage, or use 'ppo'")
+    if algorithm.needs_cost and stage.cost_model is None:
+        raise ConfigError(f"{where}.name {a.name!r} weighs a cost, and needs cost_model; name a cost stage")
+    if algorithm.paired and stage.responses_per_prompt != 2:
+        raise ConfigError(
+            f"{where}.name {a.name!r} compares the two responses to a prompt: responses_per_prompt is "
+            f"{stage.responses_per_prompt}, must be 2"
+        )
+    if algorithm.baseline is not None and stage.responses_per_prompt < 2:
+        raise ConfigError(
+            f"{where}.name {a.name!r} compares responses to one prompt: responses_per_prompt is "
+            f"{stage.responses_per_prompt}, must be 2 or more"
+        )
+    if algorithm.paired and rows // 2 % parts:
+        raise ConfigError(
+            f"{where}.name {a.name!r}: {rows // 2} pairs do not divide into minibatches·microbatches = {parts}"
+        )
+    if algorithm.paired and a.dual_clip is not None:
+        raise ConfigError(f"{where}.dual_clip {a.dual_clip} has no meaning for pairs; leave it out")
+    if algorithm.kl_as_loss and a.kl.place == "signals" and a.kl_coeff > 0:
+        raise ConfigError(
+            f"{where}.name {a.name!r} divides each signal by its spread, which would scale the KL term away; set "
+            f"{where.partition(' ')[2]}.kl.place: k2"
+        )
 
 
 def check_reinforcement(run: Run, stage: cfg.RLStage) -> None:
     """Prompts have the groups that the constraint names, and the limit's data has labels on both sides of it."""
-    load_prompts(run, stage, first(run, stage.prompts))
-    if stage.eval_prompts is not None:
-        load_prompts(run, stage, first(run, stage.eval_prompts))
-    if stage.ptx is not None:
-        examples.load_supervised(
-            run.records(first(run, stage.ptx)),
-            run.template,
-            run.tokenizer,
-            max_length=stage.max_prompt_length + stage.max_response_length,
-            where=f"{stage.name}: ptx {stage.ptx.name}",
-            max_bad=1.0,
-        )
-    if ALGORITHMS[stage.algorithm.name].constrained:
+    check_algorithm(stage)
+    for prompts in filter(None, (stage.prompts, stage.eval_prompts)):
+        load_prompts(run, stage, prompts)
+    if stage.ptx is not None and stage.algorithm.ptx_coeff > 0:
+        load_ptx(run, stage, stage.ptx)
+    constraints = constraints_of(stage)
+    if constraints:
         check_groups(stage, examples.group_names(run.records(stage.prompts), stage.group_field))
-        if isinstance(stage.algorithm.lagrange.cost_limit, cfg.CalibratedLimit):
-            constrained_records(run, stage, stage.algorithm.lagrange.cost_limit.data)
+    for signal, lagrange in constraints.items():
+        if isinstance(lagrange.cost_limit, cfg.CalibratedLimit):
+            load_labelled(run, stage, lagrange.cost_limit.data, signal)

@@ -1,10 +1,11 @@
 """What stages share: the run, opening networks, making states, compiling steps, exporting."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import jax
@@ -15,14 +16,26 @@ from flax import linen as nn
 from safe_rlhf_jax import config as cfg
 from safe_rlhf_jax.data import demo
 from safe_rlhf_jax.data.examples import Examples
-from safe_rlhf_jax.data.sources import Record, read_records
-from safe_rlhf_jax.data.templates import TEMPLATES
+from safe_rlhf_jax.data.formats import Record
+from safe_rlhf_jax.data.loader import Batches
+from safe_rlhf_jax.data.sources import data_files, mix, read_records
+from safe_rlhf_jax.data.templates import load_template
 from safe_rlhf_jax.data.tokenizer import Tokenizer, load_tokenizer
 from safe_rlhf_jax.models import hf
-from safe_rlhf_jax.models.config import PRESETS, ModelConfig, ScoreConfig, ScoreType
+from safe_rlhf_jax.models.config import PRESETS, Layout, ModelConfig, ScoreConfig, ScoreType
+from safe_rlhf_jax.models.families import family
 from safe_rlhf_jax.models.transformer import CausalLM, ScoreModel
-from safe_rlhf_jax.optim import init_state, make_optimizer, schedule
-from safe_rlhf_jax.sharding import init_sharded, make_mesh, named_shardings, replicated, shard_batch
+from safe_rlhf_jax.optim import decayed, init_state, make_optimizer, schedule
+from safe_rlhf_jax.sharding import (
+    fetch,
+    init_sharded,
+    make_mesh,
+    named_shardings,
+    process_share,
+    replicated,
+    shard_batch,
+    with_shardings,
+)
 from safe_rlhf_jax.types import TrainState
 
 EVAL_BATCH = 128  # rows of a batch that is only read, rounded up to what the mesh divides
@@ -31,14 +44,18 @@ EVAL_BATCH = 128  # rows of a batch that is only read, rounded up to what the me
 class Run:
     """What the stages of a run share: config, tokenizer, mesh and folders."""
 
+    abstract = False  # True in a run that is only compiled: its arrays are shapes with shardings
+
     def __init__(self, config: cfg.RunConfig, config_path: str = "FILE"):
         self.config = config
         self.config_path = config_path
         self.tokenizer: Tokenizer = load_tokenizer(config.tokenizer)
-        self.template = TEMPLATES[config.template]
+        self.template = load_template(config.template, self.tokenizer)
         self.mesh = make_mesh((config.mesh.data, config.mesh.fsdp, config.mesh.tensor))
+        self.loaded: dict[tuple[str, ...], Examples] = {}  # by the check, waiting for their stages
         self.hashes: dict[str, str] = {}
-        shared = [config.seed, config.tokenizer, config.template, config.execution, config.mesh]
+        template = digests([pathlib.Path(config.template).expanduser()]) or config.template
+        shared = [config.seed, config.tokenizer, template, config.execution]
         for stage in config.stages:
             upstream = [self.hashes.get(name, name) for name in cfg.references(stage).values()]
             self.hashes[stage.name] = cfg.config_hash(stage, *shared, file_digests(stage), *upstream)
@@ -64,38 +81,92 @@ class Run:
         prefix, _, rest = reference.partition(":")
         return rest if rest and prefix in ("path", "hf") else str(self.folder(reference) / "export")
 
-    def records(self, data: cfg.Data) -> list[Record]:
-        """Returns the records of a dataset."""
-        return read_records(data.name, data.split, data.limit)
+    def records(self, data: cfg.Mixture) -> list[Record]:
+        """Returns the records of a data set, or of all parts of a mixture."""
+        return read_mixture(data)
 
     def seed(self, stage: Any) -> int:
         """Returns the seed of a stage."""
         return self.config.seed if stage.seed is None else stage.seed
 
+    def batches(
+        self, data: Examples, batch_size: int, seed: int, weights: Sequence[float] | None
+    ) -> Callable[[int], Any]:
+        """Returns batch(step) on the mesh; each process reads its own share of the rows."""
+        index, count = process_share(self.mesh)
+        batches = Batches(
+            data, batch_size=batch_size, seed=seed, weights=weights, process_index=index, process_count=count
+        )
+        return lambda step: shard_batch(batches(step), self.mesh, (index, count))
+
     def put(self, batch: Any) -> Any:
-        """Puts a host batch on the mesh."""
+        """Puts a host batch, whole in every process, on the mesh."""
         return shard_batch(batch, self.mesh)
+
+    def get(self, tree: Any) -> Any:
+        """Returns arrays of the mesh as host arrays, whole in every process."""
+        return fetch(tree)
+
+
+def read_mixture(data: cfg.Mixture) -> list[Record]:
+    """Returns the records of a data set, or of all parts of a mixture."""
+    parts = [read_records(**part.model_dump(exclude={"weight"})) for part in cfg.parts_of(data)]
+    return mix(parts) if len(parts) > 1 else parts[0]
+
+
+def handed_on(load: Callable[..., Examples]) -> Callable[..., Examples]:
+    """Makes load(run, stage, data, …) keep what the check loads until the stage asks for it, and then forget it."""
+
+    @functools.wraps(load)
+    def once(run: Run, stage: Any, data: cfg.Mixture, *more: str) -> Examples:
+        key = load.__name__, stage.name, repr(data), *more
+        if key in run.loaded:
+            return run.loaded.pop(key)
+        run.loaded[key] = load(run, stage, data, *more)
+        return run.loaded[key]
+
+    return once
 
 
 def file_digests(stage: Any) -> dict[str, str]:
     """Returns {path: digest} of the local files a stage reads: other contents are another run."""
-    pending, digests = list(stage), {}
+    pending: list[Any] = list(stage)
+    found: dict[str, str] = {}
     while pending:
         _, value = pending.pop()
-        if isinstance(value, cfg.Data) and pathlib.Path(value.name).expanduser().is_file():
-            with pathlib.Path(value.name).expanduser().open("rb") as file:
-                digests[value.name] = hashlib.file_digest(file, "sha256").hexdigest()
+        if isinstance(value, cfg.Data):
+            found |= digests(data_files(value.name))
         elif isinstance(value, cfg.Schema):
             pending.extend(value)
         elif isinstance(value, tuple):
             pending.extend(("", item) for item in value)
-    return digests
+    return found
+
+
+def digests(paths: Sequence[pathlib.Path]) -> dict[str, str]:
+    """Returns {path: digest} of those paths that are files."""
+    found = {}
+    for path in filter(pathlib.Path.is_file, paths):
+        with path.open("rb") as file:
+            found[str(path)] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
+
+
+def described(data: cfg.Mixture) -> str:
+    """Returns a data set, or the parts of a mixture, in words."""
+    return "data " + " + ".join(f"{part.name} ({part.split})" for part in cfg.parts_of(data))
+
+
+def weights(data: cfg.Mixture) -> list[float] | None:
+    """Returns the weights of a mixture, or None where its parts count by their records."""
+    given = [part.weight for part in cfg.parts_of(data)]
+    return [weight for weight in given if weight is not None] if len(given) > 1 and None not in given else None
 
 
 def new_config(run: Run, preset: str) -> ModelConfig:
     """Returns the configuration of a preset for the run's tokenizer."""
-    sizes: dict[str, Any] = dict(PRESETS[preset])
-    return with_execution(run, ModelConfig(vocab_size=run.tokenizer.vocab_size, **sizes))
+    sizes: dict[str, Any] = {"vocab_size": run.tokenizer.vocab_size} | PRESETS[preset]
+    return with_execution(run, ModelConfig(**sizes))
 
 
 def with_execution(run: Run, config: ModelConfig) -> ModelConfig:
@@ -118,25 +189,43 @@ def open_model(
         score_type: Reads the scores as those of another kind (a reward model as a critic).
         seed: Of random initialisation.
     """
-    prefix, _, rest = reference.partition(":")
-    if prefix == "preset":
-        config = new_config(run, rest)
+    if reference.startswith("preset:") or run.abstract:
+        config = with_execution(run, model_config(run, reference))
         score = score or ScoreConfig(score_type or "reward")
         module: Any = CausalLM(config) if head == "lm" else ScoreModel(config, score)
+        if run.abstract:
+            boxed = jax.eval_shape(lambda: initializer(module)(jax.random.key(0)))
+            return module, with_shardings(nn.unbox(boxed), named_shardings(boxed, run.mesh))
         variables = init_sharded(initializer(module), run.mesh, jax.random.key(seed))
         return module, variables
     module, variables = hf.load(
         run.model_folder(reference),
         head,
         score_type=score.score_type if score else score_type,
+        score_bias=score.bias if score else None,
         scan_layers=run.config.execution.scan_layers,
         seed=seed,
+        mesh=run.mesh,
     )
     module = module.clone(config=with_execution(run, module.config))
     if score is not None:
         module = module.clone(score=dataclasses.replace(score, bias=module.score.bias))
-    shardings = named_shardings(jax.eval_shape(initializer(module), jax.random.key(0)), run.mesh)
-    return module, jax.device_put(variables, shardings)
+    return module, variables
+
+
+def model_config(run: Run, reference: str) -> ModelConfig:
+    """Returns the configuration of a model, also of one that an earlier stage has yet to make."""
+    prefix, _, rest = reference.partition(":")
+    if rest and prefix == "preset":
+        return new_config(run, rest)
+    for stage in run.config.stages:
+        if stage.name == reference and isinstance(stage, cfg.TrainingStage):
+            return model_config(run, stage.init_from)
+    folder = run.model_folder(reference)
+    if run.abstract and run.config.assume and not pathlib.Path(folder).expanduser().is_dir():
+        return new_config(run, run.config.assume)
+    stored = hf.read_config(hf.resolve(folder))
+    return family(stored.get("model_type", "")).config_from_hf(stored)
 
 
 def initializer(module: Any) -> Callable[[jax.Array], Any]:
@@ -151,13 +240,42 @@ def start_state(
     """Returns the state of a network before its first step; optimizer moments are sharded like the parameters."""
 
     def boxed(key: jax.Array) -> TrainState:
-        v = initializer(module)(key)
+        return init(initializer(module)(key))
+
+    def init(v: Any) -> TrainState:
         return init_state(v["params"], optimizer, v.get("stats", {}))
 
-    shardings = named_shardings(jax.eval_shape(boxed, jax.random.key(0)), run.mesh)
-    init = jax.jit(lambda v: init_state(v["params"], optimizer, v.get("stats", {})), out_shardings=shardings)
-    state: TrainState = init(nn.unbox(variables))
+    shapes = jax.eval_shape(lambda: boxed(jax.random.key(0)))
+    shardings = named_shardings(shapes, run.mesh)
+    if run.abstract:
+        abstract: TrainState = with_shardings(nn.unbox(shapes), shardings)
+        return abstract
+    state: TrainState = jax.jit(init, out_shardings=shardings)(nn.unbox(variables))
     return state
+
+
+def replicate(run: Run, make: Callable[[], Any]) -> Any:
+    """Returns `make()`, whole on every device."""
+    sharding = replicated(run.mesh)
+    if run.abstract:
+        shapes = jax.eval_shape(make)
+        return with_shardings(shapes, jax.tree.map(lambda _: sharding, shapes))
+    return jax.device_put(make(), sharding)
+
+
+def only_read(run: Run, params: Any) -> Any:
+    """Returns parameters that no step changes, matrices in the dtype that they are multiplied in.
+
+    Networks cast every matrix to that dtype before they use it, so no result changes, and memory halves with bfloat16.
+    """
+
+    def cast(tree: Any) -> Any:
+        dtype = run.config.execution.dtype
+        return jax.tree.map(lambda x, matrix: x.astype(dtype) if matrix else x, tree, decayed(tree))
+
+    if run.abstract:
+        return with_shardings(jax.eval_shape(cast, params), jax.tree.map(lambda x: x.sharding, params))
+    return cast(params)
 
 
 def jit_step(step: Callable[..., Any], state: Any, mesh: Any) -> Callable[..., Any]:
@@ -175,10 +293,10 @@ def optimizer_of(config: cfg.OptimizerConfig, total_steps: int) -> optax.Gradien
     )  # fmt: skip
 
 
-def export(run: Run, folder: pathlib.Path, module: Any, state: TrainState) -> None:
-    """Writes `export/`, a Hugging Face folder of the network and the tokenizer."""
+def export(run: Run, folder: pathlib.Path, module: Any, state: TrainState, layout: Layout | None = None) -> None:
+    """Writes `export/`, a Hugging Face folder of the network and the tokenizer; `layout` is that of a score model."""
     variables = {"params": state.params} | ({"stats": state.stats} if state.stats else {})
-    hf.save(folder / "export", module, variables, run.tokenizer.hf)
+    hf.save(folder / "export", module, variables, run.tokenizer.hf, layout=layout)
 
 
 def oracle_for(data: cfg.Data) -> Callable[[str, str], dict[str, Any]] | None:

@@ -14,7 +14,8 @@ from safe_rlhf_jax.evaluation.report import Report, summary_table, write_report
 from safe_rlhf_jax.evaluation.statistics import summarize
 from safe_rlhf_jax.inference.sampling import Sampling
 from safe_rlhf_jax.metrics import read_jsonl
-from safe_rlhf_jax.stages.common import Run, open_model, oracle_for
+from safe_rlhf_jax.processes import is_main
+from safe_rlhf_jax.stages.common import Run, described, open_model, oracle_for, report_data
 from safe_rlhf_jax.stages.reinforcement import load_prompts
 from safe_rlhf_jax.types import Frozen
 
@@ -22,13 +23,14 @@ from safe_rlhf_jax.types import Frozen
 def run_evaluation(run: Run, stage: cfg.EvaluateStage, folder: pathlib.Path) -> dict[str, Any]:
     """Runs an evaluate stage: samples from every policy, scores, oracle, table, report."""
     policies = sample_policies(run, stage)
-    with (folder / "samples.jsonl").open("w") as file:
-        for name, samples in policies.items():
-            file.writelines(json.dumps({"policy": name} | sample) + "\n" for sample in samples)
-    report = make_report(run, stage, policies)
-    Console(width=None).print(summary_table(report))
-    path = write_report(folder, report)
-    print(f"{stage.name}: report at {path}")
+    if is_main():
+        with (folder / "samples.jsonl").open("w") as file:
+            for name, samples in policies.items():
+                file.writelines(json.dumps({"policy": name} | sample) + "\n" for sample in samples)
+        report = make_report(run, stage, policies)
+        Console(width=None).print(summary_table(report))
+        path = write_report(folder, report)
+        print(f"{stage.name}: report at {path}")
     return {"metrics": {f"{name}/{k}": v for name, s in policies.items() for k, v in summarize(s).items()}}
 
 
@@ -49,13 +51,15 @@ def sample_policies(run: Run, stage: cfg.EvaluateStage) -> dict[str, list[evalua
         sampling=Sampling(stage.temperature, stage.top_k, stage.top_p, stage.repetition_penalty),
     )
     prompt_sets = [(data, load_prompts(run, stage, data)) for data in stage.prompts]
+    for data, prompts in prompt_sets:
+        report_data(f"{stage.name}: {described(data)}", prompts)
     out: dict[str, list[evaluate.Sample]] = {}
     for name in stage.policies:
         params = open_model(run, name, "lm")[1]["params"]
         out[name] = []
         for data, prompts in prompt_sets:
             out[name] += evaluate.collect_samples(
-                lambda batch, key, params=params: respond(params, frozen, run.put(batch), key),  # type: ignore[misc]
+                lambda batch, key, params=params: run.get(respond(params, frozen, run.put(batch), key)),  # type: ignore[misc]
                 in_order(prompts, stage.batch_size),
                 prompts.records,
                 key=jax.random.key(seed),

@@ -7,7 +7,7 @@ import pytest
 
 from safe_rlhf_jax.data import demo
 from safe_rlhf_jax.data.examples import load_pairs, load_prompts, load_supervised
-from safe_rlhf_jax.data.templates import TEMPLATES, format_dialogue, format_prompt
+from safe_rlhf_jax.data.templates import TEMPLATES, format_prompt
 from safe_rlhf_jax.data.tokenizer import load_tokenizer
 
 PLAIN = TEMPLATES["plain"]
@@ -136,19 +136,19 @@ def test_only_turns_of_the_assistant_are_trained(tokenizer):
     assert not row.loss_mask[~row.mask].any()
 
 
-def test_formats_of_supervised_records_are_recognised(tokenizer):
+def test_each_field_that_holds_a_demonstration_gives_the_same_row(tokenizer):
     records = [
         {"messages": dialogue(PROMPTS[0], ANSWERS[0])},
         {"prompt": PROMPTS[0], "response": ANSWERS[0]},
-        {"instruction": PROMPTS[0], "input": "", "output": ANSWERS[0]},
-        {"instruction": "how do i start baking", "input": "with the bread", "output": ANSWERS[0]},
+        {"prompt": dialogue(PROMPTS[0]), "response": ANSWERS[0], "is_safe": True},
+        pair_record(prompt=PROMPTS[0]),
     ]
     rows = supervised(records, tokenizer).arrays.tokens
     assert (rows == rows[0]).all()
 
 
 def test_braces_in_a_text_are_no_format():
-    (segment, _) = format_dialogue(dialogue("{content} {0}", "x"), TEMPLATES["beaver"])
+    (segment, _) = TEMPLATES["beaver"].segments(dialogue("{content} {0}", "x"))
     assert segment.text == "BEGINNING OF CONVERSATION: USER: {content} {0} ASSISTANT:"
 
 
@@ -279,7 +279,9 @@ BAD_SUPERVISED = {
     "no response": {"prompt": "a", "response": " "},
     "prompt is missing or no text": {"prompt": None, "response": "b"},
     "no prompt": {"prompt": "", "response": "b"},
-    "output is missing or no text": {"instruction": "a", "output": 3},
+    "response is missing or no text": {"prompt": "a", "response": 3},
+    "the response is labelled unsafe": {"prompt": "a", "response": "b", "is_safe": False},
+    "missing better_response_id": pair_record(better_response_id=None),
 }
 BAD_PAIRS = {
     "response_1 is missing or no text": pair_record(response_1=None),

@@ -1,4 +1,5 @@
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -6,9 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+from transformers import AutoTokenizer
 
+from safe_rlhf_jax.data.tokenizer import load_tokenizer
 from safe_rlhf_jax.models import hf
-from safe_rlhf_jax.models.families import llama_config_from_hf, llama_config_to_hf
+from safe_rlhf_jax.models.families import family
 from tests.helpers import apply, make_lm, make_scorer, perturbed, right_padded, tiny_config
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "trajectory"
@@ -115,9 +118,6 @@ def test_a_model_in_several_files_loads_like_one_in_a_single_file(folder):
     (folder / hf.INDEX).write_text(json.dumps(index))
     (folder / hf.WEIGHTS).unlink()
     assert_trees_equal(hf.load(folder)[1], expected)
-    (folder / "model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match="model-00002-of-00002"):
-        hf.load(folder)
 
 
 @pytest.mark.parametrize(("name", "head"), [("actor", "lm"), ("reward", "score"), ("cost", "score")])
@@ -126,6 +126,60 @@ def test_files_of_the_reference_are_written_as_they_were_read(tmp_path, name, he
     stored = load_file(GOLDEN / name / hf.WEIGHTS)
     assert {k: (v.shape, v.dtype) for k, v in written.items()} == {k: (v.shape, v.dtype) for k, v in stored.items()}
     assert_trees_equal(written, stored)
+
+
+@pytest.mark.parametrize("stored", ["float16", "bfloat16", "float32"])
+def test_loading_in_the_stored_dtype_and_saving_changes_no_bit(tmp_path, folder, stored):
+    module, variables = hf.load(folder, dtype=stored)
+    first = hf.save(tmp_path / "first", module, variables, max_file_bytes=30_000)
+    second = hf.save(tmp_path / "second", *hf.load(first, dtype=stored), max_file_bytes=30_000)
+    names = sorted(path.name for path in first.iterdir())
+    assert names == sorted(path.name for path in second.iterdir())
+    assert len(names) > 5
+    for name in names:
+        assert (first / name).read_bytes() == (second / name).read_bytes()
+
+
+def test_fields_of_config_that_we_have_no_use_for_survive(tmp_path, folder):
+    fields = {"bos_token_id": 1, "eos_token_id": [2, 7], "use_cache": False, "pretraining_tp": 1, "anything": {"a": 0}}
+    stale = {"auto_map": {"AutoModel": "code.py"}, "transformers_version": "4.1"}
+    edit_config(folder, **fields, **stale)
+    (folder / "generation_config.json").write_text('{"eos_token_id": [2, 7], "temperature": 0.6, "do_sample": true}')
+    before = json.loads((folder / "config.json").read_text())
+    saved = hf.save(tmp_path / "saved", *hf.load(folder))
+    after = json.loads((saved / "config.json").read_text())
+    assert after == {name: value for name, value in before.items() if name not in stale}
+    generation = json.loads((saved / "generation_config.json").read_text())
+    assert generation == {"bos_token_id": 1, "eos_token_id": [2, 7], "temperature": 0.6, "do_sample": True}
+    reward = hf.save(tmp_path / "reward", *hf.load(folder, "score", score_type="reward"))
+    config = json.loads((reward / "config.json").read_text())
+    assert {name: config[name] for name in fields} == fields
+    assert config["architectures"] == ["LlamaForScore"]
+    assert not (reward / "generation_config.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("stored", "expected"),
+    [({}, 2), ({"eos_token_id": 7}, 2), ({"eos_token_id": [7, 2]}, [7, 2]), ({"eos_token_id": [7, 8]}, 2)],
+)
+def test_a_model_ends_where_its_tokenizer_ends(tmp_path, folder, stored, expected):
+    tokenizer = load_tokenizer("demo").hf
+    assert tokenizer.eos_token_id == 2
+    edit_config(folder, **stored)
+    saved = hf.save(tmp_path / "saved", *hf.load(folder), tokenizer)
+    for file in ("config.json", "generation_config.json"):
+        ids = json.loads((saved / file).read_text())
+        assert ids["eos_token_id"] == expected
+        assert (ids["bos_token_id"], ids["pad_token_id"]) == (tokenizer.bos_token_id, tokenizer.pad_token_id)
+
+
+def test_tokenizer_and_chat_template_are_saved_beside_the_weights(tmp_path):
+    tokenizer = load_tokenizer("demo").hf
+    tokenizer.chat_template = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
+    folder = hf.save(tmp_path, *make_lm(tiny_config()), tokenizer)
+    again = AutoTokenizer.from_pretrained(folder)
+    assert again.get_vocab() == tokenizer.get_vocab()
+    assert again.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False) == "<user>hi"
 
 
 # --- The layout of reward and cost models -----------------------------------------------------------------------------
@@ -211,21 +265,32 @@ def test_a_folder_that_does_not_exist_is_named(tmp_path):
         hf.load(tmp_path / "nowhere")
 
 
-def test_a_failed_download_says_what_to_do(monkeypatch):
+@pytest.fixture
+def offline(tmp_path, monkeypatch):
+    """The hub's cache in a folder of its own, and no network."""
     import huggingface_hub
 
-    def fail(*args, **kwargs):
-        raise OSError("no network")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    return tmp_path / "hub"
 
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
-    with pytest.raises(FileNotFoundError, match=r"owner/name: .*no network.*local folder"):
+
+def test_a_hub_id_is_opened_from_the_cache_without_a_network(folder, offline):
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    snapshot = offline / "models--owner--name" / "snapshots" / commit
+    shutil.copytree(folder, snapshot)
+    (offline / "models--owner--name" / "refs").mkdir()
+    (offline / "models--owner--name" / "refs" / "main").write_text(commit)
+    assert_trees_equal(hf.load("owner/name")[1], hf.load(folder)[1])
+
+
+def test_a_failed_download_says_what_to_do(offline):
+    with pytest.raises(FileNotFoundError) as error:
         hf.load("owner/name")
-
-
-def test_pickled_weights_are_never_opened(folder):
-    (folder / hf.WEIGHTS).rename(folder / "pytorch_model.bin")
-    with pytest.raises(FileNotFoundError, match=r"model\.safetensors"):
-        hf.load(folder)
+    message = str(error.value)
+    assert message.startswith("owner/name: no such folder")
+    assert all(part in message for part in ("hf auth login", "HF_HUB_OFFLINE=1", "hf download owner/name", "folder"))
+    assert "\n" not in message
 
 
 @pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj.weight", "lm_head.weight", "model.norm.weight"])
@@ -258,14 +323,56 @@ def test_a_tensor_of_another_shape_is_named(folder, name, shape, expected):
 
 
 @pytest.mark.parametrize(
+    "name", ["model.layers.0.self_attn.q_norm.weight", "model.layers.2.mlp.up_proj.weight", "score_head.weight"]
+)
+def test_a_tensor_that_has_no_place_is_named(folder, name):
+    edit_tensors(folder, **{name.replace(".", "__"): np.zeros(3, np.float32)})
+    with pytest.raises(ValueError, match=rf"'{name}' has no place in the model"):
+        hf.load(folder)
+
+
+def test_of_many_tensors_without_a_place_the_first_are_named(folder):
+    edit_config(folder, num_hidden_layers=1)
+    with pytest.raises(ValueError, match=r"'model\.layers\.1\.input_layernorm\.weight', .* \(and 10 more\)"):
+        hf.load(folder)
+
+
+def test_a_head_stored_beside_tied_embeddings_is_ignored(tmp_path):
+    folder = hf.save(tmp_path, *make_lm(tiny_config(tie_embeddings=True)))
+    expected = hf.load(folder)[1]
+    edit_tensors(folder, lm_head__weight=np.ones((97, 48), np.float32))
+    assert_trees_equal(hf.load(folder)[1], expected)
+
+
+def test_a_file_of_the_bare_decoder_makes_a_score_model(folder):
+    expected = hf.load(folder, "score", score_type="reward")[1]
+    path = folder / hf.WEIGHTS
+    tensors = load_file(path)
+    del tensors["lm_head.weight"]
+    save_file({name.removeprefix("model."): tensor for name, tensor in tensors.items()}, path)
+    assert_trees_equal(hf.load(folder, "score", score_type="reward")[1], expected)
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "float64", "int8", ""])
+def test_a_dtype_that_is_none_is_named_with_those_there_are(folder, dtype):
+    with pytest.raises(ValueError, match=rf"dtype '{dtype}': pass one of .*float32.*bfloat16.*float16"):
+        hf.load(folder, dtype=dtype)
+
+
+def test_a_quantised_model_is_refused_by_the_name_of_the_field(folder):
+    edit_config(folder, quantization_config={"quant_method": "gptq"})
+    with pytest.raises(ValueError, match=r"config\.json: quantization_config"):
+        hf.load(folder)
+
+
+@pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "gpt2"}, r"model_type 'gpt2'.*llama"),
+        ({"model_type": "mamba"}, r"model_type 'mamba'.*llama"),
         ({"model_type": None}, "model_type ''"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling 'linear'"),
-        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_scaling 'llama3'"),
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_parameters 'yarn'"),
-        ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_parameters.*high_freq_factor"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}, "rope_parameters 'yarn'"),
+        ({"hidden_act": "relu2"}, "hidden_act 'relu2'"),
     ],
 )
 def test_an_unsupported_switch_is_named(folder, changes, message):
@@ -281,10 +388,10 @@ def test_a_model_that_does_not_say_what_its_scores_are_asks_for_it(folder):
 
 def test_config_fields_of_older_files_have_their_usual_defaults(folder):
     edit_config(folder, rope_parameters=None, rope_theta=5e5, head_dim=None, num_key_value_heads=None)
-    config = llama_config_from_hf(json.loads((folder / "config.json").read_text()))
+    config = family("llama").config_from_hf(json.loads((folder / "config.json").read_text()))
     assert (config.rope_theta, config.head_dim, config.num_kv_heads) == (5e5, 12, 4)
     edit_config(folder, rope_theta=None, rope_scaling={"rope_type": "default"})
-    assert llama_config_from_hf(json.loads((folder / "config.json").read_text())).rope_theta == 1e4
+    assert family("llama").config_from_hf(json.loads((folder / "config.json").read_text())).rope_theta == 1e4
 
 
 # --- transformers -----------------------------------------------------------------------------------------------------
@@ -320,7 +427,7 @@ def test_logits_equal_those_of_transformers(tmp_path, name, side):
 
     torch.manual_seed(0)
     config = tiny_config(**CONFIGS[name])
-    theirs = LlamaForCausalLM(LlamaConfig(**llama_config_to_hf(config))).eval()
+    theirs = LlamaForCausalLM(LlamaConfig(**family("llama").config_to_hf(config))).eval()
     with torch.no_grad():
         for parameter in theirs.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))

@@ -12,7 +12,7 @@ from safe_rlhf_jax import ops
 from safe_rlhf_jax.models import hf
 from safe_rlhf_jax.models.attention import causal_mask
 from safe_rlhf_jax.models.config import PRESETS, ModelConfig, ScoreConfig
-from safe_rlhf_jax.models.layers import token_positions
+from safe_rlhf_jax.models.positions import token_positions
 from safe_rlhf_jax.models.transformer import CausalLM, ScoreModel
 from safe_rlhf_jax.sharding import LOGICAL_RULES
 from tests.helpers import apply, make_lm, make_scorer, perturbed, prompt_batch, right_padded, tiny_config
@@ -291,7 +291,7 @@ CONFIGS = {
     "70B": LLAMA_70B,
     "biases": tiny_config(attention_bias=True, mlp_bias=True),
     "tied": tiny_config(tie_embeddings=True),
-} | {name: ModelConfig(vocab_size=512, **sizes) for name, sizes in PRESETS.items()}
+} | {name: ModelConfig(**({"vocab_size": 512} | sizes)) for name, sizes in PRESETS.items()}
 # Large models are always scanned.
 LAYOUTS = [(name, scanned) for name in CONFIGS for scanned in (True, False) if scanned or name not in ("7B", "70B")]
 
@@ -313,7 +313,7 @@ def test_weight_map_covers_every_parameter_once(name, scan_layers, score):
     module = CausalLM(config) if score is None else ScoreModel(config, score)
     shapes = flatten_dict(hf.abstract_variables(module)["params"])
     weights = hf.weight_map(config, score).values()
-    places = [(weight.path, weight.layer) for weight in weights]
+    places = [(path, weight.layer) for weight in weights for path in weight.paths]
     assert len(set(places)) == len(places)
     expected = set()
     for path, leaf in shapes.items():

@@ -1,6 +1,7 @@
 import math
 from collections import deque
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -8,22 +9,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from safe_rlhf_jax.rl.algorithms import ALGORITHMS
+from safe_rlhf_jax.rl.constraints import Constraint, init_constraint, move_multiplier, push_all
 from safe_rlhf_jax.rl.lagrange import (
+    LOG,
+    PROJECTED,
     ascend_log_multiplier,
-    init_multiplier,
+    combine_signals,
     init_window,
     lagrangian_advantage,
+    pid_multiplier,
     push_costs,
     share_above_zero,
     window_mean,
+    window_quantile,
 )
-from safe_rlhf_jax.rl.step import Hyperparameters, update_multiplier
-
-SHAPE = {"prompt_length": 5, "response_length": 6, "eos_id": 2, "pad_id": 0}
 
 
 def ascend(multiplier, mean_cost, *, limit=0.0, lr=0.1, cap=None):
-    log = init_multiplier(multiplier).log_multiplier
+    log = jnp.log(jnp.float32(multiplier))
     new = ascend_log_multiplier(log, jnp.float32(mean_cost), cost_limit=limit, lr=lr, max_multiplier=cap)
     return math.exp(float(new))
 
@@ -45,21 +48,96 @@ def test_multiplier_is_capped():
     assert ascend(4.0, -1.0, cap=5.0) < 4.0
 
 
-def test_multiplier_stays_above_its_floor():
-    hp = Hyperparameters(**SHAPE, min_multiplier=0.3)
-    moved = update_multiplier(hp, init_multiplier(0.5), jnp.float32(-100.0), jnp.int32(0))
-    np.testing.assert_allclose(jnp.exp(moved.log_multiplier), 0.3, rtol=1e-6)
-    free = update_multiplier(Hyperparameters(**SHAPE), init_multiplier(0.5), jnp.float32(-100.0), jnp.int32(0))
-    assert float(jnp.exp(free.log_multiplier)) < 0.3
+def moves(multiplier, costs, *, initial=0.5, **settings):
+    """λ after each of several mean costs, d = 0."""
+    limits = {"cost_limit": jnp.zeros(1), "lr": 0.1, "max_multiplier": None, "min_multiplier": 0.0} | settings
+    state, out = multiplier.init(jnp.array([initial], jnp.float32)), []
+    for cost in costs:
+        state = multiplier.move(state, jnp.array([cost], jnp.float32), **limits)
+        out.append(float(multiplier.read(state)[0]))
+    return np.array(out)
+
+
+COSTS = [1.0, 2.0, -3.0, -7.0, 0.5, 3.0, 0.0, -0.5]
+
+
+@pytest.mark.parametrize(
+    "multiplier", [LOG, PROJECTED, pid_multiplier(proportional=1, derivative=1, smoothing=0.5, delay=2)]
+)
+def test_multiplier_stays_between_its_bounds(multiplier):
+    bounded = moves(multiplier, [-100.0] * 2 + [100.0] * 3, min_multiplier=0.3, max_multiplier=5.0)
+    np.testing.assert_allclose(bounded[[1, -1]], [0.3, 5.0], rtol=1e-6)
+    assert moves(multiplier, [-100.0])[0] < 0.3
+
+
+def test_projected_ascent_equals_the_formula():
+    expected, value = [], 0.5
+    for cost in COSTS:
+        value = max(value + 0.1 * cost, 0.0)
+        expected.append(value)
+    np.testing.assert_allclose(moves(PROJECTED, COSTS), expected, rtol=1e-6, atol=1e-7)
+    assert 0.0 in expected  # the projection was needed
+
+
+def test_pid_with_the_integral_only_equals_projected_ascent():
+    integral = pid_multiplier(proportional=0.0, derivative=0.0, smoothing=0.9, delay=3)
+    np.testing.assert_array_equal(moves(integral, COSTS), moves(PROJECTED, COSTS))
+
+
+def test_pid_equals_the_formula():
+    gain_p, gain_d, smooth, delay = 0.3, 0.2, 0.6, 2
+    pid = pid_multiplier(proportional=gain_p, derivative=gain_d, smoothing=smooth, delay=delay)
+    integral, error, smoothed, expected = 0.5, COSTS[0], [COSTS[0]] * (delay + 1), []
+    for i, cost in enumerate(COSTS):
+        integral = max(integral + 0.1 * cost, 0.0)
+        if i:
+            error = smooth * error + (1 - smooth) * cost
+            smoothed.append(smooth * smoothed[-1] + (1 - smooth) * cost)
+        else:
+            smoothed.append(cost)
+        slope = max(smoothed[-1] - smoothed[-1 - delay], 0.0)
+        expected.append(max(integral + gain_p * error + gain_d * slope, 0.0))
+    np.testing.assert_allclose(moves(pid, COSTS), expected, rtol=1e-5, atol=1e-6)
+
+
+# --- constraints with a state
+
+
+def moved(constraint, state, costs, groups, step=0):
+    group = jnp.asarray(groups, jnp.int32)
+    state = push_all(constraint, state, jnp.asarray(costs, jnp.float32), group)
+    return move_multiplier(constraint, state, group, jnp.int32(step))
 
 
 def test_multiplier_waits_for_its_delay():
-    hp, start = Hyperparameters(**SHAPE, multiplier_delay=3), init_multiplier(0.5)
-    logs = [float(update_multiplier(hp, start, jnp.float32(1.0), jnp.int32(i)).log_multiplier) for i in range(5)]
-    initial = float(start.log_multiplier)
-    assert logs[:3] == [initial] * 3
-    assert logs[3] > initial
-    assert logs[4] > initial
+    constraint = Constraint(delay=3)
+    start = init_constraint(constraint, multiplier=0.5, window=4)
+    logs = [float(moved(constraint, start, [1.0], [0], step).multiplier["log"][0]) for step in range(5)]
+    assert logs[:3] == [float(start.multiplier["log"][0])] * 3
+    assert min(logs[3:]) > logs[0]
+
+
+@pytest.mark.parametrize(
+    "multiplier", [LOG, PROJECTED, pid_multiplier(proportional=0.1, derivative=0.1, smoothing=0.5, delay=2)]
+)
+def test_one_group_with_a_multiplier_of_its_own_equals_a_plain_multiplier(multiplier):
+    plain = Constraint(multiplier=multiplier, limit=(0.3,))
+    own = Constraint(multiplier=multiplier, limit=(0.3,), slots=(0,), names=("only",))
+    states = [init_constraint(c, multiplier=0.7, window=6) for c in (plain, own)]
+    for i in range(3):
+        states = [moved(c, s, [1.0 + i, -2.0, 0.5], [0, 0, 0]) for c, s in zip((plain, own), states, strict=True)]
+    jax.tree.map(np.testing.assert_array_equal, *states)
+
+
+def test_groups_move_by_their_own_costs_and_limits_and_keep_their_multiplier_while_unseen():
+    constraint = Constraint(limit=(0.0, 10.0), slots=(-1, 0, 1), names=("a", "b"))
+    state = init_constraint(constraint, multiplier=1.0, window=4)
+    state = moved(constraint, state, [5.0, 1.0, 3.0, 7.0], [0, 1, 1, 2])
+    np.testing.assert_allclose(np.exp(state.multiplier["log"]), np.exp([0.1 * 2.0, 0.1 * (7.0 - 10.0)]), rtol=1e-5)
+    later = moved(constraint, state, [4.0, 9.0], [1, 0])  # nothing of group b, and its window still says 7
+    assert float(later.multiplier["log"][1]) == float(state.multiplier["log"][1])
+    assert float(later.multiplier["log"][0]) > float(state.multiplier["log"][0])
+    assert later.window.count.tolist() == [3, 1]
 
 
 @settings(max_examples=40)
@@ -89,9 +167,17 @@ def test_lagrangian_advantage_with_zero_multiplier_equals_ppo():
     reward, cost = jnp.asarray(rng.normal(size=(2, 3, 4)), jnp.float32)
     advantages = {"reward": reward, "cost": cost}
     zero = jnp.zeros((3, 1))
-    np.testing.assert_array_equal(ALGORITHMS["ppo_lag"].combine(advantages, zero), reward)
-    np.testing.assert_array_equal(ALGORITHMS["ppo"].combine({"reward": reward}, zero + 5.0), reward)
-    assert np.any(ALGORITHMS["ppo_lag"].combine(advantages, zero + 1.0) != reward)
+    np.testing.assert_array_equal(ALGORITHMS["ppo_lag"].combine(advantages, {"cost": zero}), reward)
+    np.testing.assert_array_equal(ALGORITHMS["ppo"].combine({"reward": reward}, {}), reward)
+    assert np.any(ALGORITHMS["ppo_lag"].combine(advantages, {"cost": zero + 1.0}) != reward)
+
+
+def test_equal_constraints_equal_one_with_the_multiplier_split():
+    rng = np.random.default_rng(0)
+    reward, cost = jnp.asarray(rng.normal(size=(2, 3, 4)), jnp.float32)
+    names = ("cost/a", "cost/b", "cost/c")
+    split = combine_signals({"reward": reward} | dict.fromkeys(names, cost), dict.fromkeys(names, jnp.float32(0.5)))
+    np.testing.assert_allclose(split, lagrangian_advantage(reward, cost, 1.5), rtol=1e-6)
 
 
 def test_lagrangian_advantage_takes_one_multiplier_per_sequence():
@@ -104,3 +190,16 @@ def test_share_above_zero_is_that_of_the_counted_and_strict():
     costs, counted = jnp.array([1.0, 0.0, -1.0, 5.0]), jnp.array([True, True, True, False])
     np.testing.assert_allclose(share_above_zero(costs, counted), 1 / 3, rtol=1e-6)
     assert float(share_above_zero(costs, jnp.zeros(4, bool))) == 0.0
+
+
+@settings(max_examples=40)
+@given(st.lists(st.floats(-9, 9, width=32), max_size=8), st.sampled_from([0.0, 0.3, 0.5, 0.9]))
+def test_window_quantile_is_the_least_cost_that_enough_costs_do_not_exceed(costs, alpha):
+    window = push_costs(init_window(8), jnp.asarray(costs, jnp.float32), jnp.ones(len(costs), bool))
+    quantile = float(window_quantile(window, alpha))
+    if not costs:
+        assert quantile == 0.0
+        return
+    ordered = np.sort(np.float32(costs))
+    enough = [c for c in ordered if np.mean(ordered <= c) >= np.float32(alpha)]
+    assert quantile == enough[0]

@@ -13,10 +13,12 @@ from safe_rlhf_jax.ops import response_log_probs
 from safe_rlhf_jax.optim import init_state, make_optimizer
 from safe_rlhf_jax.rl.advantages import gae, token_scores
 from safe_rlhf_jax.rl.algorithms import ALGORITHMS
-from safe_rlhf_jax.rl.lagrange import ascend_log_multiplier, init_multiplier, init_window, lagrangian_advantage
+from safe_rlhf_jax.rl.constraints import Constraint, init_constraint
+from safe_rlhf_jax.rl.lagrange import LOG, ascend_log_multiplier, lagrangian_advantage
 from safe_rlhf_jax.rl.losses import clipped_surrogate, clipped_value_loss, policy_ratio
 from safe_rlhf_jax.rl.rollout import Networks, score_rollout
-from safe_rlhf_jax.rl.step import Hyperparameters, estimate_advantages, learn, update_constraint, update_minibatch
+from safe_rlhf_jax.rl.step import Hyperparameters, estimate_advantages, learn, update_constraints
+from safe_rlhf_jax.rl.update import update_minibatch
 from safe_rlhf_jax.types import Frozen, RLState, Rollout
 
 GOLDEN = pathlib.Path(__file__).parent.parent / "golden"
@@ -99,7 +101,7 @@ def test_critic_loss_and_gradient_equal_the_reference(golden, signal):
 
 def test_multiplier_follows_the_reference():
     d = np.load(GOLDEN / "lambda_update.npz")
-    log_multiplier = init_multiplier(float(d["lambda_init"])).log_multiplier
+    log_multiplier = LOG.init(jnp.float32(d["lambda_init"]))["log"]
     settings = {
         "cost_limit": float(d["threshold"]),
         "lr": float(d["lambda_lr"]),
@@ -134,12 +136,14 @@ class Trajectory:
         self.networks = Networks(
             policy, scorers, critics, actor_optimizer, {"reward": critic_optimizer, "cost": critic_optimizer}
         )
+        constraint = Constraint(
+            limit=(float(d["threshold"]),), lr=optax.constant_schedule(float(d["lambda_lr"])), every="minibatch"
+        )
         self.state = RLState(
             step=jnp.int32(0),
             actor=init_state(actor["params"], actor_optimizer),
             critics={k: init_state(v["params"], critic_optimizer) for k, v in critic_variables.items()},
-            cost_window=init_window(128),
-            lagrange=init_multiplier(float(d["lambda_init"])),
+            constraints={"cost": init_constraint(constraint, multiplier=float(d["lambda_init"]), window=128)},
         )
         self.frozen = Frozen(reference=reference["params"], scorers=variables)
         tokens, mask = jnp.asarray(d["input_ids"], jnp.int32), jnp.asarray(d["attention_mask"])
@@ -154,9 +158,7 @@ class Trajectory:
             eos_id=2,
             pad_id=0,
             epochs=3,
-            cost_limit=float(d["threshold"]),
-            multiplier_lr=optax.constant_schedule(float(d["lambda_lr"])),
-            multiplier_every="minibatch",
+            constraints={"cost": constraint},
             **{name: float(d[name]) for name in shared},
         )
 
@@ -196,13 +198,13 @@ def test_scores_of_the_rollout_equal_the_reference(trajectory, scored):
 
 def test_each_of_three_updates_equals_the_reference(trajectory, scored):
     t, algorithm = trajectory, ALGORITHMS["ppo_lag"]
-    experience, _ = estimate_advantages(algorithm, t.hp, scored)
-    state, _ = update_constraint(algorithm, t.hp, t.state, scored)
+    state, _ = update_constraints(t.hp, t.state, scored)
+    experience, _ = estimate_advantages(algorithm, t.hp, state, scored)
     update = jax.jit(lambda s, e: update_minibatch(t.networks, algorithm, t.hp, s, e, None))
     for i in range(3):
         close(t.log_probs(state.actor.params), t.response("out_step_log_probs")[i], 1e-4)
         state, metrics = update(state, experience)
-        close(jnp.exp(state.lagrange.log_multiplier), t.d["out_step_lam"][i], 1e-4)
+        close(LOG.read(state.constraints["cost"].multiplier)[0], t.d["out_step_lam"][i], 1e-4)
         close(metrics["actor_loss"], t.d["out_step_actor_loss"][i], 1e-4)
         close(metrics["reward_critic_loss"], t.d["out_step_reward_critic_loss"][i], 1e-4)
         close(metrics["cost_critic_loss"], t.d["out_step_cost_critic_loss"][i], 1e-4)

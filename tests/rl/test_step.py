@@ -12,9 +12,11 @@ from jax.sharding import NamedSharding
 from safe_rlhf_jax.objectives import lm_loss, token_weights
 from safe_rlhf_jax.ops import masked_mean
 from safe_rlhf_jax.rl import step as step_module
+from safe_rlhf_jax.rl import update as update_module
+from safe_rlhf_jax.rl.constraints import named_rows
 from safe_rlhf_jax.rl.losses import clipped_surrogate
 from safe_rlhf_jax.rl.rollout import map_slices
-from safe_rlhf_jax.rl.step import collect, constrained_rows, estimate_advantages, is_truncated, learn, make_step
+from safe_rlhf_jax.rl.step import collect, estimate_advantages, is_truncated, learn, make_step
 from safe_rlhf_jax.sharding import make_mesh, named_shardings, replicated, shard_batch
 from safe_rlhf_jax.stages.common import jit_step
 from safe_rlhf_jax.types import Experience, RLState, ScoredRollout
@@ -30,7 +32,11 @@ def run_learn(world, rollout=None, ptx=None, key=KEY):
 
 def trained(state):
     """What an update changes."""
-    return state.actor.params, {k: v.params for k, v in state.critics.items()}, state.lagrange, state.cost_window
+    return state.actor.params, {k: v.params for k, v in state.critics.items()}, state.constraints
+
+
+def log_multiplier(state):
+    return float(state.constraints["cost"].multiplier["log"][0])
 
 
 # --- the first microstep
@@ -94,8 +100,7 @@ def test_ppo_lag_with_zero_multiplier_equals_ppo():
 def test_ppo_has_one_critic_and_no_constraint():
     state, metrics = run_learn(make_world("ppo"))
     assert set(state.critics) == {"reward"}
-    assert state.lagrange is None
-    assert state.cost_window is None
+    assert state.constraints == {}
     assert "train/multiplier" not in metrics
     assert "train/cost" in metrics  # measured all the same
 
@@ -106,7 +111,7 @@ def test_all_networks_and_the_multiplier_move_and_the_frozen_do_not():
     moved = jax.tree.map(lambda a, b: bool(jnp.any(a != b)), trained(world.state)[:2], trained(state)[:2])
     assert all(jax.tree.leaves(moved))
     mean_cost = float(metrics["train/mean_cost"])
-    rose = float(state.lagrange.log_multiplier) > float(world.state.lagrange.log_multiplier)
+    rose = log_multiplier(state) > log_multiplier(world.state)
     assert rose == (mean_cost > 0)
     assert mean_cost != 0
     assert int(state.step) == 1
@@ -116,9 +121,9 @@ def test_all_networks_and_the_multiplier_move_and_the_frozen_do_not():
 def test_multiplier_moves_before_the_policy_once_per_rollout_or_once_per_minibatch():
     logs = {}
     for every in ("rollout", "minibatch"):
-        world = make_world(multiplier_every=every, minibatches=2, epochs=2, multiplier=1.0, cost_limit=-1.0)
+        world = make_world(constraint={"every": every, "limit": (-1.0,)}, minibatches=2, epochs=2)
         state, metrics = run_learn(world)
-        logs[every] = float(state.lagrange.log_multiplier)
+        logs[every] = log_multiplier(state)
         log, steps = 0.0, 1 if every == "rollout" else 4
         for _ in range(steps):
             log += 0.1 * np.exp(log) * (float(metrics["train/mean_cost"]) + 1.0)
@@ -127,12 +132,14 @@ def test_multiplier_moves_before_the_policy_once_per_rollout_or_once_per_minibat
 
 
 def test_only_constrained_rows_enter_the_window_and_feel_the_multiplier():
-    world = make_world(constrained=(1,), groups=("benign", "risky"), multiplier=3.0, multiplier_lr=lambda _: 0.0)
+    constraint = {"slots": (-1, 0), "lr": lambda _: 0.0}
+    world = make_world(constraint=constraint, groups=("benign", "risky"), multiplier=3.0)
     rollout = make_rollout()
-    assert np.array_equal(constrained_rows(world.hp, rollout), rollout.group == 1)
+    assert np.array_equal(named_rows(world.hp.constraints["cost"], rollout.group), rollout.group == 1)
     state, metrics = run_learn(world, rollout)
-    assert int(state.cost_window.count) == ROWS // 2
-    costs = np.asarray(state.cost_window.recent[-ROWS // 2 :])
+    window = state.constraints["cost"].window
+    assert window.count.tolist() == [ROWS // 2]
+    costs = np.asarray(window.recent[0, -ROWS // 2 :])
     np.testing.assert_allclose(metrics["train/mean_cost"], costs.mean(), rtol=1e-5)
     np.testing.assert_allclose(metrics["train/unsafe_share"], metrics["train/unsafe_share/risky"], rtol=1e-6)
     np.testing.assert_allclose(metrics["train/unsafe_share"], (costs > 0).mean(), rtol=1e-6)
@@ -141,7 +148,7 @@ def test_only_constrained_rows_enter_the_window_and_feel_the_multiplier():
     unconstrained, _ = run_learn(world, benign)
     ppo, _ = run_learn(make_world("ppo"), benign)
     chex.assert_trees_all_close(unconstrained.actor.params, ppo.actor.params, atol=1e-6)
-    assert int(unconstrained.cost_window.count) == 0
+    assert unconstrained.constraints["cost"].window.count.tolist() == [0]
 
 
 # --- parts
@@ -153,7 +160,9 @@ def test_missing_eos_lowers_the_reward_of_truncated_responses_only_and_never_the
     zeros = jnp.zeros((ROWS, RESPONSE), jnp.float32)
     scores = {"reward": jnp.ones(ROWS), "cost": jnp.ones(ROWS)}
     scored = ScoredRollout(rollout, zeros, zeros, scores, {"reward": zeros, "cost": zeros})
-    experience, _ = estimate_advantages(world.algorithm, dataclasses.replace(world.hp, gae_lambda=1.0), scored)
+    experience, _ = estimate_advantages(
+        world.algorithm, dataclasses.replace(world.hp, gae_lambda=1.0), world.state, scored
+    )
     first = rollout.mask[:, PROMPT]
     assert bool(first.all())
     np.testing.assert_allclose(experience.returns["reward"][:, 0], [-1.0] + [1.0] * (ROWS - 1))
@@ -166,7 +175,7 @@ def test_returns_are_advantages_plus_old_values():
     log_probs, reference, values = jnp.asarray(rng.normal(size=(3, ROWS, RESPONSE)), jnp.float32)
     scores = {"reward": jnp.ones(ROWS), "cost": -jnp.ones(ROWS)}
     scored = ScoredRollout(rollout, log_probs, reference, scores, {"reward": values, "cost": values})
-    experience, metrics = estimate_advantages(world.algorithm, world.hp, scored)
+    experience, metrics = estimate_advantages(world.algorithm, world.hp, world.state, scored)
     mask = rollout.mask[:, PROMPT:]
     for signal in ("reward", "cost"):
         gap = experience.returns[signal] - experience.advantages[signal] - jnp.where(mask, values, 0)
@@ -187,16 +196,16 @@ def test_every_sample_is_used_once_per_epoch_in_a_fresh_order(monkeypatch):
     epochs, minibatches, world = 3, 4, make_world(epochs=3, minibatches=4)
     rollout = dataclasses.replace(make_rollout(), group=jnp.arange(ROWS, dtype=jnp.int32))
     zeros = jnp.zeros((ROWS, RESPONSE), jnp.float32)
-    experience = Experience(rollout, zeros, {}, {}, {})
+    experience = Experience(rollout, zeros, zeros, {}, {}, {})
 
     def record(networks, algorithm, hp, state, part, ptx):
         seen = state.actor.at[state.step].set(part.rollout.group)
         return dataclasses.replace(state, step=state.step + 1, actor=seen), {"ratio_gap": jnp.float32(0)}
 
-    monkeypatch.setattr(step_module, "update_minibatch", record)
+    monkeypatch.setattr(update_module, "update_minibatch", record)
     unseen = jnp.full((epochs * minibatches, ROWS // minibatches), -1, jnp.int32)
-    start = RLState(step=jnp.int32(0), actor=unseen, critics={}, cost_window=None, lagrange=None)
-    end, _ = step_module.update_networks(world.networks, world.algorithm, world.hp, start, experience, None, KEY)
+    start = RLState(step=jnp.int32(0), actor=unseen, critics={}, constraints={})
+    end, _ = update_module.update_networks(world.networks, world.algorithm, world.hp, start, experience, None, KEY)
     assert int(end.step) == epochs * minibatches
     orders = np.asarray(end.actor).reshape(epochs, ROWS)
     assert all(sorted(order) == list(range(ROWS)) for order in orders)
@@ -268,14 +277,13 @@ def shard_networks(world, mesh):
         return dataclasses.replace(train_state, params=params, step=rest[0], opt_state=rest[1])
 
     networks, state, frozen = world.networks, world.state, world.frozen
-    small = jax.device_put((state.step, state.cost_window, state.lagrange), replicated(mesh))
+    small = jax.device_put((state.step, state.constraints), replicated(mesh))
     state = dataclasses.replace(
         state,
         step=small[0],
         actor=put(state.actor, networks.policy),
         critics={k: put(v, networks.critics[k]) for k, v in state.critics.items()},
-        cost_window=small[1],
-        lagrange=small[2],
+        constraints=small[1],
     )
     frozen = dataclasses.replace(
         frozen,
@@ -389,7 +397,7 @@ def test_several_responses_per_prompt_make_one_rollout():
     state, metrics = jax.jit(make_step(world.networks, world.algorithm, world.hp))(
         world.state, world.frozen, make_prompts(4), KEY
     )
-    assert int(state.cost_window.count) == 8
+    assert state.constraints["cost"].window.count.tolist() == [8]
     assert float(metrics["train/first_ratio_gap"]) == 0.0
     assert float(metrics["train/sampler_gap"]) < 1e-4  # cached decoding and the learner agree
 

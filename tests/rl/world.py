@@ -10,7 +10,8 @@ import optax
 
 from safe_rlhf_jax.optim import init_state
 from safe_rlhf_jax.rl.algorithms import ALGORITHMS, Algorithm
-from safe_rlhf_jax.rl.lagrange import init_multiplier, init_window
+from safe_rlhf_jax.rl.constraints import Constraint, init_constraint
+from safe_rlhf_jax.rl.kl import start_reference
 from safe_rlhf_jax.rl.rollout import Networks
 from safe_rlhf_jax.rl.step import Hyperparameters, learn
 from safe_rlhf_jax.types import Frozen, RLState, Rollout, SupervisedBatch
@@ -39,29 +40,43 @@ def fresh(params):
     return jax.tree.map(jnp.copy, params)
 
 
-def make_world(algorithm="ppo_lag", *, optimizer=None, reference_seed=7, multiplier=1.0, window=16, **hp) -> World:
+def make_world(
+    algorithm="ppo_lag",
+    *,
+    optimizer=None,
+    reference_seed=7,
+    multiplier=1.0,
+    window=16,
+    constraint=None,
+    costs=("cost",),
+    **hp,
+) -> World:
+    """Six networks; `constraint` is what differs from the default in each constraint, `costs` are the cost signals."""
     optimizer = optimizer or optax.sgd(0.1)
+    record = ALGORITHMS[algorithm]
     policy, actor = make_lm(CONFIG, 0)
     _, reference = make_lm(CONFIG, reference_seed)
+    constraints = {signal: Constraint(**(constraint or {})) for signal in costs} if record.constrained else {}
+    settings = {"prompt_length": PROMPT, "response_length": RESPONSE, "eos_id": 2, "pad_id": 0} | hp
+    hp = Hyperparameters(**settings, constraints=constraints)
     scorers, variables, critics, states = {}, {}, {}, {}
-    for i, signal in enumerate(("reward", "cost")):
-        scorers[signal], variables[signal] = make_scorer(signal, CONFIG, 10 + i)
-        if signal in ALGORITHMS[algorithm].signals:
+    for i, signal in enumerate(("reward", *costs)):
+        scorers[signal], variables[signal] = make_scorer(signal.partition("/")[0], CONFIG, 10 + i)
+        if record.baseline is None and signal in hp.signals:
             critics[signal], critic = make_scorer("critic", CONFIG, 20 + i)
             states[signal] = init_state(fresh(critic["params"]), optimizer)
-    constrained = ALGORITHMS[algorithm].constrained
     state = RLState(
         step=jnp.int32(0),
         actor=init_state(fresh(actor["params"]), optimizer),
         critics=states,
-        cost_window=init_window(window) if constrained else None,
-        lagrange=init_multiplier(multiplier) if constrained else None,
+        constraints={s: init_constraint(c, multiplier=multiplier, window=window) for s, c in constraints.items()},
+        kl_coeff=None if hp.kl.target is None else jnp.float32(hp.kl_coeff),
+        reference=start_reference(reference["params"]) if hp.kl.moves_reference else None,
     )
-    settings = {"prompt_length": PROMPT, "response_length": RESPONSE, "eos_id": 2, "pad_id": 0} | hp
     return World(
         networks=Networks(policy, scorers, critics, optimizer, dict.fromkeys(critics, optimizer)),
-        algorithm=ALGORITHMS[algorithm],
-        hp=Hyperparameters(**settings),
+        algorithm=record,
+        hp=hp,
         state=state,
         frozen=Frozen(reference=reference["params"], scorers=variables),
     )

@@ -1,0 +1,147 @@
+"""What large configs need on TPU topologies: compiles them (`--compile`), and writes docs/scaling.md from the figures.
+
+python benchmarks/scaling.py --compile      compiles what has no figures yet in benchmarks/results (needs libtpu)
+python benchmarks/scaling.py                writes docs/scaling.md from the figures that are there
+"""
+
+import argparse
+import json
+import pathlib
+import subprocess
+import sys
+
+ROOT = pathlib.Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+PAGE = ROOT / "docs" / "scaling.md"
+RUNS = (
+    ("configs/beaver_7b/ppo_lag.yaml", "v5e:8x8"),
+    ("configs/beaver_7b/ppo_lag.yaml", "v5p:2x2x4"),
+    ("configs/beaver_7b/ppo_lag.yaml", "v6e:8x8"),
+    ("configs/beaver_7b/sft.yaml", "v5e:8x8"),
+    ("configs/beaver_7b/sft.yaml", "v5p:2x2x4"),
+    ("configs/beaver_7b/reward.yaml", "v5e:8x8"),
+    ("configs/beaver_7b/reward.yaml", "v5p:2x2x4"),
+    ("configs/beaver_7b/cost.yaml", "v5e:8x8"),
+    ("configs/beaver_7b/cost.yaml", "v5p:2x2x4"),
+    ("configs/llama_3_8b/ppo_lag.yaml", "v6e:8x8"),
+    ("configs/llama_3_70b/ppo_lag.yaml", "v5p:4x4x8"),
+)
+GIB = 2**30
+
+INTRODUCTION = """\
+# What large runs need
+
+Written by `python benchmarks/scaling.py` from `benchmarks/results/scaling_*.json`; every row is made by
+
+    python -m safe_rlhf_jax.compile --config FILE --topology NAME
+
+**Nothing on this page has run on a TPU.** Memory, collectives and compile times are those of the program that XLA
+compiled for the topology: the compiler's own account. Seconds, tokens/s and MFU are *projected*: for each phase the
+largest of FLOPs, HBM bytes and sent bytes over the chip's peak rates, as if everything overlapped perfectly. They are
+bounds from below on time, and say what a phase is bound by. FLOPs are counted from shapes, every response at its full
+length; HBM bytes and collectives are read from the optimised program, loops as often as they run. MFU counts the
+model's FLOPs only, not what rematerialisation repeats. Compile times are wall-clock, on two cores that other work
+kept busy.
+"""
+
+NOTES = """\
+## Reading it
+
+- Generation is bound by the interconnect where parameters are split over `fsdp`: they are gathered for every token.
+  Over `tensor` they stay where they are. So meshes that decode fast have a large `tensor` axis.
+- On v5e and v6e with `fsdp` = 8 along one axis of the torus, gradients are reduced and scattered over it: as
+  reduce-scatters, or as rings of permutes beside the matrix products (collective-permute). With `fsdp` = 2 on v5p, and
+  with `fsdp` over all of a two-dimensional torus, XLA for TPU (libtpu 0.0.42) keeps all-reduces and slices instead.
+- `sent` assumes rings: of n devices each sends (n − 1)/n of what is gathered or scattered, twice that of what is
+  all-reduced. The rate is that of the torus axes that a group spans; an axis whose ends are not joined counts once.
+- v5p:2x2x4 is what Google Cloud calls v5p-32 (it counts cores): 16 chips.
+"""
+
+
+def file_of(config: str, topology: str) -> pathlib.Path:
+    path = pathlib.Path(config)
+    return RESULTS / f"scaling_{path.parent.name}_{path.stem}_{topology.replace(':', '_')}.json"
+
+
+def figures() -> list[dict]:
+    return [json.loads(file.read_text()) for run in RUNS if (file := file_of(*run)).exists()]
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(cells) + " |" for cells in [header, *rows]]
+    return "\n".join([lines[0], "|" + "---|" * len(header), *lines[1:]]) + "\n"
+
+
+def mesh_name(mesh: dict[str, int]) -> str:
+    return " · ".join(f"{axis} {size}" for axis, size in mesh.items() if size > 1)
+
+
+def memory_rows(report: dict) -> list[list[str]]:
+    rows = []
+    for stage in report["stages"]:
+        for program in stage["programs"]:
+            memory = program["memory"]
+            kinds = ("argument", "temporary", "code", "total", "capacity")
+            cells = [f"{memory[kind] / GIB:.2f}" for kind in kinds]
+            chips = f"{report['environment']['devices']} × {report['environment']['chip']}"
+            rows.append([f"`{report['config']}`", report["topology"], chips, mesh_name(stage["mesh"]), *cells,
+                         f"{program['compile_seconds']:.0f}"])  # fmt: skip
+    return rows
+
+
+def speed_rows(report: dict) -> list[list[str]]:
+    return [
+        [f"`{report['config']}`", report["topology"], f"{p['step_seconds']:.2f}", f"{p['tokens_per_second']:.0f}",
+         f"{p['mfu']:.1%}"]
+        for stage in report["stages"]
+        for p in [stage["projected"]]
+    ]  # fmt: skip
+
+
+def phase_rows(report: dict) -> list[list[str]]:
+    rows = []
+    for stage in report["stages"]:
+        for program in stage["programs"]:
+            for name, phase in program["phases"].items():
+                sent = sorted((c for c in program["collectives"] if c["phase"] == name), key=lambda c: -c["bytes"])[:3]
+                parts = ", ".join(f"{c['kind']} ({c['axes']}) {c['bytes'] / 1e9:.1f}" for c in sent)
+                seconds = phase["projected_seconds"]
+                times = [f"{seconds[key]:.2f}" for key in ("compute", "hbm", "interconnect")]
+                traffic = [f"{phase['flops'] / 1e12:.1f}", f"{phase['hbm_bytes'] / 1e9:.0f}", parts]
+                rows.append([f"`{report['config']}`", report["topology"], name, *traffic, *times, phase["bound"]])
+    return rows
+
+
+def page() -> str:
+    reports = figures()
+    versions = sorted({f"jax {r['environment']['jax']}, libtpu {r['environment']['libtpu']}" for r in reports})
+    memory = ["config", "topology", "chips", "mesh", "arguments", "temporary", "code", "total", "capacity", "compile s"]
+    speed = ["config", "topology", "s per step", "tokens/s", "MFU"]
+    phase = ["config", "topology", "phase", "TFLOP", "HBM GB", "largest collectives, GB sent", "compute s", "HBM s",
+             "wires s", "bound by"]  # fmt: skip
+    parts = [
+        INTRODUCTION,
+        f"Compiled with {'; '.join(versions)}.\n",
+        "## Memory, GiB of HBM per device\n\n" + table(memory, [row for r in reports for row in memory_rows(r)]),
+        "## Projected speed of a step\n\n" + table(speed, [row for r in reports for row in speed_rows(r)]),
+        "## Phases, per device and step; seconds are projected\n\n"
+        + table(phase, [row for r in reports for row in phase_rows(r)]),
+        NOTES,
+    ]
+    return "\n".join(parts)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--compile", action="store_true", help="first compile what has no figures yet")
+    if parser.parse_args().compile:
+        for config, topology in RUNS:
+            file = file_of(config, topology)
+            if not file.exists():
+                command = [sys.executable, "-m", "safe_rlhf_jax.compile", "--config", config, "--topology", topology]
+                subprocess.run([*command, "--json", str(file)], check=True, cwd=ROOT)
+    PAGE.write_text(page())
+
+
+if __name__ == "__main__":
+    main()

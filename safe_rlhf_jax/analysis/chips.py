@@ -1,0 +1,60 @@
+"""What a chip can hold and do, from its vendor's data sheets."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+GB = 10**9
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """Peak rates of one device; no program reaches all of them."""
+
+    name: str
+    flops: float  # FLOP/s, bfloat16
+    hbm: int  # bytes
+    hbm_rate: float  # bytes/s
+    link_rate: float  # bytes/s of one link of the interconnect in one direction
+    wraps_from: int  # devices along an axis of the torus from which on its ends are joined; 0: never
+
+
+# Source: cloud.google.com/tpu/docs (v4, v5e, v5p, v6e, tpu7x) as of 2025; link rates are the stated bandwidth per chip
+# over its links (4 in a 2D torus, 6 in a 3D torus) and both directions.
+CHIPS = {
+    "TPU v4": Chip("TPU v4", 275e12, 32 * GIB, 1.23e12, 45e9, 4),
+    "TPU v5 lite": Chip("TPU v5e", 197e12, 16 * GIB, 0.82e12, 45e9, 16),
+    "TPU v5": Chip("TPU v5p", 459e12, 95 * GIB, 2.77e12, 90e9, 4),
+    "TPU v5p": Chip("TPU v5p", 459e12, 95 * GIB, 2.77e12, 90e9, 4),
+    "TPU v6 lite": Chip("TPU v6e", 918e12, 32 * GIB, 1.64e12, 90e9, 16),
+    "TPU v6e": Chip("TPU v6e", 918e12, 32 * GIB, 1.64e12, 90e9, 16),
+    "NVIDIA H200": Chip("NVIDIA H200", 989e12, 141 * GB, 4.8e12, 450e9, 0),
+    "NVIDIA H100 80GB HBM3": Chip("NVIDIA H100", 989e12, 80 * GB, 3.35e12, 450e9, 0),
+}
+
+
+def chip_of(device: Any) -> Chip | None:
+    """Returns the chip of a device, None for one that is not in the table (a CPU)."""
+    return CHIPS.get(device.device_kind)
+
+
+def ring_rate(chip: Chip, devices: Sequence[Any], group: Sequence[int]) -> float:
+    """Bytes/s that each device of a group can send in a ring along the axes of the torus that the group spans.
+
+    An axis whose ends are joined carries two directions at once, one whose ends are not carries one.
+
+    Args:
+        chip: The chip.
+        devices: All devices, in the order of the mesh.
+        group: Places of the group's devices in that order.
+    """
+    if not hasattr(devices[0], "coords"):
+        return chip.link_rate
+    extent = [len({d.coords[axis] for d in devices}) for axis in range(3)]
+    spanned = [axis for axis in range(3) if len({devices[i].coords[axis] for i in group}) > 1]
+    rate = 0.0
+    for axis in spanned:
+        wraps = chip.wraps_from and extent[axis] % chip.wraps_from == 0
+        rate += chip.link_rate * (2 if wraps else 1)
+    return rate or chip.link_rate

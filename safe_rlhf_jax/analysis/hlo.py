@@ -1,0 +1,158 @@
+"""Reads the text of an optimised HLO program: its instructions, how often each runs, and in which phase."""
+
+import dataclasses
+import functools
+import math
+import re
+from collections.abc import Iterator
+
+BITS = {"pred": 8, "token": 0, "opaque": 0, "s4": 4, "u4": 4, "bf16": 16, "c64": 64, "c128": 128}
+ARRAY = re.compile(r"([a-z]\w*)\[([\d,]*)\](?:\{([^}]*)\})?")
+REFERENCE = re.compile(r"%([\w.\-]+)")
+CALLED = re.compile(r"(?:calls|to_apply|body|called_computations|branch_computations)=(\{[^}]*\}|%[\w.\-]+)")
+TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+CONDITION = re.compile(r"condition=%([\w.\-]+)")
+OP_NAME = re.compile(r'op_name="([^"]*)"')
+
+
+@dataclasses.dataclass(frozen=True)
+class Array:
+    """The type of an array."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    on_chip: bool  # in the fast memory of a core (memory space other than 0), not in HBM
+
+    @property
+    def bytes(self) -> int:
+        """Size without the padding of tiles."""
+        bits = BITS.get(self.dtype) or int("".join(re.findall(r"\d+", self.dtype)[:1]) or 8)
+        return math.prod(self.shape) * bits // 8 if self.dtype not in ("token", "opaque") else 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    """One line of a computation."""
+
+    name: str
+    opcode: str
+    arrays: tuple[Array, ...]  # of its result, tuples flattened
+    operands: tuple[str, ...]  # names in the same computation
+    value: str  # of a constant; the number of a parameter
+    attributes: str
+    is_root: bool = False
+
+    @property
+    def bytes(self) -> int:
+        """Size of the result."""
+        return sum(array.bytes for array in self.arrays)
+
+    @property
+    def called(self) -> tuple[str, ...]:
+        """Names of the computations it runs, the condition of a loop left out."""
+        return tuple(name for match in CALLED.finditer(self.attributes) for name in REFERENCE.findall(match[1]))
+
+    @property
+    def op_name(self) -> str:
+        """Path of the operation in the traced function."""
+        match = OP_NAME.search(self.attributes)
+        return match[1] if match else ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Executed:
+    """An instruction in its place in the program."""
+
+    instruction: Instruction
+    computation: str
+    times: int  # how often one run of the program executes it
+    phase: str  # the innermost of the asked-for scopes that it was traced in, "" outside of them
+
+
+class Module:
+    """An optimised program.
+
+    Args:
+        text: As `compiled.as_text()` gives it.
+    """
+
+    def __init__(self, text: str):
+        self.text = text
+        self.computations: dict[str, list[Instruction]] = {}
+        self.entry = ""
+        current: list[Instruction] = []
+        for line in text.splitlines():
+            if line.endswith("{") and not line.startswith((" ", "HloModule")):
+                name = line.removeprefix("ENTRY ").split(" ", 1)[0].lstrip("%")
+                current = self.computations[name] = []
+                if line.startswith("ENTRY"):
+                    self.entry = name
+            elif line.startswith(" ") and " = " in line:
+                current.append(parse_instruction(line))
+
+    @functools.cached_property
+    def by_name(self) -> dict[str, dict[str, Instruction]]:
+        """Instructions of each computation by name."""
+        return {name: {i.name: i for i in lines} for name, lines in self.computations.items()}
+
+    def trips(self, loop: Instruction) -> int:
+        """Rounds of a loop: as XLA states them, else the bound in its condition, which one may also leave early.
+
+        Raises:
+            ValueError: If the condition compares with no constant.
+        """
+        known = TRIPS.search(loop.attributes)
+        if known:
+            return int(known[1])
+        condition = CONDITION.search(loop.attributes)
+        names = [condition[1]] if condition else []
+        names += [name for i in self.computations[names[0]] for name in i.called] if names else []
+        bounds = [int(i.value) for name in names for i in self.computations[name] if i.value.isdigit()]
+        if not bounds:
+            raise ValueError(f"loop {loop.name} ({loop.op_name}) has no bound that could be read")
+        return max(bounds)
+
+    def walk(self, scopes: tuple[str, ...] = ()) -> Iterator[Executed]:
+        """Yields every instruction that is executed, those inside of fusions left out.
+
+        Args:
+            scopes: Names of `jax.named_scope`s: the phases.
+        """
+        pending = [(self.entry, 1, "")]
+        while pending:
+            computation, times, outer = pending.pop()
+            for instruction in self.computations[computation]:
+                parts = instruction.op_name.split("/")
+                phase = next((part for part in reversed(parts) if part in scopes), outer)
+                yield Executed(instruction, computation, times, phase)
+                rounds = self.trips(instruction) if instruction.opcode == "while" else 1
+                if instruction.opcode in ("while", "conditional", "call", "async-start"):
+                    pending.extend((name, times * rounds, phase) for name in instruction.called)
+
+
+def parse_instruction(line: str) -> Instruction:
+    """Returns the instruction on a line `[ROOT] %name = type opcode(operands), attributes`."""
+    name, _, rest = line.strip().partition(" = ")
+    end = balanced(rest) if rest.startswith("(") else rest.index(" ")
+    kind, rest = rest[:end], rest[end:].lstrip()
+    start = rest.index("(")
+    opcode, rest = rest[:start], rest[start:]
+    end = balanced(rest)
+    arrays = tuple(
+        Array(dtype, tuple(int(n) for n in shape.split(",") if n), bool(re.search(r"S\([1-9]", layout or "")))
+        for dtype, shape, layout in ARRAY.findall(kind)
+    )
+    operands = tuple(REFERENCE.findall(rest[:end]))
+    value = rest[1 : end - 1] if opcode in ("constant", "parameter") else ""
+    label = name.removeprefix("ROOT ").lstrip("%")
+    return Instruction(label, opcode, arrays, operands, value, rest[end:], name.startswith("ROOT"))
+
+
+def balanced(text: str) -> int:
+    """Returns the end of the parenthesis that the text opens with."""
+    depth = 0
+    for i, character in enumerate(text):
+        depth += (character == "(") - (character == ")")
+        if depth == 0:
+            return i + 1
+    raise ValueError(f"unbalanced parentheses: {text[:80]}")

@@ -1,0 +1,46 @@
+"""What a program that scales must not contain, looked up in its instructions."""
+
+import math
+from collections.abc import Iterable, Sequence
+
+from safe_rlhf_jax.analysis.collectives import Collective
+from safe_rlhf_jax.analysis.hlo import Instruction, Module
+
+HOST = ("infeed", "outfeed", "send", "recv", "send-done", "recv-done")
+
+
+def host_transfers(module: Module) -> list[Instruction]:
+    """Returns the instructions that wait for the host or send to it: feeds, transfers and callbacks."""
+    everything = (i for lines in module.computations.values() for i in lines)
+    return [i for i in everything if i.opcode in HOST or "callback" in i.attributes or "S(5)" in i.attributes]
+
+
+def float32_logits(module: Module, vocabulary: int, rows: int) -> list[Instruction]:
+    """Returns the instructions, fusions from outside, with a float32 result of so many rows over the vocabulary."""
+    found = []
+    for executed in module.walk():
+        shapes = [array.shape for array in executed.instruction.arrays if array.dtype == "f32"]
+        if any(vocabulary in shape and math.prod(shape) >= rows * vocabulary for shape in shapes):
+            found.append(executed.instruction)
+    return found
+
+
+def gathered(collectives: Iterable[Collective], elements: int) -> list[Collective]:
+    """Returns the all-gathers that leave more than so many elements of one array on every device."""
+    return [c for c in collectives if c.kind == "all-gather" and largest(c) > elements]
+
+
+def reduced_whole(collectives: Iterable[Collective], axis: str, elements: int) -> list[Collective]:
+    """Returns the all-reduces over a mesh axis of at least so many elements: every device gets them whole."""
+    return [c for c in collectives if c.kind == "all-reduce" and axis in c.axes and largest(c) >= elements]
+
+
+def with_dimension(collectives: Iterable[Collective], size: int) -> list[Collective]:
+    """Returns the collectives on arrays that have a dimension of this size."""
+    return [c for c in collectives if any(size in array.shape for array in c.arrays)]
+
+
+def largest(collective: Collective) -> int:
+    """Returns the elements of the largest array."""
+    sizes: Sequence[int] = [math.prod(array.shape) for array in collective.arrays]
+    return max(sizes)

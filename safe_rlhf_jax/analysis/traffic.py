@@ -1,0 +1,90 @@
+"""Bytes that a compiled program moves to and from HBM, counted from its instructions and how often each runs."""
+
+from collections import defaultdict
+
+from safe_rlhf_jax.analysis.hlo import Array, Executed, Instruction, Module
+
+# They name memory, or run other instructions that are counted themselves.
+FREE = {
+    "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all",
+    "partition-id", "replica-id", "iota", "copy-done", "slice-done", "async-start", "async-update", "async-done",
+    "opt-barrier",
+}  # fmt: skip
+SLICES = {"dynamic-slice", "slice", "gather", "slice-start"}  # read as much as they return
+THROUGH = {"bitcast", "reshape", "copy", "convert", "transpose", "broadcast"}  # of no size of their own inside a fusion
+
+
+def hbm_bytes(module: Module, scopes: tuple[str, ...] = ()) -> dict[str, float]:
+    """Returns {phase: bytes read from and written to HBM by one device in one run}.
+
+    Every instruction reads its operands and writes its result; what a fusion keeps inside of itself, and what the
+    compiler has placed in the fast memory of the core, costs nothing. Of an array that is only sliced, the slice
+    counts; of one that is updated in place, the update.
+    """
+    total: dict[str, float] = defaultdict(float)
+    for executed in module.walk(scopes):
+        total[executed.phase] += executed.times * instruction_bytes(module, executed)
+    return dict(total)
+
+
+def instruction_bytes(module: Module, executed: Executed) -> float:
+    """Returns the bytes that one execution of an instruction moves."""
+    instruction = executed.instruction
+    if instruction.opcode in FREE or instruction.opcode.endswith("-done"):
+        return 0
+    here = module.by_name[executed.computation]
+    if instruction.opcode == "dynamic-update-slice":
+        return 2 * in_hbm(here[instruction.operands[1]].arrays)
+    if instruction.opcode in SLICES:
+        return in_hbm(instruction.arrays) + in_hbm(instruction.arrays[:1])
+    if instruction.opcode == "fusion":
+        return fusion_bytes(module, instruction, here)
+    operands = [here[name] for name in instruction.operands if name in here]
+    return in_hbm(instruction.arrays) + sum(in_hbm(operand.arrays) for operand in operands)
+
+
+def in_hbm(arrays: tuple[Array, ...]) -> int:
+    """Returns the bytes of those arrays that lie in HBM."""
+    return sum(array.bytes for array in arrays if not array.on_chip)
+
+
+def fusion_bytes(module: Module, fusion: Instruction, here: dict[str, Instruction]) -> float:
+    """Returns the bytes that a fusion reads and writes."""
+    inner = module.by_name[fusion.called[0]]
+    parameters = [i for i in inner.values() if i.opcode == "parameter"]
+    updates = {source(inner, i.operands[0]): i for i in inner.values() if i.opcode == "dynamic-update-slice"}
+    moved = 0.0
+    for parameter in parameters:
+        operand = here[fusion.operands[int(parameter.value)]]
+        if parameter.name in updates:  # in place: read and written where it is updated
+            moved += 2 * in_size(inner, updates[parameter.name], operand)
+            continue
+        readers = uses(inner, parameter.name)
+        if readers and all(reader.opcode in SLICES for reader in readers):
+            moved += sum(reader.bytes for reader in readers) if in_hbm(operand.arrays) else 0
+        else:
+            moved += in_hbm(operand.arrays)
+    updated = sum(1 for parameter in parameters if parameter.name in updates)
+    results = sorted(fusion.arrays, key=lambda array: -array.bytes)[updated:]
+    return moved + in_hbm(tuple(results))
+
+
+def in_size(inner: dict[str, Instruction], update: Instruction, operand: Instruction) -> int:
+    """Returns the bytes of what is written into an operand, 0 where it lies in the fast memory."""
+    return inner[update.operands[1]].bytes if in_hbm(operand.arrays) else 0
+
+
+def source(inner: dict[str, Instruction], name: str) -> str:
+    """Returns the parameter behind a chain of instructions that only rename it."""
+    while inner[name].opcode in THROUGH:
+        name = inner[name].operands[0]
+    return name
+
+
+def uses(inner: dict[str, Instruction], name: str) -> list[Instruction]:
+    """Returns the instructions that read a value, behind those that only rename it."""
+    readers = []
+    for instruction in inner.values():
+        if name in instruction.operands:
+            readers += uses(inner, instruction.name) if instruction.opcode == "bitcast" else [instruction]
+    return readers

@@ -1,0 +1,265 @@
+"""Command line: `python -m safe_rlhf_jax.chat POLICY [POLICY]` talks to one policy, or to two side by side."""
+
+import argparse
+import dataclasses
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+HELP = """/reset             forget the conversation
+/regenerate        answer the last message again
+/temperature X     0 is greedy
+/help              this list
+/quit              leave (also Ctrl-D); Ctrl-C stops an answer"""
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Returns the parsed command line; needs no JAX, so that `--help` starts no accelerator."""
+    parser = argparse.ArgumentParser(
+        prog="python -m safe_rlhf_jax.chat",
+        description="Talks to one policy, or to two side by side, and scores each answer when scorers are given.",
+        epilog="Examples: python -m safe_rlhf_jax.chat --config configs/quickstart.yaml sft ppo_lag\n"
+        "          python -m safe_rlhf_jax.chat path/to/policy --reward path/to/rm --cost path/to/cm\n\n"
+        f"Commands while talking:\n{HELP}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("policies", nargs="+", metavar="POLICY", help="a stage of --config, a folder, or a hub id")
+    parser.add_argument("--config", metavar="FILE", help="config of a finished run: its stages may be named, its "
+                        "template, reward and cost models are used")  # fmt: skip
+    parser.add_argument("--reward", metavar="MODEL", help="reward model: a folder or a hub id")
+    parser.add_argument("--cost", metavar="MODEL", help="cost model: a folder or a hub id")
+    parser.add_argument(
+        "--template",
+        help="plain, beaver, alpaca, tokenizer or a .jinja file (default: that of --config, or plain)",
+    )
+    parser.add_argument("--temperature", type=float, default=1.0, help="0 is greedy (default %(default)s)")
+    parser.add_argument("--max-tokens", type=int, default=256, help="of an answer (default %(default)s)")
+    parser.add_argument("--dtype", default="float32", help="of the networks (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of sampling (default %(default)s)")
+    options = parser.parse_args(arguments)
+    if len(options.policies) > 2:
+        parser.error(f"one or two policies, not {len(options.policies)}")
+    if options.temperature < 0:
+        parser.error(f"--temperature {options.temperature}: must be 0 (greedy) or more")
+    return options
+
+
+@dataclasses.dataclass
+class Speaker:
+    """One policy, its conversation so far, and its last answer."""
+
+    name: str
+    stream: Callable[..., Iterator[int]]
+    max_positions: int  # tokens of prompt + response
+    history: list[dict[str, str]] = dataclasses.field(default_factory=list)
+    text: str = ""
+    note: str = ""
+
+
+@dataclasses.dataclass
+class Chat:
+    """Everything a conversation needs."""
+
+    speakers: list[Speaker]
+    scorers: dict[str, Any]  # "reward", "cost": a pipeline.Scorer
+    tokenizer: Any
+    template: Any
+    temperature: float
+    max_tokens: int
+    key: Any
+    turns: int = 0
+
+    def prompt_ids(self, speaker: Speaker) -> list[int]:
+        """Returns the conversation as the policy reads it; the oldest turns go when it grows too long."""
+        from safe_rlhf_jax.data.texts import encode
+
+        while True:
+            ids = encode(speaker.history, self.template, self.tokenizer).ids
+            if len(ids) < speaker.max_positions:
+                return ids
+            if len(speaker.history) == 1:
+                raise ValueError(f"message of {len(ids)} tokens; {speaker.name} reads {speaker.max_positions - 1}")
+            del speaker.history[:2]
+
+    def answer(self, speaker: Speaker) -> Iterator[None]:
+        """Streams an answer into `speaker.text`, then its scores into `speaker.note`; yields after every token."""
+        import jax
+
+        from safe_rlhf_jax.inference.sampling import Sampling
+
+        speaker.text = speaker.note = ""
+        prompt = self.prompt_ids(speaker)
+        room = min(self.max_tokens, speaker.max_positions - len(prompt))
+        ids: list[int] = []
+        key = jax.random.fold_in(self.key, self.turns)
+        for token in speaker.stream(prompt, key, sampling=Sampling(self.temperature), max_tokens=room):
+            ids.append(token)
+            speaker.text = self.tokenizer.decode(ids)
+            yield
+        cut = [] if ids[-1] == self.tokenizer.eos_id else ["cut off at the length limit"]
+        scores = [f"{signal} {scorer.score_tokens([prompt + ids])[0]:+.2f}" for signal, scorer in self.scorers.items()]
+        speaker.note = "  ".join(scores + cut)
+        yield
+
+    def say(self, message: str, show: Callable[[], None]) -> None:
+        """Puts a message to every policy; their answers grow side by side."""
+        for speaker in self.speakers:
+            speaker.history.append({"role": "user", "content": message})
+        self.regenerate(show)
+
+    def regenerate(self, show: Callable[[], None]) -> None:
+        """Answers the last message (again)."""
+        for speaker in self.speakers:
+            if speaker.history and speaker.history[-1]["role"] == "assistant":
+                speaker.history.pop()
+        self.turns += 1
+        running = [self.answer(speaker) for speaker in self.speakers]
+        try:
+            while running:
+                running = [answer for answer in running if next(answer, "done") != "done"]
+                show()
+        except KeyboardInterrupt:
+            pass  # what there is of the answers stays
+        except ValueError:
+            self.forget()
+            raise
+        for speaker in self.speakers:  # an empty answer leaves no trace: no template can write it
+            if speaker.text.strip():
+                speaker.history.append({"role": "assistant", "content": speaker.text})
+            else:
+                speaker.history.pop()
+
+    def forget(self) -> None:
+        """Ends the conversation."""
+        for speaker in self.speakers:
+            speaker.history.clear()
+
+
+def load_chat(options: argparse.Namespace) -> Chat:
+    """Opens the networks of a command line."""
+    import jax
+
+    from safe_rlhf_jax import config as cfg
+    from safe_rlhf_jax.inference.stream import Stream
+    from safe_rlhf_jax.pipeline import load_policy, load_scorer
+    from safe_rlhf_jax.stages.common import Run
+
+    run = Run(cfg.load_config(options.config), options.config) if options.config else None
+    stages = {stage.name: stage for stage in run.config.stages} if run else {}
+
+    def folder(name: str) -> str:
+        if run is None or name not in stages:
+            return name
+        if run.result(name) is None:
+            raise ValueError(f"stage {name!r} of {options.config} is not finished; train it first")
+        return run.model_folder(name)
+
+    shared: dict[str, Any] = {"template": options.template or (run.template if run else "plain"),
+                              "dtype": options.dtype, "tokenizer": run.tokenizer if run else None}  # fmt: skip
+    policies = []
+    for name in options.policies:
+        policies.append(load_policy(folder(name), **shared))
+        shared["tokenizer"] = policies[0].tokenizer
+    scorers = {}
+    for signal in ("reward", "cost"):
+        trained = [name for name, stage in stages.items() if stage.kind == signal and run and run.result(name)]
+        scorer_name = getattr(options, signal) or (trained[-1] if trained else None)
+        if scorer_name is not None:
+            scorers[signal] = load_scorer(folder(scorer_name), **shared, score_type=signal)
+    tokenizer = policies[0].tokenizer
+    speakers = [
+        Speaker(name, Stream(p.module, p.variables["params"], eos_id=tokenizer.eos_id), p.module.config.max_positions)
+        for name, p in zip(options.policies, policies, strict=True)
+    ]
+    key = jax.random.key(options.seed)
+    return Chat(speakers, scorers, tokenizer, policies[0].template, options.temperature, options.max_tokens, key)
+
+
+def table(speakers: Sequence[Speaker]) -> Any:
+    """Returns the answers as a table, one column for each policy."""
+    from rich.table import Table
+    from rich.text import Text
+
+    out = Table(expand=True)
+    for speaker in speakers:
+        out.add_column(speaker.name, ratio=1)
+    out.add_row(*(Text(speaker.text) for speaker in speakers))
+    if any(speaker.note for speaker in speakers):
+        out.add_row(*(Text(speaker.note, style="dim") for speaker in speakers))
+    return out
+
+
+def talk(chat: Chat) -> None:
+    """Reads messages and commands until the end of the input."""
+    from rich.console import Console
+    from rich.live import Live
+
+    console = Console()
+    console.print("Type a message; /help lists the commands.", style="dim")
+    while True:
+        try:
+            line = console.input("[bold]> [/bold]").strip()
+        except (EOFError, KeyboardInterrupt):
+            console.print()
+            return
+        command, _, argument = line.partition(" ")
+        if not line:
+            continue
+        if command == "/quit":
+            return
+        if command == "/help":
+            console.print(HELP)
+        elif command == "/reset":
+            chat.forget()
+            console.print("The conversation begins anew.", style="dim")
+        elif command == "/temperature":
+            try:
+                chat.temperature = parse_temperature(argument)
+            except ValueError as error:
+                console.print(str(error), style="red")
+        elif command == "/regenerate" and not all(speaker.history for speaker in chat.speakers):
+            console.print("There is no message to answer yet.", style="red")
+        elif command.startswith("/") and command != "/regenerate":
+            console.print(f"{command}: no such command\n{HELP}", style="red")
+        else:
+            with Live(table(chat.speakers), console=console, refresh_per_second=12) as live:
+                try:
+                    show = lambda: live.update(table(chat.speakers))  # noqa: E731
+                    chat.regenerate(show) if command == "/regenerate" else chat.say(line, show)
+                except ValueError as error:
+                    console.print(f"{error}; the conversation begins anew", style="red")
+            if not console.is_terminal:
+                console.print()  # Live leaves the line open
+
+
+def parse_temperature(text: str) -> float:
+    """Returns a temperature that was typed.
+
+    Raises:
+        ValueError: If it is no number from 0 on.
+    """
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0.0 <= value < float("inf"):
+        raise ValueError(f"/temperature {text!r}: give a number, 0 (greedy) or more")
+    return value
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Talks; returns the exit status."""
+    options = parse_arguments(arguments)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    try:
+        talk(load_chat(options))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,136 @@
+"""Command line: `python -m safe_rlhf_jax.compile --config FILE --topology v5e:8x8` says what a run would need there.
+
+Nothing is trained and no accelerator is used: the programs that training runs are compiled for devices that need not
+exist. Exit status 0: everything fits. 1: something does not, or the config is wrong.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+# What keeps libtpu from looking for a machine that is not there, and from locking it.
+COMPILE_ONLY = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Returns the parsed command line; needs no JAX, so that `--help` starts no accelerator."""
+    parser = argparse.ArgumentParser(
+        prog="python -m safe_rlhf_jax.compile",
+        description="Compiles the training stages of a config for a TPU topology that need not be here, and reports "
+        "memory, FLOPs, traffic, collectives and a projection of speed. Exits with 1 where a program does not fit, and "
+        "says what would make it fit.",
+        epilog="Example: python -m safe_rlhf_jax.compile --config configs/beaver_7b/ppo_lag.yaml --topology v5e:8x8",
+    )
+    parser.add_argument("--config", required=True, metavar="FILE", help="YAML config, such as configs/quickstart.yaml")
+    parser.add_argument(
+        "--topology",
+        required=True,
+        metavar="NAME",
+        help="as libtpu names it: generation and chips per axis, such as v5e:8x8, v5p:2x2x4, v6e:8x8 (needs the extra "
+        "tpu); or local, the devices of this machine",
+    )
+    parser.add_argument("--slices", type=int, default=1, metavar="N", help="so many of them, joined by a data network")
+    parser.add_argument("--stage", metavar="NAME", help="this stage only")
+    parser.add_argument("--json", metavar="FILE", help="write the report to this file too")
+    parser.add_argument(
+        "--search", action="store_true", help="try meshes, rematerialisation and microbatches; list those that fit"
+    )
+    parser.add_argument(
+        "overrides", nargs="*", metavar="dotted.key=value", help="overrides; stages by index or name; values are YAML"
+    )
+    return parser.parse_intermixed_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Compiles a config; returns the exit status."""
+    options = parse_arguments(arguments)
+    from safe_rlhf_jax.config import ConfigError, load_config
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if options.topology != "local":
+        os.environ["JAX_PLATFORMS"] = "cpu"  # the machine's own accelerator stays free
+    try:
+        config = load_config(options.config, options.overrides)
+        devices = topology_devices(options.topology, options.slices)
+        from safe_rlhf_jax import search, tables
+        from safe_rlhf_jax.stages.ahead import compile_stage
+
+        stages = [stage for stage in config.stages if stage.kind != "evaluate"]
+        if options.stage is not None:
+            stages = [stage for stage in stages if stage.name == options.stage]
+            if not stages:
+                names = [stage.name for stage in config.stages if stage.kind != "evaluate"]
+                raise ConfigError(f"--stage {options.stage}: no training stage of this config; there are {names}")
+        report: dict[str, Any] = {"config": options.config, "overrides": options.overrides}
+        report |= {"topology": options.topology, "slices": options.slices, "environment": environment(devices)}
+        report["stages"] = []
+        for stage in stages:
+            if options.search:
+                found = search.feasible(config, stage, devices)
+                tables.show_search(stage.name, found)
+                report["stages"].append({"stage": stage.name, "fits": bool(found), "feasible": found})
+                continue
+            result = compile_stage(config, stage, devices)
+            tables.show_stage(result, options.topology)
+            report["stages"].append(result)
+            if not result["fits"]:
+                result["advice"] = search.advise(config, stage, devices)
+                tables.show_advice(stage.name, result["advice"])
+    except (ConfigError, ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    if options.json:
+        pathlib.Path(options.json).write_text(json.dumps(report, indent=1) + "\n")
+    return 0 if all(stage["fits"] for stage in report["stages"]) else 1
+
+
+def topology_devices(name: str, slices: int) -> list[Any]:
+    """Returns the devices of a topology, or those of this machine.
+
+    Raises:
+        ConfigError: For a name that libtpu does not know, or where libtpu is not installed.
+    """
+    import jax
+    from jax.experimental import topologies
+
+    from safe_rlhf_jax.config import ConfigError
+
+    if name == "local":
+        return list(jax.devices())
+    os.environ |= COMPILE_ONLY
+    options = {"num_slices": slices} if slices > 1 else {}
+    try:
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices)
+    except RuntimeError as error:
+        if "not installed" in str(error):
+            raise ConfigError(f"--topology {name}: needs libtpu: pip install 'safe_rlhf_jax[tpu]'") from error
+        raise ConfigError(f"--topology {name}: {error}; names are such as v5e:8x8, v5p:2x2x4, v6e:8x8") from error
+
+
+def environment(devices: Sequence[Any]) -> dict[str, Any]:
+    """Returns the versions that compiled, and for what."""
+    import importlib.metadata
+
+    import jax
+
+    from safe_rlhf_jax.analysis.chips import chip_of
+
+    versions = {"jax": jax.__version__}
+    if devices[0].platform == "tpu":
+        versions["libtpu"] = importlib.metadata.version("libtpu")
+    chip = chip_of(devices[0])
+    return versions | {"chip": chip.name if chip else devices[0].device_kind, "devices": len(devices)}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

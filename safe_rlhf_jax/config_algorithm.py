@@ -1,0 +1,142 @@
+"""Schemas of the on-policy algorithms: constraints, KL, the clipped update.
+
+Sources: [ref] PKU-Alignment/safe-rlhf@82743cc scripts; [paper] Dai et al. 2023, arXiv 2310.12773; [omnisafe] its
+`PIDLagrangian` defaults.
+"""
+
+from typing import Annotated, Any, Literal
+
+import pydantic
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+from safe_rlhf_jax.config_data import Data, Schema, Share
+
+ScheduleName = Literal["constant", "linear", "cosine", "hold_linear"]
+
+
+class CalibratedLimit(Schema):
+    """Sets d from the cost model's own scores of labelled data instead of guessing it.
+
+    d = mean cost of responses labelled safe + margin · (mean of unsafe − mean of safe), over prompts that the
+    constraint names. (With E[C] ≤ 0 over mixed prompts, very negative costs of benign prompts pay for harm elsewhere.)
+    """
+
+    data: Data
+    margin: Share = 0.03
+
+
+class PIDConfig(Schema):
+    """λ = [K_p·P + I + K_d·D]⁺; the gain of the integral I is `lr`."""
+
+    proportional: NonNegativeFloat = 0.1  # K_p [omnisafe]
+    derivative: NonNegativeFloat = 0.01  # K_d [omnisafe]
+    smoothing: Share = 0.95  # of the averages behind P and D [omnisafe]
+    delay: PositiveInt = 10  # moves over which the slope is taken [omnisafe]
+
+
+class Lagrange(Schema):
+    """The constraint J_C ≤ d and its multiplier λ."""
+
+    cost_limit: float | CalibratedLimit = 0.0  # d, cost-model units [ref]
+    measure: Literal["mean", "rectified", "cvar"] = "mean"  # J_C: of C [ref], of {C − threshold}⁺, of the worst costs
+    threshold: float = 0.0  # of `rectified`, cost-model units [RePO]
+    tail: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9  # α of `cvar`: the mean of the worst 1 − α
+    multiplier: Literal["log", "projected", "pid"] = "log"  # gradient ascent in log λ [ref], in λ, or PID control
+    init: float = 1.0  # λ at the start [ref]
+    lr: PositiveFloat = 0.1  # of log λ [ref]; of λ; K_i of PID
+    schedule: ScheduleName = "constant"
+    pid: PIDConfig = PIDConfig()
+    max_multiplier: PositiveFloat | None = 5.0  # [ref]
+    min_multiplier: PositiveFloat | None = None
+    every: Literal["rollout", "minibatch"] = "rollout"  # [ref: minibatch]
+    delay: NonNegativeInt = 0  # iterations before λ moves [ref]
+    window: PositiveInt = 128  # newest costs that J_C averages over, all devices together [ref: per process]
+    constrained_groups: tuple[str, ...] | None = None  # values of `group_field` the constraint names; null: all prompts
+    group_limits: dict[str, float] | None = None  # d by value of `group_field`, each with a λ and a window of its own
+    warn_unsafe_share: Share = 0.1  # warn when J_C ≤ d while a larger share of constrained responses costs more than 0
+
+    @pydantic.field_validator("init")
+    @classmethod
+    def positive(cls, value: float, info: Any) -> float:
+        """Log λ must exist, and λ is never negative."""
+        if info.data.get("multiplier") == "log" and value <= 0:
+            raise ValueError("must be > 0: λ is learned as log λ and never leaves 0; use algorithm.name: ppo for λ ≡ 0")
+        if value < 0:
+            raise ValueError("must be ≥ 0: a negative λ would reward cost")
+        return value
+
+    @pydantic.model_validator(mode="after")
+    def fits(self) -> "Lagrange":
+        """The multiplier starts between its bounds, and the limit belongs to the measure."""
+        low, high = self.min_multiplier or 0.0, self.max_multiplier or float("inf")
+        if not low <= self.init <= high:
+            raise ValueError(f"init {self.init} must lie between min_multiplier {low} and max_multiplier {high}")
+        if self.group_limits is not None and self.constrained_groups is not None:
+            raise ValueError("group_limits names its groups itself; leave out constrained_groups")
+        limits = [self.cost_limit] if self.group_limits is None else list(self.group_limits.values())
+        if self.measure == "rectified" and any(isinstance(d, CalibratedLimit) or d < 0 for d in limits):
+            raise ValueError("measure 'rectified' is never negative: cost_limit must be a number ≥ 0")
+        return self
+
+    @property
+    def named(self) -> tuple[str, ...] | None:
+        """Groups of prompts that the constraint names; None: all prompts."""
+        return self.constrained_groups if self.group_limits is None else tuple(self.group_limits)
+
+
+class KLConfig(Schema):
+    """How the policy is held near the reference, beside `kl_coeff`."""
+
+    place: Literal["signals", "k2", "k3"] = "signals"  # in rewards and costs [ref], or a loss with this estimator
+    schedule: ScheduleName = "constant"  # of kl_coeff, by iteration
+    target: PositiveFloat | None = None  # nats per response; a controller moves kl_coeff to keep to it
+    gain: PositiveFloat = 0.1  # of the controller, per iteration [Ziegler et al. 2019]
+    refresh_every: PositiveInt | None = None  # iterations after which the reference becomes the actor
+    average: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None  # share of the actor in the reference, per iteration
+
+    @pydantic.model_validator(mode="after")
+    def one_of_each(self) -> "KLConfig":
+        """One thing moves β, and one moves the reference."""
+        if self.target is not None and self.schedule != "constant":
+            raise ValueError(f"target {self.target} and schedule {self.schedule!r} both move kl_coeff; choose one")
+        if self.refresh_every is not None and self.average is not None:
+            raise ValueError("refresh_every and average both move the reference; choose one")
+        return self
+
+
+class AlgorithmConfig(Schema):
+    """The on-policy algorithm and its scalars."""
+
+    name: Literal[
+        "ppo",
+        "ppo_lag",
+        "reward_shaping",
+        "rloo_lag",
+        "grpo_lag",
+        "p3o",
+        "p3o_lag",
+        "p3o_separate",
+        "p3o_separate_lag",
+    ] = "ppo_lag"
+    kl_coeff: NonNegativeFloat = 0.01  # β, score per nat [ref ppo-lag]; in rewards and in costs
+    kl: KLConfig = KLConfig()
+    gamma: Share = 1.0  # [ref]
+    gae_lambda: Share = 0.95  # [ref]
+    clip_range_ratio: PositiveFloat = 0.2  # [ref]
+    clip_range_score: PositiveFloat = 50.0  # [ref]
+    clip_range_value: PositiveFloat = 5.0  # [ref]
+    dual_clip: Annotated[float, Field(gt=1.0)] | None = (
+        None  # bound on ρ where the advantage is negative; 3 in 1912.09729
+    )
+    whiten: bool = False  # advantages of a minibatch to mean 0 and variance 1
+    entropy_coeff: NonNegativeFloat = 0.0  # score per nat and token
+    epochs: PositiveInt = 1  # passes over a rollout [ref: update_iters]
+    minibatches: PositiveInt = 1  # optimizer steps per pass
+    stop_kl: PositiveFloat | None = None  # nats per token from the sampler at which the updates of a rollout end
+    critic_warmup: NonNegativeInt = 0  # iterations in which only the critics (and λ) move
+    old_log_probs: Literal["recomputed", "sampled"] = "recomputed"  # by the learner's graph, or the sampler's own
+    missing_eos_penalty: NonNegativeFloat = 0.0  # taken off the reward of a response that ran into the length limit
+    ptx_coeff: NonNegativeFloat = 0.0  # weight of the language-modelling loss on `ptx` [ref scripts: 16]
+    cost_weight: NonNegativeFloat = 1.0  # ν of `reward_shaping` [ref]
+    lagrange: Lagrange = Lagrange()  # of `cost_model`
+    constraints: dict[str, Lagrange] = Field(default_factory=dict)  # of `cost_models`, by name

@@ -1,0 +1,96 @@
+"""Data sets of `datasets` (hub ids and saved folders) and of `tensorflow-datasets`; imported when one is named."""
+
+import pathlib
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from safe_rlhf_jax.data.formats import Record
+
+
+def read_hub(name: str, split: str) -> Sequence[Record]:
+    """Reads `OWNER/NAME[@REVISION][:CONFIG]` from the Hugging Face hub, or its cache.
+
+    Raises:
+        ValueError: If there is no such data set or split, or it cannot be fetched; says what to do.
+    """
+    import datasets
+
+    found = re.fullmatch(r"([^@:]+)(?:@([^:]+))?(?::(.+))?", name)
+    if found is None:
+        raise ValueError(f"data 'hf:{name}': write hf:OWNER/NAME[@REVISION][:CONFIG]")
+    try:
+        table = datasets.load_dataset(found[1], found[3], split=split, revision=found[2])
+    except Exception as error:  # of many libraries
+        raise ValueError(
+            f"data 'hf:{name}': split {split!r} cannot be loaded: {one_line(error)}. Check the name, the network and "
+            "HF_HUB_OFFLINE; a private data set needs `hf auth login`; a downloaded folder can be named by its path."
+        ) from error
+    records: Sequence[Record] = table.to_list()
+    return records
+
+
+def is_saved(path: pathlib.Path) -> bool:
+    """Says whether a folder was written by `save_to_disk`."""
+    return any((path / name).is_file() for name in ("dataset_dict.json", "state.json"))
+
+
+def read_saved(path: pathlib.Path, split: str) -> Sequence[Record]:
+    """Reads a folder that `save_to_disk` of a data set, or of a dictionary of splits, has written.
+
+    Raises:
+        ValueError: If it cannot be read, or has no such split.
+    """
+    import datasets
+
+    try:
+        table = datasets.load_from_disk(str(path))
+    except Exception as error:
+        raise ValueError(f"data {path}: cannot be loaded: {one_line(error)}") from error
+    splits = table if isinstance(table, datasets.DatasetDict) else {"train": table}
+    if split not in splits:
+        raise ValueError(f"data {path}: split {split!r}: the folder has {', '.join(splits)}")
+    records: Sequence[Record] = splits[split].to_list()
+    return records
+
+
+def read_tfds(name: str, split: str) -> Sequence[Record]:
+    """Reads a data set of tensorflow-datasets through its `data_source`, which needs no TensorFlow.
+
+    Raises:
+        ValueError: If the package is missing, or there is no such data set or split.
+    """
+    try:
+        import tensorflow_datasets as tfds
+    except ImportError as error:
+        raise ValueError(f"data 'tfds:{name}': pip install tensorflow-datasets") from error
+    try:
+        source = tfds.data_source(name, split=split)
+    except Exception as error:
+        raise ValueError(f"data 'tfds:{name}': split {split!r} cannot be loaded: {one_line(error)}") from error
+    return [{field: plain(value) for field, value in source[i].items()} for i in range(len(source))]
+
+
+def plain(value: Any) -> Any:
+    """Returns text, numbers, lists and dictionaries for the bytes and arrays of tensorflow-datasets."""
+    if isinstance(value, dict):
+        if value and all(isinstance(column, np.ndarray | list) for column in value.values()):
+            # A list of dictionaries arrives as a dictionary of lists.
+            rows = zip(*(plain(column) for column in value.values()), strict=True)
+            return [dict(zip(value, row, strict=True)) for row in rows]
+        return {name: plain(item) for name, item in value.items()}
+    if isinstance(value, np.ndarray | np.generic):
+        return plain(value.tolist())
+    if isinstance(value, bytes):
+        return value.decode("utf-8")
+    return [plain(item) for item in value] if isinstance(value, list) else value
+
+
+def one_line(error: Exception) -> str:
+    """Returns the first line of an error."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+HUBS: dict[str, Callable[[str, str], Sequence[Record]]] = {"hf": read_hub, "tfds": read_tfds}

@@ -1,0 +1,133 @@
+"""What a data set looks like to a stage: counts, lengths, labels, harm categories, records with their loss mask."""
+
+import itertools
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.text import Text as Styled
+
+from safe_rlhf_jax.data.examples import Examples
+from safe_rlhf_jax.data.formats import Record
+from safe_rlhf_jax.data.sources import prompt_key, record_key
+from safe_rlhf_jax.data.tokenizer import Tokenizer
+
+BINS = 10  # of the histogram
+BAR = 40  # characters of its longest bar
+SHOWN_CATEGORIES = 20
+SIDES = ("chosen", "rejected", "safer", "unsafer")
+
+
+def show(
+    console: Console,
+    title: str,
+    records: Sequence[Record],
+    data: Examples,
+    *,
+    tokenizer: Tokenizer,
+    max_length: int,
+    shown: int = 2,
+) -> None:
+    """Prints everything about a data set that a stage would read.
+
+    Args:
+        console: Where to; colours on a terminal, brackets elsewhere.
+        title: Names the stage and the data.
+        records: As read.
+        data: The examples made of them.
+        tokenizer: Of the run.
+        max_length: Tokens that a text may have.
+        shown: How many records are written out.
+    """
+    lines = [Styled(title, "bold")]
+    lines += [Styled(f"  {line}") for line in (*counts(records, data), *lengths(data, max_length), *labels(data))]
+    for i in range(min(shown, len(data))):
+        for name, tokens, mask, trained in rows_of(data, i):
+            lines += [Styled(f"  record {i + 1}, {name}:", "bold")]
+            lines += [written(tokens[mask], trained[mask], tokenizer, brackets=not console.is_terminal)]
+    for line in lines:
+        console.print(line, soft_wrap=True)
+    console.print()
+
+
+def counts(records: Sequence[Record], data: Examples) -> list[str]:
+    """Returns how many records there are, can be used, are skipped and repeat each other."""
+    total = len(data) + sum(data.skipped.values())
+    out = [f"{total} records, {len(data)} can be used"]
+    out += [f"  skipped {count}: {reason}" for reason, count in Counter(data.skipped).most_common()]
+    repeats, prompts = (len(records) - len({key(record) for record in records}) for key in (record_key, prompt_key))
+    return [*out, f"duplicates: {repeats} records, {prompts} prompts"]
+
+
+def lengths(data: Examples, max_length: int) -> list[str]:
+    """Returns a histogram of the texts' lengths in tokens, before they are cut."""
+    values = np.array(data.lengths)
+    low, middle, high = (int(np.quantile(values, q)) for q in (0.05, 0.5, 0.95))
+    out = [f"tokens of a text: mean {values.mean():.0f}, 5 % {low}, median {middle}, 95 % {high}, most {values.max()}"]
+    size = -(-int(values.max() + 1) // BINS)
+    numbers = np.bincount(values // size, minlength=BINS)
+    for i, number in enumerate(numbers):
+        bar = "█" * -(-BAR * int(number) // int(numbers.max()))
+        out.append(f"  {i * size:>6} to {(i + 1) * size - 1:<6} {number:>8} {bar}")
+    cut = f"cut to {max_length} tokens: {data.truncated} of {len(values)} texts ({data.truncated / len(values):.1%})"
+    return [*out, cut]
+
+
+def labels(data: Examples) -> list[str]:
+    """Returns how labels, harm categories and severities are distributed over the usable records."""
+    out = []
+    better = Counter(record.get("better_response_id") for record in data.records)
+    if hasattr(data.arrays, "chosen"):
+        out.append(f"better response: {share(better[0], better.total())} the first")
+    if hasattr(data.arrays, "safer"):
+        safe = np.stack([data.arrays.safer_is_safe, data.arrays.unsafer_is_safe])
+        out.append(f"labelled safe: {share(int(safe.sum()), safe.size)} of the responses")
+        kinds = {"both": safe.all(0), "only the safer": safe[0] & ~safe[1], "neither": ~safe.any(0)}
+        out.append("safe in a pair: " + ", ".join(f"{k} {share(int(v.sum()), v.size)}" for k, v in kinds.items()))
+    for what in ("category", "severity", "prompt_source"):
+        found = Counter(value for record in data.records for value in values_of(record, what))
+        if found:
+            named = ", ".join(f"{value} {count}" for value, count in found.most_common(SHOWN_CATEGORIES))
+            more = f", and {len(found) - SHOWN_CATEGORIES} more" if len(found) > SHOWN_CATEGORIES else ""
+            out.append(f"{what}: {named}{more}")
+    return out
+
+
+def values_of(record: Record, what: str) -> list[str]:
+    """Returns the values of the fields whose name holds a word; of {category: bool}, the categories that are true."""
+    out: list[str] = []
+    for field, value in record.items():
+        if what in field and isinstance(value, dict):
+            out += [name for name, holds in value.items() if holds]
+        elif what in field and isinstance(value, str | int):
+            out.append(str(value))
+    return out
+
+
+def share(part: int, whole: int) -> str:
+    """Returns a share in per cent."""
+    return f"{part / max(whole, 1):.1%}"
+
+
+def rows_of(data: Examples, i: int) -> list[tuple[str, Any, Any, Any]]:
+    """Returns (name, tokens, mask, trained) of the texts of a row."""
+    sides = [(name, getattr(data.arrays, name, None)) for name in SIDES]
+    rows = [(name, side.tokens[i], side.mask[i], side.response_mask[i]) for name, side in sides if side is not None]
+    if rows:
+        return rows
+    trained = getattr(data.arrays, "loss_mask", np.zeros_like(data.arrays.mask))
+    name = "demonstration" if hasattr(data.arrays, "loss_mask") else "prompt"
+    return [(name, data.arrays.tokens[i], data.arrays.mask[i], trained[i])]
+
+
+def written(tokens: Any, trained: Any, tokenizer: Tokenizer, *, brackets: bool) -> Styled:
+    """Returns a row as the model sees it, with what is trained in green, or in [[ ]]."""
+    out = Styled("  ")
+    starts = [0, *(np.flatnonzero(np.diff(trained)) + 1).tolist(), len(tokens)]
+    for start, end in itertools.pairwise(starts):
+        text = tokenizer.hf.decode(tokens[start:end].tolist(), clean_up_tokenization_spaces=False)
+        opened, closed = ("[[", "]]") if brackets and trained[start] else ("", "")
+        out.append(f"{opened}{text}{closed}", style="green" if trained[start] else "")
+    return out

@@ -1,0 +1,107 @@
+"""Parameters between stored tensors and the devices that hold them: one tensor in host memory at a time."""
+
+import gc
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jax.experimental import multihost_utils
+
+from safe_rlhf_jax.models.safetensors_io import Spec, Tensors
+from safe_rlhf_jax.models.transformer import CausalLM, ScoreModel
+from safe_rlhf_jax.models.weights import Path, Shape, Weight, from_stored, stored_shape, to_stored
+
+Index = tuple[slice, ...]
+
+
+def boxed_variables(module: CausalLM | ScoreModel) -> dict[str, Any]:
+    """Returns shapes and dtypes of the module's variables, in boxes that name their axes."""
+    tokens = jnp.zeros((1, 2), jnp.int32)
+    variables: dict[str, Any] = jax.eval_shape(module.init, jax.random.key(0), tokens, tokens > 0)
+    return variables
+
+
+def abstract_variables(module: CausalLM | ScoreModel) -> dict[str, Any]:
+    """Returns shapes and dtypes of the module's variables."""
+    variables: dict[str, Any] = nn.unbox(boxed_variables(module))
+    return variables
+
+
+def fresh_head(shape: Shape, seed: int) -> np.ndarray:
+    """Returns the start of a score head: N(0, 1/√(D+1)) weights [D, 1], zero bias [1]."""
+    if len(shape) == 1:
+        return np.zeros(shape, np.float32)
+    return np.asarray((shape[0] + 1) ** -0.5 * jax.random.normal(jax.random.key(seed), shape, jnp.float32))
+
+
+def reader(
+    tensors: Tensors, weights: Mapping[str, Weight], path: Path, shapes: Mapping[Path, Shape], dtype: np.dtype
+) -> Callable[[Index], np.ndarray]:
+    """Returns read(index): a part of a parameter, from the stored tensors that hold it."""
+    stored = {weight.layer: name for name, weight in weights.items() if path in weight.paths}
+
+    def view(name: str) -> np.ndarray:
+        weight = weights[name]
+        own = {p: shapes[p][weight.layer is not None :] for p in weight.paths}
+        return from_stored(tensors[name], own, weight, name)[path]
+
+    def read(index: Index) -> np.ndarray:
+        if None in stored:
+            part = view(stored[None])[index]
+            out = np.empty(part.shape, dtype)
+            out[...] = part
+            return out
+        layers = range(shapes[path][0])[index[0]]
+        out = np.empty((len(layers), *view(stored[layers[0]])[index[1:]].shape), dtype)
+        for row, layer in zip(out, layers, strict=True):
+            row[...] = view(stored[layer])[index[1:]]
+        return out
+
+    return read
+
+
+def place(read: Callable[[Index], np.ndarray], shape: Shape, sharding: Any) -> jax.Array:
+    """Returns an array whose shards on this process's devices hold what `read` says.
+
+    They are read one after the other, each when the one before has arrived and has left the host's memory.
+    """
+    if sharding is None:
+        return put(read((slice(None),) * len(shape)))
+    shards: dict[str, jax.Array] = {}  # by index: what several devices hold is read once
+    arrays = []
+    for device, index in sharding.addressable_devices_indices_map(shape).items():
+        source = shards.get(str(index))
+        arrays.append(put(read(index) if source is None else source, device))
+        shards[str(index)] = arrays[-1]
+    return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
+
+
+def put(array: Any, device: jax.Device | None = None) -> jax.Array:
+    """Returns an array on a device once it is there and the host's copy has been let go."""
+    out = jax.block_until_ready(jax.device_put(array, device))
+    gc.collect(0)  # jax holds on to what it has copied until Python collects garbage
+    return out
+
+
+def gather(leaf: Any, layer: int | None = None) -> np.ndarray:
+    """Returns a parameter, or one layer of it, in host memory; with several processes all of them take part."""
+    part = leaf if layer is None else leaf[layer]
+    if isinstance(part, jax.Array) and not part.is_fully_addressable:
+        part = multihost_utils.process_allgather(part, tiled=True)
+    return np.asarray(part)
+
+
+def stored_specs(leaves: Mapping[Path, Any], weights: Mapping[str, Weight]) -> dict[str, Spec]:
+    """Returns how to make each stored tensor of a model."""
+    specs = {}
+    for name, weight in weights.items():
+        shapes = {path: leaves[path].shape[weight.layer is not None :] for path in weight.paths}
+
+        def make(weight: Weight = weight) -> np.ndarray:
+            return to_stored({path: gather(leaves[path], weight.layer) for path in weight.paths}, weight)
+
+        specs[name] = Spec(stored_shape(shapes, weight), jnp.dtype(leaves[weight.paths[0]].dtype), make)
+    return specs

@@ -1,0 +1,167 @@
+"""Two layouts of score models in Hugging Face folders.
+
+`beaver`: `*ForScore` of the reference, with a bias and a normaliser (REFERENCE section 4). `sequence_classification`:
+transformers' `*ForSequenceClassification` with one label, in which most public reward models come. It has neither, and
+reads the score of a text at its last token that is not the padding token, by id.
+"""
+
+import dataclasses
+import warnings
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import numpy as np
+
+from safe_rlhf_jax.models.config import Layout, ScoreConfig, ScoreType
+from safe_rlhf_jax.models.families import Family
+from safe_rlhf_jax.models.transformer import NORMALIZER_EPS
+from safe_rlhf_jax.models.weights import Path, Weight
+
+HEADS: dict[Layout, str] = {"beaver": "score_head", "sequence_classification": "score"}
+ARCHITECTURES: dict[Layout, str] = {"beaver": "ForScore", "sequence_classification": "ForSequenceClassification"}
+KERNEL: Path = ("score_kernel",)
+BIAS: Path = ("score_bias",)
+# What the layouts write into config.json, `bias` being an older spelling of `score_bias`.
+FIELDS = ("score_dim", "score_type", "score_bias", "bias", "do_normalize", "momentum", "normalizer_type", "mean", "var")
+
+
+def score_weights(score: ScoreConfig, layout: Layout) -> dict[str, Weight]:
+    """Returns {stored name: Weight} of the score head."""
+    weights = {f"{HEADS[layout]}.weight": Weight((KERNEL,), in_ndim=1)}
+    if score.bias:
+        weights[f"{HEADS[layout]}.bias"] = Weight((BIAS,), in_ndim=0)
+    return weights
+
+
+def stored_layout(hf: Mapping[str, Any], names: Collection[str] = ()) -> Layout | None:
+    """Returns the layout of a folder, None for one that holds no score head."""
+    architecture = (hf.get("architectures") or [""])[0]
+    for layout, head in HEADS.items():
+        if f"{head}.weight" in names or architecture.endswith(ARCHITECTURES[layout]):
+            return layout
+    return None
+
+
+def stored_score_type(hf: Mapping[str, Any]) -> ScoreType | None:
+    """Returns what a folder says its scores are. Sequence classification without a word is a reward model."""
+    default = "reward" if stored_layout(hf) == "sequence_classification" else None
+    kind: ScoreType | None = hf.get("score_type", default)
+    return kind
+
+
+def read_score_config(
+    hf: Mapping[str, Any], names: Collection[str], score_type: ScoreType | None, score_bias: bool | None
+) -> ScoreConfig:
+    """Reads the score fields of `config.json`, in the spelling of either version of the reference.
+
+    Args:
+        hf: `config.json`.
+        names: Of the stored tensors: what is stored counts, as the field for the bias changed name and default.
+        score_type: Overrides the stored one.
+        score_bias: Of a head that is not stored; by default as config.json says.
+
+    Raises:
+        ValueError: If nothing says which kind of score it is, or there are several labels.
+    """
+    layout, kind = stored_layout(hf, names), score_type or stored_score_type(hf)
+    if kind not in ("reward", "cost", "critic"):
+        raise ValueError(f"score_type {kind!r}: pass score_type='reward', 'cost' or 'critic'")
+    if layout == "sequence_classification":
+        for field in ("id2label", "num_labels"):
+            labels = hf.get(field) or 1
+            count = labels if isinstance(labels, int) else len(labels)
+            if count != 1:
+                raise ValueError(f"config.json: {field} has {count} labels; a reward or cost model has one")
+        pad_id = None if kind == "critic" else hf.get("pad_token_id")
+        return ScoreConfig(kind, bias="score.bias" in names, pad_id=pad_id)
+    if layout == "beaver":
+        bias = "score_head.bias" in names
+    else:
+        bias = hf.get("score_bias", hf.get("bias", True)) if score_bias is None else score_bias
+    return ScoreConfig(kind, bool(bias), bool(hf.get("do_normalize")) and kind != "critic", hf.get("momentum"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """A score model as a layout spells it."""
+
+    score: ScoreConfig
+    head: dict[Path, np.ndarray]
+    buffers: dict[str, np.ndarray]
+    fields: dict[str, Any]  # of config.json
+
+
+def in_layout(
+    layout: Layout,
+    this: Family,
+    score: ScoreConfig,
+    head: Mapping[Path, np.ndarray],
+    stats: Mapping[str, np.ndarray],
+    hf: Mapping[str, Any],
+) -> Stored:
+    """Returns a score model as a layout spells it.
+
+    Args:
+        layout: The layout.
+        this: Of the decoder.
+        score: What the head is.
+        head: Its parameters.
+        stats: The normaliser: mean f32[1], var f32[1], count i32[1]; empty for a critic.
+        hf: `config.json`, special tokens included.
+
+    Raises:
+        ValueError: If the layout would read another token's score.
+    """
+    hf = {name: value for name, value in hf.items() if name not in FIELDS}
+    end = hf.get("eos_token_id")
+    ends = end if isinstance(end, list) else [end]
+    if layout == "sequence_classification":
+        score, head = without_normalizer(score, head, stats)
+        if score.bias:
+            warnings.warn(
+                f"score.bias {float(head[BIAS][0]):.6g} is written, but transformers' classes have no bias: scores "
+                "that they compute lack it. Train with `export_layout: sequence_classification` for a head without",
+                stacklevel=3,
+            )
+        pad_id = hf.get("pad_token_id")
+        if score.pad_id is not None:
+            pad_id = score.pad_id
+        elif pad_id in ends:
+            pad_id = None  # EOS, where the score stands, would be skipped; without it transformers takes single texts
+        fields: dict[str, Any] = {
+            "id2label": {"0": "LABEL_0"},
+            "label2id": {"LABEL_0": 0},
+            "pad_token_id": pad_id,
+            "score_type": score.score_type,
+        }
+        buffers: dict[str, np.ndarray] = {}
+    else:
+        if score.pad_id is not None and score.pad_id in ends:
+            raise ValueError(
+                f"the score is read at the last token other than {score.pad_id}, padding and EOS alike, which the "
+                "beaver layout cannot say; save with layout='sequence_classification'"
+            )
+        fields = {
+            "score_dim": 1,
+            "score_bias": score.bias,
+            "score_type": score.score_type,
+            "do_normalize": score.normalize,
+            "momentum": score.momentum,
+            "normalizer_type": "RunningMeanStd" if score.momentum is None else "ExponentialMovingAverage",
+        } | {name: stats[name].tolist() for name in ("mean", "var") if stats}
+        buffers = {f"normalizer.{k}": v.astype(np.int64) if k == "count" else v for k, v in stats.items()}
+    fields["architectures"] = [this.score.replace("ForScore", ARCHITECTURES[layout])]
+    return Stored(score, dict(head), buffers, hf | fields)
+
+
+def without_normalizer(
+    score: ScoreConfig, head: Mapping[Path, np.ndarray], stats: Mapping[str, np.ndarray]
+) -> tuple[ScoreConfig, dict[Path, np.ndarray]]:
+    """Returns a head with the same scores whose normaliser is part of it, and without a bias if that is zero."""
+    kernel, bias = head[KERNEL], head.get(BIAS, np.zeros(1, np.float32))
+    if score.normalize:
+        std = np.sqrt(stats["var"]) + NORMALIZER_EPS
+        mean = stats["mean"] if score.score_type == "reward" else 0.0
+        kernel, bias = (kernel / std).astype(kernel.dtype), ((bias - mean) / std).astype(bias.dtype)
+    score = dataclasses.replace(score, normalize=False, momentum=None, bias=bool(bias.any()))
+    return score, {KERNEL: kernel} | ({BIAS: bias} if score.bias else {})

@@ -1,0 +1,87 @@
+"""How a stored tensor maps to parameters of ours: shapes there and back."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Literal
+
+import numpy as np
+
+Path = tuple[str, ...]
+Shape = tuple[int, ...]
+Fusion = Literal["blocks", "heads"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Weight:
+    """One stored tensor: the parameters it holds, and how many of their dimensions are inputs of a linear map.
+
+    Linear maps are stored [out, in] and biases [out], with heads and head dimension as one; the rest as it is. A fused
+    tensor holds its parameters one after the other along `out`, or, where `fusion` is "heads", does so for each head.
+    """
+
+    paths: tuple[Path, ...]  # of the parameters; more than one where the stored tensor is a fused one
+    layer: int | None = None  # index on the leading axis of a scanned parameter
+    in_ndim: int | None = None  # 0 for a bias; None for what belongs to no linear map
+    fusion: Fusion = "blocks"
+    transposed: bool = False  # linear maps are stored [in, out]
+
+
+def linear_shape(shape: Shape, in_ndim: int) -> Shape:
+    """Returns [out, in] of a linear map's kernel, or [out] of its bias."""
+    inputs, outputs = shape[:in_ndim], shape[in_ndim:]
+    return (math.prod(outputs), math.prod(inputs)) if inputs else (math.prod(outputs),)
+
+
+def stored_shape(shapes: Mapping[Path, Shape], weight: Weight) -> Shape:
+    """Returns the shape in which the parameters of a `Weight` are stored.
+
+    Args:
+        shapes: Shape of each of `weight.paths`, without the layer axis.
+        weight: The mapping.
+    """
+    if weight.in_ndim is None:
+        (shape,) = (shapes[path] for path in weight.paths)
+        return shape
+    parts = [linear_shape(shapes[path], weight.in_ndim) for path in weight.paths]
+    shape = (sum(part[0] for part in parts), *parts[0][1:])
+    return shape[::-1] if weight.transposed else shape
+
+
+def from_stored(array: np.ndarray, shapes: Mapping[Path, Shape], weight: Weight, name: str) -> dict[Path, np.ndarray]:
+    """Returns the parameters that a stored tensor holds.
+
+    Args:
+        array: The stored tensor.
+        shapes: Shape of each of `weight.paths`, without the layer axis.
+        weight: The mapping.
+        name: Of the tensor, for errors.
+
+    Raises:
+        ValueError: If it is stored in another shape.
+    """
+    expected = stored_shape(shapes, weight)
+    if array.shape != expected:
+        raise ValueError(f"tensor {name!r} has shape {array.shape}; config.json asks for {expected}")
+    if weight.in_ndim is None:
+        return {weight.paths[0]: array}
+    array = array.T if weight.transposed else array
+    rows = [linear_shape(shapes[path], weight.in_ndim)[0] for path in weight.paths]
+    if weight.fusion == "heads" and len(rows) > 1:
+        heads = shapes[weight.paths[0]][weight.in_ndim]
+        array = array.reshape(heads, len(rows), -1, *array.shape[1:]).swapaxes(0, 1).reshape(array.shape)
+    parts = np.split(array, np.cumsum(rows)[:-1])
+    return {path: part.T.reshape(shapes[path]) for path, part in zip(weight.paths, parts, strict=True)}
+
+
+def to_stored(arrays: Mapping[Path, np.ndarray], weight: Weight) -> np.ndarray:
+    """Returns the tensor in which the parameters of a `Weight` (without the layer axis) are stored."""
+    if weight.in_ndim is None:
+        return np.ascontiguousarray(arrays[weight.paths[0]])
+    parts = [arrays[path] for path in weight.paths]
+    heads = parts[0].shape[weight.in_ndim]
+    parts = [part.reshape(linear_shape(part.shape, weight.in_ndim)[::-1]).T for part in parts]
+    array = np.concatenate(parts) if len(parts) > 1 else parts[0]
+    if weight.fusion == "heads" and len(parts) > 1:
+        array = array.reshape(len(parts), heads, -1, *array.shape[1:]).swapaxes(0, 1).reshape(array.shape)
+    return np.ascontiguousarray(array.T if weight.transposed else array)

@@ -1,0 +1,161 @@
+"""Text in, text and scores out: policies and scorers for use from Python, `chat` and scripts."""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from safe_rlhf_jax.data.formats import Message
+from safe_rlhf_jax.data.templates import AnyTemplate, load_template
+from safe_rlhf_jax.data.texts import encode
+from safe_rlhf_jax.data.tokenizer import Tokenizer, load_tokenizer
+from safe_rlhf_jax.inference.generate import generate
+from safe_rlhf_jax.inference.sampling import Sampling
+from safe_rlhf_jax.inference.stream import round_up
+from safe_rlhf_jax.models import hf
+from safe_rlhf_jax.models.config import ScoreType
+from safe_rlhf_jax.ops import sequence_scores
+from safe_rlhf_jax.types import PromptBatch
+
+Prompt = str | Sequence[Message]  # a user's message, or a conversation that ends with one
+
+
+def turns(prompt: Prompt) -> list[Message]:
+    """Returns a prompt as a conversation."""
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+
+
+def pad(rows: Sequence[Sequence[int]], *, left: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Returns tokens i32[B, L] and mask bool[B, L]; L is a power of two, so that few programs are compiled."""
+    width = round_up(max(map(len, rows)))
+    tokens, mask = np.zeros((len(rows), width), np.int32), np.zeros((len(rows), width), bool)
+    for i, row in enumerate(rows):
+        columns = slice(width - len(row), width) if left else slice(0, len(row))
+        tokens[i, columns], mask[i, columns] = row, True
+    return tokens, mask
+
+
+class Network:
+    """A module with its variables, tokenizer and template.
+
+    Raises:
+        ValueError: If the tokenizer has more tokens than the network embeds.
+    """
+
+    def __init__(self, name: str, module: Any, variables: Any, tokenizer: Tokenizer, template: AnyTemplate):
+        if module.config.vocab_size < tokenizer.vocab_size:
+            raise ValueError(
+                f"{name}: vocab_size {module.config.vocab_size} is smaller than the tokenizer's "
+                f"{tokenizer.vocab_size}: it was trained with another tokenizer"
+            )
+        self.module, self.variables, self.tokenizer, self.template = module, variables, tokenizer, template
+
+
+class Policy(Network):
+    """A language model that answers: `policy(["a prompt", …])` returns a list of responses."""
+
+    def __call__(
+        self, prompts: Sequence[Prompt], *, max_tokens: int = 256, temperature: float = 1.0, seed: int = 0
+    ) -> list[str]:
+        """Samples a response to each prompt.
+
+        Args:
+            prompts: Texts, or conversations [{role, content}, …] that end with the user.
+            max_tokens: The most tokens of a response.
+            temperature: 0 is greedy.
+            seed: Of sampling.
+
+        Raises:
+            ValueError: If prompt and response do not fit into the positions of the model.
+        """
+        tokens, mask = pad([encode(turns(p), self.template, self.tokenizer).ids for p in prompts], left=True)
+        longest, room = int(mask.sum(-1).max()), self.module.config.max_positions
+        if longest + max_tokens > room:
+            raise ValueError(
+                f"a prompt of {longest} tokens + max_tokens {max_tokens} exceed the model's {room} positions"
+            )
+        batch = PromptBatch(jnp.asarray(tokens), jnp.asarray(mask), jnp.zeros(len(tokens), jnp.int32))
+        sampling = Sampling(temperature=temperature)
+        rollout = self.generate(self.variables["params"], batch, jax.random.key(seed), max_tokens, sampling)
+        responses = [np.asarray(row)[np.asarray(real)] for row, real in zip(*map(np.asarray, rollout), strict=True)]
+        return [self.tokenizer.decode(ids) for ids in responses]
+
+    @functools.cached_property
+    def generate(self) -> Any:
+        """The compiled sampler: (params, prompts, key, T, sampling) -> responses i32[B, T], mask bool[B, T]."""
+
+        def run(params: Any, prompts: PromptBatch, key: jax.Array, length: int, sampling: Sampling) -> Any:
+            tokenizer = self.tokenizer
+            rollout = generate(
+                self.module, params, prompts, key, response_length=length, eos_id=tokenizer.eos_id,
+                pad_id=tokenizer.pad_id, sampling=sampling,
+            )  # fmt: skip
+            return rollout.tokens[:, -length:], rollout.mask[:, -length:]
+
+        return jax.jit(run, static_argnums=(3, 4))
+
+
+class Scorer(Network):
+    """A reward or cost model: `scorer(prompts, responses)` returns f32[B]."""
+
+    def __call__(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> np.ndarray:
+        """Scores complete responses, end-of-sequence token included, in units of the model."""
+        texts = [
+            [*turns(prompt), {"role": "assistant", "content": response}]
+            for prompt, response in zip(prompts, responses, strict=True)
+        ]
+        return self.score_tokens([encode(text, self.template, self.tokenizer).ids for text in texts])
+
+    def score_tokens(self, rows: Sequence[Sequence[int]]) -> np.ndarray:
+        """Scores token ids as they stand, f32[B]."""
+        return np.asarray(self.score(self.variables, *pad(rows, left=False)))
+
+    @functools.cached_property
+    def score(self) -> Any:
+        """The compiled score: (variables, tokens i32[B, L], mask bool[B, L]) -> f32[B]."""
+        return jax.jit(lambda variables, tokens, mask: sequence_scores(self.module, variables, tokens, mask))
+
+
+def load_policy(path_or_id: str, *, template: str | AnyTemplate = "plain", dtype: str = "float32",
+                tokenizer: Tokenizer | None = None) -> Policy:  # fmt: skip
+    """Opens a language model for use.
+
+    Args:
+        path_or_id: A folder or a hub id.
+        template: How turns are written: as in `load_template`, or a template.
+        dtype: Of parameters and matmuls.
+        tokenizer: By default the one beside the model.
+
+    Raises:
+        FileNotFoundError: If there is no such model.
+        ValueError: If it cannot be opened, or the template is unknown.
+    """
+    return Policy(path_or_id, *open_network(path_or_id, "lm", template, dtype, tokenizer, None))
+
+
+def load_scorer(path_or_id: str, *, template: str | AnyTemplate = "plain", dtype: str = "float32",
+                tokenizer: Tokenizer | None = None, score_type: ScoreType | None = None) -> Scorer:  # fmt: skip
+    """Opens a reward or cost model for use; arguments and errors as in `load_policy`.
+
+    Args:
+        path_or_id: A folder or a hub id.
+        template: How turns are written.
+        dtype: Of parameters and matmuls.
+        tokenizer: By default the one beside the model.
+        score_type: "reward" or "cost", where the folder does not say.
+    """
+    return Scorer(path_or_id, *open_network(path_or_id, "score", template, dtype, tokenizer, score_type))
+
+
+def open_network(path_or_id: str, head: Any, template: str | AnyTemplate, dtype: str, tokenizer: Tokenizer | None,
+                 score_type: ScoreType | None) -> tuple[Any, Any, Tokenizer, AnyTemplate]:  # fmt: skip
+    """Returns module, variables, tokenizer and template."""
+    folder = hf.resolve(path_or_id)
+    tokenizer = tokenizer or load_tokenizer(str(folder))
+    if isinstance(template, str):
+        template = load_template(template, tokenizer)
+    module, variables = hf.load(folder, head, dtype, score_type=score_type)
+    return module, variables, tokenizer, template

@@ -1,0 +1,132 @@
+"""Several processes as one run: how they find each other, agree, and stop together.
+
+Every process runs the same program on its own devices; the first one writes. One process is the case of one.
+"""
+
+import contextlib
+import fcntl
+import functools
+import os
+import pathlib
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+COORDINATOR, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
+HEARTBEAT = 30  # seconds without a sign of life after which a process counts as dead, and the others stop
+JOINING = 300  # seconds to wait for the others at the start
+
+
+def start() -> None:
+    """Joins the other processes of this run, if the environment says that there are any.
+
+    Either all of `JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID` are set, or JAX recognises the
+    cluster (TPU pod, GKE, SLURM, Open MPI); `JAX_NUM_PROCESSES=1` says not to look. Has to come before anything touches
+    a device.
+
+    Raises:
+        ValueError: If some of the three variables are missing, or not numbers that fit.
+    """
+    jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM from `loop.Preemption`
+    named = {name: os.environ[name] for name in (COORDINATOR, COUNT, INDEX) if os.environ.get(name)}
+    if named.get(COUNT) == "1":
+        return
+    if COUNT in named or INDEX in named:
+        count, index = named.get(COUNT, ""), named.get(INDEX, "")
+        if len(named) < 3 or not (count.isdigit() and index.isdigit() and int(index) < int(count)):
+            raise ValueError(
+                f"processes: {named} in the environment; set {COORDINATOR}=HOST:PORT, {COUNT}=N and {INDEX}=0 … N − 1, "
+                "or none of them"
+            )
+    try:
+        jax.distributed.initialize(
+            num_processes=int(named[COUNT]) if COUNT in named else None,
+            process_id=int(named[INDEX]) if INDEX in named else None,
+            initialization_timeout=JOINING,
+            heartbeat_timeout_seconds=HEARTBEAT,
+            shutdown_timeout_seconds=HEARTBEAT,
+        )
+    except ValueError as error:
+        if COORDINATOR in named or "coordinator_address" not in str(error):
+            raise
+        return  # no cluster: one process
+    if not is_main():
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 what a run says, it says once
+
+
+def is_main() -> bool:
+    """This is the process that writes."""
+    return jax.process_index() == 0
+
+
+def barrier(name: str) -> None:
+    """Waits until every process is here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+@functools.cache
+def flag_program() -> tuple[Mesh, Callable[[jax.Array], jax.Array]]:
+    """Returns a mesh of all devices, and the program that asks whether any of one flag per device is set."""
+    mesh = Mesh(np.asarray(jax.devices()), ("all",))
+    return mesh, jax.jit(lambda flags: flags.any(), out_shardings=NamedSharding(mesh, PartitionSpec()))
+
+
+def any_process(flag: bool) -> jax.Array:
+    """Returns bool[], true if any process passes true. All processes call it; the answer is not waited for."""
+    mesh, any_of = flag_program()
+    sharding = NamedSharding(mesh, PartitionSpec("all"))
+    flags = jax.make_array_from_callback((jax.device_count(),), sharding, lambda _: np.full(1, flag))
+    with jax.set_mesh(mesh):
+        return any_of(flags)
+
+
+def stop(status: int) -> int:
+    """Returns the exit status of a run that failed; where there are other processes, ends this one on the spot.
+
+    An orderly exit would first wait for the others, which wait for this one.
+    """
+    if jax.distributed.is_initialized():
+        print(
+            "This process stops, and with it the others. If the error above speaks of a lost connection, "
+            "another process died first: see what that one says.",
+            file=sys.stderr,
+        )
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        os._exit(status)
+    return status
+
+
+@contextlib.contextmanager
+def claimed(folder: str | pathlib.Path) -> Iterator[None]:
+    """Holds a folder for this run: two runs must not write into one.
+
+    The lock belongs to the process, not to the file: when the process is gone, however it went, so is the lock.
+
+    Raises:
+        ValueError: If a live run holds the folder, naming its process and host.
+    """
+    if not is_main():
+        yield
+        return
+    pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
+    with (pathlib.Path(folder) / ".lock").open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            raise ValueError(
+                f"workdir {folder} is in use by {holder}. Wait for it to end, stop it, or set another workdir."
+            ) from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
+        file.flush()
+        yield

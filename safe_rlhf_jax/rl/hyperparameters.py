@@ -1,0 +1,46 @@
+"""The scalars of an iteration."""
+
+import dataclasses
+
+from safe_rlhf_jax.rl.constraints import Constraint
+from safe_rlhf_jax.rl.kl import KLControl
+
+IN_SIGNALS = KLControl()
+
+
+@dataclasses.dataclass(frozen=True)
+class Hyperparameters:
+    """The scalars of an iteration; names and units as in the config, where their sources stand."""
+
+    prompt_length: int  # S, tokens
+    response_length: int  # T, tokens
+    eos_id: int
+    pad_id: int
+    num_responses: int = 1
+    temperature: float = 1.0
+    recompute_log_probs: bool = True
+    kl_coeff: float = 0.01
+    kl: KLControl = IN_SIGNALS
+    gamma: float = 1.0
+    gae_lambda: float = 0.95
+    clip_range_ratio: float = 0.2
+    clip_range_score: float = 50.0
+    clip_range_value: float = 5.0
+    dual_clip: float | None = None
+    whiten: bool = False
+    entropy_coeff: float = 0.0
+    missing_eos_penalty: float = 0.0
+    cost_weight: float = 1.0  # ν, of algorithms that take it off the reward
+    ptx_coeff: float = 0.0
+    epochs: int = 1
+    minibatches: int = 1
+    microbatches: int = 1
+    stop_kl: float | None = None  # nats per token; no further update once the policy has moved so far from the sampler
+    critic_warmup: int = 0  # iterations in which the actor is held
+    constraints: dict[str, Constraint] = dataclasses.field(default_factory=dict)  # by cost signal
+    groups: tuple[str, ...] = ("all",)  # names of the prompt groups, by index
+
+    @property
+    def signals(self) -> tuple[str, ...]:
+        """Signals that have advantages: the reward, and one cost per constraint."""
+        return ("reward", *self.constraints)

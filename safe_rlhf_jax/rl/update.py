@@ -1,0 +1,190 @@
+"""Steps 8 and 9 of the line: the losses of a minibatch, and the optimizer steps of actor and critics."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from safe_rlhf_jax.objectives import lm_loss, token_weights
+from safe_rlhf_jax.ops import masked_mean, response_log_probs, response_values
+from safe_rlhf_jax.optim import Loss, gradient_step, split
+from safe_rlhf_jax.rl.advantages import whiten
+from safe_rlhf_jax.rl.algorithms import Algorithm
+from safe_rlhf_jax.rl.constraints import move_multiplier, row_multipliers
+from safe_rlhf_jax.rl.hyperparameters import Hyperparameters
+from safe_rlhf_jax.rl.kl import kl_loss
+from safe_rlhf_jax.rl.losses import clip_fraction, clipped_value_loss, negative_entropy, policy_ratio
+from safe_rlhf_jax.rl.rollout import Networks
+from safe_rlhf_jax.types import Experience, Metrics, RLState, Rollout, SupervisedBatch
+
+
+def response_mask(hp: Hyperparameters, rollout: Rollout) -> jax.Array:
+    """Response tokens, bool[B, T]."""
+    return rollout.mask[:, hp.prompt_length :]
+
+
+def kl_coefficient(hp: Hyperparameters, state: RLState) -> jax.Array | float:
+    """β of this iteration: the controller's, or the config's along its schedule."""
+    if state.kl_coeff is not None:
+        return state.kl_coeff
+    return hp.kl_coeff if hp.kl.schedule is None else hp.kl_coeff * hp.kl.schedule(state.step)
+
+
+@jax.named_scope("update")
+def update_networks(
+    networks: Networks,
+    algorithm: Algorithm,
+    hp: Hyperparameters,
+    state: RLState,
+    experience: Experience,
+    ptx: SupervisedBatch | None,
+    key: jax.Array,
+) -> tuple[RLState, Metrics]:
+    """PPO: `epochs` passes over the rollout in `minibatches`, each one optimizer step of actor and critics."""
+    batch = in_pairs(algorithm, (experience, ptx))
+    rows = jax.tree.leaves(batch)[0].shape[0]
+
+    def epoch(carry: Any, key: jax.Array) -> Any:
+        shuffled = batch
+        if hp.minibatches > 1:
+            order = jax.random.permutation(key, rows)
+            shuffled = jax.tree.map(lambda x: x[order], batch)
+        return jax.lax.scan(minibatch, carry, split(shuffled, hp.minibatches))
+
+    def minibatch(state: RLState, part: Any) -> tuple[RLState, Metrics]:
+        return update_minibatch(networks, algorithm, hp, state, *part)
+
+    keys = jax.random.split(key, hp.epochs)
+    if hp.stop_kl is None:
+        state, metrics = jax.lax.scan(epoch, state, keys)
+        first = metrics.pop("ratio_gap")[0, 0]  # all others are means over the updates
+        return state, jax.tree.map(jnp.mean, metrics) | {"first_ratio_gap": first}
+    minibatch = until_far(minibatch, hp.stop_kl)
+    (state, _), (metrics, done) = jax.lax.scan(epoch, (state, jnp.bool_(True)), keys)
+    first = metrics.pop("ratio_gap")[0, 0]
+    means = jax.tree.map(lambda x: (x * done).sum() / jnp.maximum(done.sum(), 1.0), metrics)
+    return state, means | {"first_ratio_gap": first, "updates": done.sum()}
+
+
+def until_far(minibatch: Callable[..., tuple[RLState, Metrics]], stop_kl: float) -> Callable[..., Any]:
+    """Returns an update that is undone once it finds π further than `stop_kl` from the sampler, as are all after it.
+
+    It carries (state, going) and returns (metrics, whether it was made).
+    """
+
+    def update(carry: tuple[RLState, jax.Array], part: Any) -> Any:
+        state, going = carry
+        none = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(minibatch, state, part)[1])
+        new, metrics = jax.lax.cond(going, lambda: minibatch(state, part), lambda: (state, none))
+        going &= metrics["approx_kl"] <= stop_kl
+        state = jax.tree.map(lambda a, b: jnp.where(going, a, b), new, state)
+        return (state, going), (metrics, going.astype(jnp.float32))
+
+    return update
+
+
+def in_pairs(algorithm: Algorithm, batch: Any) -> Any:
+    """[B, …] as [B/2, 2, …] where the responses to a prompt must stay together, however rows are shuffled and cut."""
+    return jax.tree.map(lambda x: x.reshape(-1, 2, *x.shape[1:]), batch) if algorithm.paired else batch
+
+
+def in_rows(algorithm: Algorithm, batch: Any) -> Any:
+    """The inverse of `in_pairs`."""
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), batch) if algorithm.paired else batch
+
+
+def update_minibatch(
+    networks: Networks,
+    algorithm: Algorithm,
+    hp: Hyperparameters,
+    state: RLState,
+    experience: Experience,
+    ptx: SupervisedBatch | None,
+) -> tuple[RLState, Metrics]:
+    """One optimizer step of the actor and of each critic; the batch is `in_pairs`."""
+    experience, ptx = in_rows(algorithm, (experience, ptx))
+    group = experience.rollout.group
+    constraints = state.constraints | {
+        signal: move_multiplier(constraint, state.constraints[signal], group, state.step)
+        for signal, constraint in hp.constraints.items()
+        if constraint.every == "minibatch"
+    }
+    combined = algorithm.combine(experience.advantages, row_multipliers(hp.constraints, constraints, group))
+    if hp.whiten:
+        combined = whiten(combined, response_mask(hp, experience.rollout))
+    kl_coeff = kl_coefficient(hp, state)
+
+    def policy_loss(params: Any, part: Any) -> tuple[Any, Metrics]:
+        part_experience, advantages, part_ptx, part_weights = in_rows(algorithm, part)
+        rollout, mask = part_experience.rollout, response_mask(hp, part_experience.rollout)
+        log_probs = response_log_probs(
+            networks.policy,
+            params,
+            rollout.tokens,
+            rollout.mask,
+            prompt_length=hp.prompt_length,
+            temperature=hp.temperature,
+        )
+        ratio = policy_ratio(log_probs, part_experience.log_probs, mask)
+        loss = algorithm.policy_loss(
+            ratio, advantages, mask, clip_range_ratio=hp.clip_range_ratio, dual_clip=hp.dual_clip
+        )
+        metrics = {
+            "actor_loss": loss,
+            "advantage": masked_mean(advantages, mask),
+            "clip_fraction": clip_fraction(ratio, mask, clip_range_ratio=hp.clip_range_ratio),
+            "approx_kl": masked_mean(ratio - 1.0 - jnp.log(ratio), mask),
+            "ratio_gap": jnp.abs(ratio - 1.0).max(),
+        }
+        if hp.kl.loss is not None:
+            metrics["kl_loss"] = kl_loss(hp.kl, log_probs, part_experience.ref_log_probs, mask)
+            loss = loss + kl_coeff * metrics["kl_loss"]
+        if hp.entropy_coeff:
+            loss = loss + hp.entropy_coeff * negative_entropy(ratio, log_probs, mask)
+        if part_ptx is not None:
+            ptx_loss, _ = lm_loss(networks.policy, params, part_ptx, part_weights)
+            loss, metrics["ptx_loss"] = loss + hp.ptx_coeff * ptx_loss, ptx_loss
+        return loss, metrics
+
+    weights = jnp.zeros_like(experience.log_probs) if ptx is None else token_weights(ptx.loss_mask)
+    actor, metrics = gradient_step(
+        policy_loss,
+        state.actor,
+        in_pairs(algorithm, (experience, combined, ptx, weights)),
+        networks.actor_optimizer,
+        microbatches=hp.microbatches,
+    )
+    if hp.critic_warmup:
+        held = state.step < hp.critic_warmup
+        actor = jax.tree.map(lambda new, old: jnp.where(held, old, new), actor, state.actor)
+    metrics["actor_grad_norm"] = metrics.pop("grad_norm")
+    del metrics["loss"]
+    critics = {}
+    for signal in experience.returns:
+        critics[signal], critic_metrics = gradient_step(
+            value_loss(networks, hp, signal),
+            state.critics[signal],
+            experience,
+            networks.critic_optimizers[signal],
+            microbatches=hp.microbatches,
+        )
+        metrics[f"{signal}_critic_loss"] = critic_metrics["loss"]
+        metrics[f"{signal}_critic_grad_norm"] = critic_metrics["grad_norm"]
+    return dataclasses.replace(state, actor=actor, critics=critics, constraints=constraints), metrics
+
+
+def value_loss(networks: Networks, hp: Hyperparameters, signal: str) -> Loss:
+    """The loss of one signal's critic."""
+
+    def loss(params: Any, part: Experience) -> tuple[jax.Array, Metrics]:
+        rollout = part.rollout
+        values = response_values(
+            networks.critics[signal], params, rollout.tokens, rollout.mask, prompt_length=hp.prompt_length
+        )
+        mask = response_mask(hp, rollout)
+        old_values, returns = part.values[signal], part.returns[signal]
+        return clipped_value_loss(values, old_values, returns, mask, clip_range_value=hp.clip_range_value), {}
+
+    return loss

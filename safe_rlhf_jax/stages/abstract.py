@@ -1,0 +1,147 @@
+"""The programs of a stage without its weights and data: what a run would compile, made of shapes and shardings.
+
+The builders are those of training (`build_supervised`, `build_networks`, `jit_programs`); only the arrays have no
+contents. So what is compiled here is what runs.
+"""
+
+import dataclasses
+import math
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from safe_rlhf_jax import config as cfg
+from safe_rlhf_jax.config_errors import ConfigError, did_you_mean
+from safe_rlhf_jax.data.tokenizer import Tokenizer, load_tokenizer
+from safe_rlhf_jax.models.config import PRESETS
+from safe_rlhf_jax.rl.algorithms import ALGORITHMS
+from safe_rlhf_jax.sharding import batch_sharding, with_shardings
+from safe_rlhf_jax.stages.common import Run
+from safe_rlhf_jax.stages.constraints import constraints_of
+from safe_rlhf_jax.stages.reinforcement import build_networks, hyperparameters, jit_programs
+from safe_rlhf_jax.stages.supervised import build_supervised
+from safe_rlhf_jax.types import PreferenceBatch, PromptBatch, SafetyBatch, Sequences, SupervisedBatch
+
+TOTAL_STEPS = 1000  # of a supervised stage, whose data is not read: a number in the learning rate's schedule
+
+
+class AbstractRun(Run):
+    """A run on devices that need not exist."""
+
+    abstract = True
+
+    def __init__(self, config: cfg.RunConfig, mesh: Mesh):
+        """Takes the mesh; opens the tokenizer where it is on this machine, else only knows its size.
+
+        Raises:
+            ConfigError: If `assume` names no preset, or is missing where the tokenizer is not here.
+        """
+        self.config = config
+        self.mesh = mesh
+        if config.assume is not None and config.assume not in PRESETS:
+            hint = did_you_mean(config.assume, PRESETS)
+            raise ConfigError(f"assume: preset {config.assume!r} is unknown; presets: {sorted(PRESETS)}{hint}")
+        local = config.tokenizer == "demo" or pathlib.Path(config.tokenizer.removeprefix("path:")).expanduser().is_dir()
+        if local or config.assume is None:
+            self.tokenizer = load_tokenizer(config.tokenizer)
+        else:
+            size = PRESETS[config.assume]["vocab_size"]
+            self.tokenizer = AbsentTokenizer(None, eos_id=2, pad_id=0, prefix=(), size=size)
+
+
+@dataclasses.dataclass(frozen=True)
+class AbsentTokenizer(Tokenizer):
+    """Stands for a tokenizer that is not on this machine; which ids it gives to EOS and padding changes no shape."""
+
+    size: int
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens."""
+        return self.size
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A jitted function with the arguments that training calls it with."""
+
+    name: str
+    function: Any  # what `jax.jit` returns
+    arguments: tuple[Any, ...]  # shapes with shardings
+
+
+def array(*shape: int, dtype: Any = bool) -> Any:
+    """Returns an array without contents."""
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def texts(rows: int, length: int) -> dict[str, Any]:
+    """Returns the arrays that every batch of texts has."""
+    return {"tokens": array(rows, length, dtype=jnp.int32), "mask": array(rows, length)}
+
+
+def put(run: Run, batch: Any) -> Any:
+    """Gives a batch the sharding that `Run.put` would."""
+    return with_shardings(batch, jax.tree.map(lambda _: batch_sharding(run.mesh), batch))
+
+
+def supervised_batch(stage: Any) -> Any:
+    """Returns the batch of an SFT, reward or cost stage at its full length."""
+    rows, length = stage.batch_size, stage.max_length
+    if stage.kind == "sft":
+        return SupervisedBatch(**texts(rows, length), loss_mask=array(rows, length))
+    side = Sequences(**texts(rows, length), response_mask=array(rows, length))
+    if stage.kind == "reward":
+        return PreferenceBatch(chosen=side, rejected=side)
+    label = array(rows)
+    return SafetyBatch(safer=side, unsafer=side, safer_is_safe=label, unsafer_is_safe=label)
+
+
+def supervised_programs(run: Run, stage: Any) -> Iterator[Program]:
+    """Yields the step of a supervised stage."""
+    _, state, step = build_supervised(run, stage, TOTAL_STEPS)
+    yield Program("step", step, (state, None, put(run, supervised_batch(stage)), abstract_key()))
+
+
+def reinforcement_programs(run: Run, stage: cfg.RLStage) -> Iterator[Program]:
+    """Yields the program, or with `fuse: false` the two programs, of an iteration."""
+    limits = {signal: (0.0,) * len(one.group_limits or [0]) for signal, one in constraints_of(stage).items()}
+    groups = tuple(sorted({name for one in constraints_of(stage).values() for name in one.named or ()})) or ("all",)
+    hp = hyperparameters(run, stage, stage.max_prompt_length, limits, groups)
+    networks, state, frozen = build_networks(run, stage, hp)
+    jitted = jit_programs(run, stage, networks, ALGORITHMS[stage.algorithm.name], hp, state)
+    rows, length = stage.batch_size * stage.responses_per_prompt, hp.prompt_length + hp.response_length
+    ptx = None
+    if stage.ptx is not None and stage.algorithm.ptx_coeff > 0:
+        ptx = SupervisedBatch(**texts(rows, length), loss_mask=array(rows, length))
+    group = array(stage.batch_size, dtype=jnp.int32)
+    batch = put(run, PromptBatch(**texts(stage.batch_size, hp.prompt_length), group=group, ptx=ptx))
+    key = abstract_key()
+    if stage.fuse:
+        yield Program("iteration", jitted["iteration"], (state, frozen, batch, key))
+        return
+    generation = Program("generation", jitted["generation"], (state.actor.params, batch, key))
+    yield generation
+    rollout = put(run, jax.eval_shape(generation.function, *generation.arguments))
+    yield Program("learning", jitted["learning"], (state, frozen, rollout, batch.ptx, key))
+
+
+def programs(run: Run, stage: Any) -> Iterator[Program]:
+    """Yields the programs of a training stage; call it, and use them, under `jax.set_mesh(run.mesh)`."""
+    return (reinforcement_programs if stage.kind == "rl" else supervised_programs)(run, stage)
+
+
+def abstract_key() -> Any:
+    """Returns the shape of a random key."""
+    return jax.eval_shape(lambda: jax.random.key(0))
+
+
+def argument_bytes(run: Run, stage: Any) -> int:
+    """Returns the bytes per device of a step's arguments; call it under `jax.set_mesh(run.mesh)`."""
+    program = next(programs(run, stage))
+    leaves = [leaf for leaf in jax.tree.leaves(program.arguments) if leaf.sharding is not None]
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)

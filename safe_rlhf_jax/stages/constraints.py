@@ -1,0 +1,163 @@
+"""Constraints between config and step: limits chosen and checked, groups of prompts, windows and multipliers."""
+
+from collections.abc import Callable
+from typing import Any
+
+from safe_rlhf_jax import config as cfg
+from safe_rlhf_jax.data import examples
+from safe_rlhf_jax.data.loader import in_order
+from safe_rlhf_jax.evaluation import evaluate
+from safe_rlhf_jax.optim import schedule
+from safe_rlhf_jax.rl.algorithms import ALGORITHMS
+from safe_rlhf_jax.rl.constraints import MEAN, Constraint, Measure, by_group, rectified, tail
+from safe_rlhf_jax.rl.lagrange import LOG, PROJECTED, Multiplier, pid_multiplier
+from safe_rlhf_jax.stages.common import Run, described, handed_on, open_model, report_data
+
+
+def constraints_of(stage: cfg.RLStage) -> dict[str, cfg.Lagrange]:
+    """Returns {cost signal: its constraint}; nothing for an algorithm without constraints."""
+    return stage.limits if ALGORITHMS[stage.algorithm.name].constrained else {}
+
+
+def compensation_warning(
+    stage: cfg.RLStage, limits: dict[str, tuple[tuple[float, ...], str]]
+) -> Callable[[dict[str, float]], str | None]:
+    """Returns warning(metrics): a mean cost within its limit although many responses cost more than 0."""
+
+    def warning(metrics: dict[str, float]) -> str | None:
+        for signal, lagrange in constraints_of(stage).items():
+            suffix, limit = signal.removeprefix("cost"), limits[signal][0][0]
+            share, mean = metrics.get(f"train/unsafe_share{suffix}", 0.0), metrics.get(f"train/mean_cost{suffix}")
+            if mean is not None and mean <= limit and share > lagrange.warn_unsafe_share:
+                return (
+                    f"the mean cost {mean:.3f} is within the limit {limit:.3f}, yet {share:.0%} of the constrained "
+                    "responses cost more than 0: very safe responses pay for unsafe ones. Name the prompts the "
+                    "constraint is about (algorithm.lagrange.constrained_groups), or lower the limit."
+                )
+        return None
+
+    return warning
+
+
+def cost_limits(run: Run, stage: cfg.RLStage, signal: str) -> tuple[tuple[float, ...], str]:
+    """Returns d of every slot and how it was chosen; what the cost model cannot reach is refused before training.
+
+    Raises:
+        ValueError: For an unreachable limit, naming the floor.
+    """
+    lagrange = stage.limits[signal]
+    setting: Any = lagrange.cost_limit if lagrange.group_limits is None else tuple(lagrange.group_limits.values())
+    if not isinstance(setting, cfg.CalibratedLimit):
+        limits = setting if isinstance(setting, tuple) else (setting,)
+        stage_of_cost = next((s for s in run.config.stages if s.name == stage.scorers[signal]), None)
+        data = getattr(stage_of_cost, "eval_data", None)
+        if data is not None and lagrange.measure != "rectified":
+            safe = labelled_costs(run, stage, signal, data)["safe"]
+            for limit in limits:
+                evaluate.check_reachable(limit, safe)
+        return limits, "as configured"
+    costs = labelled_costs(run, stage, signal, setting.data)
+    limit = evaluate.calibrated_limit(costs["safe"], costs["unsafe"], setting.margin)
+    evaluate.check_reachable(limit, costs["safe"])
+    groups = lagrange.constrained_groups
+    filtered = len(constrained_records(run, stage, lagrange, setting.data)) < len(run.records(setting.data))
+    where = f" to {', '.join(groups)} prompts" if groups and filtered else ""
+    source = (
+        f"mean cost of {len(costs['safe'])} responses{where} labelled safe, plus {setting.margin:.0%} of the gap to "
+        f"the {len(costs['unsafe'])} labelled unsafe, by the cost model"
+    )
+    print(f"{stage.name}: {signal.replace('/', ' ')} limit {limit:.3f} ({source})")
+    return (limit,), source
+
+
+def labelled_costs(run: Run, stage: cfg.RLStage, signal: str, data: cfg.Data) -> dict[str, list[float]]:
+    """Returns a cost model's scores of labelled responses, {safe, unsafe}, on prompts its constraint names."""
+    pairs = load_labelled(run, stage, data, signal)
+    report_data(f"{stage.name}: cost_limit", pairs)
+    module, variables = open_model(run, stage.scorers[signal], "score", score_type="cost")
+    score = evaluate.make_score(module)
+    batches = in_order(pairs, run.eval_batch)
+    out = evaluate.evaluate_pairs(lambda texts: run.get(score(variables, run.put(texts))), batches)
+    by_label: dict[str, list[float]] = out["scores_by_label"]
+    return by_label
+
+
+@handed_on
+def load_labelled(run: Run, stage: cfg.RLStage, data: cfg.Data, signal: str) -> examples.Examples:
+    """Returns labelled pairs on prompts that a constraint names."""
+    return examples.load_pairs(
+        constrained_records(run, stage, stage.limits[signal], data),
+        run.template,
+        run.tokenizer,
+        safety=True,
+        max_length=stage.max_prompt_length + stage.max_response_length,
+        where=f"{stage.name}: cost_limit {described(data)}",
+        max_bad=run.config.max_bad_records,
+    )
+
+
+def constrained_records(run: Run, stage: cfg.RLStage, lagrange: cfg.Lagrange, data: cfg.Data) -> list[Any]:
+    """Returns labelled pairs on prompts that a constraint names; on all prompts where the data knows no groups.
+
+    Raises:
+        ConfigError: If no response is labelled safe, or none unsafe.
+    """
+    records, field = run.records(data), str(stage.group_field)
+    groups = lagrange.named
+    if groups and any(field in record for record in records):
+        records = [record for record in records if str(record.get(field)) in groups]
+    labels = {record.get(f"is_response_{i}_safe") for record in records for i in (0, 1)}
+    if not {True, False} <= labels:
+        on = f" on {', '.join(groups)} prompts" if groups else ""
+        raise cfg.ConfigError(
+            f"{stage.name}: algorithm.lagrange.cost_limit: data {data.name} ({data.split}) needs responses labelled "
+            f"safe and responses labelled unsafe{on}; is_response_0_safe and is_response_1_safe hold "
+            f"{sorted(map(str, labels))}"
+        )
+    return records
+
+
+def check_groups(stage: cfg.RLStage, groups: tuple[str, ...]) -> None:
+    """The prompts have the groups that the constraints name.
+
+    Raises:
+        ConfigError: With the groups there are.
+    """
+    for lagrange in constraints_of(stage).values():
+        unknown = [name for name in lagrange.named or () if name not in groups]
+        if unknown:
+            field = "constrained_groups" if lagrange.group_limits is None else "group_limits"
+            raise cfg.ConfigError(
+                f"{stage.name}: algorithm.lagrange.{field} names {unknown}, but {stage.group_field!r} of the prompts "
+                f"has {list(groups)}"
+            )
+
+
+def measure_of(lagrange: cfg.Lagrange) -> Measure:
+    """Returns what a constraint measures."""
+    return {"mean": MEAN, "rectified": rectified(lagrange.threshold), "cvar": tail(lagrange.tail)}[lagrange.measure]
+
+
+def multiplier_of(lagrange: cfg.Lagrange) -> Multiplier:
+    """Returns how a constraint's λ moves."""
+    pid = pid_multiplier(**lagrange.pid.model_dump())
+    return {"log": LOG, "projected": PROJECTED, "pid": pid}[lagrange.multiplier]
+
+
+def constraint_of(
+    stage: cfg.RLStage, lagrange: cfg.Lagrange, limits: tuple[float, ...], groups: tuple[str, ...]
+) -> Constraint:
+    """Returns a constraint as the step sees it."""
+    separate = lagrange.group_limits is not None
+    return Constraint(
+        limit=limits,
+        lr=schedule(lagrange.schedule, lr=lagrange.lr, warmup_ratio=0.0, total_steps=stage.steps),
+        multiplier=multiplier_of(lagrange),
+        measure=measure_of(lagrange),
+        slots=by_group(groups, lagrange.named, separate=separate),
+        names=tuple(lagrange.group_limits) if lagrange.group_limits is not None else ("",),
+        every=lagrange.every,
+        delay=lagrange.delay,
+        max_multiplier=lagrange.max_multiplier,
+        min_multiplier=lagrange.min_multiplier or 0.0,
+    )

@@ -1,0 +1,107 @@
+"""The parser of compiled programs, on programs whose loops, collectives and bytes are known."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from safe_rlhf_jax.analysis.collectives import axes_of, find_collectives, first_group
+from safe_rlhf_jax.analysis.hlo import Module, parse_instruction
+from safe_rlhf_jax.analysis.traffic import hbm_bytes
+from safe_rlhf_jax.sharding import make_mesh
+
+ROUNDS = 5
+
+
+def compiled_text(function, *arguments):
+    return jax.jit(function).lower(*arguments).compile().as_text()
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return make_mesh((2, 4, 1))
+
+
+def collectives_in_a_loop(mesh, body, rounds=ROUNDS):
+    """Compiles a loop over a collective of f32[8] per device, in the scope `inside`."""
+
+    @jax.named_scope("inside")
+    def local(x):
+        return jax.lax.fori_loop(0, rounds, lambda _, x: body(x), x)
+
+    spec = PartitionSpec(("data", "fsdp"))
+    function = jax.shard_map(local, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
+    x = jax.ShapeDtypeStruct((64,), jnp.float32, sharding=NamedSharding(mesh, spec))
+    return Module(compiled_text(function, x))
+
+
+@pytest.mark.parametrize(
+    ("kind", "axis", "sent", "body"),
+    [
+        ("all-reduce", "fsdp", 2 * 3 / 4 * 32, lambda x: jax.lax.psum(x, "fsdp")),
+        ("all-reduce", "data", 2 * 1 / 2 * 32, lambda x: jax.lax.psum(x, "data")),
+        ("all-gather", "fsdp", 3 / 4 * 128, lambda x: jax.lax.all_gather(x, "fsdp", tiled=True)[8:16]),
+        ("collective-permute", "fsdp", 32, lambda x: jax.lax.ppermute(x, "fsdp", [(i, (i + 1) % 4) for i in range(4)])),
+        ("all-to-all", "fsdp", 3 / 4 * 32, lambda x: jax.lax.all_to_all(x, "fsdp", 0, 0, tiled=True)),
+    ],
+)
+def test_a_collective_is_found_with_its_axis_its_rounds_and_its_bytes(mesh, kind, axis, sent, body):
+    (found,) = find_collectives(collectives_in_a_loop(mesh, body), mesh.shape, ("inside",))
+    assert (found.kind, found.axes, found.times, found.phase) == (kind, (axis,), ROUNDS, "inside")
+    assert found.bytes == pytest.approx(ROUNDS * sent)
+
+
+def test_traffic_counts_a_loop_as_often_as_it_runs():
+    def traffic(rounds):
+        weights = jax.ShapeDtypeStruct((rounds, 64, 64), jnp.float32)
+        x = jax.ShapeDtypeStruct((64, 64), jnp.float32)
+        text = compiled_text(lambda w, x: jax.lax.scan(lambda x, w: (x @ w, None), x, w)[0], weights, x)
+        return hbm_bytes(Module(text))[""]
+
+    matrix = 64 * 64 * 4
+    per_round = (traffic(40) - traffic(20)) / 20
+    assert 3 * matrix <= per_round < 10 * matrix  # weights and x in, x out, and copies of these; not all 20 weights
+
+
+@pytest.mark.parametrize(
+    ("attributes", "group"),
+    [
+        ("replica_groups={{0,2},{1,3}}, x", (0, 2)),
+        ("replica_groups=[2,4]<=[8], x", (0, 1, 2, 3)),
+        ("replica_groups=[4,2]<=[2,4]T(1,0), x", (0, 4)),
+        ("replica_groups=mesh['a'=2,'b'=4] {'b'}, x", (0, 1, 2, 3)),
+        ("replica_groups=mesh['a'=2,'b'=4] {'a'}, x", (0, 4)),
+        ("replica_groups=mesh['a'=8] {'a':(2)2}, x", (0, 2)),
+        ("source_target_pairs={{0,0},{1,5},{5,1}}", (1, 5)),
+        ("replica_groups={}, x", tuple(range(8))),
+    ],
+)
+def test_groups_are_read_in_every_notation(attributes, group):
+    assert first_group(attributes, 8) == group
+
+
+def test_a_notation_that_is_not_known_is_refused():
+    with pytest.raises(ValueError, match="not known"):
+        first_group("replica_groups=new_notation", 8)
+
+
+def test_a_group_lies_along_the_axes_on_which_its_devices_differ():
+    shape = {"data": 2, "fsdp": 4, "tensor": 2}
+    assert axes_of((0, 1), shape) == ("tensor",)
+    assert axes_of((0, 2, 4, 6), shape) == ("fsdp",)
+    assert axes_of((0, 9), shape) == ("data", "tensor")
+
+
+def test_an_instruction_with_tuples_tiles_and_memory_spaces_is_read():
+    line = (
+        "  ROOT %f.1 = (bf16[2,4]{1,0:T(8,128)(2,1)S(1)}, /*index=1*/f32[]{:T(128)}) fusion(%a.2, s32[] %b), "
+        'kind=kLoop, calls=%c.3, metadata={op_name="jit(step)/update/x"}'
+    )
+    read = parse_instruction(line)
+    assert (read.name, read.opcode, read.operands, read.called) == ("f.1", "fusion", ("a.2", "b"), ("c.3",))
+    assert [(a.dtype, a.shape, a.on_chip, a.bytes) for a in read.arrays] == [
+        ("bf16", (2, 4), True, 16),
+        ("f32", (), False, 4),
+    ]
+    assert read.is_root
+    assert read.op_name == "jit(step)/update/x"

@@ -1,0 +1,117 @@
+"""`python -m safe_rlhf_jax.data` shows what a stage would read, and says in one line what cannot be read."""
+
+import gzip
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from safe_rlhf_jax.data.__main__ import main
+
+MINI = Path(__file__).parent.parent / "configs" / "mini.yaml"
+SHARED = Path(__file__).parent.parent.parent.parent / "shared" / "data"
+PAIR = {
+    "prompt": "how do i bake", "response_0": "order the bread .", "response_1": "no .", "better_response_id": 0,
+    "safer_response_id": 1, "is_response_0_safe": False, "is_response_1_safe": True,
+    "response_0_harm_category": {"Violence": True, "Drugs": False}, "response_0_severity_level": 2,
+}  # fmt: skip
+
+
+@pytest.fixture
+def shown(tmp_path, capsys):
+    """Writes records or bytes to a file and runs the command on it; returns (status, output, error)."""
+
+    def run(content, *options, name="data.json"):
+        data = content if isinstance(content, bytes) else json.dumps(content).encode()
+        (tmp_path / name).write_bytes(data)
+        status = main([str(tmp_path / name), *options])
+        return status, *capsys.readouterr()
+
+    return run
+
+
+def test_help_starts_no_backend():
+    code = (
+        "import sys; from safe_rlhf_jax.data.__main__ import main\ntry: main(['--help'])\nfinally: print([m for m in "
+    )
+    code += "('jax', 'transformers') if m in sys.modules])"
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "--max-length" in process.stdout
+    assert process.stdout.rstrip().endswith("[]")
+
+
+def test_everything_about_a_data_set_is_shown(shown):
+    records = [PAIR, PAIR, PAIR | {"safer_response_id": None}, PAIR | {"prompt": "how do i bake with the bread"}]
+    status, out, _ = shown(records, "--max-bad-records", "0.3", "--max-length", "64")
+    assert status == 0
+    for part in (
+        "cost: data", "4 records, 3 can be used", "skipped 1: missing safer_response_id",
+        "duplicates: 2 records, 2 prompts", "tokens of a text: mean", "cut to 64 tokens: 0 of 6 texts",
+        "labelled safe: 50.0%", "both 0.0%, only the safer 100.0%", "category: Violence 3", "severity: 2 3", "█",
+        "record 1, safer:\n  how do i bake\n[[no .</s>]]\n",
+    ):  # fmt: skip
+        assert part in out, part
+
+
+def test_loss_mask_is_shown_as_the_batch_has_it(shown):
+    turns = [{"role": role, "content": text} for role, text in (("user", "how"), ("assistant", "so ."))] * 2
+    _, out, _ = shown([{"messages": turns}])
+    assert "  how\n[[so .</s>]]how\n[[so .</s>]]\n" in out
+    _, out, _ = shown([{"messages": turns}], "--kind", "prompts")
+    assert "record 1, prompt:\n  how\nso .</s>how\n" in out
+
+
+def test_data_of_every_stage_of_a_config_is_shown(capsys):
+    assert main(["--config", str(MINI), "stages.sft.data.limit=10"]) == 0
+    out = capsys.readouterr().out
+    for part in (
+        "sft: data", "sft: eval_data", "reward: data", "cost: eval_data", "ppo_lag: prompts", "ppo_lag: cost_limit",
+        "evaluate: prompts.0", "evaluate: prompts.1", "10 records, 10 can be used",
+    ):  # fmt: skip
+        assert part in out, part
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "part"),
+    [
+        ("a.jsonl", b'{"prompt": "a"}\n{"prompt": \n', "line 2, column 12 is not JSON"),
+        ("a.json", b'[{"prompt": "a"', "is not JSON"),
+        ("a.jsonl", b"", "no records"),
+        ("a.jsonl", b'{"prompt": "\xe9"}', "line 1 is not UTF-8"),
+        ("a.jsonl.gz", gzip.compress(b'{"prompt": "a"}', mtime=0)[:-4], "cannot be read"),
+        ("a.json", [PAIR | {"safer_response_id": 2}], "safer_response_id is neither 0 nor 1"),
+        ("a.json", [PAIR | {"response_0": PAIR["response_1"]}], "identical responses"),
+        ("a.json", [PAIR | {"safer_response_id": 0}], "the safer response is labelled unsafe"),
+        ("a.json", [{"question": "a"}], "fit no known format"),
+    ],
+)
+def test_bad_data_is_one_clear_line(shown, name, content, part):
+    options = ("--kind", "cost") if isinstance(content, list) and "prompt" in content[0] else ()
+    status, _, error = shown(content, *options, name=name)
+    assert status == 1
+    assert error.startswith("error: ")
+    assert part in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("arguments", [[], ["a.json", "b.json"]])
+def test_command_line_that_names_no_data_or_two_is_refused(arguments, capsys):
+    with pytest.raises(SystemExit) as error:
+        main(arguments)
+    assert error.value.code == 2
+    assert "usage" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="../shared/data is absent")
+@pytest.mark.parametrize("path", sorted(SHARED.glob("*.json*")), ids=lambda path: path.name)
+def test_published_file_is_shown_and_its_broken_copy_refused(shown, path):
+    content = path.read_bytes()
+    options = ["--limit", "50", "--max-length", "4096"]
+    status, out, error = shown(content, *options, name=path.name)
+    assert status == 0, error
+    assert "50 records, " in out
+    status, _, error = shown(content[: len(content) // 2], *options, name=path.name)
+    assert status == 1
+    assert error.count("\n") == 1

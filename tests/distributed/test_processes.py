@@ -1,0 +1,128 @@
+"""Processes find each other, write once, and stop together."""
+
+import json
+import os
+import re
+import signal
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from safe_rlhf_jax.metrics import read_jsonl
+from safe_rlhf_jax.models import hf
+from safe_rlhf_jax.processes import claimed
+from tests.distributed.conftest import ROOT
+
+TRAIN = "-m", "safe_rlhf_jax.train", "--config", ROOT / "tests" / "configs" / "rl.yaml"
+JOIN = """
+import jax
+from safe_rlhf_jax import processes
+from safe_rlhf_jax.sharding import make_mesh, process_share
+processes.start()
+index = jax.process_index()
+answers = [bool(processes.any_process(flag)) for flag in (False, index == 1, True)]
+print("heard of", jax.process_count(), answers)
+assert answers == [False, True, True]
+shares = {(4, 1, 1): (index, 2), (1, 2, 2): (index, 2), (2, 1, 2): (index, 2), (1, 1, 4): (0, 1)}
+assert {mesh: process_share(make_mesh(mesh)) for mesh in shares} == shares
+"""
+
+
+def outputs(processes, timeout=800):
+    return [process.communicate(timeout=timeout)[0] for process in processes]
+
+
+def test_processes_join_agree_and_only_the_first_one_speaks(start_processes):
+    processes = start_processes(2, "-c", JOIN, devices=2)
+    first, second = outputs(processes)
+    assert [process.returncode for process in processes] == [0, 0], first + second
+    assert "heard of 2 [False, True, True]" in first
+    assert "heard of" not in second
+
+
+def test_processes_join_under_slurm(start_processes, monkeypatch):
+    job = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2"}
+    prelude = (
+        "import os\nindex = os.environ.pop('JAX_PROCESS_ID')\n"
+        "del os.environ['JAX_NUM_PROCESSES'], os.environ['JAX_COORDINATOR_ADDRESS']\n"
+        f"os.environ |= {job!r} | {{'SLURM_PROCID': index, 'SLURM_LOCALID': index}}"
+    )
+    processes = start_processes(2, "-c", prelude + JOIN, devices=2)
+    first, second = outputs(processes)
+    assert [process.returncode for process in processes] == [0, 0], first + second
+    assert "heard of 2 [False, True, True]" in first
+
+
+def test_incomplete_environment_is_refused(start_processes):
+    (process,) = start_processes(1, "-c", "import os; del os.environ['JAX_COORDINATOR_ADDRESS']; "
+                                 "os.environ['JAX_NUM_PROCESSES'] = '2'\n" + JOIN)  # fmt: skip
+    (output,) = outputs([process])
+    assert process.returncode == 1
+    assert "set JAX_COORDINATOR_ADDRESS=HOST:PORT, JAX_NUM_PROCESSES=N and JAX_PROCESS_ID=0" in output
+
+
+def test_error_of_one_process_ends_the_others(start_processes, models, tmp_path):
+    with claimed(tmp_path):
+        processes = start_processes(2, *TRAIN, f"workdir={tmp_path}", *models)
+        first, second = outputs(processes, timeout=120)
+    assert processes[0].returncode == 1
+    assert f"in use by process {os.getpid()} on" in first
+    assert processes[1].returncode != 0, second
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_stage_ends_with_one_set_of_files_that_is_that_of_one_process(start_processes, models, tmp_path):
+    def train(count, mesh):
+        workdir = tmp_path / str(count)
+        processes = start_processes(count, *TRAIN, f"workdir={workdir}", *models, f"mesh={mesh}", devices=2)
+        first, *others = outputs(processes)
+        assert [process.returncode for process in processes] == [0] * count, [first, *others]
+        assert "ppo_lag: done" in first
+        assert not any("ppo_lag" in other for other in others)
+        return read_jsonl(workdir / "ppo_lag" / "metrics.jsonl"), hf.load(workdir / "ppo_lag" / "export", "lm")[1]
+
+    (ours, variables), (theirs, expected) = train(2, "{fsdp: 2, data: 1, tensor: 2}"), train(1, "{data: 2}")
+    assert [record["step"] for record in ours] == [record["step"] for record in theirs] == list(range(1, 9))
+    for name in ("train/actor_loss", "train/mean_cost", "train/multiplier", "train/reward_critic_loss"):
+        for one, other in zip(ours, theirs, strict=True):
+            assert one[name] == pytest.approx(other[name], rel=1e-4, abs=1e-4), name
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), variables, expected)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_termination_of_one_process_stops_all_and_death_of_one_ends_all(start_processes, models, tmp_path):
+    endless = [*TRAIN, f"workdir={tmp_path}", *models, "stages.ppo_lag.steps=100000"]
+    endless += ["stages.ppo_lag.checkpoint_every=100000", "mesh.tensor=2"]
+    metrics = tmp_path / "ppo_lag" / "metrics.jsonl"
+
+    def wait_for(step):
+        while not metrics.exists() or not (lines := read_jsonl(metrics)) or lines[-1]["step"] < step:
+            assert all(process.poll() is None for process in processes), outputs(processes)
+            time.sleep(0.01)
+        return lines[-1]["step"]
+
+    processes = start_processes(2, *endless, devices=2)
+    seen = wait_for(3)
+    processes[1].send_signal(signal.SIGTERM)
+    first, second = outputs(processes)
+    assert [process.returncode for process in processes] == [143, 143], first + second
+    (saved,) = (int(path.name) for path in (tmp_path / "ppo_lag" / "checkpoints").iterdir())
+    assert f"preempted; step {saved} is saved" in first
+    assert saved == read_jsonl(metrics)[-1]["step"]
+    assert saved <= seen + 4  # read, running, dispatched, and a step between reading and the signal
+
+    processes = start_processes(2, *endless, devices=2)
+    wait_for(saved + 3)
+    died = time.monotonic()
+    processes[1].kill()
+    first, _ = outputs(processes)
+    assert time.monotonic() - died < 60
+    assert f"continuing from step {saved}" in first
+    assert processes[0].returncode not in (0, 143)
+    assert re.search("another (task|process) died", first)  # as JAX says it, or we
+    steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
+    assert steps == list(range(1, len(steps) + 1))

@@ -1,0 +1,118 @@
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+from safe_rlhf_jax.models.safetensors_io import INDEX, WEIGHTS, Spec, Tensors, write_tensors
+
+ARRAYS = {
+    "model.a": np.arange(15, dtype=np.float32).reshape(3, 5),
+    "model.b": np.arange(7, dtype=np.float32).astype(jnp.bfloat16),
+    "model.c": np.arange(4, dtype=np.float16).reshape(2, 2, 1),
+    "count": np.array([12], np.int64),
+}
+
+
+def write(folder, max_bytes=10**9, writes=True):
+    specs = {name: Spec(a.shape, a.dtype, lambda a=a: a) for name, a in ARRAYS.items()}
+    write_tensors(folder, specs, max_bytes=max_bytes, writes=writes)
+
+
+@pytest.mark.parametrize("max_bytes", [10**9, 64, 1])
+def test_what_is_written_is_read_bit_for_bit_whatever_the_number_of_files(tmp_path, max_bytes):
+    write(tmp_path, max_bytes)
+    tensors = Tensors(tmp_path)
+    assert tensors.entries.keys() == ARRAYS.keys()
+    for name, array in ARRAYS.items():
+        assert tensors[name].dtype == array.dtype
+        np.testing.assert_array_equal(tensors[name], array)
+    files = sorted(path.name for path in tmp_path.glob("*.safetensors"))
+    assert len(files) == {10**9: 1, 64: 2, 1: 4}[max_bytes]
+    assert (tmp_path / INDEX).exists() == (len(files) > 1)
+    if len(files) > 1:
+        assert files[0] == f"model-00001-of-{len(files):05}.safetensors"
+
+
+def test_the_library_reads_what_is_written_and_every_tensor_is_aligned(tmp_path):
+    write(tmp_path)
+    with safe_open(tmp_path / WEIGHTS, framework="flax") as file:
+        assert file.metadata() == {"format": "pt"}
+        for name, array in ARRAYS.items():
+            np.testing.assert_array_equal(file.get_tensor(name), array)
+    entries = Tensors(tmp_path).entries
+    assert all(entry.offset % ARRAYS[name].dtype.itemsize == 0 for name, entry in entries.items())
+
+
+def test_files_are_as_large_as_allowed_and_the_index_says_where_each_tensor_is(tmp_path):
+    write(tmp_path, 64 + 14)
+    index = json.loads((tmp_path / INDEX).read_text())
+    assert index["metadata"]["total_size"] == sum(array.nbytes for array in ARRAYS.values())
+    first = "model-00001-of-00002.safetensors"
+    assert [name for name, file in index["weight_map"].items() if file == first] == ["model.a", "model.b"]
+    for name, file in index["weight_map"].items():
+        assert Tensors(tmp_path).entries[name].file.name == file
+
+
+def test_a_process_that_does_not_write_makes_every_tensor(tmp_path):
+    made = []
+    specs = {n: Spec(a.shape, a.dtype, lambda n=n: made.append(n)) for n, a in ARRAYS.items()}
+    write_tensors(tmp_path, specs, max_bytes=1, writes=False)
+    assert made == list(ARRAYS)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_tensor_under_another_spelling_gets_its_name(tmp_path):
+    save_file({"embed": np.ones(2, np.float32), "head": np.ones(1, np.float32)}, tmp_path / WEIGHTS)
+    tensors = Tensors(tmp_path)
+    tensors.rename({"model.embed": ("model.embed", "embed"), "head": ("head", "embed"), "norm": ("norm",)})
+    assert {*tensors.entries} == {"model.embed", "head"}
+    np.testing.assert_array_equal(tensors["model.embed"], np.ones(2))
+
+
+@pytest.mark.parametrize("kept", [0, 5, 40, 300, -1], ids=lambda kept: f"{kept} bytes")
+def test_a_file_that_is_cut_off_is_named(tmp_path, kept):
+    write(tmp_path)
+    path = tmp_path / WEIGHTS
+    data = path.read_bytes()
+    assert len(data) > 300
+    path.write_bytes(data[:kept])
+    with pytest.raises(ValueError, match=r"model\.safetensors: truncated.*fetch it again"):
+        Tensors(tmp_path)
+
+
+def test_a_file_of_another_kind_is_named(tmp_path):
+    (tmp_path / WEIGHTS).write_text("version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(ValueError, match=r"model\.safetensors: truncated, or no safetensors file"):
+        Tensors(tmp_path)
+    (tmp_path / WEIGHTS).write_bytes((4).to_bytes(8, "little") + b"{{{{")
+    with pytest.raises(ValueError, match="no safetensors file"):
+        Tensors(tmp_path)
+
+
+def test_files_that_the_index_names_and_that_are_missing_are_named(tmp_path):
+    write(tmp_path, 1)
+    (tmp_path / "model-00002-of-00004.safetensors").unlink()
+    (tmp_path / "model-00003-of-00004.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"model-00002-of-00004\.safetensors, model-00003-of-00004"):
+        Tensors(tmp_path)
+
+
+def test_an_index_that_is_no_json_is_named(tmp_path):
+    (tmp_path / INDEX).write_text('{"weight_map": ')
+    with pytest.raises(ValueError, match=r"index\.json: not valid JSON"):
+        Tensors(tmp_path)
+
+
+def test_pickled_weights_are_named_and_never_opened(tmp_path):
+    (tmp_path / "pytorch_model.bin").write_bytes(b"anything")
+    with pytest.raises(FileNotFoundError, match=r"only pickled weights \(pytorch_model\.bin\).*save_pretrained"):
+        Tensors(tmp_path)
+
+
+def test_numbers_of_a_quantised_tensor_are_refused(tmp_path):
+    save_file({"a": np.ones(3, np.int8)}, tmp_path / WEIGHTS)
+    with pytest.raises(ValueError, match="tensor 'a' is stored as I8"):
+        Tensors(tmp_path)["a"]

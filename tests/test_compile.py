@@ -1,0 +1,226 @@
+"""The command that compiles ahead of time: what it reports, when it refuses, and that its advice is right."""
+
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+import yaml
+
+from safe_rlhf_jax import compile as compile_command
+from safe_rlhf_jax.analysis import chips
+from safe_rlhf_jax.config import load_config
+from safe_rlhf_jax.sharding import make_mesh
+from safe_rlhf_jax.stages.abstract import AbstractRun, programs
+from safe_rlhf_jax.stages.ahead import step_flops
+from safe_rlhf_jax.stages.common import Run
+from safe_rlhf_jax.stages.reinforcement import build_networks, hyperparameters
+from safe_rlhf_jax.stages.supervised import build_supervised
+
+ROOT = Path(__file__).parent.parent
+MINI = Path(__file__).parent / "configs" / "mini.yaml"
+MEBI = 2**20
+
+
+@pytest.fixture
+def compile_mini(tmp_path, capsys):
+    """Runs the command on one stage of the mini config; returns exit status, output, error and the JSON."""
+
+    def run(*arguments, stage="sft"):
+        file = tmp_path / "report.json"
+        status = compile_command.main(
+            ["--config", str(MINI), "--topology", "local", "--stage", stage, "--json", str(file), *arguments]
+        )
+        output = capsys.readouterr()
+        return status, output.out, output.err, json.loads(file.read_text()) if file.exists() else None
+
+    return run
+
+
+@pytest.fixture
+def small_chip(monkeypatch):
+    """Gives the CPU devices the memory of a chip with so many bytes."""
+
+    def install(hbm):
+        monkeypatch.setitem(chips.CHIPS, "cpu", chips.Chip("test", 1e12, hbm, 1e11, 1e10, 0))
+
+    return install
+
+
+def test_the_report_has_memory_phases_and_collectives(compile_mini):
+    status, table, _, report = compile_mini("mesh.fsdp=4", "mesh.tensor=2")
+    assert status == 0
+    (stage,) = report["stages"]
+    (program,) = stage["programs"]
+    assert stage["mesh"] == {"data": 1, "fsdp": 4, "tensor": 2}
+    assert program["memory"]["total"] > program["memory"]["argument"] > 0
+    assert program["memory"]["capacity"] is None
+    assert program["phases"]["step"]["flops"] > 0
+    assert {row["axes"] for row in program["collectives"]} >= {"fsdp", "tensor"}
+    assert "projected" not in stage  # a CPU is no chip of the table
+    assert "HBM per device" in table
+    assert "all-gather" in table
+
+
+def test_a_known_chip_gives_a_projection_that_is_marked(compile_mini, small_chip):
+    small_chip(2**40)
+    status, table, _, report = compile_mini()
+    assert status == 0
+    projected = report["stages"][0]["projected"]
+    seconds = report["stages"][0]["programs"][0]["phases"]["step"]["projected_seconds"]
+    assert projected["step_seconds"] == seconds["phase"] == max(seconds.values())
+    assert projected["tokens_per_second"] == pytest.approx(32 * 48 / projected["step_seconds"])
+    assert 0 < projected["mfu"] < 1
+    assert "projected, not measured" in table
+
+
+@pytest.mark.slow
+def test_what_does_not_fit_exits_with_1_and_the_advice_followed_fits(compile_mini, small_chip):
+    settings = ("mesh.data=8",)
+    _, _, _, report = compile_mini(*settings)
+    memory = report["stages"][0]["programs"][0]["memory"]
+    small_chip(memory["total"] - memory["temporary"] // 4)
+    status, table, _, report = compile_mini(*settings)
+    assert status == 1
+    assert "does not fit" in table
+    advice = report["stages"][0]["advice"]["overrides"]
+    assert "fits with" in table
+    status, _, _, report = compile_mini(*settings, *advice)
+    assert status == 0
+    assert report["stages"][0]["fits"]
+
+
+@pytest.mark.slow
+def test_search_lists_what_fits_best_first(compile_mini, small_chip, monkeypatch):
+    small_chip(2**40)
+    monkeypatch.setattr("safe_rlhf_jax.search.MESHES", 1)
+    monkeypatch.setattr("safe_rlhf_jax.search.REMATS", ("none", "full"))
+    status, table, _, report = compile_mini("--search", "stages.sft.batch_size=8")
+    assert status == 0
+    seconds = [variant["projected"]["step_seconds"] for variant in report["stages"][0]["feasible"]]
+    assert len(seconds) == 2
+    assert seconds == sorted(seconds)
+    assert "execution.remat=none" in table
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (
+            "mesh.tensor=8",
+            "num_heads 4, which does not divide into the mesh's tensor = 8; nearest tensor sizes that do: 4",
+        ),
+        ("mesh.tensor=4", "vocab_size 390, which does not divide.*tensor = 4; nearest tensor sizes that do: 3 or 5"),
+        ("stages.sft.batch_size=12", "batch_size 12 does not divide.*nearest batches that do: 8 or 16"),
+        ("assume=tinny", "assume: preset 'tinny' is unknown.*tiny"),
+    ],
+)
+def test_what_does_not_divide_or_exist_is_refused_in_one_line(compile_mini, override, message):
+    status, _, error, _ = compile_mini(override)
+    assert status == 1
+    assert error.count("\n") == 1
+    assert re.search(message, error), error
+
+
+def test_a_stage_that_is_not_there_is_refused_with_those_that_are(compile_mini):
+    status, _, error, _ = compile_mini(stage="evaluate")
+    assert status == 1
+    assert "['sft', 'reward', 'cost', 'ppo_lag']" in error
+
+
+def test_help_starts_no_accelerator():
+    code = (
+        "import sys\nfrom safe_rlhf_jax.compile import parse_arguments\n"
+        "try: parse_arguments(['--help'])\nfinally: print(*sys.modules)"
+    )
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert "--topology" in process.stdout
+    assert "jax" not in process.stdout.split()
+
+
+@pytest.fixture(scope="module")
+def mini(tmp_path_factory):
+    return load_config(MINI, [f"workdir={tmp_path_factory.mktemp('run')}", "mesh.fsdp=4", "mesh.tensor=2"])
+
+
+def described(tree):
+    return jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), tree)
+
+
+def test_the_program_of_shapes_is_the_program_of_training(mini):
+    """Same text before XLA optimises it, so the same after."""
+    run, stage = Run(mini), mini.stages[0]
+    with jax.set_mesh(run.mesh):
+        _, state, step = build_supervised(run, stage, 1000)
+        (program,) = programs(AbstractRun(mini, run.mesh), stage)
+        batch = jax.tree.map(lambda x: run.put(jnp.zeros(x.shape, x.dtype)), program.arguments[2])
+        text = step.lower(state, None, batch, jax.random.key(0)).as_text()
+        assert program.function.lower(*program.arguments).as_text() == text
+    assert described(program.arguments[0]) == described(state)
+
+
+@pytest.mark.slow
+def test_abstract_networks_have_the_shapes_and_shardings_of_real_ones(mini):
+    """Of an RL stage whose models all come from a preset."""
+    stage = mini.stages[3].model_copy(update=dict.fromkeys(("init_from", "reward_model", "cost_model"), "preset:tiny"))
+    real, abstract = Run(mini), AbstractRun(mini, make_mesh((1, 4, 2)))
+    with jax.set_mesh(real.mesh):
+        groups = ("benign", "risky", "sensitive")
+        hp = hyperparameters(real, stage, stage.max_prompt_length, {"cost": (0.0,)}, groups)
+        assert described(build_networks(real, stage, hp)[1:]) == described(build_networks(abstract, stage, hp)[1:])
+
+
+def test_flops_of_an_update_are_three_forward_passes_and_four_with_full_rematerialisation(mini):
+    run, stage = AbstractRun(mini, make_mesh((1, 4, 2))), mini.stages[3]
+    assert step_flops(run, stage, recomputed=True) == step_flops(run, stage, recomputed=False)
+    full = mini.model_copy(update={"execution": mini.execution.model_copy(update={"remat": "full"})})
+    again = step_flops(AbstractRun(full, run.mesh), stage, recomputed=True)
+    assert again["update"] == pytest.approx(4 / 3 * step_flops(run, stage, recomputed=False)["update"])
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*_*b/*.yaml")), ids=lambda p: str(p.relative_to(ROOT)))
+def test_configs_for_pods_are_valid_and_name_what_they_need(path):
+    text = path.read_text()
+    assert text.startswith("# ")
+    assert "python -m safe_rlhf_jax.compile --config" in text
+    config = load_config(path)
+    assert yaml.safe_load(text)["assume"] == config.assume
+    with jax.set_mesh(mesh := make_mesh((1, 1, 8))):
+        run = AbstractRun(config.model_copy(update={"mesh": config.mesh.model_copy(update={"fsdp": 1})}), mesh)
+        for stage in config.stages:
+            assert next(iter(programs(run, stage))).arguments
+
+
+@pytest.mark.tpu
+def test_a_program_for_a_chip_that_is_too_small_is_refused_with_advice(compile_mini):
+    """The compiler itself says that memory is exhausted."""
+    status, table, _, _ = compile_mini(
+        "--topology", "v5e:2x2", "stages.sft.init_from=preset:small", "stages.sft.batch_size=4096",
+        "stages.sft.max_length=512", "execution.dtype=bfloat16", "execution.scan_layers=true",
+    )  # fmt: skip
+    assert status == 1
+    assert "does not fit" in table
+    assert "fits with" in table
+
+
+@pytest.mark.tpu
+def test_data_alone_crosses_slices(monkeypatch):
+    devices = compile_command.topology_devices("v5e:2x2", 2)
+    mesh = make_mesh((-1, 2, 2), devices)
+    slices = [{device.slice_index for device in row.flat} for row in mesh.devices]
+    assert slices == [{0}, {1}]
+    with pytest.raises(ValueError, match=r"data 1 does not divide into the 2 slices.*multiple of 2"):
+        make_mesh((1, 4, 2), devices)
+
+
+def test_the_scaling_page_is_what_the_script_makes_of_the_figures():
+    spec = importlib.util.spec_from_file_location("scaling", ROOT / "benchmarks" / "scaling.py")
+    scaling = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(scaling)
+    assert scaling.figures()
+    assert (ROOT / "docs" / "scaling.md").read_text() == scaling.page()

@@ -1,0 +1,194 @@
+"""Programs that scale: properties of the compiled training programs, and that each can be seen to break.
+
+On eight simulated CPU devices, and (marker `tpu`, needs libtpu but no TPU) on the program for eight TPU chips.
+"""
+
+import dataclasses
+import math
+
+import jax
+import pytest
+
+from safe_rlhf_jax import config as cfg
+from safe_rlhf_jax import ops, sharding
+from safe_rlhf_jax.analysis import properties
+from safe_rlhf_jax.analysis.collectives import find_collectives
+from safe_rlhf_jax.analysis.hlo import Module
+from safe_rlhf_jax.compile import topology_devices
+from safe_rlhf_jax.models.config import PRESETS
+from safe_rlhf_jax.sharding import make_mesh, replicated
+from safe_rlhf_jax.stages.abstract import AbstractRun, programs
+
+VOCAB, WIDTH, MLP, LAYERS, ROWS, PROMPT, RESPONSE = 4096, 256, 640, 12, 8, 128, 256
+PROBE = {
+    "vocab_size": VOCAB, "hidden_size": WIDTH, "intermediate_size": MLP, "num_layers": LAYERS, "num_heads": 8,
+    "num_kv_heads": 8, "head_dim": 32, "max_positions": 1024,
+}  # fmt: skip
+MATRIX = WIDTH * 8 * 32  # elements of the smallest matrix of a layer
+LARGEST = WIDTH * VOCAB // 2  # of the largest matrix, over tensor = 2; all layers together have more
+SFT = {
+    "name": "sft", "kind": "sft", "init_from": "preset:probe", "data": {"name": "none"}, "batch_size": ROWS,
+    "max_length": PROMPT + RESPONSE,
+}  # fmt: skip
+PPO_LAG = {
+    "name": "ppo_lag", "kind": "rl", "init_from": "preset:probe", "reward_model": "path:none",
+    "cost_model": "path:none", "prompts": {"name": "none"}, "batch_size": ROWS, "max_prompt_length": PROMPT,
+    "max_response_length": RESPONSE,
+}  # fmt: skip
+STAGES = {"sft": SFT, "ppo_lag": PPO_LAG}
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    module: Module
+    collectives: list
+    memory: object
+    state_bytes: int  # per device
+
+
+@pytest.fixture(scope="module", params=["cpu", pytest.param("tpu", marks=pytest.mark.tpu)])
+def devices(request):
+    if request.param == "cpu":
+        return jax.devices()
+    return topology_devices("v5e:2x4", 1)
+
+
+@pytest.fixture(scope="module")
+def compile_for(devices):
+    """Compiles a stage on a mesh; `change` may replace the jitted function. One result per set of arguments."""
+    PRESETS["probe"] = PROBE
+    done = {}
+
+    def build(stage="sft", mesh=(1, 4, 2), change=None, topology=None, **model):
+        key = stage, mesh, change, *model.items()
+        if key not in done:
+            PRESETS["probe"] = PROBE | model
+            tree = {"workdir": "runs/probe", "assume": "probe", "stages": [STAGES[stage]]}
+            tree["execution"] = {"dtype": "bfloat16", "remat": "full"}
+            config = cfg.RunConfig.model_validate(tree)
+            run = AbstractRun(config, make_mesh(mesh, topology_devices(topology, 1) if topology else devices))
+            with jax.set_mesh(run.mesh):
+                (program,) = programs(run, config.stages[0])
+                function = change(program.function, run.mesh) if change else program.function
+                compiled = function.lower(*program.arguments).compile()
+            module = Module(compiled.as_text())
+            leaves = jax.tree.leaves(program.arguments[0])
+            size = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
+            collectives = find_collectives(module, run.mesh.shape)
+            done[key] = Compiled(module, collectives, compiled.memory_analysis(), size)
+        return done[key]
+
+    yield build
+    del PRESETS["probe"]
+
+
+@pytest.fixture(scope="module", params=["sft", pytest.param("ppo_lag", marks=pytest.mark.slow)])
+def sound(request, compile_for):
+    """A program as training compiles it."""
+    return compile_for(request.param)
+
+
+# --- Broken on purpose
+
+
+def calling_the_host(function, mesh):
+    def step(state, frozen, batch, key):
+        jax.debug.callback(lambda x: None, batch.tokens.sum())
+        return function(state, frozen, batch, key)
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def gathering_first(function, mesh):
+    def step(state, frozen, batch, key):
+        params = jax.lax.with_sharding_constraint(state.params, replicated(mesh))
+        return function(state.replace(params=params), frozen, batch, key)
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def keeping_the_state(function, mesh):
+    return jax.jit(lambda *arguments: function(*arguments))
+
+
+# --- Properties
+
+
+def test_nothing_waits_for_the_host(sound):
+    assert not properties.host_transfers(sound.module)
+
+
+def test_a_callback_would_be_seen(compile_for, devices):
+    if devices[0].platform == "tpu":
+        pytest.skip("host callbacks cannot be compiled ahead of time for a TPU")
+    assert properties.host_transfers(compile_for(change=calling_the_host).module)
+
+
+def logits_in_memory(compiled):
+    return properties.float32_logits(compiled.module, VOCAB // 2, ROWS // 4 * RESPONSE)  # one device's share
+
+
+def test_logits_of_a_whole_batch_never_stand_in_memory(sound):
+    assert not logits_in_memory(sound)
+
+
+def test_logits_that_are_not_chunked_would_be_seen(compile_for, monkeypatch):
+    monkeypatch.setattr(ops, "LOGITS_CHUNK", 10**6)
+    assert logits_in_memory(compile_for(change=unchunked))
+
+
+def unchunked(function, mesh):
+    return function
+
+
+def test_parameters_are_gathered_layer_by_layer(sound):
+    assert not properties.gathered(sound.collectives, LARGEST)
+    gathers = [c for c in sound.collectives if c.kind == "all-gather" and c.axes == ("fsdp",)]
+    assert max(c.times for c in gathers) >= LAYERS
+
+
+def test_parameters_gathered_at_once_would_be_seen(compile_for):
+    assert properties.gathered(compile_for(change=gathering_first).collectives, LARGEST)
+
+
+def test_memory_grows_with_depth_by_saved_activations_only(compile_for):
+    few, many = (compile_for(num_layers=n).memory.temp_size_in_bytes for n in (4, 8))
+    saved = 4 * (ROWS // 4) * (PROMPT + RESPONSE) * WIDTH * 2  # the residual stream of four layers, bfloat16
+    gradients = 4 * (4 * WIDTH * 256 + 3 * WIDTH * MLP) // 8 * 4  # of four layers, float32, one device's share
+    assert many - few < 2 * (saved + gradients)
+
+
+@pytest.mark.tpu
+def test_gradients_are_scattered_not_all_reduced(compile_for, devices):
+    """Over one axis of the torus, as reduce-scatters or rings of permutes; XLA's CPU compiler keeps all-reduces."""
+    if devices[0].platform == "cpu":
+        pytest.skip("a property of the TPU program")
+    wide = {"hidden_size": 1024, "intermediate_size": 2816, "head_dim": 128}
+    compiled = compile_for(mesh=(1, 4, 4), topology="v5e:4x4", **wide)
+    assert not properties.reduced_whole(compiled.collectives, "fsdp", 1024 * 1024 // 16)
+
+
+def test_gradients_that_are_all_reduced_would_be_seen(compile_for):
+    assert properties.reduced_whole(compile_for(mesh=(8, 1, 1)).collectives, "data", MATRIX)
+
+
+def test_no_collective_has_the_whole_vocabulary(sound):
+    assert not properties.with_dimension(sound.collectives, VOCAB)
+
+
+def test_a_collective_with_the_whole_vocabulary_would_be_seen(compile_for, monkeypatch):
+    monkeypatch.setitem(sharding.LOGICAL_RULES, "vocab", None)
+    assert properties.with_dimension(compile_for(change=whole_vocabulary).collectives, VOCAB)
+
+
+def whole_vocabulary(function, mesh):
+    return function
+
+
+def test_the_state_is_donated(sound):
+    assert sound.memory.alias_size_in_bytes > 0.99 * sound.state_bytes
+
+
+def test_a_state_that_is_kept_would_be_seen(compile_for):
+    kept = compile_for(change=keeping_the_state)
+    assert kept.memory.alias_size_in_bytes < 0.01 * kept.state_bytes
