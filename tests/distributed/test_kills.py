@@ -18,7 +18,7 @@ FEW, MANY = ("step", "save", "export"), ("compile", "step", "save", "step", "exp
 CHAINS = [pytest.param(FEW, 0), *(pytest.param(MANY, seed, marks=pytest.mark.distributed) for seed in (1, 2, 3, 4))]
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3000)]
 
-# A thread waits for the moment, then a little longer, then kills its process.
+# A thread waits for the moment, then a little longer, then kills its process, which never gets beyond its export.
 KILL = """
 import os, pathlib, signal, sys, threading, time
 from safe_rlhf_jax.stages import reinforcement
@@ -42,6 +42,8 @@ def prompt_batches(*args):
     batches = original(*args)
     return lambda step: asked.append(step) or batches(step)
 reinforcement.prompt_batches = prompt_batches
+export = reinforcement.export
+reinforcement.export = lambda *args: (export(*args), time.sleep(60))
 threading.Thread(target=watch, daemon=True).start()
 """
 
