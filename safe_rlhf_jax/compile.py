@@ -53,7 +53,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 def main(arguments: Sequence[str] | None = None) -> int:
     """Compiles a config; returns the exit status."""
     options = parse_arguments(arguments)
-    from safe_rlhf_jax.config import ConfigError, load_config
+    from safe_rlhf_jax.config import ConfigError, TrainingStage, load_config
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -65,11 +65,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from safe_rlhf_jax import search, tables
         from safe_rlhf_jax.stages.ahead import compile_stage
 
-        stages = [stage for stage in config.stages if stage.kind != "evaluate"]
+        training = [stage for stage in config.stages if isinstance(stage, TrainingStage)]
+        stages = training
         if options.stage is not None:
-            stages = [stage for stage in stages if stage.name == options.stage]
+            stages = [stage for stage in training if stage.name == options.stage]
             if not stages:
-                names = [stage.name for stage in config.stages if stage.kind != "evaluate"]
+                names = [stage.name for stage in training]
                 raise ConfigError(f"--stage {options.stage}: no training stage of this config; there are {names}")
         report: dict[str, Any] = {"config": options.config, "overrides": options.overrides}
         report |= {"topology": options.topology, "slices": options.slices, "environment": environment(devices)}

@@ -112,6 +112,51 @@ class CostStage(PreferenceStage):
     """A cost model (harmlessness), ranking and safety-sign terms."""
 
     kind: Literal["cost"]
+    ranking_weight: NonNegativeFloat = 1.0  # of the ranking term [ref]; 0 trains a plain classifier [paper, ablation]
+
+
+class DPOStage(SupervisedStage):
+    """A policy trained on pairs directly: DPO, IPO, SafeDPO, the two steps of SACPO, DPO on Lagrangian labels."""
+
+    kind: Literal["dpo"]
+    epochs: PositiveFloat = 2.0  # [ref]
+    optimizer: OptimizerConfig = OptimizerConfig(lr=1e-6, weight_decay=0.05)  # [ref]
+    reference: str | None = None  # policy that KL is measured from; `init_from` by default
+    loss: Literal["sigmoid", "ipo"] = "sigmoid"
+    beta: PositiveFloat = 0.1  # [ref scale_coeff]
+    label_smoothing: Annotated[float, Field(ge=0.0, lt=0.5)] = 0.0  # share of wrong labels, of `sigmoid`
+    # Which response of a pair is chosen: the better one, the safer one, the better one of those that are safe (pairs of
+    # two unsafe responses are left out), or the one with the higher reward − multiplier·cost by two models.
+    preference: Literal["helpfulness", "harmlessness", "safe_helpfulness", "lagrangian"] = "helpfulness"
+    safety_margin: NonNegativeFloat = 0.0  # Δ of SafeDPO: margin of a safe response over an unsafe one
+    reward_model: str | None = None  # of `lagrangian`
+    cost_model: str | None = None  # of `lagrangian`
+    multiplier: NonNegativeFloat = 1.0  # λ of `lagrangian`
+
+    @pydantic.model_validator(mode="after")
+    def fits(self) -> "DPOStage":
+        """What belongs to one loss or one preference is not set for another."""
+        if self.loss == "ipo" and (self.label_smoothing or self.safety_margin):
+            raise ValueError("label_smoothing and safety_margin belong to loss 'sigmoid'; leave them out with 'ipo'")
+        if self.safety_margin and self.preference != "safe_helpfulness":
+            raise ValueError(f"safety_margin {self.safety_margin} needs preference 'safe_helpfulness'")
+        models = {"reward_model", "cost_model", "multiplier"}
+        if self.preference == "lagrangian":
+            missing = sorted(name for name in models if getattr(self, name) is None)
+            if missing:
+                raise ValueError(f"preference 'lagrangian' needs {' and '.join(missing)}")
+        elif given := sorted(models & self.model_fields_set):
+            raise ValueError(f"{', '.join(given)}: only preference 'lagrangian' uses them; leave them out")
+        return self
+
+
+class MergeStage(StageBase):
+    """A policy whose parameters are (1 − weight)·init_from + weight·other, as P-SACPO merges its two steps."""
+
+    kind: Literal["merge"]
+    init_from: str
+    other: str
+    weight: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.5
 
 
 class RLStage(TrainingStage):
@@ -175,7 +220,10 @@ class EvaluateStage(StageBase):
     seed: NonNegativeInt | None = None
 
 
-Stage = Annotated[SFTStage | RewardStage | CostStage | RLStage | EvaluateStage, Field(discriminator="kind")]
+Stage = Annotated[
+    SFTStage | RewardStage | CostStage | DPOStage | MergeStage | RLStage | EvaluateStage, Field(discriminator="kind")
+]
+POLICIES = ("sft", "dpo", "merge", "rl")  # kinds of stages that make a policy
 
 
 class RunConfig(Schema):
@@ -217,9 +265,12 @@ class RunConfig(Schema):
         return self
 
 
+MODEL_FIELDS = ("init_from", "reference", "other", "reward_model", "cost_model")
+
+
 def references(stage: Any) -> dict[str, str]:
     """Returns {field: model it names} of a stage."""
-    fields = {name: getattr(stage, name, None) for name in ("init_from", "reward_model", "cost_model")}
+    fields = {name: getattr(stage, name, None) for name in MODEL_FIELDS}
     fields |= {f"cost_models.{name}": model for name, model in getattr(stage, "cost_models", {}).items()}
     fields |= {f"policies.{i}": name for i, name in enumerate(getattr(stage, "policies", ()))}
     return {field: value for field, value in fields.items() if value is not None}
@@ -229,7 +280,7 @@ def check_references(where: str, stage: Any, seen: dict[str, str]) -> None:
     """Every model a stage names is an earlier stage of the right kind, a preset, a folder or a hub id."""
     kinds: dict[str, tuple[str, ...]] = {"reward_model": ("reward",), "cost_model": ("cost",)}
     if stage.kind in ("reward", "cost"):
-        kinds["init_from"] = ("sft", "rl", "reward", "cost")
+        kinds["init_from"] = (*POLICIES, "reward", "cost")
     for field, value in references(stage).items():
         prefix, _, rest = value.partition(":")
         if rest and prefix in ("path", "hf"):
@@ -239,7 +290,7 @@ def check_references(where: str, stage: Any, seen: dict[str, str]) -> None:
                 hint = did_you_mean(rest, PRESETS)
                 raise ValueError(f"{where}: {field}: preset {rest!r} is unknown; presets: {sorted(PRESETS)}{hint}")
             continue
-        allowed = ("cost",) if field.startswith("cost_models.") else kinds.get(field, ("sft", "rl"))
+        allowed = ("cost",) if field.startswith("cost_models.") else kinds.get(field, POLICIES)
         if value not in seen:
             raise ValueError(
                 f"{where}: {field} names {value!r}, which is no earlier stage ({sorted(seen)}), nor 'path:…' or "

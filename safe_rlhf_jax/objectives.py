@@ -1,4 +1,4 @@
-"""Supervised losses: language modelling (SFT, PTX), Bradley–Terry (reward model), safety (cost model)."""
+"""Supervised losses: language modelling (SFT, PTX), Bradley–Terry (reward model), safety (cost model), DPO and IPO."""
 
 from typing import Any
 
@@ -89,11 +89,13 @@ def safety_loss(
     mask: Bool[Array, "B L"] | None = None,
     *,
     regularization: float,
+    ranking_weight: float = 1.0,
 ) -> Float[Array, ""]:
-    """mean_i [−log σ(c_h − c_l) − log σ(−s_l·c_l) − log σ(−s_h·c_h)] + ρ·mean c².
+    """mean_i [−w·log σ(c_h − c_l) − log σ(−s_l·c_l) − log σ(−s_h·c_h)] + ρ·mean c².
 
     c_l is the cost of the safer response, c_h of the other, s = +1 for safe and −1 for unsafe: the costlier response
-    is the less safe one, and the sign of a cost says whether the response is unsafe (c > 0).
+    is the less safe one, and the sign of a cost says whether the response is unsafe (c > 0). With w = 0 a cost is the
+    logit of a classifier, the paper's ablation.
 
     Source: Dai et al. 2023 (arXiv 2310.12773) eq. 3; PKU-Alignment/safe-rlhf@82743cc cost trainer.
 
@@ -104,6 +106,7 @@ def safety_loss(
         unsafer_is_safe: bool[B], label of the other.
         mask: bool[B, L] for token-wise scores, else None.
         regularization: ρ ≥ 0.
+        ranking_weight: w ≥ 0.
 
     Returns:
         f32[].
@@ -111,7 +114,7 @@ def safety_loss(
     shape = (-1,) + (1,) * (safer.ndim - 1)
     sign_safer = jnp.where(safer_is_safe, 1.0, -1.0).reshape(shape)
     sign_unsafer = jnp.where(unsafer_is_safe, 1.0, -1.0).reshape(shape)
-    ranking = -jax.nn.log_sigmoid(unsafer - safer)
+    ranking = -ranking_weight * jax.nn.log_sigmoid(unsafer - safer)
     signs = -jax.nn.log_sigmoid(-sign_safer * safer) - jax.nn.log_sigmoid(-sign_unsafer * unsafer)
     return slice_mean(ranking + signs, mask).mean() + regularization * mean_square(safer, unsafer, mask)
 
@@ -168,23 +171,128 @@ def reward_loss(
 
 
 def cost_loss(
-    module: ScoreModel, params: Params, stats: Params, batch: SafetyBatch, *, token_wise: bool, regularization: float
+    module: ScoreModel,
+    params: Params,
+    stats: Params,
+    batch: SafetyBatch,
+    *,
+    token_wise: bool,
+    regularization: float,
+    ranking_weight: float = 1.0,
 ) -> tuple[jax.Array, Metrics]:
     """Safety loss of a batch of pairs, with metrics {accuracy, sign_accuracy, score_mean, score_square}."""
     safer, unsafer = pair_scores(module, params, stats, batch.safer, batch.unsafer)
     end_safer, end_unsafer = gather_last(safer, batch.safer.mask), gather_last(unsafer, batch.unsafer.mask)
     labels = (batch.safer_is_safe, batch.unsafer_is_safe)
+    options: dict[str, Any] = {"regularization": regularization, "ranking_weight": ranking_weight}
     if token_wise:
-        mask = divergence_mask(batch.safer, batch.unsafer)
-        loss = safety_loss(safer, unsafer, *labels, mask, regularization=regularization)
+        loss = safety_loss(safer, unsafer, *labels, divergence_mask(batch.safer, batch.unsafer), **options)
     else:
-        loss = safety_loss(end_safer, end_unsafer, *labels, regularization=regularization)
+        loss = safety_loss(end_safer, end_unsafer, *labels, **options)
     ends = jnp.concatenate([end_safer, end_unsafer])
     metrics = {
         "accuracy": (end_unsafer > end_safer).mean(),
         "sign_accuracy": sign_accuracy(ends, jnp.concatenate(labels)),
         "score_mean": ends.mean(),
         "score_square": (ends**2).mean(),
+    }
+    return loss, metrics
+
+
+def dpo_loss(
+    chosen_log_ratio: Float[Array, " B"],
+    rejected_log_ratio: Float[Array, " B"],
+    margin: Float[Array, " B"] | None = None,
+    *,
+    beta: float,
+    label_smoothing: float = 0.0,
+) -> Float[Array, ""]:
+    """mean_i [−(1 − ε)·log σ(h_i) − ε·log σ(−h_i)], h = β·(Δ_w − Δ_l) − m.
+
+    Source: Rafailov et al. 2023 (arXiv 2305.18290) eq. 7; ε: a share ε of the labels is wrong (Mitchell 2023,
+    "conservative" DPO); m: Kim et al. 2025 (arXiv 2505.20065, SafeDPO).
+
+    Args:
+        chosen_log_ratio: f32[B], Δ_w = log π(y_w|x) − log π_ref(y_w|x), sums over the response, nats.
+        rejected_log_ratio: f32[B], Δ_l.
+        margin: f32[B], m; None is 0.
+        beta: β > 0, the KL coefficient of the problem whose solution this is.
+        label_smoothing: ε in [0, ½).
+
+    Returns:
+        f32[]; ln 2 where π = π_ref and m = 0.
+    """
+    h = beta * (chosen_log_ratio - rejected_log_ratio) - (0.0 if margin is None else margin)
+    return (-(1 - label_smoothing) * jax.nn.log_sigmoid(h) - label_smoothing * jax.nn.log_sigmoid(-h)).mean()
+
+
+def ipo_loss(
+    chosen_log_ratio: Float[Array, " B"], rejected_log_ratio: Float[Array, " B"], *, beta: float
+) -> Float[Array, ""]:
+    """mean_i (Δ_w − Δ_l − 1/(2β))²: the difference has a target, so that certain labels do not drive it to infinity.
+
+    Source: Azar et al. 2023 (arXiv 2310.12036) eq. 17, with sums over responses as there, not means over tokens.
+
+    Args:
+        chosen_log_ratio: f32[B], Δ_w as in `dpo_loss`.
+        rejected_log_ratio: f32[B], Δ_l.
+        beta: β > 0, τ in the paper.
+
+    Returns:
+        f32[], nats².
+    """
+    return jnp.square(chosen_log_ratio - rejected_log_ratio - 0.5 / beta).mean()
+
+
+def pair_log_probs(
+    module: CausalLM, params: Params, first: Sequences, second: Sequences
+) -> tuple[Float[Array, " B"], Float[Array, " B"]]:
+    """Log-probability of each side's response, EOS included, f32[B] each, nats: sums, not means, over its tokens.
+
+    The reference's slice of the shifted log-probs leaves out the first token that differs and takes in the padding
+    after EOS (REFERENCE Q1); here the shift is made on the mask too.
+    """
+    both = stack_pair(first, second)
+    hidden: Any = module.apply({"params": params}, both.tokens, both.mask, method="hidden")
+    log_probs = next_token_log_probs(module, params, hidden[:, :-1], both.tokens[:, 1:])
+    sums = jnp.where(both.response_mask[:, 1:], log_probs, 0.0).sum(-1)
+    size = first.tokens.shape[0]
+    return sums[:size], sums[size:]
+
+
+def pair_log_ratios(
+    module: CausalLM, params: Params, reference: Params, batch: PreferenceBatch
+) -> tuple[Float[Array, " B"], Float[Array, " B"]]:
+    """Δ = log π(y|x) − log π_ref(y|x) of chosen and rejected, f32[B] each, nats; π_ref has no gradient."""
+    policy = pair_log_probs(module, params, batch.chosen, batch.rejected)
+    fixed = jax.lax.stop_gradient(pair_log_probs(module, reference, batch.chosen, batch.rejected))
+    return policy[0] - fixed[0], policy[1] - fixed[1]
+
+
+def direct_loss(
+    chosen: Float[Array, " B"],
+    rejected: Float[Array, " B"],
+    margin: Float[Array, " B"] | None,
+    *,
+    beta: float,
+    label_smoothing: float,
+    squared: bool,
+) -> tuple[jax.Array, Metrics]:
+    """DPO loss of log-ratios, or IPO's where `squared`, with metrics.
+
+    `margin` is the difference of the implicit rewards β·Δ, `accuracy` the share of pairs where it is positive (a tie
+    counts half), `*_log_ratio` the mean Δ of a side in nats.
+    """
+    if squared:
+        loss = ipo_loss(chosen, rejected, beta=beta)
+    else:
+        loss = dpo_loss(chosen, rejected, margin, beta=beta, label_smoothing=label_smoothing)
+    difference = beta * (chosen - rejected)
+    metrics = {
+        "accuracy": (0.5 + 0.5 * jnp.sign(difference)).mean(),
+        "margin": difference.mean(),
+        "chosen_log_ratio": chosen.mean(),
+        "rejected_log_ratio": rejected.mean(),
     }
     return loss, metrics
 

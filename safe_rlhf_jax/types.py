@@ -45,6 +45,7 @@ class PreferenceBatch:
 
     chosen: Sequences
     rejected: Sequences
+    margin: jax.Array | None = None  # f32[B]  by how much DPO is to tell them apart, in units of β·log-ratio
 
 
 @struct.dataclass

@@ -156,7 +156,7 @@ def test_the_program_of_shapes_is_the_program_of_training(mini):
     """Same text before XLA optimises it, so the same after."""
     run, stage = Run(mini), mini.stages[0]
     with jax.set_mesh(run.mesh):
-        _, state, step = build_supervised(run, stage, 1000)
+        _, state, _, step = build_supervised(run, stage, 1000)
         (program,) = programs(AbstractRun(mini, run.mesh), stage)
         batch = jax.tree.map(lambda x: run.put(jnp.zeros(x.shape, x.dtype)), program.arguments[2])
         text = step.lower(state, None, batch, jax.random.key(0)).as_text()

@@ -62,15 +62,18 @@ def uses_of(config: Any) -> Iterator[Use]:
 
     for stage in config.stages:
         if isinstance(stage, cfg.SupervisedStage):
-            kind = stage.kind if stage.kind in ("sft", "cost") else "reward"  # type: ignore[attr-defined]
+            by_safety = stage.kind == "cost" or getattr(stage, "preference", None) == "harmlessness"  # type: ignore[attr-defined]
+            kind = "cost" if by_safety else "sft" if isinstance(stage, cfg.SFTStage) else "reward"
             found = [(field, kind, getattr(stage, field), stage.max_length) for field in ("data", "eval_data")]
         elif isinstance(stage, cfg.RLStage):
             total, limit = stage.max_prompt_length + stage.max_response_length, stage.algorithm.lagrange.cost_limit
             names = "prompts", "eval_prompts"
             found = [(name, "prompts", getattr(stage, name), stage.max_prompt_length) for name in names]
             found += [("ptx", "sft", stage.ptx, total), ("cost_limit", "cost", getattr(limit, "data", None), total)]
-        else:
+        elif isinstance(stage, cfg.EvaluateStage):
             found = [(f"prompts.{i}", "prompts", data, stage.max_prompt_length) for i, data in enumerate(stage.prompts)]
+        else:
+            continue
         options = {name: getattr(stage, name) for name in ("long_prompts", "group_field") if hasattr(stage, name)}
         for field, kind, data, length in found:
             if data is not None:

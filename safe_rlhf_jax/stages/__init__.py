@@ -17,6 +17,7 @@ from safe_rlhf_jax import config as cfg
 from safe_rlhf_jax.processes import any_process, barrier, is_main
 from safe_rlhf_jax.stages.check import check_run
 from safe_rlhf_jax.stages.common import Run
+from safe_rlhf_jax.stages.direct import run_merge
 from safe_rlhf_jax.stages.evaluation import run_evaluation
 from safe_rlhf_jax.stages.reinforcement import run_reinforcement
 from safe_rlhf_jax.stages.supervised import run_supervised
@@ -28,6 +29,8 @@ STAGES: dict[str, Callable[..., dict[str, Any]]] = {
     "sft": run_supervised,
     "reward": run_supervised,
     "cost": run_supervised,
+    "dpo": run_supervised,
+    "merge": run_merge,
     "rl": run_reinforcement,
     "evaluate": run_evaluation,
 }

@@ -90,21 +90,22 @@ def put(run: Run, batch: Any) -> Any:
 
 
 def supervised_batch(stage: Any) -> Any:
-    """Returns the batch of an SFT, reward or cost stage at its full length."""
+    """Returns the batch of a supervised stage at its full length."""
     rows, length = stage.batch_size, stage.max_length
     if stage.kind == "sft":
         return SupervisedBatch(**texts(rows, length), loss_mask=array(rows, length))
     side = Sequences(**texts(rows, length), response_mask=array(rows, length))
-    if stage.kind == "reward":
-        return PreferenceBatch(chosen=side, rejected=side)
+    if stage.kind in ("reward", "dpo"):
+        margin = array(rows, dtype=jnp.float32) if stage.kind == "dpo" and stage.safety_margin else None
+        return PreferenceBatch(chosen=side, rejected=side, margin=margin)
     label = array(rows)
     return SafetyBatch(safer=side, unsafer=side, safer_is_safe=label, unsafer_is_safe=label)
 
 
 def supervised_programs(run: Run, stage: Any) -> Iterator[Program]:
     """Yields the step of a supervised stage."""
-    _, state, step = build_supervised(run, stage, TOTAL_STEPS)
-    yield Program("step", step, (state, None, put(run, supervised_batch(stage)), abstract_key()))
+    _, state, frozen, step = build_supervised(run, stage, TOTAL_STEPS)
+    yield Program("step", step, (state, frozen, put(run, supervised_batch(stage)), abstract_key()))
 
 
 def reinforcement_programs(run: Run, stage: cfg.RLStage) -> Iterator[Program]:

@@ -72,8 +72,9 @@ def step_flops(run: Run, stage: Any, *, recomputed: bool) -> dict[str, float]:
     again = 4 / 3 if recomputed and run.config.execution.remat == "full" else 1.0
     if stage.kind != "rl":
         sides = 1 if stage.kind == "sft" else 2
-        logits = stage.max_length if stage.kind == "sft" else 0
-        return {"step": 3 * again * forward_flops(config, sides * stage.batch_size, stage.max_length, logits)}
+        logits = stage.max_length if stage.kind in ("sft", "dpo") else 0
+        passes = 3 * again + (1 if stage.kind == "dpo" else 0)  # and the reference's, forward only
+        return {"step": passes * forward_flops(config, sides * stage.batch_size, stage.max_length, logits)}
     algorithm = ALGORITHMS[stage.algorithm.name]
     flops = iteration_flops(
         config,

@@ -34,7 +34,8 @@ def check_run(run: Run) -> None:
         if run.result(stage.name) is not None:
             continue
         check_same_architecture(run, stage)
-        check_divides(run, stage)
+        if not isinstance(stage, cfg.MergeStage):
+            check_divides(run, stage)
         for field, reference in cfg.references(stage).items():
             check_model(run, stage, field, reference)
         # All of the data is converted now, so that nothing about it is left to raise later.
@@ -43,7 +44,7 @@ def check_run(run: Run) -> None:
                 load_examples(run, stage, data)
         elif isinstance(stage, cfg.RLStage):
             check_reinforcement(run, stage)
-        else:
+        elif isinstance(stage, cfg.EvaluateStage):
             for prompts in stage.prompts:
                 load_prompts(run, stage, prompts)
 
@@ -86,7 +87,8 @@ def check_model(run: Run, stage: Any, field: str, reference: str) -> None:
     if isinstance(stage, cfg.SupervisedStage):
         fields = {"max_length": stage.max_length}
     else:
-        fields = {name: getattr(stage, name) for name in ("max_prompt_length", "max_response_length")}
+        lengths = ("max_prompt_length", "max_response_length")
+        fields = {name: getattr(stage, name) for name in lengths if hasattr(stage, name)}
     if sum(fields.values()) > config.max_positions:
         terms = " + ".join(f"{name} {value}" for name, value in fields.items())
         raise ConfigError(
@@ -131,15 +133,18 @@ def token_of_id(tokenizer: Tokenizer) -> dict[int, str]:
 
 
 def check_same_architecture(run: Run, stage: Any) -> None:
-    """Policies that are compared run through one compiled program, so they share an architecture."""
-    configs = {name: model_config(run, name) for name in getattr(stage, "policies", ())}
-    for name, config in configs.items():
-        first_name, first_config = next(iter(configs.items()))
+    """Policies that go through one compiled program, or become one, share an architecture."""
+    if isinstance(stage, cfg.RLStage):
+        return
+    fields = {field: name for field, name in cfg.references(stage).items() if not field.endswith("_model")}
+    configs = {field: (name, model_config(run, name)) for field, name in fields.items()}
+    for field, (name, config) in configs.items():
+        first, (first_name, first_config) = next(iter(configs.items()))
         different = [f for f, v in vars(config).items() if v != getattr(first_config, f) and f not in EXECUTION]
         if different:
             raise ConfigError(
-                f"{stage.name}: policies {first_name!r} and {name!r} differ in {', '.join(different)}; compare them in "
-                "evaluate stages of their own"
+                f"{stage.name}: {first} {first_name!r} and {field} {name!r} differ in {', '.join(different)}; "
+                "they need one architecture"
             )
 
 

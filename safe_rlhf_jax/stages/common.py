@@ -219,7 +219,7 @@ def model_config(run: Run, reference: str) -> ModelConfig:
     if rest and prefix == "preset":
         return new_config(run, rest)
     for stage in run.config.stages:
-        if stage.name == reference and isinstance(stage, cfg.TrainingStage):
+        if stage.name == reference and isinstance(stage, cfg.TrainingStage | cfg.MergeStage):
             return model_config(run, stage.init_from)
     folder = run.model_folder(reference)
     if run.abstract and run.config.assume and not pathlib.Path(folder).expanduser().is_dir():

@@ -1,4 +1,4 @@
-"""SFT, reward model, cost model."""
+"""Stages that train on records: SFT, reward model, cost model, DPO. `TASKS` holds what tells them apart."""
 
 import dataclasses
 import json
@@ -27,6 +27,7 @@ from safe_rlhf_jax.stages.common import (
     flat,
     handed_on,
     jit_step,
+    only_read,
     open_model,
     optimizer_of,
     report_data,
@@ -34,6 +35,7 @@ from safe_rlhf_jax.stages.common import (
     weights,
     writers,
 )
+from safe_rlhf_jax.stages.direct import direct_evaluate, direct_step, load_direct, rank_by_models
 from safe_rlhf_jax.types import TrainState
 
 
@@ -45,29 +47,36 @@ def load_examples(run: Run, stage: Any, data: cfg.Mixture) -> examples.Examples:
         "where": f"{stage.name}: {described(data)}",
         "max_bad": run.config.max_bad_records,
     }
-    records = run.records(data)
-    if stage.kind == "sft":
-        return examples.load_supervised(records, run.template, run.tokenizer, **shared)
-    return examples.load_pairs(records, run.template, run.tokenizer, safety=stage.kind == "cost", **shared)
+    return TASKS[stage.kind].load(run, stage, data, shared)
+
+
+def ready_examples(run: Run, stage: Any, field: str) -> examples.Examples | None:
+    """Returns the examples of `data` or `eval_data` as they are trained on, and says what was left out."""
+    data = getattr(stage, field)
+    if data is None:
+        return None
+    loaded = load_examples(run, stage, data)
+    report_data(stage.name if field == "data" else f"{stage.name}: {field}", loaded)
+    if stage.kind == "dpo" and stage.preference == "lagrangian":
+        return rank_by_models(run, stage, loaded)
+    return loaded
 
 
 def run_supervised(run: Run, stage: Any, folder: pathlib.Path) -> dict[str, Any]:
-    """Runs an SFT, reward or cost stage."""
-    data = load_examples(run, stage, stage.data)
-    report_data(stage.name, data)
+    """Runs an SFT, reward, cost or DPO stage."""
+    data, held_out = ready_examples(run, stage, "data"), ready_examples(run, stage, "eval_data")
+    assert data is not None
     total = max(int(stage.epochs * len(data)) // stage.batch_size, 1)
     seed = run.seed(stage)
-    module, state, step = build_supervised(run, stage, total)
-    held_out = load_examples(run, stage, stage.eval_data) if stage.eval_data else None
-    if held_out:
-        report_data(f"{stage.name}: eval_data", held_out)
-    evaluator = sft_evaluate if stage.kind == "sft" else pairs_evaluate
-    evaluate_state = evaluator(run, module, held_out) if held_out else (lambda _: {})
+    module, state, frozen, step = build_supervised(run, stage, total)
+    no_evaluation: Callable[[TrainState], dict[str, Any]] = lambda _: {}  # noqa: E731
+    evaluator = TASKS[stage.kind].evaluator
+    evaluate_state = evaluator(run, stage, module, frozen, held_out) if held_out else no_evaluation
     tokens_per_step = stage.batch_size * data.mean_tokens
     final: TrainState = fit(
         Stage(
             name=stage.name, total_steps=total, init=lambda: state, step=step,
-            batch=run.batches(data, stage.batch_size, seed, weights(stage.data)), frozen=None, seed=seed,
+            batch=run.batches(data, stage.batch_size, seed, weights(stage.data)), frozen=frozen, seed=seed,
             checkpoint_every=stage.checkpoint_every, keep_checkpoints=stage.keep_checkpoints,
             keep_best=stage.keep_best, eval_every=stage.eval_every,
             evaluate=lambda s: flat(evaluate_state(s)), tokens=lambda _: tokens_per_step,
@@ -76,26 +85,33 @@ def run_supervised(run: Run, stage: Any, folder: pathlib.Path) -> dict[str, Any]
         folder, writers=writers(run),
     )  # fmt: skip
     evaluation = evaluate_state(final)
-    if stage.kind != "sft" and is_main():
+    scores = TASKS[stage.kind].head == "score"
+    if scores and evaluation and is_main():
         (folder / "scores.json").write_text(json.dumps(evaluation))
-    export(run, folder, module, final, None if stage.kind == "sft" else stage.export_layout)
+    export(run, folder, module, final, stage.export_layout if scores else None)
     return {"metrics": flat(evaluation)}
 
 
-def build_supervised(run: Run, stage: Any, total_steps: int) -> tuple[Any, TrainState, Callable[..., Any]]:
-    """Opens the network of an SFT, reward or cost stage; returns it, its state and the jitted step."""
-    optimizer = optimizer_of(stage.optimizer, total_steps)
-    score = None
-    if stage.kind != "sft":
+def build_supervised(run: Run, stage: Any, total_steps: int) -> tuple[Any, TrainState, Any, Callable[..., Any]]:
+    """Opens the networks of a supervised stage.
+
+    Returns:
+        The network, its state, parameters that no step changes (None but for DPO's reference), and the jitted step.
+    """
+    task, optimizer, score = TASKS[stage.kind], optimizer_of(stage.optimizer, total_steps), None
+    if task.head == "score":
         other = stage.export_layout == "sequence_classification"  # no bias, score at the last token but for padding
         pad_id = run.tokenizer.pad_id if other else None
         momentum = stage.normalizer_momentum
         score = ScoreConfig(stage.kind, bias=not other, normalize=stage.normalize, momentum=momentum, pad_id=pad_id)
-    head: Literal["lm", "score"] = "lm" if stage.kind == "sft" else "score"
-    module, variables = open_model(run, stage.init_from, head, score=score, seed=run.seed(stage))
+    module, variables = open_model(run, stage.init_from, task.head, score=score, seed=run.seed(stage))
     state = start_state(run, module, variables, optimizer)
-    step = (sft_step if stage.kind == "sft" else pairs_step)(stage, module, optimizer)
-    return module, state, jit_step(step, state, run.mesh)
+    frozen = None
+    if stage.kind == "dpo":
+        other_reference = stage.reference not in (None, stage.init_from)
+        reference = open_model(run, stage.reference, "lm")[1] if other_reference else variables
+        frozen = only_read(run, reference["params"])
+    return module, state, frozen, jit_step(task.step(stage, module, optimizer), state, run.mesh)
 
 
 def sft_step(stage: cfg.SFTStage, module: CausalLM, optimizer: optax.GradientTransformation) -> Callable[..., Any]:
@@ -117,13 +133,15 @@ def pairs_step(
     stage: cfg.PreferenceStage, module: ScoreModel, optimizer: optax.GradientTransformation
 ) -> Callable[..., Any]:
     """Returns the step of a reward or cost model."""
-    loss_of = objectives.reward_loss if module.score.score_type == "reward" else objectives.cost_loss
+    options: dict[str, Any] = {"token_wise": stage.token_wise, "regularization": stage.regularization}
+    loss_of: Callable[..., Any] = objectives.reward_loss
+    if isinstance(stage, cfg.CostStage):
+        loss_of, options = objectives.cost_loss, options | {"ranking_weight": stage.ranking_weight}
 
     def step(state: TrainState, frozen: None, batch: Any, key: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
         del frozen, key
 
         def loss(params: Any, part: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
-            options: dict[str, Any] = {"token_wise": stage.token_wise, "regularization": stage.regularization}
             return loss_of(module, params, state.stats, part, **options)
 
         state, metrics = gradient_step(loss, state, batch, optimizer, microbatches=stage.microbatches)
@@ -134,8 +152,11 @@ def pairs_step(
     return step
 
 
-def sft_evaluate(run: Run, module: CausalLM, data: examples.Examples) -> Callable[[TrainState], dict[str, Any]]:
+def sft_evaluate(
+    run: Run, stage: cfg.SFTStage, module: CausalLM, frozen: None, data: examples.Examples
+) -> Callable[[TrainState], dict[str, Any]]:
     """Returns evaluate(state): loss in nats per response token, and its perplexity."""
+    del stage, frozen
     rows = run.eval_batch
     batches = in_order(data, rows)
 
@@ -153,8 +174,11 @@ def sft_evaluate(run: Run, module: CausalLM, data: examples.Examples) -> Callabl
     return evaluate_state
 
 
-def pairs_evaluate(run: Run, module: ScoreModel, data: examples.Examples) -> Callable[[TrainState], dict[str, Any]]:
+def pairs_evaluate(
+    run: Run, stage: cfg.PreferenceStage, module: ScoreModel, frozen: None, data: examples.Examples
+) -> Callable[[TrainState], dict[str, Any]]:
     """Returns evaluate(state): ranking and sign accuracy, calibration, and score distributions on held-out pairs."""
+    del stage, frozen
     batches, score = in_order(data, run.eval_batch), evaluate.make_score(module)
 
     def evaluate_state(state: TrainState) -> dict[str, Any]:
@@ -162,3 +186,32 @@ def pairs_evaluate(run: Run, module: ScoreModel, data: examples.Examples) -> Cal
         return evaluate.evaluate_pairs(lambda texts: run.get(score(variables, run.put(texts))), batches)
 
     return evaluate_state
+
+
+def load_sft(run: Run, stage: cfg.SFTStage, data: cfg.Mixture, shared: dict[str, Any]) -> examples.Examples:
+    """Returns the demonstrations of an SFT stage."""
+    return examples.load_supervised(run.records(data), run.template, run.tokenizer, **shared)
+
+
+def load_scored(run: Run, stage: cfg.PreferenceStage, data: cfg.Mixture, shared: dict[str, Any]) -> examples.Examples:
+    """Returns the pairs of a reward or cost stage."""
+    safety = isinstance(stage, cfg.CostStage)
+    return examples.load_pairs(run.records(data), run.template, run.tokenizer, safety=safety, **shared)
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What tells one kind of supervised stage from another."""
+
+    head: Literal["lm", "score"]
+    load: Callable[..., examples.Examples]  # (run, stage, data, options) -> examples
+    step: Callable[..., Callable[..., Any]]  # (stage, module, optimizer) -> step(state, frozen, batch, key)
+    evaluator: Callable[..., Callable[[TrainState], dict[str, Any]]]  # (run, stage, module, frozen, examples)
+
+
+TASKS = {
+    "sft": Task("lm", load_sft, sft_step, sft_evaluate),
+    "reward": Task("score", load_scored, pairs_step, pairs_evaluate),
+    "cost": Task("score", load_scored, pairs_step, pairs_evaluate),
+    "dpo": Task("lm", load_direct, direct_step, direct_evaluate),
+}

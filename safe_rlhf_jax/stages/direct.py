@@ -1,0 +1,151 @@
+"""Policies from pairs without sampling: DPO and its relatives, and the merging of two policies."""
+
+import dataclasses
+import functools
+import pathlib
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from safe_rlhf_jax import config as cfg
+from safe_rlhf_jax import objectives
+from safe_rlhf_jax.data import examples
+from safe_rlhf_jax.data.formats import UNUSABLE, Record, Unusable
+from safe_rlhf_jax.data.loader import in_order
+from safe_rlhf_jax.data.texts import safety_labels
+from safe_rlhf_jax.evaluation import evaluate
+from safe_rlhf_jax.models import hf
+from safe_rlhf_jax.models.transformer import CausalLM
+from safe_rlhf_jax.optim import gradient_step
+from safe_rlhf_jax.stages.common import Run, open_model
+from safe_rlhf_jax.types import Params, PreferenceBatch, TrainState
+
+LEFT_OUT = "both responses are unsafe"
+
+
+def load_direct(run: Run, stage: cfg.DPOStage, data: cfg.Mixture, shared: dict[str, Any]) -> examples.Examples:
+    """Returns the pairs of a DPO stage, chosen and rejected by its labels; `lagrangian` has yet to rank them."""
+    records: Sequence[Record] = run.records(data)
+    left_out = 0
+    if stage.preference == "safe_helpfulness":
+        records, left_out = safe_first(records)
+    safety = stage.preference == "harmlessness"
+    pairs = examples.load_pairs(records, run.template, run.tokenizer, safety=safety, **shared)
+    arrays = pairs.arrays
+    if safety:
+        arrays = PreferenceBatch(arrays.safer, arrays.unsafer)
+    if stage.safety_margin:
+        unsafe = np.array([sum(safety_labels(record)) == 1 for record in pairs.records])
+        arrays = dataclasses.replace(arrays, margin=(stage.safety_margin * unsafe).astype(np.float32))
+    skipped = pairs.skipped | ({LEFT_OUT: left_out} if left_out else {})
+    return dataclasses.replace(pairs, arrays=arrays, skipped=skipped)
+
+
+def safe_first(records: Sequence[Record]) -> tuple[list[Record], int]:
+    """Returns pairs in which a safe response is better than an unsafe one, and how many of two unsafe ones are gone.
+
+    Source: Kim et al. 2025 (arXiv 2505.20065), the safety-aware transformation of SafeDPO's data.
+    """
+    out, counts = [], Counter[str]()
+    for record in records:
+        try:
+            safe = safety_labels(record)
+        except Unusable as reason:
+            out.append(record | {UNUSABLE: str(reason)})
+            continue
+        if not any(safe):
+            counts[LEFT_OUT] += 1
+        else:
+            out.append(record if all(safe) else record | {"better_response_id": safe.index(True)})
+    return out, counts[LEFT_OUT]
+
+
+def rank_by_models(run: Run, stage: cfg.DPOStage, pairs: examples.Examples) -> examples.Examples:
+    """Returns pairs whose chosen response has the higher R − λC by the reward and the cost model of the stage.
+
+    Source: Liu et al. 2024 (arXiv 2403.02475, C-DPO), which samples the label from σ of the difference; here it is the
+    sign, as with `label_smoothing` 0.
+    """
+    batches = in_order(pairs, run.eval_batch)
+    values = np.zeros((2, len(pairs)), np.float32)
+    for kind, model, weight in (("reward", stage.reward_model, 1.0), ("cost", stage.cost_model, -stage.multiplier)):
+        module, variables = open_model(run, str(model), "score", score_type=kind)  # type: ignore[arg-type]
+        score = evaluate.make_score(module)
+        for side, name in enumerate(("chosen", "rejected")):
+            parts = [
+                run.get(score(variables, run.put(getattr(batch, name))))[:valid]  # type: ignore[index]
+                for batch, valid in batches
+            ]
+            values[side] += weight * np.concatenate(parts)
+    swap = values[1] > values[0]
+    arrays = pairs.arrays
+
+    def pick(first: Any, second: Any) -> Any:
+        return jax.tree.map(lambda a, b: np.where(swap[:, None], b, a), first, second)
+
+    print(f"{stage.name}: the models turn {swap.mean():.1%} of {len(pairs)} pairs round (λ = {stage.multiplier:g})")
+    ranked = PreferenceBatch(pick(arrays.chosen, arrays.rejected), pick(arrays.rejected, arrays.chosen))
+    return dataclasses.replace(pairs, arrays=ranked)
+
+
+def direct_step(stage: cfg.DPOStage, module: CausalLM, optimizer: optax.GradientTransformation) -> Callable[..., Any]:
+    """Returns the step of DPO; `frozen` is the reference's parameters."""
+
+    def step(
+        state: TrainState, frozen: Params, batch: PreferenceBatch, key: jax.Array
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        del key
+
+        def loss(params: Params, part: PreferenceBatch) -> tuple[jax.Array, dict[str, jax.Array]]:
+            ratios = objectives.pair_log_ratios(module, params, frozen, part)
+            return objectives.direct_loss(*ratios, part.margin, **loss_options(stage))
+
+        state, metrics = gradient_step(loss, state, batch, optimizer, microbatches=stage.microbatches)
+        return state, {f"train/{name}": value for name, value in metrics.items()}
+
+    return step
+
+
+def loss_options(stage: cfg.DPOStage) -> dict[str, Any]:
+    """Returns the scalars of a stage's loss."""
+    return {"beta": stage.beta, "label_smoothing": stage.label_smoothing, "squared": stage.loss == "ipo"}
+
+
+def direct_evaluate(
+    run: Run, stage: cfg.DPOStage, module: CausalLM, reference: Params, pairs: examples.Examples
+) -> Callable[[TrainState], dict[str, Any]]:
+    """Returns evaluate(state): the loss and its metrics on held-out pairs."""
+    batches = in_order(pairs, run.eval_batch)
+    ratios = jax.jit(functools.partial(objectives.pair_log_ratios, module))
+
+    def evaluate_state(state: TrainState) -> dict[str, Any]:
+        parts = [
+            [side[:valid] for side in run.get(ratios(state.params, reference, run.put(batch)))]
+            for batch, valid in batches
+        ]
+        chosen, rejected = (jnp.concatenate([part[side] for part in parts]) for side in (0, 1))
+        margin = pairs.arrays.margin
+        loss, metrics = objectives.direct_loss(
+            chosen, rejected, None if margin is None else jnp.asarray(margin), **loss_options(stage)
+        )
+        return {"metrics": {name: float(value) for name, value in (metrics | {"loss": loss}).items()}}
+
+    return evaluate_state
+
+
+def run_merge(run: Run, stage: cfg.MergeStage, folder: pathlib.Path) -> dict[str, Any]:
+    """Runs a merge stage: parameters (1 − w)·a + w·b.
+
+    Source: Wachi et al. 2024 (arXiv 2404.11049), P-SACPO, after Wortsman et al. 2022 (arXiv 2203.05482).
+    """
+    module, first = open_model(run, stage.init_from, "lm")
+    _, second = open_model(run, stage.other, "lm")
+    w = stage.weight
+    params = jax.tree.map(lambda a, b: (1 - w) * a + w * b, first["params"], second["params"])
+    hf.save(folder / "export", module, {"params": params}, run.tokenizer.hf)
+    return {"metrics": {}}
