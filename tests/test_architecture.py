@@ -16,7 +16,7 @@ LEVELS = (
     {"models"},
     {"optim", "inference", "analysis"},
     {"objectives", "rl", "evaluation", "data"},
-    {"checkpoint", "loop", "config", "config_algorithm", "config_data", "config_errors", "pipeline"},
+    {"checkpoint", "loop", "pipeline", *(f"config{part}" for part in ("", "_stages", "_algorithm", "_data", "_errors"))},
     {"stages"},
     {"train", "compile", "chat", "search", "tables", "data.__main__"},
 )
@@ -24,7 +24,8 @@ LEVELS = (
 ONLY = {
     "types": set(),
     "data": {"data", "types"},
-    "config": {"config_algorithm", "config_data", "config_errors", "models.config"},
+    "config": {"config_stages", "config_algorithm", "config_data", "config_errors", "models.config"},
+    "config_stages": {"config_algorithm", "config_data", "models.config"},
     "config_algorithm": {"config_data"},
     "config_data": set(),
     "config_errors": set(),
