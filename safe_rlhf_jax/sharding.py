@@ -54,7 +54,8 @@ def make_mesh(shape: Sequence[int], devices: Sequence[jax.Device] | None = None)
     axis_types = (AxisType.Auto,) * len(MESH_AXES)
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if slices == 1:
-        return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=axis_types, devices=devices)
+        grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+        return Mesh(grid, MESH_AXES, axis_types=axis_types)
     if sizes[0] % slices:
         raise ValueError(
             f"mesh: data {sizes[0]} does not divide into the {slices} slices that the devices are in; only data "
