@@ -79,11 +79,18 @@ def partition_spec(names: Sequence[str | None]) -> PartitionSpec:
     return PartitionSpec(*axes)
 
 
-def constrain(x: jax.Array, *names: str | None) -> jax.Array:
-    """Pins the sharding of an activation by the logical names of its dimensions; no effect without a mesh."""
+def constrain(x: jax.Array, *names: str | None, whole: str | None = None) -> jax.Array:
+    """Pins the sharding of an array by the logical names of its dimensions; no effect without a mesh.
+
+    Args:
+        x: The array.
+        names: One for each dimension.
+        whole: Mesh axis over which the array is not split after all.
+    """
     if jax.sharding.get_abstract_mesh().empty:
         return x
-    return jax.lax.with_sharding_constraint(x, partition_spec(names))
+    spec = [None if axes == whole else axes for axes in partition_spec(names)]
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
 
 
 def named_shardings(boxed: Any, mesh: Mesh) -> Any:
