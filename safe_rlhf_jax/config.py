@@ -52,6 +52,9 @@ class Execution(Schema):
     dtype: Literal["float32", "bfloat16"] = "float32"  # of matmuls; parameters stay float32
     remat: RematPolicy = "none"  # what the backward pass recomputes: none, all but matmuls ("dots"), everything
     scan_layers: bool = True  # False unrolls the layers: longer to compile, faster for small models
+    # Parameters split over `fsdp` are gathered once before decoding, not for every token: faster, and costs the memory
+    # of a copy in `dtype` over `tensor` while responses are generated.
+    gather_to_decode: bool = False
 
 
 Stage = Annotated[

@@ -55,6 +55,14 @@ def decayed(params: Params) -> Any:
     return jax.tree_util.tree_map_with_path(is_matrix, params)
 
 
+def multiplied(params: Params, dtype: str) -> Params:
+    """Returns parameters with matrices in the dtype that they are multiplied in.
+
+    Networks cast every matrix to that dtype before they use it, so no result changes, and memory halves with bfloat16.
+    """
+    return jax.tree.map(lambda x, matrix: x.astype(dtype) if matrix else x, params, decayed(params))
+
+
 def make_optimizer(
     learning_rate: optax.ScalarOrSchedule,
     *,

@@ -83,7 +83,10 @@ def shapes(devices: int) -> Iterator[cfg.Mesh]:
 def fewest_microbatches(
     config: cfg.RunConfig, stage: Any, devices: Sequence[jax.Device], mesh: cfg.Mesh, remat: str
 ) -> dict[str, Any] | None:
-    """Returns the variant with the fewest microbatches that fits, from the stage's own number on in powers of two."""
+    """Returns the variant with the fewest microbatches that fits, from the stage's own number on in powers of two.
+
+    Where none fits while parameters are gathered to decode, they are not.
+    """
     rows = stage.batch_size * getattr(stage, "responses_per_prompt", 1)
     shards = mesh.data * mesh.fsdp * (stage.algorithm.minibatches if stage.kind == "rl" else 1)
     counts = [n for n in (stage.microbatches * 2**i for i in range(20)) if rows % (shards * n) == 0]
@@ -92,7 +95,10 @@ def fewest_microbatches(
     # The smallest program first: where that does not fit, none does.
     best = attempt(config, stage, devices, mesh, remat, counts.pop())
     if best is None:
-        return None
+        if stage.kind != "rl" or not config.execution.gather_to_decode:
+            return None
+        execution = config.execution.model_copy(update={"gather_to_decode": False})
+        return fewest_microbatches(config.model_copy(update={"execution": execution}), stage, devices, mesh, remat)
     while counts:  # halve the range: what fits with n microbatches fits with more
         middle = len(counts) // 2
         variant = attempt(config, stage, devices, mesh, remat, counts[middle])
@@ -109,6 +115,8 @@ def attempt(
     own = stage.model_copy(update={"microbatches": microbatches})
     overrides = [f"mesh.{axis}={size}" for axis, size in mesh.model_dump().items()]
     overrides += [f"execution.remat={remat}", f"stages.{stage.name}.microbatches={microbatches}"]
+    if stage.kind == "rl":
+        overrides.append(f"execution.gather_to_decode={str(execution.gather_to_decode).lower()}")
     report = compile_stage(variant, own, devices)
     total = max(program["memory"]["total"] for program in report["programs"])
     print(f"  {' '.join(overrides)}: {total / 2**30:.2f} GiB{'' if report['fits'] else ', too much'}", file=sys.stderr)

@@ -54,7 +54,8 @@ def make_mesh(shape: Sequence[int], devices: Sequence[jax.Device] | None = None)
     axis_types = (AxisType.Auto,) * len(MESH_AXES)
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if slices == 1:
-        return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=axis_types, devices=devices)
+        grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+        return Mesh(grid, MESH_AXES, axis_types=axis_types)
     if sizes[0] % slices:
         raise ValueError(
             f"mesh: data {sizes[0]} does not divide into the {slices} slices that the devices are in; only data "
@@ -78,11 +79,18 @@ def partition_spec(names: Sequence[str | None]) -> PartitionSpec:
     return PartitionSpec(*axes)
 
 
-def constrain(x: jax.Array, *names: str | None) -> jax.Array:
-    """Pins the sharding of an activation by the logical names of its dimensions; no effect without a mesh."""
+def constrain(x: jax.Array, *names: str | None, whole: str | None = None) -> jax.Array:
+    """Pins the sharding of an array by the logical names of its dimensions; no effect without a mesh.
+
+    Args:
+        x: The array.
+        names: One for each dimension.
+        whole: Mesh axis over which the array is not split after all.
+    """
     if jax.sharding.get_abstract_mesh().empty:
         return x
-    return jax.lax.with_sharding_constraint(x, partition_spec(names))
+    spec = [None if axes == whole else axes for axes in partition_spec(names)]
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
 
 
 def named_shardings(boxed: Any, mesh: Mesh) -> Any:

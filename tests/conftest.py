@@ -69,6 +69,14 @@ def pytest_collection_modifyitems(items):
                     item.add_marker(pytest.mark.skip(reason=reason))
 
 
+@pytest.fixture(autouse=True)
+def precision(request):
+    """TPU programs are compiled at the precision of training: kernels multiply no bfloat16 as if it were float32."""
+    tpu = request.node.get_closest_marker("tpu") is not None
+    with jax.default_matmul_precision("default" if tpu else "float32"):
+        yield
+
+
 MINI = Path(__file__).parent / "configs" / "mini.yaml"
 
 

@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from safe_rlhf_jax import compile as compile_command
+from safe_rlhf_jax import search
 from safe_rlhf_jax.analysis import chips
 from safe_rlhf_jax.config import load_config
 from safe_rlhf_jax.sharding import make_mesh
@@ -206,6 +207,15 @@ def test_a_program_for_a_chip_that_is_too_small_is_refused_with_advice(compile_m
     assert status == 1
     assert "does not fit" in table
     assert "fits with" in table
+
+
+@pytest.mark.tpu
+@pytest.mark.parametrize("topology", ["v5e:8x8", "v5p:2x2x4", "v6e:8x8"])
+def test_every_mesh_finds_its_place_on_a_torus(topology):
+    """Also one with an axis as long as two of the torus, or as half of one."""
+    devices = compile_command.topology_devices(topology, 1)
+    for mesh in search.shapes(len(devices)):
+        assert make_mesh((mesh.data, mesh.fsdp, mesh.tensor), devices).size == len(devices)
 
 
 @pytest.mark.tpu

@@ -1,5 +1,6 @@
 """Bytes that a compiled program moves to and from HBM, counted from its instructions and how often each runs."""
 
+import math
 from collections import defaultdict
 
 from safe_rlhf_jax.analysis.hlo import Array, Executed, Instruction, Module
@@ -59,11 +60,7 @@ def fusion_bytes(module: Module, fusion: Instruction, here: dict[str, Instructio
         if parameter.name in updates:  # in place: read and written where it is updated
             moved += 2 * in_size(inner, updates[parameter.name], operand)
             continue
-        readers = uses(inner, parameter.name)
-        if readers and all(reader.opcode in SLICES for reader in readers):
-            moved += sum(reader.bytes for reader in readers) if in_hbm(operand.arrays) else 0
-        else:
-            moved += in_hbm(operand.arrays)
+        moved += min(read_bytes(module, inner, parameter.name), in_hbm(operand.arrays))
     updated = sum(1 for parameter in parameters if parameter.name in updates)
     results = sorted(fusion.arrays, key=lambda array: -array.bytes)[updated:]
     return moved + in_hbm(tuple(results))
@@ -81,10 +78,29 @@ def source(inner: dict[str, Instruction], name: str) -> str:
     return name
 
 
-def uses(inner: dict[str, Instruction], name: str) -> list[Instruction]:
-    """Returns the instructions that read a value, behind those that only rename it."""
+def read_bytes(module: Module, inner: dict[str, Instruction], name: str) -> float:
+    """Returns the bytes that a fused computation reads of a value; infinite where it reads all of it."""
+    readers = uses(inner, name)
+    total = 0.0 if readers else math.inf
+    for reader, position in readers:
+        if reader.opcode in SLICES:
+            total += reader.bytes
+        elif reader.opcode == "fusion":  # a fusion inside of the fusion
+            nested = module.by_name[reader.called[0]]
+            parameter = next(i for i in nested.values() if i.opcode == "parameter" and int(i.value) == position)
+            total += read_bytes(module, nested, parameter.name)
+        else:
+            return math.inf
+    return total
+
+
+def uses(inner: dict[str, Instruction], name: str) -> list[tuple[Instruction, int]]:
+    """Returns the instructions that read a value, behind those that only rename it, and as which operand."""
     readers = []
     for instruction in inner.values():
         if name in instruction.operands:
-            readers += uses(inner, instruction.name) if instruction.opcode == "bitcast" else [instruction]
+            if instruction.opcode == "bitcast":
+                readers += uses(inner, instruction.name)
+            else:
+                readers += [(instruction, i) for i, operand in enumerate(instruction.operands) if operand == name]
     return readers

@@ -7,7 +7,10 @@ import jax.numpy as jnp
 from flax import struct
 
 from safe_rlhf_jax.inference.sampling import Sampling, sample_token
+from safe_rlhf_jax.models.parameters import boxed_variables
 from safe_rlhf_jax.models.transformer import CausalLM
+from safe_rlhf_jax.optim import multiplied
+from safe_rlhf_jax.sharding import constrain
 from safe_rlhf_jax.types import Params, PromptBatch, Rollout
 
 
@@ -62,6 +65,8 @@ def generate(
     rows, length = batch * num_responses, prompt_length + response_length
     repeat = lambda x: jnp.repeat(x, num_responses, axis=0)  # noqa: E731
 
+    if module.config.gather_to_decode:
+        params = gathered(module, params)
     logits, cache = module.apply({"params": params}, prompts.tokens, prompts.mask, length, method="prefill")
     if num_responses > 1:
         batch_axis = 1 if module.config.scan_layers else 0
@@ -123,3 +128,13 @@ def generate(
         sampler_log_probs=state.log_probs,
         group=repeat(prompts.group),
     )
+
+
+def gathered(module: CausalLM, params: Params) -> Params:
+    """Returns a copy of parameters that is whole over `fsdp`, matrices in the dtype that they are multiplied in."""
+
+    def gather(x: jax.Array, boxed: Any) -> jax.Array:
+        split = constrain(x, *boxed.names)  # cast before it is sent
+        return constrain(split, *boxed.names, whole="fsdp")
+
+    return jax.tree.map(gather, multiplied(params, module.config.dtype), boxed_variables(module)["params"])

@@ -7,6 +7,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from safe_rlhf_jax.models.config import ModelConfig
+from safe_rlhf_jax.models.fused_attention import attend_fused, kernel_for
 from safe_rlhf_jax.models.layers import Linear, Norm, softcap
 from safe_rlhf_jax.models.positions import Rotary, alibi_slopes, config_rotary, rotate
 from safe_rlhf_jax.sharding import constrain
@@ -49,15 +50,28 @@ class Context:
     visible: jax.Array  # bool[B, q, k]  what each column that asks sees
     rotary: Rotary | None  # of all columns that answer
     bias: jax.Array | None  # f32[H, q, k]  added to q·k
+    # Where all columns ask, and nothing but padding and a window is hidden of what stands before them:
+    real: jax.Array | None = None  # bool[B, k]  columns that are not padding
+    window: int | None = struct.field(pytree_node=False, default=None)  # columns, its own included
 
     def asking(self, first: int) -> "Context":
         """Returns the context in which only the columns from `first` on ask."""
+        if first == 0:
+            return self
         bias = None if self.bias is None else self.bias[:, first:]
         return Context(self.visible[:, first:], self.rotary, bias)
 
+    def dense(self) -> "Context":
+        """Returns the context with `visible` alone, which stacks with those of other windows."""
+        return Context(self.visible, self.rotary, self.bias)
+
 
 def contexts(
-    config: ModelConfig, positions: Int[Array, "B l"], visible: Bool[Array, "B l k"], slot: jax.Array | int
+    config: ModelConfig,
+    positions: Int[Array, "B l"],
+    visible: Bool[Array, "B l k"],
+    slot: jax.Array | int,
+    real: Bool[Array, "B l"] | None = None,
 ) -> tuple[list[Context], list[int]]:
     """Returns the different contexts of a model's layers, and the index there of each layer's.
 
@@ -68,6 +82,7 @@ def contexts(
         positions: i32[B, l], counted over real tokens.
         visible: bool[B, l, k], what each of the l columns sees of the k columns without a window.
         slot: Column of the first of the l columns.
+        real: bool[B, l] where `visible` is its causal mask: then fused kernels may stand in for `attend`.
     """
     length, columns = visible.shape[1:]
     distance = (slot + jnp.arange(length, dtype=jnp.int32))[:, None] - jnp.arange(columns, dtype=jnp.int32)[None]
@@ -86,7 +101,7 @@ def contexts(
             if config.positions == "rotary" and local not in rotaries:
                 rotaries[local] = config_rotary(config, positions, local=local)
             near = visible if kind[0] is None else visible & (distance < kind[0])[None]
-            found.append(Context(near, rotaries.get(local), bias))
+            found.append(Context(near, rotaries.get(local), bias, real, kind[0]))
         index.append(kinds[kind])
     return found, index
 
@@ -164,9 +179,13 @@ class Attention(nn.Module):
             if context.visible.shape[-1] != keys.shape[2]:  # a step of decoding; prefill sees only what it brings
                 keys, values = cache.keys, cache.values
         scale = c.head_dim**-0.5 if c.attention_scale is None else c.attention_scale
-        out = attend(
-            queries, keys, values, context.visible, scale=scale, cap=c.attention_softcap, bias=context.bias
-        ).swapaxes(1, 2)
+        cap, real = c.attention_softcap, context.real
+        kernel = None if real is None else kernel_for(queries, keys, cap=cap, biased=context.bias is not None)
+        if kernel is None or real is None:
+            out = attend(queries, keys, values, context.visible, scale=scale, cap=cap, bias=context.bias)
+        else:
+            out = attend_fused(kernel, queries, keys, values, real, scale=scale, window=context.window, cap=cap)
+        out = out.swapaxes(1, 2)
         bias = c.attention_bias if c.attention_out_bias is None else c.attention_out_bias
         out = Linear((c.hidden_size,), ("heads", "head_dim", "embed"), c, bias, in_ndim=2, name="o_proj")(out)
         return constrain(out, "batch", "length", None), cache

@@ -89,6 +89,7 @@ class ModelConfig:
     dtype: str = "float32"  # of matmuls and activations; parameters stay as they are stored
     scan_layers: bool = True  # one compiled layer, scanned; False unrolls, faster for small models
     remat: RematPolicy = "none"  # what the backward pass recomputes
+    gather_to_decode: bool = False  # generation keeps a copy of the parameters that is whole over `fsdp`
     # {file: contents} of the JSON files it was read from: `hf.save` keeps what we have no use for.
     stored: Mapping[str, Any] = dataclasses.field(default_factory=dict, compare=False, repr=False)
 

@@ -101,13 +101,14 @@ class Decoder(nn.Module):
         self,
         tokens: Int[Array, "B l"],
         positions: Int[Array, "B l"],
-        visible: Bool[Array, "B l k"],
+        visible: Bool[Array, "B l k"] | Bool[Array, "B l"],
         cache: Cache = None,
         slot: jax.Array | int = 0,
         first: int = 0,
     ) -> tuple[Float[Array, "B q W"], Cache]:
         """Returns hidden states after the final norm from column `first` on, and the cache.
 
+        `visible` is what each column sees; or the mask of a whole text, whose tokens see all real ones before them.
         What is not read is not computed: where layers are unrolled, the last one works on the columns from `first` only
         (beyond its keys and values).
 
@@ -115,17 +116,20 @@ class Decoder(nn.Module):
             ValueError: If there are more columns than a table of learned positions has rows.
         """
         c = self.config
+        real = None
+        if visible.ndim == 2:
+            real, visible = visible, causal_mask(visible)
         if c.positions == "learned" and visible.shape[-1] > c.max_positions:
             raise ValueError(
                 f"{visible.shape[-1]} tokens are more than the model's {c.max_positions} learned positions"
             )
         x = self.embed(tokens, positions)
-        kinds, index = contexts(c, positions, visible, slot)
+        kinds, index = contexts(c, positions, visible, slot, real)
         if c.scan_layers:
             if len(kinds) == 1:
                 x, cache = self.layers(x, cache, None, kinds[0], slot)
             else:
-                stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *kinds)
+                stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(kind.dense() for kind in kinds))
                 x, cache = self.layers(x, cache, jnp.array(index, jnp.int32), stacked, slot)
             x = x[:, first:]
         else:
@@ -176,7 +180,7 @@ class CausalLM(nn.Module):
 
     def hidden(self, tokens: Int[Array, "B L"], mask: Bool[Array, "B L"], first: int = 0) -> Float[Array, "B l D"]:
         """Returns the hidden states after the final norm from column `first` on, float[B, L − first, D]."""
-        return self.decoder(tokens, token_positions(mask), causal_mask(mask), first=first)[0]
+        return self.decoder(tokens, token_positions(mask), mask, first=first)[0]
 
     def unembed(self, hidden: Float[Array, "B l D"]) -> Float[Array, "B l V"]:
         """Returns logits f32[B, l, V] of hidden states."""
@@ -208,7 +212,7 @@ class CausalLM(nn.Module):
         if c.scan_layers:
             cache = jax.tree.map(lambda *layers: jnp.stack(layers), *cache)
         last = tokens.shape[1] - 1
-        hidden, cache = self.decoder(tokens, token_positions(mask), causal_mask(mask), cache, 0, last)
+        hidden, cache = self.decoder(tokens, token_positions(mask), mask, cache, 0, last)
         return self.unembed(hidden)[:, 0], cache
 
     def decode(
@@ -262,7 +266,7 @@ class ScoreModel(nn.Module):
 
     def raw_scores(self, tokens: Int[Array, "B L"], mask: Bool[Array, "B L"], first: int = 0) -> Float[Array, "B l"]:
         """Returns the head's output before normalisation, f32[B, L − first]."""
-        hidden, _ = self.decoder(tokens, token_positions(mask), causal_mask(mask), first=first)
+        hidden, _ = self.decoder(tokens, token_positions(mask), mask, first=first)
         scores = jnp.einsum("bld,do->blo", hidden, self.score_kernel.astype(hidden.dtype))[..., 0].astype(jnp.float32)
         scores = scores + self.score_bias[None] if self.score.bias else scores
         if self.score.pad_id is None:

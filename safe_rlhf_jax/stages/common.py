@@ -25,7 +25,7 @@ from safe_rlhf_jax.models import hf
 from safe_rlhf_jax.models.config import PRESETS, Layout, ModelConfig, ScoreConfig, ScoreType
 from safe_rlhf_jax.models.families import family
 from safe_rlhf_jax.models.transformer import CausalLM, ScoreModel
-from safe_rlhf_jax.optim import decayed, init_state, make_optimizer, schedule
+from safe_rlhf_jax.optim import init_state, make_optimizer, multiplied, schedule
 from safe_rlhf_jax.sharding import (
     fetch,
     init_sharded,
@@ -172,7 +172,7 @@ def new_config(run: Run, preset: str) -> ModelConfig:
 def with_execution(run: Run, config: ModelConfig) -> ModelConfig:
     """Returns a model's configuration with the run's way of running it."""
     execution = run.config.execution
-    return dataclasses.replace(config, dtype=execution.dtype, remat=execution.remat, scan_layers=execution.scan_layers)
+    return dataclasses.replace(config, **execution.model_dump())
 
 
 def open_model(
@@ -264,14 +264,10 @@ def replicate(run: Run, make: Callable[[], Any]) -> Any:
 
 
 def only_read(run: Run, params: Any) -> Any:
-    """Returns parameters that no step changes, matrices in the dtype that they are multiplied in.
-
-    Networks cast every matrix to that dtype before they use it, so no result changes, and memory halves with bfloat16.
-    """
+    """Returns parameters that no step changes, matrices in the dtype that they are multiplied in."""
 
     def cast(tree: Any) -> Any:
-        dtype = run.config.execution.dtype
-        return jax.tree.map(lambda x, matrix: x.astype(dtype) if matrix else x, tree, decayed(tree))
+        return multiplied(tree, run.config.execution.dtype)
 
     if run.abstract:
         return with_shardings(jax.eval_shape(cast, params), jax.tree.map(lambda x: x.sharding, params))

@@ -63,6 +63,41 @@ def test_traffic_counts_a_loop_as_often_as_it_runs():
     assert 3 * matrix <= per_round < 10 * matrix  # weights and x in, x out, and copies of these; not all 20 weights
 
 
+NESTED = """\
+HloModule nested
+
+%slice (p0: f32[32,64], p1: s32[]) -> f32[1,64] {
+  %p1 = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  %p0 = f32[32,64] parameter(0)
+  ROOT %row = f32[1,64] dynamic-slice(%p0, %p1, %zero), dynamic_slice_sizes={1,64}
+}
+
+%outer (weights: f32[32,64], x: f32[1,64], i: s32[]) -> f32[1,64] {
+  %weights = f32[32,64] parameter(0)
+  %i = s32[] parameter(2)
+  %renamed = f32[32,64] bitcast(%weights)
+  %inner = f32[1,64] fusion(%renamed, %i), kind=kLoop, calls=%slice
+  %x = f32[1,64] parameter(1)
+  ROOT %sum = f32[1,64] add(%inner, %x)
+}
+
+ENTRY %main (w: f32[32,64], y: f32[1,64], n: s32[]) -> f32[1,64] {
+  %w = f32[32,64] parameter(0)
+  %y = f32[1,64] parameter(1)
+  %n = s32[] parameter(2)
+  ROOT %out = f32[1,64] fusion(%w, %y, %n), kind=kOutput, calls=%outer
+}
+"""
+
+
+def test_traffic_counts_what_a_fusion_inside_of_a_fusion_slices_off():
+    row = 64 * 4
+    assert hbm_bytes(Module(NESTED))[""] == 3 * row + 4  # a row of the weights, x, the result; the index
+    whole = NESTED.replace("dynamic-slice(%p0, %p1, %zero)", "reduce(%p0, %zero)")
+    assert hbm_bytes(Module(whole))[""] == (32 + 2) * row + 4
+
+
 @pytest.mark.parametrize(
     ("attributes", "group"),
     [

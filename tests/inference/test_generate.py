@@ -6,8 +6,12 @@ import numpy as np
 import pytest
 
 from safe_rlhf_jax import ops
+from safe_rlhf_jax.analysis.collectives import find_collectives
+from safe_rlhf_jax.analysis.hlo import Module
 from safe_rlhf_jax.inference.generate import generate
 from safe_rlhf_jax.inference.sampling import Sampling
+from safe_rlhf_jax.models.transformer import CausalLM
+from safe_rlhf_jax.sharding import init_sharded, make_mesh
 from safe_rlhf_jax.types import PromptBatch
 from tests.helpers import apply, make_lm, perturbed, prompt_batch, tiny_config
 
@@ -156,6 +160,26 @@ def test_a_prompt_of_padding_leaves_other_rows_alone(lm, prompts):
     assert np.isfinite(actual.sampler_log_probs).all()
     others = np.array([0, 2, 3])
     np.testing.assert_array_equal(actual.tokens[others], expected.tokens[others])
+
+
+@pytest.mark.slow
+def test_parameters_gathered_once_give_the_same_responses_and_are_not_gathered_again(prompts):
+    options = {"response_length": RESPONSE, "eos_id": EOS, "pad_id": PAD, "sampling": Sampling()}
+    rollouts, gathers = [], []
+    with jax.set_mesh(mesh := make_mesh((1, 4, 2))):
+        for gather in (False, True):
+            config = tiny_config(vocab_size=18, scan_layers=True, gather_to_decode=gather, dtype="bfloat16")
+            module = CausalLM(config)
+            init = functools.partial(module.init, tokens=prompts.tokens, mask=prompts.mask)
+            arguments = init_sharded(init, mesh, jax.random.key(0))["params"], prompts, jax.random.key(0)
+            program = run.lower(module, *arguments, tuple(options.items())).compile()
+            rollouts.append(program(*arguments))
+            found = find_collectives(Module(program.as_text()), mesh.shape)
+            gathers.append([c.times for c in found if c.kind == "all-gather" and c.axes == ("fsdp",)])
+    np.testing.assert_array_equal(rollouts[0].tokens, rollouts[1].tokens)
+    np.testing.assert_allclose(rollouts[0].sampler_log_probs, rollouts[1].sampler_log_probs, rtol=1e-2, atol=1e-2)
+    assert max(gathers[0]) >= RESPONSE
+    assert max(gathers[1]) == 1
 
 
 # --- Log-probabilities ------------------------------------------------------------------------------------------------

@@ -1,0 +1,159 @@
+"""Fused attention: kernels that never write the weights to memory, for passes in which every column asks.
+
+`attention.attend` is what they are equal to on real tokens, and what runs wherever `kernel_for` finds none of them.
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
+from jaxtyping import Array, Bool, Float
+
+from safe_rlhf_jax.sharding import partition_spec
+
+Kernel = Literal["splash", "cudnn"]
+
+LANES = 128  # of a TPU's vector unit: tokens are padded to a multiple
+BLOCKS = (512, 256, 128)  # tokens that splash works on at a time: the largest that divides
+CUDNN_HEAD_DIM = 128
+CUDNN_CAPABILITY = 8.0  # Ampere
+
+
+def kernel_for(
+    queries: Float[Array, "B H q C"], keys: Float[Array, "B K k C"], *, cap: float | None, biased: bool
+) -> Kernel | None:
+    """Returns the kernel of the platform that takes such arrays, None where there is none.
+
+    The platform is that of the mesh, which need not be here: programs are compiled ahead of time too. None of the
+    kernels takes linear biases or a step of decoding; a sharded one needs whole rows and heads on each device.
+    """
+    batch, heads, length, size = queries.shape
+    mesh = jax.sharding.get_abstract_mesh()
+    shards = {} if mesh.empty else mesh.shape
+    rows, columns = (shards.get("data", 1) * shards.get("fsdp", 1), shards.get("tensor", 1))
+    if biased or keys.shape[2] != length or batch % rows or heads % columns or keys.shape[1] % columns:
+        return None
+    match platform():
+        case "tpu" if length >= LANES and size % LANES == 0:
+            return "splash"
+        case "gpu" if cap is None and length % 2 == 0 and size % 8 == 0 and size <= CUDNN_HEAD_DIM:
+            new = float(getattr(jax.devices()[0], "compute_capability", 0)) >= CUDNN_CAPABILITY
+            return "cudnn" if new and queries.dtype.itemsize == 2 else None
+    return None
+
+
+def platform() -> str:
+    """Returns what a program traced here will run on: `cpu`, `gpu` or `tpu`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.empty and mesh.abstract_device is not None:
+        name: str = mesh.abstract_device.platform
+    elif jax.device_count() == 1:
+        name = jax.default_backend()
+    else:
+        name = "cpu"  # without a mesh nothing says how arrays are split over the devices: no kernel
+    return "gpu" if name == "cuda" else name
+
+
+def attend_fused(
+    kernel: Kernel,
+    queries: Float[Array, "B H L C"],
+    keys: Float[Array, "B K L C"],
+    values: Float[Array, "B K L C"],
+    real: Bool[Array, "B L"],
+    *,
+    scale: float,
+    window: int | None,
+    cap: float | None,
+) -> Float[Array, "B H L C"]:
+    """Causal attention by a kernel; real tokens see real tokens, padding sees something and is never read.
+
+    On a mesh each device runs the kernel on its rows and heads: the compiler cannot split a kernel.
+
+    Args:
+        kernel: Which.
+        queries: float[B, H, L, C].
+        keys: float[B, K, L, C].
+        values: float[B, K, L, C].
+        real: bool[B, L], tokens that are not padding.
+        scale: Factor of q·k.
+        window: Columns that a token sees, itself included; None: all before it.
+        cap: Limit of the softcap of q·k.
+
+    Returns:
+        float[B, H, L, C].
+    """
+
+    def run(queries: Any, keys: Any, values: Any, real: Any) -> Any:
+        if kernel == "splash":
+            return splash(queries, keys, values, real, scale=scale, window=window, cap=cap)
+        return cudnn(queries, keys, values, real, scale=scale, window=window)
+
+    if jax.sharding.get_abstract_mesh().empty:
+        return run(queries, keys, values, real)
+    asking, answering = (partition_spec(("batch", heads, "length", "head_dim")) for heads in ("heads", "kv_heads"))
+    specs = (asking, answering, answering, partition_spec(("batch", "length")))
+    sharded: Callable[..., Any] = jax.shard_map(run, in_specs=specs, out_specs=asking, check_vma=False)
+    return sharded(queries, keys, values, real)
+
+
+def splash(
+    queries: Float[Array, "B H L C"],
+    keys: Float[Array, "B K L C"],
+    values: Float[Array, "B K L C"],
+    real: Bool[Array, "B L"],
+    *,
+    scale: float,
+    window: int | None,
+    cap: float | None,
+    interpret: bool = False,
+) -> Float[Array, "B H L C"]:
+    """Pallas splash attention on one TPU: padding is a segment of its own, so that it sees at least itself."""
+    heads, length = queries.shape[1:3]
+    padding = -length % LANES
+    padded = length + padding
+    block = next(size for size in BLOCKS if padded % size == 0)
+    sizes = splash_attention_kernel.BlockSizes(
+        block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block, block_q_dq=block, block_kv_dq=block
+    )
+    shape = padded, padded
+    mask: Any = splash_attention_mask.CausalMask(shape)
+    if window is not None:
+        mask = splash_attention_mask.LocalMask(shape, (window - 1, 0), offset=0)
+    kernel = splash_attention_kernel.make_splash_mha_single_device(
+        splash_attention_mask.MultiHeadMask([mask] * heads),
+        block_sizes=sizes,
+        attn_logits_soft_cap=cap,
+        interpret=interpret,
+    )
+    queries, keys, values = (
+        jnp.pad(x, ((0, 0), (0, 0), (0, padding), (0, 0))) for x in (queries * scale, keys, values)
+    )
+    segment = jnp.pad(real.astype(jnp.int32), ((0, 0), (0, padding)))
+    segments = splash_attention_kernel.SegmentIds(q=segment, kv=segment)
+    out: jax.Array = jax.vmap(kernel)(queries, keys, values, segments)
+    return out[:, :, :length]
+
+
+def cudnn(
+    queries: Float[Array, "B H L C"],
+    keys: Float[Array, "B K L C"],
+    values: Float[Array, "B K L C"],
+    real: Bool[Array, "B L"],
+    *,
+    scale: float,
+    window: int | None,
+    implementation: Literal["cudnn", "xla"] = "cudnn",
+) -> Float[Array, "B H L C"]:
+    """Flash attention of cuDNN on one GPU: padding may stand on either side, so there is a mask, one for all heads."""
+    length = queries.shape[2]
+    column = jnp.arange(length, dtype=jnp.int32)
+    distance = column[:, None] - column[None]
+    near = distance >= 0 if window is None else (distance >= 0) & (distance < window)
+    visible = near[None] & (real[:, :, None] == real[:, None, :])
+    queries, keys, values = (x.swapaxes(1, 2) for x in (queries, keys, values))
+    out = jax.nn.dot_product_attention(
+        queries, keys, values, mask=visible[:, None], scale=scale, implementation=implementation
+    )
+    return out.swapaxes(1, 2)
