@@ -22,6 +22,9 @@ from safe_rlhf_jax.config_algorithm import Lagrange as Lagrange
 from safe_rlhf_jax.config_algorithm import PIDConfig as PIDConfig
 from safe_rlhf_jax.config_data import TEMPLATE_NAMES, Data, Mixture, Schema, Share, check_held_out, parts_of
 from safe_rlhf_jax.config_errors import ConfigError, did_you_mean, explain_all, nearest_multiples
+from safe_rlhf_jax.config_sampling import OTHER_DISTRIBUTION, DualFields, Rounds, check_best_of, check_multipliers
+from safe_rlhf_jax.config_sampling import SampledPrompts as SampledPrompts
+from safe_rlhf_jax.config_sampling import multipliers as multipliers
 from safe_rlhf_jax.models.config import PRESETS, Layout, RematPolicy
 
 __all__ = ["ConfigError", "Data", "Mixture", "RunConfig", "Schema", "Share", "Stage", "load_config", "parts_of"]
@@ -117,10 +120,7 @@ class CostStage(PreferenceStage):
 class RLStage(TrainingStage):
     """On-policy training: PPO, PPO-Lagrangian and their relatives."""
 
-    refused: ClassVar[dict[str, str]] = dict.fromkeys(
-        ("top_k", "top_p", "min_p", "repetition_penalty", "greedy", "do_sample"),
-        "sampling by anything but temperature would train on another distribution than the policy's own",
-    )
+    refused: ClassVar[dict[str, str]] = OTHER_DISTRIBUTION
     kind: Literal["rl"]
     algorithm: AlgorithmConfig = AlgorithmConfig()
     reward_model: str
@@ -156,6 +156,19 @@ class RLStage(TrainingStage):
         return single | {f"cost/{name}": lagrange for name, lagrange in self.algorithm.constraints.items()}
 
 
+class RejectionStage(TrainingStage, Rounds):
+    """Rejection sampling: supervised fine-tuning on the policy's own best feasible responses, in rounds."""
+
+    kind: Literal["rejection_sampling"]
+    optimizer: OptimizerConfig = OptimizerConfig()  # anew in each round
+
+
+class DualStage(StageBase, DualFields):
+    """One-shot dual: the multiplier λ* from samples of the reference alone, for `algorithm.lagrange.init`."""
+
+    kind: Literal["dual"]
+
+
 class EvaluateStage(StageBase):
     """Compares policies on held-out prompts and writes the report."""
 
@@ -172,10 +185,16 @@ class EvaluateStage(StageBase):
     top_k: NonNegativeInt = 0
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     repetition_penalty: PositiveFloat = 1.0
+    best_of: dict[str, PositiveInt] = Field(default_factory=dict)  # {policy: n}: a row more, the best of n responses
+    best_of_cost_limit: float | None = None  # of those n, only responses with cost ≤ this, where there are any
     seed: NonNegativeInt | None = None
 
 
-Stage = Annotated[SFTStage | RewardStage | CostStage | RLStage | EvaluateStage, Field(discriminator="kind")]
+Stage = Annotated[
+    SFTStage | RewardStage | CostStage | RLStage | RejectionStage | DualStage | EvaluateStage,
+    Field(discriminator="kind"),
+]
+POLICIES = ("sft", "rl", "rejection_sampling")  # kinds that export one
 
 
 class RunConfig(Schema):
@@ -211,6 +230,8 @@ class RunConfig(Schema):
             if stage.name in seen:
                 raise ValueError(f"{where}: name {stage.name!r} is taken by an earlier stage; names must differ")
             check_references(where, stage, seen)
+            check_multipliers(where, stage, self.stages[:i])
+            check_best_of(where, stage)
             check_divides(where, stage)
             check_held_out(where, stage)
             seen[stage.name] = stage.kind
@@ -229,7 +250,7 @@ def check_references(where: str, stage: Any, seen: dict[str, str]) -> None:
     """Every model a stage names is an earlier stage of the right kind, a preset, a folder or a hub id."""
     kinds: dict[str, tuple[str, ...]] = {"reward_model": ("reward",), "cost_model": ("cost",)}
     if stage.kind in ("reward", "cost"):
-        kinds["init_from"] = ("sft", "rl", "reward", "cost")
+        kinds["init_from"] = (*POLICIES, "reward", "cost")
     for field, value in references(stage).items():
         prefix, _, rest = value.partition(":")
         if rest and prefix in ("path", "hf"):
@@ -239,7 +260,7 @@ def check_references(where: str, stage: Any, seen: dict[str, str]) -> None:
                 hint = did_you_mean(rest, PRESETS)
                 raise ValueError(f"{where}: {field}: preset {rest!r} is unknown; presets: {sorted(PRESETS)}{hint}")
             continue
-        allowed = ("cost",) if field.startswith("cost_models.") else kinds.get(field, ("sft", "rl"))
+        allowed = ("cost",) if field.startswith("cost_models.") else kinds.get(field, POLICIES)
         if value not in seen:
             raise ValueError(
                 f"{where}: {field} names {value!r}, which is no earlier stage ({sorted(seen)}), nor 'path:…' or "
@@ -251,7 +272,7 @@ def check_references(where: str, stage: Any, seen: dict[str, str]) -> None:
 
 def check_divides(where: str, stage: Any) -> None:
     """Batches divide into minibatches and microbatches, and a constraint has what it needs."""
-    if isinstance(stage, SupervisedStage) and stage.batch_size % stage.microbatches:
+    if isinstance(stage, SupervisedStage | RejectionStage) and stage.batch_size % stage.microbatches:
         raise ValueError(
             f"{where}: batch_size {stage.batch_size} does not divide into microbatches {stage.microbatches}; nearest "
             f"batches that do: {nearest_multiples(stage.batch_size, stage.microbatches)}"

@@ -16,7 +16,7 @@ LEVELS = (
     {"models"},
     {"optim", "inference", "analysis"},
     {"objectives", "rl", "evaluation", "data"},
-    {"checkpoint", "loop", "config", "config_algorithm", "config_data", "config_errors", "pipeline"},
+    {"checkpoint", "loop", "config", "config_algorithm", "config_data", "config_errors", "config_sampling", "pipeline"},
     {"stages"},
     {"train", "compile", "chat", "search", "tables", "data.__main__"},
 )
@@ -24,8 +24,9 @@ LEVELS = (
 ONLY = {
     "types": set(),
     "data": {"data", "types"},
-    "config": {"config_algorithm", "config_data", "config_errors", "models.config"},
+    "config": {"config_algorithm", "config_data", "config_errors", "config_sampling", "models.config"},
     "config_algorithm": {"config_data"},
+    "config_sampling": {"config_algorithm", "config_data", "config_errors"},
     "config_data": set(),
     "config_errors": set(),
 }

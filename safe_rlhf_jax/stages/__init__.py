@@ -17,8 +17,10 @@ from safe_rlhf_jax import config as cfg
 from safe_rlhf_jax.processes import any_process, barrier, is_main
 from safe_rlhf_jax.stages.check import check_run
 from safe_rlhf_jax.stages.common import Run
+from safe_rlhf_jax.stages.dual import run_dual
 from safe_rlhf_jax.stages.evaluation import run_evaluation
 from safe_rlhf_jax.stages.reinforcement import run_reinforcement
+from safe_rlhf_jax.stages.rejection import run_rejection
 from safe_rlhf_jax.stages.supervised import run_supervised
 
 __all__ = ["STAGES", "Run", "check_run", "run_stage"]
@@ -29,6 +31,8 @@ STAGES: dict[str, Callable[..., dict[str, Any]]] = {
     "reward": run_supervised,
     "cost": run_supervised,
     "rl": run_reinforcement,
+    "rejection_sampling": run_rejection,
+    "dual": run_dual,
     "evaluate": run_evaluation,
 }
 
