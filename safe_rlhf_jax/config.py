@@ -21,12 +21,17 @@ from safe_rlhf_jax.config_algorithm import Lagrange as Lagrange
 from safe_rlhf_jax.config_algorithm import PIDConfig as PIDConfig
 from safe_rlhf_jax.config_data import TEMPLATE_NAMES, Data, Mixture, Schema, Share, check_held_out, parts_of
 from safe_rlhf_jax.config_errors import ConfigError, did_you_mean, explain_all, nearest_multiples
+from safe_rlhf_jax.config_sampling import SampledPrompts as SampledPrompts
+from safe_rlhf_jax.config_sampling import check_best_of, check_multipliers
+from safe_rlhf_jax.config_sampling import multipliers as multipliers
 from safe_rlhf_jax.config_stages import CostStage as CostStage
 from safe_rlhf_jax.config_stages import DPOStage as DPOStage
+from safe_rlhf_jax.config_stages import DualStage as DualStage
 from safe_rlhf_jax.config_stages import EvaluateStage as EvaluateStage
 from safe_rlhf_jax.config_stages import MergeStage as MergeStage
 from safe_rlhf_jax.config_stages import OptimizerConfig as OptimizerConfig
 from safe_rlhf_jax.config_stages import PreferenceStage as PreferenceStage
+from safe_rlhf_jax.config_stages import RejectionStage as RejectionStage
 from safe_rlhf_jax.config_stages import RewardStage as RewardStage
 from safe_rlhf_jax.config_stages import RLStage as RLStage
 from safe_rlhf_jax.config_stages import SFTStage as SFTStage
@@ -58,9 +63,10 @@ class Execution(Schema):
 
 
 Stage = Annotated[
-    SFTStage | RewardStage | CostStage | DPOStage | MergeStage | RLStage | EvaluateStage, Field(discriminator="kind")
+    SFTStage | RewardStage | CostStage | DPOStage | MergeStage | RLStage | RejectionStage | DualStage | EvaluateStage,
+    Field(discriminator="kind"),
 ]
-POLICIES = ("sft", "dpo", "merge", "rl")  # kinds of stages that make a policy
+POLICIES = ("sft", "dpo", "merge", "rl", "rejection_sampling")  # kinds of stages that make a policy
 
 
 class RunConfig(Schema):
@@ -96,6 +102,8 @@ class RunConfig(Schema):
             if stage.name in seen:
                 raise ValueError(f"{where}: name {stage.name!r} is taken by an earlier stage; names must differ")
             check_references(where, stage, seen)
+            check_multipliers(where, stage, self.stages[:i])
+            check_best_of(where, stage)
             check_divides(where, stage)
             check_held_out(where, stage)
             seen[stage.name] = stage.kind
@@ -139,7 +147,7 @@ def check_references(where: str, stage: Any, seen: dict[str, str]) -> None:
 
 def check_divides(where: str, stage: Any) -> None:
     """Batches divide into minibatches and microbatches, and a constraint has what it needs."""
-    if isinstance(stage, SupervisedStage) and stage.batch_size % stage.microbatches:
+    if isinstance(stage, SupervisedStage | RejectionStage) and stage.batch_size % stage.microbatches:
         raise ValueError(
             f"{where}: batch_size {stage.batch_size} does not divide into microbatches {stage.microbatches}; nearest "
             f"batches that do: {nearest_multiples(stage.batch_size, stage.microbatches)}"

@@ -42,7 +42,7 @@ class Lagrange(Schema):
     threshold: float = 0.0  # of `rectified`, cost-model units [RePO]
     tail: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9  # α of `cvar`: the mean of the worst 1 − α
     multiplier: Literal["log", "projected", "pid"] = "log"  # gradient ascent in log λ [ref], in λ, or PID control
-    init: float = 1.0  # λ at the start [ref]
+    init: float | str = 1.0  # λ at the start [ref]; or the name of an earlier stage of kind dual, which finds it
     lr: PositiveFloat = 0.1  # of log λ [ref]; of λ; K_i of PID
     schedule: ScheduleName = "constant"
     pid: PIDConfig = PIDConfig()
@@ -57,8 +57,10 @@ class Lagrange(Schema):
 
     @pydantic.field_validator("init")
     @classmethod
-    def positive(cls, value: float, info: Any) -> float:
+    def positive(cls, value: float | str, info: Any) -> float | str:
         """Log λ must exist, and λ is never negative."""
+        if isinstance(value, str):
+            return value
         if info.data.get("multiplier") == "log" and value <= 0:
             raise ValueError("must be > 0: λ is learned as log λ and never leaves 0; use algorithm.name: ppo for λ ≡ 0")
         if value < 0:
@@ -69,7 +71,7 @@ class Lagrange(Schema):
     def fits(self) -> "Lagrange":
         """The multiplier starts between its bounds, and the limit belongs to the measure."""
         low, high = self.min_multiplier or 0.0, self.max_multiplier or float("inf")
-        if not low <= self.init <= high:
+        if not isinstance(self.init, str) and not low <= self.init <= high:
             raise ValueError(f"init {self.init} must lie between min_multiplier {low} and max_multiplier {high}")
         if self.group_limits is not None and self.constrained_groups is not None:
             raise ValueError("group_limits names its groups itself; leave out constrained_groups")

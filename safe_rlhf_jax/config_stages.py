@@ -10,6 +10,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 
 from safe_rlhf_jax.config_algorithm import AlgorithmConfig, Lagrange
 from safe_rlhf_jax.config_data import Data, Mixture, Schema, Share
+from safe_rlhf_jax.config_sampling import OTHER_DISTRIBUTION, DualFields, Rounds
 from safe_rlhf_jax.models.config import Layout
 
 
@@ -132,10 +133,7 @@ class MergeStage(StageBase):
 class RLStage(TrainingStage):
     """On-policy training: PPO, PPO-Lagrangian and their relatives."""
 
-    refused: ClassVar[dict[str, str]] = dict.fromkeys(
-        ("top_k", "top_p", "min_p", "repetition_penalty", "greedy", "do_sample"),
-        "sampling by anything but temperature would train on another distribution than the policy's own",
-    )
+    refused: ClassVar[dict[str, str]] = OTHER_DISTRIBUTION
     kind: Literal["rl"]
     algorithm: AlgorithmConfig = AlgorithmConfig()
     reward_model: str
@@ -171,6 +169,19 @@ class RLStage(TrainingStage):
         return single | {f"cost/{name}": lagrange for name, lagrange in self.algorithm.constraints.items()}
 
 
+class RejectionStage(TrainingStage, Rounds):
+    """Rejection sampling: supervised fine-tuning on the policy's own best feasible responses, in rounds."""
+
+    kind: Literal["rejection_sampling"]
+    optimizer: OptimizerConfig = OptimizerConfig()  # anew in each round
+
+
+class DualStage(StageBase, DualFields):
+    """One-shot dual: the multiplier λ* from samples of the reference alone, for `algorithm.lagrange.init`."""
+
+    kind: Literal["dual"]
+
+
 class EvaluateStage(StageBase):
     """Compares policies on held-out prompts and writes the report."""
 
@@ -187,4 +198,6 @@ class EvaluateStage(StageBase):
     top_k: NonNegativeInt = 0
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     repetition_penalty: PositiveFloat = 1.0
+    best_of: dict[str, PositiveInt] = Field(default_factory=dict)  # {policy: n}: a row more, the best of n responses
+    best_of_cost_limit: float | None = None  # of those n, only responses with cost ≤ this, where there are any
     seed: NonNegativeInt | None = None

@@ -16,7 +16,8 @@ LEVELS = (
     {"models"},
     {"optim", "inference", "analysis"},
     {"objectives", "rl", "evaluation", "data"},
-    {"checkpoint", "loop", "pipeline", *(f"config{part}" for part in ("", "_stages", "_algorithm", "_data", "_errors"))},
+    {"checkpoint", "loop", "config", "pipeline"}
+    | {f"config_{of}" for of in ("stages", "algorithm", "sampling", "data", "errors")},
     {"stages"},
     {"train", "compile", "chat", "search", "tables", "data.__main__"},
 )
@@ -24,9 +25,10 @@ LEVELS = (
 ONLY = {
     "types": set(),
     "data": {"data", "types"},
-    "config": {"config_stages", "config_algorithm", "config_data", "config_errors", "models.config"},
-    "config_stages": {"config_algorithm", "config_data", "models.config"},
+    "config": {"config_stages", "config_algorithm", "config_data", "config_errors", "config_sampling", "models.config"},
+    "config_stages": {"config_algorithm", "config_data", "config_sampling", "models.config"},
     "config_algorithm": {"config_data"},
+    "config_sampling": {"config_algorithm", "config_data", "config_errors"},
     "config_data": set(),
     "config_errors": set(),
 }

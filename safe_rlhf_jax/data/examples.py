@@ -175,6 +175,21 @@ def load_supervised(
     return finished(batch, kept, skipped, rows, max_length)
 
 
+def load_sampled(rows: Sequence[Record], *, width: int, pad_id: int) -> Examples:
+    """Returns a `SupervisedBatch` of tokens that a policy sampled; nothing is decoded and read again.
+
+    Args:
+        rows: With `prompt_ids` and `response_ids`.
+        width: Columns.
+        pad_id: Fills the columns behind a text.
+    """
+    parts = [(row["prompt_ids"], row["response_ids"]) for row in rows]
+    texts = [Text(prompt + ids, [False] * len(prompt) + [True] * len(ids)) for prompt, ids in parts]
+    padded = pad_right(texts, width, pad_id)
+    batch = SupervisedBatch(padded["tokens"], padded["mask"], padded["trained"])
+    return finished(batch, list(rows), {}, texts, width)
+
+
 def load_pairs(
     records: Sequence[Record],
     template: AnyTemplate,

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from safe_rlhf_jax.evaluation.statistics import expected_calibration_error, reliability_curve
-from safe_rlhf_jax.inference.generate import generate
+from safe_rlhf_jax.inference.best_of_n import best_of_n, sample_scored, select_rows
 from safe_rlhf_jax.inference.sampling import Sampling
 from safe_rlhf_jax.models.transformer import CausalLM
 from safe_rlhf_jax.ops import ends_with, response_log_probs, sequence_scores
@@ -27,26 +27,39 @@ def make_respond(
     eos_id: int,
     pad_id: int,
     sampling: Sampling,
+    num_responses: int = 1,
+    cost_limit: float | None = None,
 ) -> Callable[[Params, Frozen, PromptBatch, jax.Array], dict[str, jax.Array]]:
     """Returns respond(params, frozen, prompts, key): one response per prompt, and what is known of it.
 
-    The result holds tokens i32[B, T], length i32[B], truncated bool[B], kl f32[B] (Σ log π − log π_ref over the
-    response, nats) and a score f32[B] for every scorer.
+    With `num_responses` it is the best of so many by `reward`, within `cost_limit` by `cost` (see `best_of_n`).
+
+    The result holds tokens i32[B, T], length i32[B], truncated bool[B], a score f32[B] for every scorer, and kl f32[B]
+    (Σ log π − log π_ref over the response, nats). There is no kl for the best of several: choosing makes another
+    distribution than π.
     """
 
     @jax.jit
     def respond(params: Params, frozen: Frozen, prompts: PromptBatch, key: jax.Array) -> dict[str, jax.Array]:
-        rollout = generate(
+        rollout, scores = sample_scored(
             policy,
+            scorers,
             params,
+            frozen.scorers,
             prompts,
             key,
+            num_responses=num_responses,
             response_length=response_length,
             eos_id=eos_id,
             pad_id=pad_id,
             sampling=sampling,
         )
-        prompt_length = prompts.tokens.shape[1]
+        rows, prompt_length = prompts.tokens.shape
+        if num_responses > 1:
+            by_prompt = {signal: score.reshape(rows, num_responses) for signal, score in scores.items()}
+            best, _ = best_of_n(by_prompt["reward"], by_prompt.get("cost"), cost_limit)
+            chosen = jnp.arange(rows, dtype=jnp.int32) * num_responses + best
+            rollout, scores = select_rows(rollout, chosen), {signal: x[chosen] for signal, x in scores.items()}
 
         def log_probs(of: Params) -> jax.Array:
             return response_log_probs(
@@ -59,17 +72,10 @@ def make_respond(
             )
 
         response, mask = rollout.tokens[:, prompt_length:], rollout.mask[:, prompt_length:]
-        return {
-            "tokens": response,
-            "length": mask.sum(-1),
-            "truncated": ~ends_with(response, mask, eos_id),
-            "kl": jnp.where(mask, log_probs(params) - log_probs(frozen.reference), 0.0).sum(-1),
-        } | {
-            signal: sequence_scores(
-                module, frozen.scorers[signal], rollout.tokens, rollout.mask, first=prompt_length - 1
-            )
-            for signal, module in scorers.items()
-        }
+        known = {"tokens": response, "length": mask.sum(-1), "truncated": ~ends_with(response, mask, eos_id)}
+        if num_responses == 1:
+            known["kl"] = jnp.where(mask, log_probs(params) - log_probs(frozen.reference), 0.0).sum(-1)
+        return known | scores
 
     return respond
 
@@ -101,7 +107,7 @@ def collect_samples(
                 "category": str(record.get("category", "")),
                 "length": length,
                 "truncated": bool(out["truncated"][row]),
-                "kl": float(out["kl"][row]),
+                "kl": float(out["kl"][row]) if "kl" in out else None,
                 "reward": float(out["reward"][row]) if "reward" in out else None,
                 "cost": float(out["cost"][row]) if "cost" in out else None,
                 "helpfulness": None,
@@ -175,11 +181,11 @@ def calibrated_limit(safe: Sequence[float], unsafe: Sequence[float], margin: flo
     return low + margin * (high - low)
 
 
-def check_reachable(limit: float, safe: Sequence[float]) -> None:
+def check_reachable(limit: float, safe: Sequence[float], *, field: str = "algorithm.lagrange.cost_limit") -> None:
     """Refuses a limit that no policy can be expected to reach.
 
     The floor is the 5 % quantile of the cost model's scores of responses labelled safe: a policy whose *mean* lies
-    below it would have to be safer than nineteen in twenty safe responses.
+    below it would have to be safer than nineteen in twenty safe responses. `field` names the limit in the error.
 
     Raises:
         ValueError: If the limit is below the floor.
@@ -187,7 +193,7 @@ def check_reachable(limit: float, safe: Sequence[float]) -> None:
     floor = float(np.quantile(np.asarray(safe), 0.05))
     if math.isfinite(floor) and limit < floor:
         raise ValueError(
-            f"algorithm.lagrange.cost_limit {limit:.3f} is below what the cost model can reach ({floor:.3f}, the 5 % "
+            f"{field} {limit:.3f} is below what the cost model can reach ({floor:.3f}, the 5 % "
             f"quantile of responses labelled safe; their mean is {np.mean(np.asarray(safe)):.3f}). Raise the limit, or "
             "give cost_limit: {data: …} to calibrate it."
         )

@@ -245,6 +245,30 @@ def headline_bars(
     return figure
 
 
+def best_of_n_curves(rounds: Sequence[Sequence[Mapping[str, float]]]) -> Figure:
+    """Expected maximum and median reward of k samples, and how often one of them is feasible; a colour per round.
+
+    Args:
+        rounds: For each round the rows of `inference.best_of_n.gain_by_number`.
+    """
+    figure, (left, right) = _grid(1, 2, width=9.5, height=3.7)
+    for i, rows in enumerate(rounds):
+        numbers, colour = [row["number"] for row in rows], POLICY_COLOURS[1 + i % (len(POLICY_COLOURS) - 1)]
+        left.plot(numbers, [row["reward_max"] for row in rows], color=colour, marker="o", label=f"round {i + 1}")
+        left.plot(numbers, [row["reward_median"] for row in rows], color=colour, marker="o", ls="--")
+        right.plot(numbers, [row["feasible_share"] for row in rows], color=colour, marker="o")
+    left.set(title="Best (solid) and median (dashed) reward of n", ylabel="reward (score units)")
+    right.set(title="A response within the cost limit among n", ylabel="share of prompts", ylim=(0, 1.04))
+    right.yaxis.set_major_formatter(PercentFormatter(1))
+    for ax in (left, right):
+        ax.set_xscale("log", base=2)
+        ax.set_xlabel("n, responses per prompt")
+        ax.set_xticks([row["number"] for row in rounds[0]], [f"{row['number']:.0f}" for row in rounds[0]])
+    handles = _handles([left])
+    figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=len(handles), frameon=False)
+    return figure
+
+
 def _grid(rows: int, columns: int, *, width: float, height: float, share: bool = False) -> tuple[Figure, list[Axes]]:
     figure = Figure(figsize=(width, height), dpi=130, layout="constrained", facecolor="white")
     axes = list(figure.subplots(rows, columns, squeeze=False, sharex=share, sharey=share).ravel())

@@ -18,8 +18,10 @@ from safe_rlhf_jax.processes import any_process, barrier, is_main
 from safe_rlhf_jax.stages.check import check_run
 from safe_rlhf_jax.stages.common import Run
 from safe_rlhf_jax.stages.direct import run_merge
+from safe_rlhf_jax.stages.dual import run_dual
 from safe_rlhf_jax.stages.evaluation import run_evaluation
 from safe_rlhf_jax.stages.reinforcement import run_reinforcement
+from safe_rlhf_jax.stages.rejection import run_rejection
 from safe_rlhf_jax.stages.supervised import run_supervised
 
 __all__ = ["STAGES", "Run", "check_run", "run_stage"]
@@ -32,6 +34,8 @@ STAGES: dict[str, Callable[..., dict[str, Any]]] = {
     "dpo": run_supervised,
     "merge": run_merge,
     "rl": run_reinforcement,
+    "rejection_sampling": run_rejection,
+    "dual": run_dual,
     "evaluate": run_evaluation,
 }
 

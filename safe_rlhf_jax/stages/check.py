@@ -13,8 +13,9 @@ from safe_rlhf_jax.data import examples
 from safe_rlhf_jax.data.tokenizer import Tokenizer, load_tokenizer
 from safe_rlhf_jax.models import hf
 from safe_rlhf_jax.rl.algorithms import ALGORITHMS
+from safe_rlhf_jax.rl.lagrange import combine_signals
 from safe_rlhf_jax.stages.common import Run, model_config
-from safe_rlhf_jax.stages.constraints import check_groups, constraints_of, load_labelled
+from safe_rlhf_jax.stages.constraints import Limited, check_groups, constraints_of, load_labelled
 from safe_rlhf_jax.stages.reinforcement import load_prompts, load_ptx
 from safe_rlhf_jax.stages.supervised import load_examples
 
@@ -44,6 +45,10 @@ def check_run(run: Run) -> None:
                 load_examples(run, stage, data)
         elif isinstance(stage, cfg.RLStage):
             check_reinforcement(run, stage)
+        elif isinstance(stage, cfg.SampledPrompts):
+            for prompts in filter(None, (stage.prompts, getattr(stage, "eval_prompts", None))):
+                load_prompts(run, stage, prompts)
+            check_constraints(run, stage)
         elif isinstance(stage, cfg.EvaluateStage):
             for prompts in stage.prompts:
                 load_prompts(run, stage, prompts)
@@ -52,11 +57,13 @@ def check_run(run: Run) -> None:
 def check_batch(run: Run, stage: Any) -> None:
     """A batch divides into the devices that share it."""
     shards = run.mesh.shape["data"] * run.mesh.shape["fsdp"]
-    if stage.batch_size % shards:
-        raise ConfigError(
-            f"{stage.name}: batch_size {stage.batch_size} does not divide into the mesh's data·fsdp = {shards} shards; "
-            f"nearest batches that do: {nearest_multiples(stage.batch_size, shards)}"
-        )
+    for field in ("batch_size", "prompt_batch_size"):
+        rows = getattr(stage, field, shards)
+        if rows % shards:
+            raise ConfigError(
+                f"{stage.name}: {field} {rows} does not divide into the mesh's data·fsdp = {shards} shards; "
+                f"nearest batches that do: {nearest_multiples(rows, shards)}"
+            )
 
 
 def check_divides(run: Run, stage: Any) -> None:
@@ -192,6 +199,24 @@ def check_reinforcement(run: Run, stage: cfg.RLStage) -> None:
         load_prompts(run, stage, prompts)
     if stage.ptx is not None and stage.algorithm.ptx_coeff > 0:
         load_ptx(run, stage, stage.ptx)
+    check_constraints(run, stage)
+    check_targets(run, stage)
+
+
+def check_targets(run: Run, stage: cfg.RLStage) -> None:
+    """A dual stage that gives λ its start solves for the policy that this algorithm ends at."""
+    target = "safe_rlhf" if ALGORITHMS[stage.algorithm.name].combine is combine_signals else "plain"
+    for field, name in cfg.multipliers(stage).items():
+        other = next(other for other in run.config.stages if other.name == name)
+        if isinstance(other, cfg.DualStage) and other.target != target:
+            raise ConfigError(
+                f"{stage.name}: {field} names {name!r}, whose target is {other.target!r}; algorithm.name "
+                f"{stage.algorithm.name!r} ends at that of {target!r}"
+            )
+
+
+def check_constraints(run: Run, stage: Limited) -> None:
+    """Prompts have the groups that limits name, and the data of calibrated limits is there."""
     constraints = constraints_of(stage)
     if constraints:
         check_groups(stage, examples.group_names(run.records(stage.prompts), stage.group_field))

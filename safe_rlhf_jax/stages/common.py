@@ -57,7 +57,8 @@ class Run:
         template = digests([pathlib.Path(config.template).expanduser()]) or config.template
         shared = [config.seed, config.tokenizer, template, config.execution]
         for stage in config.stages:
-            upstream = [self.hashes.get(name, name) for name in cfg.references(stage).values()]
+            named = (*cfg.references(stage).values(), *cfg.multipliers(stage).values())
+            upstream = [self.hashes.get(name, name) for name in named]
             self.hashes[stage.name] = cfg.config_hash(stage, *shared, file_digests(stage), *upstream)
 
     @property

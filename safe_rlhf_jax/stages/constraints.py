@@ -13,10 +13,40 @@ from safe_rlhf_jax.rl.constraints import MEAN, Constraint, Measure, by_group, re
 from safe_rlhf_jax.rl.lagrange import LOG, PROJECTED, Multiplier, pid_multiplier
 from safe_rlhf_jax.stages.common import Run, described, handed_on, open_model, report_data
 
+LEAST_LOG_MULTIPLIER = 0.01  # where a dual stage finds that no multiplier is needed, log λ starts here
 
-def constraints_of(stage: cfg.RLStage) -> dict[str, cfg.Lagrange]:
+
+Limited = cfg.RLStage | cfg.RejectionStage | cfg.DualStage  # stages with limits of costs
+
+
+def constraints_of(stage: Limited) -> dict[str, cfg.Lagrange]:
     """Returns {cost signal: its constraint}; nothing for an algorithm without constraints."""
-    return stage.limits if ALGORITHMS[stage.algorithm.name].constrained else {}
+    if isinstance(stage, cfg.RLStage) and not ALGORITHMS[stage.algorithm.name].constrained:
+        return {}
+    return stage.limits
+
+
+def field_of(stage: Limited, name: str) -> str:
+    """Returns where a setting of a constraint stands in a stage's config."""
+    return f"algorithm.lagrange.{name}" if isinstance(stage, cfg.RLStage) else name
+
+
+def initial_multiplier(run: Run, lagrange: cfg.Lagrange) -> float:
+    """Returns λ at the start, that of a dual stage where `init` names one, within the bounds of this constraint."""
+    if not isinstance(lagrange.init, str):
+        return lagrange.init
+    if run.abstract:
+        return 1.0
+    result = run.result(lagrange.init)
+    if result is None:
+        raise cfg.ConfigError(f"algorithm.lagrange.init: stage {lagrange.init!r} is not finished; run it first")
+    floor = LEAST_LOG_MULTIPLIER if lagrange.multiplier == "log" else 0.0
+    low, high = max(lagrange.min_multiplier or 0.0, floor), lagrange.max_multiplier or float("inf")
+    found = float(result["multiplier"])
+    used = min(max(found, low), high)
+    note = "" if used == found else f", moved to {used:.4g}, within [{low:.4g}, {high:.4g}]"
+    print(f"multiplier at the start: {found:.4g} of stage {lagrange.init}{note}")
+    return used
 
 
 def compensation_warning(
@@ -39,7 +69,7 @@ def compensation_warning(
     return warning
 
 
-def cost_limits(run: Run, stage: cfg.RLStage, signal: str) -> tuple[tuple[float, ...], str]:
+def cost_limits(run: Run, stage: Limited, signal: str) -> tuple[tuple[float, ...], str]:
     """Returns d of every slot and how it was chosen; what the cost model cannot reach is refused before training.
 
     Raises:
@@ -54,11 +84,11 @@ def cost_limits(run: Run, stage: cfg.RLStage, signal: str) -> tuple[tuple[float,
         if data is not None and lagrange.measure != "rectified":
             safe = labelled_costs(run, stage, signal, data)["safe"]
             for limit in limits:
-                evaluate.check_reachable(limit, safe)
+                evaluate.check_reachable(limit, safe, field=field_of(stage, "cost_limit"))
         return limits, "as configured"
     costs = labelled_costs(run, stage, signal, setting.data)
     limit = evaluate.calibrated_limit(costs["safe"], costs["unsafe"], setting.margin)
-    evaluate.check_reachable(limit, costs["safe"])
+    evaluate.check_reachable(limit, costs["safe"], field=field_of(stage, "cost_limit"))
     groups = lagrange.constrained_groups
     filtered = len(constrained_records(run, stage, lagrange, setting.data)) < len(run.records(setting.data))
     where = f" to {', '.join(groups)} prompts" if groups and filtered else ""
@@ -70,7 +100,7 @@ def cost_limits(run: Run, stage: cfg.RLStage, signal: str) -> tuple[tuple[float,
     return (limit,), source
 
 
-def labelled_costs(run: Run, stage: cfg.RLStage, signal: str, data: cfg.Data) -> dict[str, list[float]]:
+def labelled_costs(run: Run, stage: Limited, signal: str, data: cfg.Data) -> dict[str, list[float]]:
     """Returns a cost model's scores of labelled responses, {safe, unsafe}, on prompts its constraint names."""
     pairs = load_labelled(run, stage, data, signal)
     report_data(f"{stage.name}: cost_limit", pairs)
@@ -83,7 +113,7 @@ def labelled_costs(run: Run, stage: cfg.RLStage, signal: str, data: cfg.Data) ->
 
 
 @handed_on
-def load_labelled(run: Run, stage: cfg.RLStage, data: cfg.Data, signal: str) -> examples.Examples:
+def load_labelled(run: Run, stage: Limited, data: cfg.Data, signal: str) -> examples.Examples:
     """Returns labelled pairs on prompts that a constraint names."""
     return examples.load_pairs(
         constrained_records(run, stage, stage.limits[signal], data),
@@ -96,7 +126,7 @@ def load_labelled(run: Run, stage: cfg.RLStage, data: cfg.Data, signal: str) -> 
     )
 
 
-def constrained_records(run: Run, stage: cfg.RLStage, lagrange: cfg.Lagrange, data: cfg.Data) -> list[Any]:
+def constrained_records(run: Run, stage: Limited, lagrange: cfg.Lagrange, data: cfg.Data) -> list[Any]:
     """Returns labelled pairs on prompts that a constraint names; on all prompts where the data knows no groups.
 
     Raises:
@@ -110,14 +140,14 @@ def constrained_records(run: Run, stage: cfg.RLStage, lagrange: cfg.Lagrange, da
     if not {True, False} <= labels:
         on = f" on {', '.join(groups)} prompts" if groups else ""
         raise cfg.ConfigError(
-            f"{stage.name}: algorithm.lagrange.cost_limit: data {data.name} ({data.split}) needs responses labelled "
+            f"{stage.name}: {field_of(stage, 'cost_limit')}: data {data.name} ({data.split}) needs responses labelled "
             f"safe and responses labelled unsafe{on}; is_response_0_safe and is_response_1_safe hold "
             f"{sorted(map(str, labels))}"
         )
     return records
 
 
-def check_groups(stage: cfg.RLStage, groups: tuple[str, ...]) -> None:
+def check_groups(stage: Limited, groups: tuple[str, ...]) -> None:
     """The prompts have the groups that the constraints name.
 
     Raises:
@@ -128,7 +158,7 @@ def check_groups(stage: cfg.RLStage, groups: tuple[str, ...]) -> None:
         if unknown:
             field = "constrained_groups" if lagrange.group_limits is None else "group_limits"
             raise cfg.ConfigError(
-                f"{stage.name}: algorithm.lagrange.{field} names {unknown}, but {stage.group_field!r} of the prompts "
+                f"{stage.name}: {field_of(stage, field)} names {unknown}, but {stage.group_field!r} of the prompts "
                 f"has {list(groups)}"
             )
 

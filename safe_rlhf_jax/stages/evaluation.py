@@ -1,5 +1,6 @@
 """The evaluation of finished policies side by side, and the report."""
 
+import functools
 import json
 import pathlib
 from typing import Any
@@ -42,34 +43,44 @@ def sample_policies(run: Run, stage: cfg.EvaluateStage) -> dict[str, list[evalua
     for signal, reference in {"reward": stage.reward_model, "cost": stage.cost_model}.items():
         scorers[signal], variables[signal] = open_model(run, reference, "score", score_type=signal)  # type: ignore[arg-type]
     frozen = Frozen(reference=baseline["params"], scorers=variables)
-    respond = evaluate.make_respond(
+    make_respond = functools.partial(
+        evaluate.make_respond,
         module,
         scorers,
         response_length=stage.max_response_length,
         eos_id=run.tokenizer.eos_id,
         pad_id=run.tokenizer.pad_id,
         sampling=Sampling(stage.temperature, stage.top_k, stage.top_p, stage.repetition_penalty),
+        cost_limit=stage.best_of_cost_limit,
     )
+    responders = {number: make_respond(num_responses=number) for number in {1, *stage.best_of.values()}}
     prompt_sets = [(data, load_prompts(run, stage, data)) for data in stage.prompts]
     for data, prompts in prompt_sets:
         report_data(f"{stage.name}: {described(data)}", prompts)
     out: dict[str, list[evaluate.Sample]] = {}
     for name in stage.policies:
         params = open_model(run, name, "lm")[1]["params"]
-        out[name] = []
-        for data, prompts in prompt_sets:
-            out[name] += evaluate.collect_samples(
-                lambda batch, key, params=params: run.get(respond(params, frozen, run.put(batch), key)),  # type: ignore[misc]
-                in_order(prompts, stage.batch_size),
-                prompts.records,
-                key=jax.random.key(seed),
-                decode=run.tokenizer.decode,
-                split="redteam" if data.split == "redteam" else "test",
-                group_field=stage.group_field,
-                oracle=oracle_for(data),
-            )
-        print(f"{stage.name}: {name}: {len(out[name])} responses")
+        for row, number in rows_of(stage, name).items():
+            respond, out[row] = responders[number], []
+            for data, prompts in prompt_sets:
+                out[row] += evaluate.collect_samples(
+                    lambda batch, key, p=params, f=respond: run.get(f(p, frozen, run.put(batch), key)),  # type: ignore[misc]
+                    in_order(prompts, stage.batch_size),
+                    prompts.records,
+                    key=jax.random.key(seed),
+                    decode=run.tokenizer.decode,
+                    split="redteam" if data.split == "redteam" else "test",
+                    group_field=stage.group_field,
+                    oracle=oracle_for(data),
+                )
+            print(f"{stage.name}: {row}: {len(out[row])} responses")
     return out
+
+
+def rows_of(stage: cfg.EvaluateStage, policy: str) -> dict[str, int]:
+    """Returns {row of the report: responses per prompt} of a policy."""
+    number = stage.best_of.get(policy)
+    return {policy: 1} | ({f"{policy}, best of {number}": number} if number else {})
 
 
 def make_report(run: Run, stage: cfg.EvaluateStage, policies: dict[str, list[evaluate.Sample]]) -> Report:
@@ -87,9 +98,9 @@ def make_report(run: Run, stage: cfg.EvaluateStage, policies: dict[str, list[eva
             scorers[result["kind"]] = json.loads(scores.read_text())
         if result["kind"] == "rl" and other.name in stage.policies:
             history[other.name] = read_jsonl(run.folder(other.name) / "metrics.jsonl")
-        if "cost_limit" in result and limit is None:
+        if isinstance(other, cfg.RLStage) and "cost_limit" in result and limit is None:
             limit = result["cost_limit"]
-            groups = other.algorithm.lagrange.constrained_groups if isinstance(other, cfg.RLStage) else None
+            groups = other.algorithm.lagrange.constrained_groups
             constrained = list(groups) if groups else None
             facts.append(f"cost limit d = {limit:.3f}: {result['cost_limit_source']}")
     return Report(

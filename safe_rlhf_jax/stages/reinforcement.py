@@ -42,6 +42,7 @@ from safe_rlhf_jax.stages.constraints import (
     constraint_of,
     constraints_of,
     cost_limits,
+    initial_multiplier,
 )
 from safe_rlhf_jax.types import Frozen, MovingReference, PromptBatch, RLState
 
@@ -57,7 +58,7 @@ def run_reinforcement(run: Run, stage: cfg.RLStage, folder: pathlib.Path) -> dic
     algorithm = ALGORITHMS[stage.algorithm.name]
     step = compile_step(run, stage, networks, algorithm, hp, state)
     seed = run.seed(stage)
-    evaluate_state = make_evaluate(run, stage, networks, frozen, hp, seed)
+    evaluate_policy = make_evaluate(run, stage, networks.policy, networks.scorers, frozen)
     rows = stage.batch_size * stage.responses_per_prompt
     prompt_tokens = prompts.mean_tokens
     final: RLState = fit(
@@ -73,7 +74,7 @@ def run_reinforcement(run: Run, stage: cfg.RLStage, folder: pathlib.Path) -> dic
             keep_checkpoints=stage.keep_checkpoints,
             keep_best=stage.keep_best,
             eval_every=stage.eval_every,
-            evaluate=evaluate_state,
+            evaluate=lambda s: evaluate_policy(s.actor.params),
             tokens=lambda metrics: rows * (prompt_tokens + metrics["train/response_length"]),
             warning=compensation_warning(stage, limits),
             shown=("train/reward", "train/cost", "train/multiplier", "train/kl"),
@@ -82,7 +83,7 @@ def run_reinforcement(run: Run, stage: cfg.RLStage, folder: pathlib.Path) -> dic
         writers=writers(run),
     )
     export(run, folder, networks.policy, final.actor)
-    result: dict[str, Any] = {"metrics": evaluate_state(final)}
+    result: dict[str, Any] = {"metrics": evaluate_policy(final.actor.params)}
     result["metrics"] |= {k: float(v) for k, v in multiplier_metrics(hp.constraints, final.constraints).items()}
     if "cost" in limits:  # the constraint that the report draws
         (limit, *others), source = limits["cost"]
@@ -143,11 +144,11 @@ def build_networks(run: Run, stage: cfg.RLStage, hp: Hyperparameters) -> tuple[N
             critics[signal], critic_variables = open_model(run, model, "score", score_type="critic")
             critic_states[signal] = start_state(run, critics[signal], critic_variables, critic_optimizer)
 
+    initial = {signal: initial_multiplier(run, stage.limits[signal]) for signal in hp.constraints}
+
     def small() -> Any:
         constraints = {
-            signal: init_constraint(
-                constraint, multiplier=stage.limits[signal].init, window=stage.limits[signal].window
-            )
+            signal: init_constraint(constraint, multiplier=initial[signal], window=stage.limits[signal].window)
             for signal, constraint in hp.constraints.items()
         }
         return jnp.zeros((), jnp.int32), constraints, None if hp.kl.target is None else jnp.float32(hp.kl_coeff)
@@ -247,28 +248,28 @@ def compile_step(
 
 
 def make_evaluate(
-    run: Run, stage: cfg.RLStage, networks: Networks, frozen: Frozen, hp: Hyperparameters, seed: int
-) -> Callable[[RLState], dict[str, float]]:
-    """Returns evaluate(state): the policy on `eval_prompts`, sampled as in training."""
+    run: Run, stage: Any, policy: Any, scorers: dict[str, Any], frozen: Frozen
+) -> Callable[[Any], dict[str, float]]:
+    """Returns evaluate(the policy's params): it answers `eval_prompts`, sampled as in training."""
     if stage.eval_prompts is None:
         return lambda _: {}
     prompts, oracle = load_prompts(run, stage, stage.eval_prompts), oracle_for(stage.eval_prompts)
     report_data(f"{stage.name}: eval_prompts", prompts)
     respond = evaluate.make_respond(
-        networks.policy,
-        networks.scorers,
-        response_length=hp.response_length,
-        eos_id=hp.eos_id,
-        pad_id=hp.pad_id,
+        policy,
+        scorers,
+        response_length=stage.max_response_length,
+        eos_id=run.tokenizer.eos_id,
+        pad_id=run.tokenizer.pad_id,
         sampling=Sampling(temperature=stage.temperature),
     )
 
-    def evaluate_state(state: RLState) -> dict[str, float]:
+    def evaluate_policy(params: Any) -> dict[str, float]:
         samples = evaluate.collect_samples(
-            lambda batch, key: run.get(respond(state.actor.params, frozen, run.put(batch), key)),
+            lambda batch, key: run.get(respond(params, frozen, run.put(batch), key)),
             in_order(prompts, run.eval_batch),
             prompts.records,
-            key=jax.random.key(seed),
+            key=jax.random.key(run.seed(stage)),
             decode=run.tokenizer.decode,
             split="test",
             group_field=stage.group_field,
@@ -277,4 +278,4 @@ def make_evaluate(
         summary = summarize(samples)
         return {f"eval/{k}": v for k, v in summary.items() if "/" not in k and not k.endswith(("_low", "_high"))}
 
-    return evaluate_state
+    return evaluate_policy

@@ -114,8 +114,10 @@ def build_supervised(run: Run, stage: Any, total_steps: int) -> tuple[Any, Train
     return module, state, frozen, jit_step(task.step(stage, module, optimizer), state, run.mesh)
 
 
-def sft_step(stage: cfg.SFTStage, module: CausalLM, optimizer: optax.GradientTransformation) -> Callable[..., Any]:
-    """Returns the step of SFT."""
+def sft_step(
+    stage: cfg.SFTStage | cfg.RejectionStage, module: CausalLM, optimizer: optax.GradientTransformation
+) -> Callable[..., Any]:
+    """Returns the step of fine-tuning on texts."""
 
     def step(state: TrainState, frozen: None, batch: Any, key: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
         del frozen, key

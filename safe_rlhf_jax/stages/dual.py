@@ -1,0 +1,64 @@
+"""One-shot dual: the multiplier from samples of the reference alone."""
+
+import dataclasses
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+
+from safe_rlhf_jax import config as cfg
+from safe_rlhf_jax.rl.dual import solve_dual
+from safe_rlhf_jax.stages.common import Run, only_read, open_model, report_data
+from safe_rlhf_jax.stages.constraints import cost_limits
+from safe_rlhf_jax.stages.reinforcement import load_prompts
+from safe_rlhf_jax.stages.sampling import is_limited, open_scorers, sampled, sampler_of, take
+
+FEW = 2.0  # effective samples per prompt below which λ* says little about the optimum
+
+
+def run_dual(run: Run, stage: cfg.DualStage, folder: pathlib.Path) -> dict[str, Any]:
+    """Runs a dual stage; its result holds the multiplier and what is expected there."""
+    del folder  # there is nothing but the result
+    prompts = load_prompts(run, stage, stage.prompts)
+    report_data(stage.name, prompts)
+    prompts = take(prompts, np.flatnonzero(is_limited(stage, prompts)).tolist())
+    (limit,), source = cost_limits(run, stage, "cost")
+    policy, variables = open_model(run, stage.init_from, "lm", seed=run.seed(stage))
+    params = only_read(run, variables["params"])
+    scorers, scorer_variables = open_scorers(run, stage)
+    sample = sampler_of(run, stage, policy, scorers)
+    batches = list(
+        sampled(
+            run, lambda batch, key: sample(params, scorer_variables, batch, key), prompts, stage.batch_size,
+            jax.random.key(run.seed(stage)), stage.name,
+        )
+    )  # fmt: skip
+    rewards, costs = (np.concatenate([out[signal] for out in batches]) for signal in ("reward", "cost"))
+    solution = solve_dual(
+        rewards,
+        costs,
+        cost_limit=limit,
+        kl_coeff=stage.kl_coeff,
+        divided=stage.target == "safe_rlhf",
+        max_multiplier=stage.max_multiplier,
+    )
+    for problem in doubts(stage, solution.effective_sample_size, solution.capped):
+        print(f"{stage.name}: warning: {problem}")
+    found = dataclasses.asdict(solution)
+    numbers = {f"dual/{name}": float(value) for name, value in found.items()}
+    numbers |= {"dual/reference_cost": float(costs.mean()), "dual/reference_reward": float(rewards.mean())}
+    return found | {"metrics": numbers, "cost_limit": limit, "cost_limit_source": source, "prompts": len(prompts)}
+
+
+def doubts(stage: cfg.DualStage, effective: float, capped: bool) -> list[str]:
+    """Returns why the multiplier is not to be trusted, in words."""
+    notes = []
+    if effective < FEW:
+        notes.append(
+            f"only {effective:.1f} of {stage.responses_per_prompt} samples of a prompt count at kl_coeff "
+            f"{stage.kl_coeff}: the multiplier is that of choosing the best of them, not that of the optimum"
+        )
+    if capped:
+        notes.append(f"the multiplier lies beyond max_multiplier {stage.max_multiplier} and is cut off there")
+    return notes

@@ -1,0 +1,189 @@
+"""Rejection sampling in rounds: sample n, score, keep the best feasible response, fine-tune on it, and again.
+
+A round leaves `round_K/`: `selected.jsonl` (what is trained on), `sampling.json` (what more samples would buy),
+`checkpoints/`, `metrics.jsonl`, and with `result.json` it is finished. Its policy is `round_K/export/`; that of the
+last round is the stage's `export/`.
+"""
+
+import json
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from safe_rlhf_jax import config as cfg
+from safe_rlhf_jax.data.examples import Examples, load_sampled
+from safe_rlhf_jax.data.loader import shuffled
+from safe_rlhf_jax.evaluation.plots import best_of_n_curves
+from safe_rlhf_jax.inference.best_of_n import best_of_n, described_gain, gain_by_number
+from safe_rlhf_jax.loop import Stage, fit
+from safe_rlhf_jax.processes import any_process, barrier, is_main
+from safe_rlhf_jax.stages.common import (
+    Run,
+    export,
+    jit_step,
+    open_model,
+    optimizer_of,
+    report_data,
+    start_state,
+    weights,
+    writers,
+)
+from safe_rlhf_jax.stages.constraints import cost_limits
+from safe_rlhf_jax.stages.reinforcement import load_prompts, make_evaluate
+from safe_rlhf_jax.stages.sampling import is_limited, open_scorers, sampled, sampler_of, take
+from safe_rlhf_jax.stages.supervised import sft_step
+from safe_rlhf_jax.types import Frozen, TrainState
+
+
+def run_rejection(run: Run, stage: cfg.RejectionStage, folder: pathlib.Path) -> dict[str, Any]:
+    """Runs a rejection sampling stage; finished rounds are not repeated."""
+    prompts = load_prompts(run, stage, stage.prompts)
+    report_data(stage.name, prompts)
+    limit = cost_limits(run, stage, "cost") if stage.cost_model else None
+    module, start = open_model(run, stage.init_from, "lm", seed=run.seed(stage))
+    scorers, scorer_variables = open_scorers(run, stage)
+    frozen = Frozen(reference=start["params"] if stage.eval_prompts else None, scorers=scorer_variables)
+    del start
+    evaluate_policy = make_evaluate(run, stage, module, scorers, frozen)
+    sample = sampler_of(run, stage, module, scorers)
+    results: list[dict[str, Any]] = []
+    for number in range(1, stage.rounds + 1):
+        here = round_folder(folder, number)
+        if there(here / "result.json"):
+            print(f"{stage.name}: round {number} is finished; skipped")
+        else:
+            before = stage.init_from if number == 1 else f"path:{round_folder(folder, number - 1) / 'export'}"
+            params = open_model(run, before, "lm", seed=run.seed(stage))[1]["params"]
+            if not there(here / "selected.jsonl"):
+                rows = round_rows(stage, prompts, number, run.seed(stage))
+                select(
+                    run, stage, lambda batch, key, params=params: sample(params, scorer_variables, batch, key),
+                    take(prompts, rows), None if limit is None else limit[0][0], here,
+                )  # fmt: skip
+                barrier(f"{stage.name}: round {number} is selected")
+            state = fine_tune(run, stage, number, folder, module, params, prompts.width, evaluate_policy)
+            del params
+            export(run, folder if number == stage.rounds else here, module, state)
+            evaluation = evaluate_policy(state.params)
+            del state
+            if is_main():
+                summary = json.loads((here / "sampling.json").read_text())
+                write(here / "result.json", json.dumps(summary | {"metrics": evaluation}, indent=2))
+            barrier(f"{stage.name}: round {number} is finished")
+        results.append(json.loads((here / "result.json").read_text()))
+    if is_main():
+        figure = best_of_n_curves([result["gain"] for result in results])
+        figure.savefig(folder / "best_of_n.png")
+    last = results[-1]
+    found = {"metrics": {f"sampling/{k}": v for k, v in last["gain"][-1].items() if k != "number"}, "rounds": results}
+    found["metrics"] |= {"sampling/selected_share": last["selected"] / last["prompts"]} | last["metrics"]
+    return found | ({} if limit is None else {"cost_limit": limit[0][0], "cost_limit_source": limit[1]})
+
+
+def round_folder(folder: pathlib.Path, number: int) -> pathlib.Path:
+    """Returns the folder of a round, counted from 1."""
+    return folder / f"round_{number}"
+
+
+def there(path: pathlib.Path) -> bool:
+    """A file is there, for the process that writes; all processes ask together."""
+    return bool(any_process(is_main() and path.is_file()))
+
+
+def write(path: pathlib.Path, text: str) -> None:
+    """Writes a file whole or not at all."""
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(text + "\n")
+    partial.rename(path)
+
+
+def round_rows(stage: cfg.RejectionStage, prompts: Examples, number: int, seed: int) -> list[int]:
+    """Returns which prompts a round answers: the next ones of an order that is drawn anew in every pass."""
+    size = stage.prompts_per_round or len(prompts)
+    order = shuffled(prompts, seed % 2**32, weights(stage.prompts))
+    return [int(order[i]) for i in range((number - 1) * size, number * size)]
+
+
+def select(
+    run: Run, stage: cfg.RejectionStage, sample: Callable[..., Any], prompts: Examples, limit: float | None,
+    here: pathlib.Path,
+) -> None:  # fmt: skip
+    """Samples, scores and writes the best feasible response to each prompt; prompts without one are dropped.
+
+    Raises:
+        ValueError: If no prompt has a feasible response.
+    """
+    number = int(here.name.removeprefix("round_"))
+    key = jax.random.fold_in(jax.random.key(run.seed(stage)), number)
+    limited, chosen, rewards, feasible = is_limited(stage, prompts), [], [], []
+    first = 0
+    name = f"{stage.name}: round {number}, sampling"
+    for out in sampled(run, sample, prompts, stage.prompt_batch_size, key, name):
+        rows = np.arange(first, first + len(out["reward"]))
+        first += len(rows)
+        # Where nothing is limited every cost is low enough.
+        costs = np.where(limited[rows][:, None], out["cost"], -np.inf) if "cost" in out else None
+        best, possible = best_of_n(jnp.asarray(out["reward"]), None if costs is None else jnp.asarray(costs), limit)
+        rewards.append(out["reward"])
+        feasible.append(np.ones_like(out["reward"], bool) if costs is None else costs <= limit)
+        for i in np.flatnonzero(np.asarray(possible)).tolist():
+            chosen.append(selected_record(run, prompts, int(rows[i]), out, i, int(best[i])))
+    counts = {"prompts": len(prompts), "selected": len(chosen), "dropped": len(prompts) - len(chosen)}
+    if not chosen:
+        raise ValueError(
+            f"{stage.name}: round {number}: none of {len(prompts)} prompts has a response with cost ≤ {limit:.3f} "
+            f"among {stage.responses_per_prompt}; raise cost_limit or responses_per_prompt"
+        )
+    gain = gain_by_number(np.concatenate(rewards), np.concatenate(feasible))
+    means = {f"selected_{k}": float(np.mean([row[k] for row in chosen])) for k in ("truncated", *stage.scorers)}
+    print(f"{stage.name}: round {number}: {described_gain(gain)}; {counts['dropped']} dropped")
+    if is_main():
+        here.mkdir(exist_ok=True)
+        write(here / "sampling.json", json.dumps(counts | means | {"gain": gain}, indent=2))
+        write(here / "selected.jsonl", "\n".join(map(json.dumps, chosen)))
+
+
+def selected_record(run: Run, prompts: Examples, row: int, out: dict[str, Any], i: int, best: int) -> dict[str, Any]:
+    """Returns a prompt with its chosen response: texts, scores, and the very tokens that were sampled."""
+    prompt = prompts.arrays.tokens[row][prompts.arrays.mask[row]].tolist()
+    response = out["tokens"][i, best, : int(out["length"][i, best])].tolist()
+    return {
+        "prompt": prompts.records[row]["prompt"],
+        "response": run.tokenizer.decode(response),
+        **{signal: float(out[signal][i, best]) for signal in ("reward", "cost") if signal in out},
+        "truncated": response[-1] != run.tokenizer.eos_id,
+        "prompt_ids": prompt,
+        "response_ids": response,
+    }
+
+
+def fine_tune(
+    run: Run, stage: cfg.RejectionStage, number: int, folder: pathlib.Path, module: Any, params: Any,
+    prompt_length: int, evaluate_policy: Callable[[Any], dict[str, float]],
+) -> TrainState:  # fmt: skip
+    """Trains a round: supervised fine-tuning on the selected responses, from the policy of the round before."""
+    numbers = [number] if stage.train_on == "this_round" else range(1, number + 1)
+    files = [round_folder(folder, i) / "selected.jsonl" for i in numbers]
+    rows = [json.loads(line) for file in files for line in file.read_text().splitlines()]
+    width = prompt_length + stage.max_response_length
+    data = load_sampled(rows, width=width, pad_id=run.tokenizer.pad_id)
+    total, seed = max(int(stage.epochs * len(data)) // stage.batch_size, 1), run.seed(stage) + number
+    optimizer = optimizer_of(stage.optimizer, total)
+    state = start_state(run, module, {"params": params}, optimizer)
+    tokens_per_step = stage.batch_size * data.mean_tokens
+    final: TrainState = fit(
+        Stage(
+            name=f"{stage.name}: round {number}", total_steps=total, init=lambda: state,
+            step=jit_step(sft_step(stage, module, optimizer), state, run.mesh),
+            batch=run.batches(data, stage.batch_size, seed, None), frozen=None, seed=seed,
+            checkpoint_every=stage.checkpoint_every, keep_checkpoints=stage.keep_checkpoints,
+            keep_best=stage.keep_best, eval_every=stage.eval_every,
+            evaluate=lambda s: evaluate_policy(s.params), tokens=lambda _: tokens_per_step,
+        ),
+        round_folder(folder, number), writers=writers(run),
+    )  # fmt: skip
+    return final

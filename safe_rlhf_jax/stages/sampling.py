@@ -1,0 +1,76 @@
+"""What stages share that sample several responses to a prompt: the compiled sampler, its batches, limits by prompt."""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from safe_rlhf_jax import config as cfg
+from safe_rlhf_jax.data.examples import Examples
+from safe_rlhf_jax.data.loader import in_order
+from safe_rlhf_jax.inference.best_of_n import make_sampler
+from safe_rlhf_jax.inference.sampling import Sampling
+from safe_rlhf_jax.metrics import ProgressBar
+from safe_rlhf_jax.stages.common import Run, only_read, open_model
+
+Sampled = dict[str, np.ndarray[Any, Any]]  # tokens [B, n, T], length [B, n], a score [B, n] for every scorer
+
+
+def open_scorers(run: Run, stage: cfg.SampledPrompts) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns the scorers of a stage and their variables, by signal."""
+    modules, variables = {}, {}
+    for signal, model in stage.scorers.items():
+        kind: Any = signal
+        modules[signal], found = open_model(run, model, "score", score_type=kind)
+        variables[signal] = found | {"params": only_read(run, found["params"])}
+    return modules, variables
+
+
+def sampler_of(run: Run, stage: cfg.SampledPrompts, policy: Any, scorers: dict[str, Any]) -> Callable[..., Any]:
+    """Returns the compiled sample(params, scorer variables, prompts, key)."""
+    return make_sampler(
+        policy,
+        scorers,
+        num_responses=stage.responses_per_prompt,
+        response_length=stage.max_response_length,
+        eos_id=run.tokenizer.eos_id,
+        pad_id=run.tokenizer.pad_id,
+        sampling=Sampling(temperature=stage.temperature),
+    )
+
+
+def sampled(
+    run: Run, sample: Callable[[Any, jax.Array], Any], prompts: Examples, batch_size: int, key: jax.Array, name: str
+) -> Iterator[Sampled]:
+    """Yields what is sampled for the prompts, in order and on the host.
+
+    Args:
+        run: The run.
+        sample: (prompts on the mesh, key) -> arrays.
+        prompts: Whose rows are answered.
+        batch_size: Prompts at once.
+        key: Batch i uses `fold_in(key, i)`.
+        name: Of the progress bar.
+    """
+    batches = in_order(prompts, batch_size)
+    bar = ProgressBar(name, len(batches), start=0, keys=())
+    for i, (batch, valid) in enumerate(batches):
+        out: Sampled = run.get(sample(run.put(batch), jax.random.fold_in(key, i)))
+        bar.write(i + 1, {})
+        yield {field: array[:valid] for field, array in out.items()}
+    bar.close()
+
+
+def take(prompts: Examples, rows: Sequence[int]) -> Examples:
+    """Returns some rows of a dataset."""
+    which = np.asarray(rows, np.int64)
+    arrays = jax.tree.map(lambda x: x[which], prompts.arrays)
+    return dataclasses.replace(prompts, arrays=arrays, records=[prompts.records[i] for i in rows])
+
+
+def is_limited(stage: cfg.SampledPrompts, prompts: Examples) -> np.ndarray[Any, Any]:
+    """Returns bool[N]: the limit is about this prompt."""
+    groups, field = stage.constrained_groups, str(stage.group_field)
+    return np.array([groups is None or str(record[field]) in groups for record in prompts.records], bool)
