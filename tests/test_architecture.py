@@ -10,14 +10,14 @@ PACKAGE = "safe_rlhf_jax"
 MAX_LINES = 400
 
 # Low to high. A module may import from its own level and from lower ones.
+CONFIGS = ("stages", "algorithm", "sampling", "data", "errors")
 LEVELS = (
     {"types"},
     {"ops", "sharding", "metrics", "processes"},
     {"models"},
     {"optim", "inference", "analysis"},
     {"objectives", "rl", "evaluation", "data"},
-    {"checkpoint", "loop", "config", "pipeline"}
-    | {f"config_{of}" for of in ("stages", "algorithm", "sampling", "data", "errors")},
+    {"checkpoint", "loop", "config", "pipeline", *(f"config_{of}" for of in CONFIGS)},
     {"stages"},
     {"train", "compile", "chat", "search", "tables", "data.__main__"},
 )
