@@ -20,6 +20,8 @@ COMPILE_ONLY = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
 
+UNTRAINED = ("evaluate", "dual")  # kinds of stages that train nothing and are not compiled ahead of time
+
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Returns the parsed command line; needs no JAX, so that `--help` starts no accelerator."""
@@ -65,11 +67,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from safe_rlhf_jax import search, tables
         from safe_rlhf_jax.stages.ahead import compile_stage
 
-        stages = [stage for stage in config.stages if stage.kind != "evaluate"]
+        stages = [stage for stage in config.stages if stage.kind not in UNTRAINED]
         if options.stage is not None:
+            names = [stage.name for stage in stages]
             stages = [stage for stage in stages if stage.name == options.stage]
             if not stages:
-                names = [stage.name for stage in config.stages if stage.kind != "evaluate"]
                 raise ConfigError(f"--stage {options.stage}: no training stage of this config; there are {names}")
         report: dict[str, Any] = {"config": options.config, "overrides": options.overrides}
         report |= {"topology": options.topology, "slices": options.slices, "environment": environment(devices)}

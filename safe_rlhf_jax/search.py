@@ -84,7 +84,7 @@ def fewest_microbatches(
     config: cfg.RunConfig, stage: Any, devices: Sequence[jax.Device], mesh: cfg.Mesh, remat: str
 ) -> dict[str, Any] | None:
     """Returns the variant with the fewest microbatches that fits, from the stage's own number on in powers of two."""
-    rows = stage.batch_size * getattr(stage, "responses_per_prompt", 1)
+    rows = stage.batch_size * (stage.responses_per_prompt if stage.kind == "rl" else 1)
     shards = mesh.data * mesh.fsdp * (stage.algorithm.minibatches if stage.kind == "rl" else 1)
     counts = [n for n in (stage.microbatches * 2**i for i in range(20)) if rows % (shards * n) == 0]
     if not counts:

@@ -14,7 +14,7 @@ from safe_rlhf_jax.models.transformer import CausalLM
 from safe_rlhf_jax.ops import sequence_scores
 from safe_rlhf_jax.types import Params, PromptBatch, Rollout, Signals
 
-Table = np.ndarray[Any, np.dtype[Any]]  # [prompts, n]
+Table = np.ndarray  # [prompts, n]
 
 
 def best_of_n(
