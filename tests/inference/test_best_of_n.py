@@ -58,6 +58,11 @@ def test_gain_is_the_mean_over_all_subsets():
         assert row["reward_max"] == pytest.approx(np.mean([rewards[:, s].max(1) for s in subsets]))
         assert row["reward_median"] == pytest.approx(np.mean([np.median(rewards[:, s], 1) for s in subsets]))
         assert row["feasible_share"] == pytest.approx(np.mean([feasible[:, s].any(1) for s in subsets]))
+        best = [rewards[i, s][feasible[i, s]].max() for i in range(7) for s in subsets if feasible[i, s].any()]
+        assert row["reward_selected"] == pytest.approx(np.mean(best))
+    assert "reward_selected" not in gain_by_number(rewards, np.zeros_like(feasible))[0]
+    everything = gain_by_number(rewards, np.ones_like(feasible))
+    assert all(row["reward_selected"] == pytest.approx(row["reward_max"]) for row in everything)
 
 
 def test_gain_of_normal_rewards_is_the_known_expected_maximum():
