@@ -34,6 +34,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         help="plain, beaver, alpaca, tokenizer or a .jinja file (default: that of --config, or plain)",
     )
     parser.add_argument("--temperature", type=float, default=1.0, help="0 is greedy (default %(default)s)")
+    parser.add_argument("--best-of", type=int, default=1, metavar="N", help="give the best of N answers by the "
+                        "reward model, with a cost model the best whose cost is within --cost-limit")  # fmt: skip
+    parser.add_argument("--cost-limit", type=float, default=0.0, help="for --best-of (default %(default)s)")
     parser.add_argument("--max-tokens", type=int, default=256, help="of an answer (default %(default)s)")
     parser.add_argument("--dtype", default="float32", help="of the networks (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of sampling (default %(default)s)")
@@ -42,6 +45,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         parser.error(f"one or two policies, not {len(options.policies)}")
     if options.temperature < 0:
         parser.error(f"--temperature {options.temperature}: must be 0 (greedy) or more")
+    if options.best_of < 1:
+        parser.error(f"--best-of {options.best_of}: must be 1 or more")
     return options
 
 
@@ -68,6 +73,8 @@ class Chat:
     temperature: float
     max_tokens: int
     key: Any
+    best_of: int = 1
+    cost_limit: float = 0.0
     turns: int = 0
 
     def prompt_ids(self, speaker: Speaker) -> list[int]:
@@ -83,7 +90,10 @@ class Chat:
             del speaker.history[:2]
 
     def answer(self, speaker: Speaker) -> Iterator[None]:
-        """Streams an answer into `speaker.text`, then its scores into `speaker.note`; yields after every token."""
+        """Streams an answer into `speaker.text`, then its scores into `speaker.note`; yields after every token.
+
+        With `best_of` it streams so many answers, one after the other, and keeps the best.
+        """
         import jax
 
         from safe_rlhf_jax.inference.sampling import Sampling
@@ -91,16 +101,36 @@ class Chat:
         speaker.text = speaker.note = ""
         prompt = self.prompt_ids(speaker)
         room = min(self.max_tokens, speaker.max_positions - len(prompt))
-        ids: list[int] = []
+        answers: list[list[int]] = []
         key = jax.random.fold_in(self.key, self.turns)
-        for token in speaker.stream(prompt, key, sampling=Sampling(self.temperature), max_tokens=room):
-            ids.append(token)
-            speaker.text = self.tokenizer.decode(ids)
-            yield
-        cut = [] if ids[-1] == self.tokenizer.eos_id else ["cut off at the length limit"]
-        scores = [f"{signal} {scorer.score_tokens([prompt + ids])[0]:+.2f}" for signal, scorer in self.scorers.items()]
-        speaker.note = "  ".join(scores + cut)
+        for i in range(self.best_of):
+            answers.append([])
+            for token in speaker.stream(
+                prompt, jax.random.fold_in(key, i) if i else key, sampling=Sampling(self.temperature), max_tokens=room
+            ):
+                answers[-1].append(token)
+                speaker.text = self.tokenizer.decode(answers[-1])
+                speaker.note = f"answer {i + 1} of {self.best_of}" if self.best_of > 1 else ""
+                yield
+        scores = {
+            signal: [float(scorer.score_tokens([prompt + ids])[0]) for ids in answers]
+            for signal, scorer in self.scorers.items()
+        }
+        best = self.choose(scores) if self.best_of > 1 else 0
+        speaker.text = self.tokenizer.decode(answers[best])
+        cut = [] if answers[best][-1] == self.tokenizer.eos_id else ["cut off at the length limit"]
+        speaker.note = "  ".join([f"{signal} {values[best]:+.2f}" for signal, values in scores.items()] + cut)
         yield
+
+    def choose(self, scores: dict[str, list[float]]) -> int:
+        """Returns which answer has the highest reward within the cost limit."""
+        import jax.numpy as jnp
+
+        from safe_rlhf_jax.inference.best_of_n import best_of_n
+
+        costs = jnp.asarray([scores["cost"]], jnp.float32) if "cost" in scores else None
+        index, _ = best_of_n(jnp.asarray([scores["reward"]], jnp.float32), costs, self.cost_limit)
+        return int(index[0])
 
     def say(self, message: str, show: Callable[[], None]) -> None:
         """Puts a message to every policy; their answers grow side by side."""
@@ -172,8 +202,12 @@ def load_chat(options: argparse.Namespace) -> Chat:
         Speaker(name, Stream(p.module, p.variables["params"], eos_id=tokenizer.eos_id), p.module.config.max_positions)
         for name, p in zip(options.policies, policies, strict=True)
     ]
-    key = jax.random.key(options.seed)
-    return Chat(speakers, scorers, tokenizer, policies[0].template, options.temperature, options.max_tokens, key)
+    if options.best_of > 1 and "reward" not in scorers:
+        raise ValueError(f"--best-of {options.best_of}: needs a reward model; name one with --reward")
+    return Chat(
+        speakers, scorers, tokenizer, policies[0].template, options.temperature, options.max_tokens,
+        jax.random.key(options.seed), options.best_of, options.cost_limit,
+    )  # fmt: skip
 
 
 def table(speakers: Sequence[Speaker]) -> Any:

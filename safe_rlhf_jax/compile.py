@@ -65,12 +65,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from safe_rlhf_jax import search, tables
         from safe_rlhf_jax.stages.ahead import compile_stage
 
-        training = [stage for stage in config.stages if isinstance(stage, TrainingStage)]
-        stages = training
+        stages = training = [stage for stage in config.stages if isinstance(stage, TrainingStage)]
         if options.stage is not None:
+            names = [stage.name for stage in training]
             stages = [stage for stage in training if stage.name == options.stage]
             if not stages:
-                names = [stage.name for stage in training]
                 raise ConfigError(f"--stage {options.stage}: no training stage of this config; there are {names}")
         report: dict[str, Any] = {"config": options.config, "overrides": options.overrides}
         report |= {"topology": options.topology, "slices": options.slices, "environment": environment(devices)}

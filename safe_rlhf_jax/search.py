@@ -87,7 +87,7 @@ def fewest_microbatches(
 
     Where none fits while parameters are gathered to decode, they are not.
     """
-    rows = stage.batch_size * getattr(stage, "responses_per_prompt", 1)
+    rows = stage.batch_size * (stage.responses_per_prompt if stage.kind == "rl" else 1)
     shards = mesh.data * mesh.fsdp * (stage.algorithm.minibatches if stage.kind == "rl" else 1)
     counts = [n for n in (stage.microbatches * 2**i for i in range(20)) if rows % (shards * n) == 0]
     if not counts:

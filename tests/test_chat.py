@@ -84,6 +84,36 @@ def test_regenerating_replaces_the_last_answer(folders):
     assert speaker.history[-1]["content"] != first
 
 
+def test_the_best_of_several_answers_is_kept_by_reward_within_the_cost_limit(folders):
+    session = load(folders, "--temperature", 3, "--best-of", 4, "--reward", folders / "reward")
+    (speaker,) = session.speakers
+    seen, rewards, costs = [], iter([1.0, 3.0, 2.0, 0.0] * 2), iter([0.0, 1.0, -1.0, 5.0])
+
+    class Given:
+        def __init__(self, values):
+            self.values = values
+
+        def score_tokens(self, rows):
+            return [next(self.values)]
+
+    def look():
+        if speaker.note.startswith("answer") and (not seen or seen[-1][0] != speaker.note):
+            seen.append([speaker.note, ""])
+        if speaker.note.startswith("answer"):
+            seen[-1][1] = speaker.text
+
+    session.scorers = {"reward": Given(rewards)}
+    session.say("hello", look)
+    assert [note for note, _ in seen] == [f"answer {i} of 4" for i in (1, 2, 3, 4)]
+    assert len({text for _, text in seen}) > 1
+    assert speaker.text == seen[1][1]
+    assert speaker.note.startswith("reward +3.00")
+    session.scorers, seen[:] = {"reward": Given(rewards), "cost": Given(costs)}, []
+    session.regenerate(look)
+    assert speaker.text == seen[2][1]
+    assert speaker.note.startswith("reward +2.00  cost -1.00")
+
+
 def test_the_oldest_turns_go_when_a_conversation_grows_too_long(folders):
     session = load(folders)
     (speaker,) = session.speakers
@@ -125,6 +155,7 @@ def test_a_wrong_command_is_answered_and_the_talk_goes_on(monkeypatch, capsys, f
     ("arguments", "message"),
     [
         (["{root}/none"], "none: "),
+        (["{root}/a", "--best-of", "4"], "--best-of 4: needs a reward model"),
         (["{root}/a", "--template", "fancy"], "template 'fancy': cannot be read"),
         (["sft", "--config", "configs/quickstart.yaml"], "stage 'sft' of configs/quickstart.yaml is not finished"),
     ],

@@ -15,12 +15,15 @@ import yaml
 from safe_rlhf_jax import compile as compile_command
 from safe_rlhf_jax import search
 from safe_rlhf_jax.analysis import chips
+from safe_rlhf_jax.analysis.flops import forward_flops
 from safe_rlhf_jax.config import load_config
 from safe_rlhf_jax.sharding import make_mesh
 from safe_rlhf_jax.stages.abstract import AbstractRun, programs
 from safe_rlhf_jax.stages.ahead import step_flops
-from safe_rlhf_jax.stages.common import Run
+from safe_rlhf_jax.stages.common import Run, model_config, open_model
 from safe_rlhf_jax.stages.reinforcement import build_networks, hyperparameters
+from safe_rlhf_jax.stages.rejection import build_fine_tuning
+from safe_rlhf_jax.stages.sampling import open_scorers, sampler_of
 from safe_rlhf_jax.stages.supervised import build_supervised
 
 ROOT = Path(__file__).parent.parent
@@ -234,3 +237,50 @@ def test_the_scaling_page_is_what_the_script_makes_of_the_figures():
     spec.loader.exec_module(scaling)
     assert scaling.figures()
     assert (ROOT / "docs" / "scaling.md").read_text() == scaling.page()
+
+
+@pytest.fixture
+def sampling(tmp_path):
+    """The rejection stage of its config, on models of a preset."""
+    config = load_config(MINI.with_name("sampling.yaml"), [f"workdir={tmp_path}", "mesh.fsdp=4", "mesh.tensor=2"])
+    models = dict.fromkeys(("init_from", "reward_model", "cost_model"), "preset:tiny")
+    return config, config.stages[0].model_copy(update=models)
+
+
+def test_programs_of_rejection_sampling_are_those_of_its_run(sampling):
+    config, stage = sampling
+    real = Run(config)
+    with jax.set_mesh(real.mesh):
+        sample, step = programs(AbstractRun(config, real.mesh), stage)
+        policy, variables = open_model(real, "preset:tiny", "lm")
+        scorers, scorer_variables = open_scorers(real, stage)
+        assert described(sample.arguments[:2]) == described((variables["params"], scorer_variables))
+        batch = jax.tree.map(lambda x: real.put(jnp.zeros(x.shape, x.dtype)), sample.arguments[2])
+        own = sampler_of(real, stage, policy, scorers)
+        text = own.lower(variables["params"], scorer_variables, batch, sample.arguments[3]).as_text()
+        assert sample.function.lower(*sample.arguments).as_text() == text
+        state, _ = build_fine_tuning(real, stage, policy, variables["params"], 1000)
+        assert described(step.arguments[0]) == described(state)
+        assert step.arguments[2].tokens.shape == (stage.batch_size, 24 + 8)
+
+
+def test_flops_of_rejection_sampling_are_generation_two_scorers_and_three_passes_over_what_is_selected(sampling):
+    config, stage = sampling
+    run = AbstractRun(config, make_mesh((1, 4, 2)))
+    flops = step_flops(run, stage, recomputed=False)
+    model = model_config(run, "preset:tiny")
+    assert flops["scoring"] == 2 * forward_flops(model, 16 * 4, 32, 0)
+    assert flops["step"] == 3 * forward_flops(model, 8, 32, 32)
+
+
+def test_rejection_sampling_is_reported_by_phase_and_the_dual_is_not_compiled(capsys, tmp_path):
+    config = str(MINI.with_name("sampling.yaml"))
+    models = [f"stages.0.{name}=preset:tiny" for name in ("init_from",)]
+    models += [f"stages.0.{name}=path:absent" for name in ("reward_model", "cost_model")]
+    arguments = ["--config", config, "--topology", "local", f"workdir={tmp_path}", "assume=tiny", *models]
+    file = tmp_path / "report.json"
+    assert compile_command.main([*arguments, "--stage", "rejection", "--json", str(file)]) == 0
+    (stage,) = json.loads(file.read_text())["stages"]
+    assert [list(program["phases"]) for program in stage["programs"]] == [["generation", "scoring"], ["step"]]
+    assert compile_command.main([*arguments, "--stage", "dual"]) == 1
+    assert "no training stage of this config; there are ['rejection', 'ppo_lag']" in capsys.readouterr().err

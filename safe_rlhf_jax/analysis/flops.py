@@ -23,6 +23,7 @@ def iteration_flops(
     scorers: int = 2,
     epochs: int = 1,
     ptx: bool = False,
+    reference: bool = True,
 ) -> dict[str, float]:
     """FLOPs of generation, scoring and update of one RL iteration: a backward pass costs two forward passes.
 
@@ -36,6 +37,7 @@ def iteration_flops(
         scorers: Reward and cost models.
         epochs: Passes over the rollout.
         ptx: A language-modelling loss on as many texts is mixed in.
+        reference: Log-probabilities under the reference are computed.
     """
     length = prompt + response
     policy = forward_flops(config, batch, length, response)
@@ -45,6 +47,6 @@ def iteration_flops(
     texts = forward_flops(config, batch, length, length) if ptx else 0.0
     return {
         "generation": generation,
-        "scoring": (2 if recompute else 1) * policy + (critics + scorers) * scorer,
+        "scoring": (recompute + reference) * policy + (critics + scorers) * scorer,
         "update": 3 * epochs * (policy + critics * scorer + texts),
     }

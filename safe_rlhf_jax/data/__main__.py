@@ -65,11 +65,13 @@ def uses_of(config: Any) -> Iterator[Use]:
             by_safety = stage.kind == "cost" or getattr(stage, "preference", None) == "harmlessness"  # type: ignore[attr-defined]
             kind = "cost" if by_safety else "sft" if isinstance(stage, cfg.SFTStage) else "reward"
             found = [(field, kind, getattr(stage, field), stage.max_length) for field in ("data", "eval_data")]
-        elif isinstance(stage, cfg.RLStage):
-            total, limit = stage.max_prompt_length + stage.max_response_length, stage.algorithm.lagrange.cost_limit
-            names = "prompts", "eval_prompts"
-            found = [(name, "prompts", getattr(stage, name), stage.max_prompt_length) for name in names]
-            found += [("ptx", "sft", stage.ptx, total), ("cost_limit", "cost", getattr(limit, "data", None), total)]
+        elif isinstance(stage, cfg.RLStage | cfg.SampledPrompts):
+            total, prompts = stage.max_prompt_length + stage.max_response_length, ("prompts", "eval_prompts")
+            found = [(name, "prompts", getattr(stage, name, None), stage.max_prompt_length) for name in prompts]
+            found += [("ptx", "sft", getattr(stage, "ptx", None), total)]
+            for signal, lagrange in stage.limits.items():
+                data = getattr(lagrange.cost_limit, "data", None)
+                found += [(f"cost_limit of {signal}", "cost", data, total)]
         elif isinstance(stage, cfg.EvaluateStage):
             found = [(f"prompts.{i}", "prompts", data, stage.max_prompt_length) for i, data in enumerate(stage.prompts)]
         else:

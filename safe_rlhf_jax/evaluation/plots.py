@@ -246,7 +246,7 @@ def headline_bars(
 
 
 def best_of_n_curves(rounds: Sequence[Sequence[Mapping[str, float]]]) -> Figure:
-    """Expected maximum and median reward of k samples, and how often one of them is feasible; a colour per round.
+    """Expected best, best feasible and median reward of k samples, and how often one is feasible; a colour per round.
 
     Args:
         rounds: For each round the rows of `inference.best_of_n.gain_by_number`.
@@ -256,8 +256,9 @@ def best_of_n_curves(rounds: Sequence[Sequence[Mapping[str, float]]]) -> Figure:
         numbers, colour = [row["number"] for row in rows], POLICY_COLOURS[1 + i % (len(POLICY_COLOURS) - 1)]
         left.plot(numbers, [row["reward_max"] for row in rows], color=colour, marker="o", label=f"round {i + 1}")
         left.plot(numbers, [row["reward_median"] for row in rows], color=colour, marker="o", ls="--")
+        left.plot(numbers, [row["reward_selected"] for row in rows], color=colour, marker="o", ls=":")
         right.plot(numbers, [row["feasible_share"] for row in rows], color=colour, marker="o")
-    left.set(title="Best (solid) and median (dashed) reward of n", ylabel="reward (score units)")
+    left.set(title="Reward of n: best (—), best feasible (···), median (- -)", ylabel="reward (score units)")
     right.set(title="A response within the cost limit among n", ylabel="share of prompts", ylim=(0, 1.04))
     right.yaxis.set_major_formatter(PercentFormatter(1))
     for ax in (left, right):

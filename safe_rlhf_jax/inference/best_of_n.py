@@ -14,7 +14,7 @@ from safe_rlhf_jax.models.transformer import CausalLM
 from safe_rlhf_jax.ops import sequence_scores
 from safe_rlhf_jax.types import Params, PromptBatch, Rollout, Signals
 
-Table = np.ndarray[Any, np.dtype[Any]]  # [prompts, n]
+Table = np.ndarray  # [prompts, n]
 
 
 def best_of_n(
@@ -128,16 +128,23 @@ def gain_by_number(rewards: Table, feasible: Table) -> list[dict[str, float]]:
         feasible: bool[prompts, n].
 
     Returns:
-        A row for each k: `number`, `reward_max` and `reward_median` (expected maximum and median of k rewards), and
-        `feasible_share`, the share of prompts with a feasible response among k.
+        A row for each k: `number`; `reward_max` and `reward_median`, the expected maximum and median of k rewards;
+        `feasible_share` of the prompts have a feasible response among k, and the best of these has on average
+        `reward_selected` (absent where no response at all is feasible).
     """
     n = rewards.shape[1]
     ascending = np.sort(np.asarray(rewards, np.float64), axis=1)
     infeasible = n - feasible.sum(axis=1)
+    best_first = -np.sort(np.where(feasible, -np.asarray(rewards, np.float64), np.inf), axis=1)  # feasible ones lead
+    leading = np.arange(n) < feasible.sum(axis=1, keepdims=True)
     rows = []
     for k in numbers_up_to(n):
         middle = [order_statistic_weights(n, k, rank) for rank in ((k + 1) // 2, k // 2 + 1)]
         none = np.array([comb(int(count), k) / comb(n, k) for count in infeasible], np.float64)
+        # Response i of `best_first` is chosen from a subset that holds it and none of the i better ones.
+        chosen = np.array([comb(n - 1 - i, k - 1) / comb(n, k) for i in range(n)], np.float64)
+        selected = float((np.where(leading, best_first, 0.0) @ chosen).sum())
+        possible = float((1.0 - none).sum())
         rows.append(
             {
                 "number": float(k),
@@ -145,6 +152,7 @@ def gain_by_number(rewards: Table, feasible: Table) -> list[dict[str, float]]:
                 "reward_median": float((ascending @ (sum(middle) / 2)).mean()),
                 "feasible_share": float(1.0 - none.mean()),
             }
+            | ({"reward_selected": selected / possible} if feasible.any() else {})
         )
     return rows
 
@@ -159,5 +167,6 @@ def described_gain(rows: Sequence[Mapping[str, float]]) -> str:
     last = rows[-1]
     return (
         f"of {last['number']:.0f} responses the best has reward {last['reward_max']:.3f}, the median "
-        f"{last['reward_median']:.3f}; {last['feasible_share']:.1%} of the prompts have a feasible one"
+        f"{last['reward_median']:.3f}, the best feasible {last['reward_selected']:.3f}; {last['feasible_share']:.1%} "
+        "of the prompts have a feasible one"
     )

@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-Table = np.ndarray[Any, np.dtype[Any]]  # f[prompts, n]
+Table = np.ndarray  # f[prompts, n]
 HALVINGS = 60
 
 

@@ -20,9 +20,11 @@ from safe_rlhf_jax.data.tokenizer import Tokenizer, load_tokenizer
 from safe_rlhf_jax.models.config import PRESETS
 from safe_rlhf_jax.rl.algorithms import ALGORITHMS
 from safe_rlhf_jax.sharding import batch_sharding, with_shardings
-from safe_rlhf_jax.stages.common import Run
+from safe_rlhf_jax.stages.common import Run, open_model
 from safe_rlhf_jax.stages.constraints import constraints_of
 from safe_rlhf_jax.stages.reinforcement import build_networks, hyperparameters, jit_programs
+from safe_rlhf_jax.stages.rejection import build_fine_tuning
+from safe_rlhf_jax.stages.sampling import open_scorers, sampler_of
 from safe_rlhf_jax.stages.supervised import build_supervised
 from safe_rlhf_jax.types import PreferenceBatch, PromptBatch, SafetyBatch, Sequences, SupervisedBatch
 
@@ -131,8 +133,24 @@ def reinforcement_programs(run: Run, stage: cfg.RLStage) -> Iterator[Program]:
     yield Program("learning", jitted["learning"], (state, frozen, rollout, batch.ptx, key))
 
 
+def rejection_programs(run: Run, stage: cfg.RejectionStage) -> Iterator[Program]:
+    """Yields the sampling of a batch of prompts, scores included, and the fine-tuning step."""
+    policy, variables = open_model(run, stage.init_from, "lm")
+    scorers, scorer_variables = open_scorers(run, stage)
+    sample, rows = sampler_of(run, stage, policy, scorers), stage.prompt_batch_size
+    group = array(rows, dtype=jnp.int32)
+    batch = put(run, PromptBatch(**texts(rows, stage.max_prompt_length), group=group))
+    yield Program("sampling", sample, (variables["params"], scorer_variables, batch, abstract_key()))
+    state, step = build_fine_tuning(run, stage, policy, variables["params"], TOTAL_STEPS)
+    length = stage.max_prompt_length + stage.max_response_length
+    selected = SupervisedBatch(**texts(stage.batch_size, length), loss_mask=array(stage.batch_size, length))
+    yield Program("step", step, (state, None, put(run, selected), abstract_key()))
+
+
 def programs(run: Run, stage: Any) -> Iterator[Program]:
     """Yields the programs of a training stage; call it, and use them, under `jax.set_mesh(run.mesh)`."""
+    if isinstance(stage, cfg.RejectionStage):
+        return rejection_programs(run, stage)
     return (reinforcement_programs if stage.kind == "rl" else supervised_programs)(run, stage)
 
 

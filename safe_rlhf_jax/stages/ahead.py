@@ -21,6 +21,7 @@ PARTS = {
     "iteration": ("generation", "scoring", "update"),
     "generation": ("generation",),
     "learning": ("scoring", "update"),
+    "sampling": ("generation", "scoring"),
 }
 
 
@@ -70,6 +71,17 @@ def step_flops(run: Run, stage: Any, *, recomputed: bool) -> dict[str, float]:
     """Returns {phase: FLOPs of one step on all devices}, with what `remat: full` repeats where `recomputed`."""
     config = model_config(run, stage.init_from)
     again = 4 / 3 if recomputed and run.config.execution.remat == "full" else 1.0
+    if isinstance(stage, cfg.RejectionStage):
+        length = stage.max_prompt_length + stage.max_response_length
+        sampling = iteration_flops(
+            config, stage.prompt_batch_size * stage.responses_per_prompt, stage.max_prompt_length,
+            stage.max_response_length, False, critics=0, scorers=len(stage.scorers), reference=False,
+        )  # fmt: skip
+        return {
+            "generation": sampling["generation"],
+            "scoring": sampling["scoring"],
+            "step": 3 * again * forward_flops(config, stage.batch_size, length, length),
+        }
     if stage.kind != "rl":
         sides = 1 if stage.kind == "sft" else 2
         logits = stage.max_length if stage.kind in ("sft", "dpo") else 0
@@ -91,7 +103,13 @@ def step_flops(run: Run, stage: Any, *, recomputed: bool) -> dict[str, float]:
 
 
 def tokens_per_step(stage: Any) -> int:
-    """Returns the tokens of prompts and responses that a step works on, at their full lengths."""
+    """Returns the tokens of prompts and responses that a step works on, at their full lengths.
+
+    In rejection sampling that is a batch of prompts that is answered, and a batch of responses that is trained on.
+    """
+    if isinstance(stage, cfg.RejectionStage):
+        rows = stage.prompt_batch_size * stage.responses_per_prompt + stage.batch_size
+        return int(rows * (stage.max_prompt_length + stage.max_response_length))
     if stage.kind == "rl":
         rows = stage.batch_size * stage.responses_per_prompt
         return int(rows * (stage.max_prompt_length + stage.max_response_length))

@@ -172,13 +172,11 @@ def fine_tune(
     width = prompt_length + stage.max_response_length
     data = load_sampled(rows, width=width, pad_id=run.tokenizer.pad_id)
     total, seed = max(int(stage.epochs * len(data)) // stage.batch_size, 1), run.seed(stage) + number
-    optimizer = optimizer_of(stage.optimizer, total)
-    state = start_state(run, module, {"params": params}, optimizer)
+    state, step = build_fine_tuning(run, stage, module, params, total)
     tokens_per_step = stage.batch_size * data.mean_tokens
     final: TrainState = fit(
         Stage(
-            name=f"{stage.name}: round {number}", total_steps=total, init=lambda: state,
-            step=jit_step(sft_step(stage, module, optimizer), state, run.mesh),
+            name=f"{stage.name}: round {number}", total_steps=total, init=lambda: state, step=step,
             batch=run.batches(data, stage.batch_size, seed, None), frozen=None, seed=seed,
             checkpoint_every=stage.checkpoint_every, keep_checkpoints=stage.keep_checkpoints,
             keep_best=stage.keep_best, eval_every=stage.eval_every,
@@ -187,3 +185,12 @@ def fine_tune(
         round_folder(folder, number), writers=writers(run),
     )  # fmt: skip
     return final
+
+
+def build_fine_tuning(
+    run: Run, stage: cfg.RejectionStage, module: Any, params: Any, total_steps: int
+) -> tuple[TrainState, Callable[..., Any]]:
+    """Returns the state of a policy before a round's first step, and the jitted step."""
+    optimizer = optimizer_of(stage.optimizer, total_steps)
+    state = start_state(run, module, {"params": params}, optimizer)
+    return state, jit_step(sft_step(stage, module, optimizer), state, run.mesh)

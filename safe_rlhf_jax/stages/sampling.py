@@ -15,7 +15,7 @@ from safe_rlhf_jax.inference.sampling import Sampling
 from safe_rlhf_jax.metrics import ProgressBar
 from safe_rlhf_jax.stages.common import Run, only_read, open_model
 
-Sampled = dict[str, np.ndarray[Any, Any]]  # tokens [B, n, T], length [B, n], a score [B, n] for every scorer
+Sampled = dict[str, np.ndarray]  # tokens [B, n, T], length [B, n], a score [B, n] for every scorer
 
 
 def open_scorers(run: Run, stage: cfg.SampledPrompts) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -70,7 +70,7 @@ def take(prompts: Examples, rows: Sequence[int]) -> Examples:
     return dataclasses.replace(prompts, arrays=arrays, records=[prompts.records[i] for i in rows])
 
 
-def is_limited(stage: cfg.SampledPrompts, prompts: Examples) -> np.ndarray[Any, Any]:
+def is_limited(stage: cfg.SampledPrompts, prompts: Examples) -> np.ndarray:
     """Returns bool[N]: the limit is about this prompt."""
     groups, field = stage.constrained_groups, str(stage.group_field)
     return np.array([groups is None or str(record[field]) in groups for record in prompts.records], bool)

@@ -10,9 +10,13 @@ from safe_rlhf_jax.evaluation.evaluate import (
     check_reachable,
     collect_samples,
     evaluate_pairs,
+    make_respond,
     sigmoid,
 )
-from safe_rlhf_jax.types import PreferenceBatch, PromptBatch, SafetyBatch, Sequences
+from safe_rlhf_jax.inference.best_of_n import best_of_n, make_sampler
+from safe_rlhf_jax.inference.sampling import Sampling
+from safe_rlhf_jax.types import Frozen, PreferenceBatch, PromptBatch, SafetyBatch, Sequences
+from tests.helpers import make_lm, make_scorer, perturbed, prompt_batch, tiny_config
 
 
 def texts(scores):
@@ -95,3 +99,26 @@ def test_samples_carry_scores_oracle_and_group_and_skip_filled_rows():
         "truncated": True, "kl": 0.25, "reward": 2.0, "cost": 3.0, "helpfulness": 0.3, "harmful": True,
         "severity": None, "refusal": None,
     }  # fmt: skip
+
+
+def test_best_of_several_is_the_best_feasible_of_the_same_samples_and_has_no_kl():
+    config = tiny_config(vocab_size=24, hidden_size=16, num_layers=1, head_dim=4)
+    policy, variables = make_lm(config)
+    made = {signal: make_scorer(signal, config) for signal in ("reward", "cost")}
+    scorers = {signal: module for signal, (module, _) in made.items()}
+    weights = {signal: perturbed(v, seed) for seed, (signal, (_, v)) in enumerate(made.items())}
+    frozen = Frozen(reference=variables["params"], scorers=weights)
+    prompts, key = prompt_batch(np.random.default_rng(0), 6, 5, 24), jax.random.key(1)
+    sampler = {"response_length": 6, "eos_id": 2, "pad_id": 0, "sampling": Sampling()}
+    sampled = make_sampler(policy, scorers, num_responses=8, **sampler)(variables["params"], weights, prompts, key)
+    limit = float(jnp.quantile(sampled["cost"], 0.3))
+    respond = make_respond(policy, scorers, num_responses=8, cost_limit=limit, **sampler)
+    out = respond(variables["params"], frozen, prompts, key)
+    index, possible = best_of_n(sampled["reward"], sampled["cost"], limit)
+    assert possible.sum() > 0
+    assert (index != jnp.argmax(sampled["reward"], 1)).any()
+    np.testing.assert_array_equal(out["tokens"], sampled["tokens"][np.arange(6), index])
+    for name in ("reward", "cost", "length"):
+        np.testing.assert_allclose(out[name], sampled[name][np.arange(6), index], rtol=1e-6)
+    assert "kl" not in out
+    assert "kl" in make_respond(policy, scorers, **sampler)(variables["params"], frozen, prompts, key)

@@ -1,0 +1,280 @@
+"""Rejection sampling, the one-shot dual and best-of-n as stages of a run, and what a kill leaves of them."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from safe_rlhf_jax import config as cfg
+from safe_rlhf_jax.data import demo
+from safe_rlhf_jax.data.tokenizer import load_tokenizer
+from safe_rlhf_jax.metrics import read_jsonl
+from safe_rlhf_jax.models import hf
+from safe_rlhf_jax.rl.dual import solve_dual
+from safe_rlhf_jax.stages import Run, check_run
+from safe_rlhf_jax.stages.constraints import initial_multiplier
+from safe_rlhf_jax.stages.rejection import round_rows
+from safe_rlhf_jax.stages.sampling import is_limited, take
+
+CONFIG = Path(__file__).parent / "configs" / "sampling.yaml"
+KILL = """
+import os, signal
+from safe_rlhf_jax import loop
+push, seen = loop.Log.push, []
+def dying(self, step, metrics):
+    push(self, step, metrics)
+    if self.stage.name.endswith("round 2") and step == 3:
+        self.checkpoints.manager.wait_until_finished()
+        os.kill(os.getpid(), signal.SIGKILL)
+loop.Log.push = dying
+"""
+
+
+def tree_of(mini, workdir):
+    """The config on the models of a finished run."""
+    tree = yaml.safe_load(CONFIG.read_text())
+    tree["workdir"] = str(workdir)
+    for stage in tree["stages"]:
+        stage |= {f"{name}_model": f"path:{mini}/{name}/export" for name in ("reward", "cost")}
+        if stage.get("init_from") == "path:policy":
+            stage["init_from"] = f"path:{mini}/sft/export"
+        if "policies" in stage:
+            stage["policies"][0] = f"path:{mini}/sft/export"
+    return tree
+
+
+@pytest.fixture(scope="module")
+def sampling_run(mini_run, train_process, tmp_path_factory):
+    """A finished run: its folder, its config, and the process that made it."""
+    folder = tmp_path_factory.mktemp("sampling")
+    (folder / "config.yaml").write_text(yaml.safe_dump(tree_of(mini_run[0], folder / "run")))
+    process = train_process(config=folder / "config.yaml")
+    assert process.returncode == 0, process.stderr
+    return folder / "run", folder / "config.yaml", process.stdout
+
+
+def result(folder, stage):
+    return json.loads((folder / stage / "result.json").read_text())
+
+
+# --- Rejection sampling
+
+
+def test_each_round_reports_what_more_samples_would_buy(sampling_run):
+    rounds = result(sampling_run[0], "rejection")["rounds"]
+    assert len(rounds) == 2
+    for found in rounds:
+        assert [row["number"] for row in found["gain"]] == [1, 2, 4]
+        best = [row["reward_max"] for row in found["gain"]]
+        feasible = [row["feasible_share"] for row in found["gain"]]
+        assert best == sorted(best)
+        assert best[0] < best[-1]
+        assert feasible == sorted(feasible)
+        assert found["prompts"] == 40 == found["selected"] + found["dropped"]
+        assert found["selected"] == pytest.approx(40 * feasible[-1])
+        assert np.isfinite(found["metrics"]["eval/reward_mean"])
+    assert (sampling_run[0] / "rejection" / "best_of_n.png").stat().st_size > 10_000
+
+
+def test_selected_responses_are_feasible_where_the_limit_is_about_the_prompt(sampling_run):
+    group = {record["prompt"]: record["prompt_source"] for record in demo.prompts("test")}
+    for number in (1, 2):
+        rows = read_jsonl(sampling_run[0] / "rejection" / f"round_{number}" / "selected.jsonl")
+        costs = {name: [row["cost"] for row in rows if group[row["prompt"]] == name] for name in set(group.values())}
+        assert max(costs.pop("risky")) <= 0.0
+        assert max(cost for others in costs.values() for cost in others) > 0.0
+        tokenizer = load_tokenizer("demo")
+        for row in rows:
+            assert tokenizer.decode(row["response_ids"]) == row["response"]
+            assert tokenizer.decode(row["prompt_ids"]).startswith(row["prompt"])
+            assert row["truncated"] == (row["response_ids"][-1] != tokenizer.eos_id)
+
+
+def test_each_round_starts_from_the_policy_of_the_round_before(sampling_run, mini_run):
+    folder = sampling_run[0] / "rejection"
+    heads = [
+        hf.load(path / "export")[1]["params"]["lm_head"]["kernel"]
+        for path in (mini_run[0] / "sft", folder / "round_1", folder)
+    ]
+    steps = [float(np.abs(b - a).mean()) for a, b in ((heads[0], heads[1]), (heads[1], heads[2]))]
+    assert min(steps) > 1e-6
+    assert np.abs(heads[2] - heads[0]).mean() > max(steps)
+    assert not (folder / "round_2" / "export").exists()
+
+
+def test_killed_run_repeats_no_round_and_ends_with_the_same_policy(sampling_run, mini_run, train_process, tmp_path):
+    tree = tree_of(mini_run[0], tmp_path / "run")
+    tree["stages"] = tree["stages"][:1]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
+    assert train_process(config=tmp_path / "config.yaml", prelude=KILL).returncode == -9
+    folder = tmp_path / "run" / "rejection"
+    before = {path: path.stat().st_mtime_ns for path in folder.glob("round_*/selected.jsonl")}
+    assert len(before) == 2
+    process = train_process(config=tmp_path / "config.yaml")
+    assert process.returncode == 0, process.stderr
+    assert "round 1 is finished; skipped" in process.stdout
+    assert "round 2: continuing from step 2" in process.stdout
+    assert "sampling" not in process.stdout.partition("rejection: done")[0]
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    whole, again = (hf.load(path / "rejection" / "export")[1] for path in (sampling_run[0], tmp_path / "run"))
+    np.testing.assert_array_equal(whole["params"]["lm_head"]["kernel"], again["params"]["lm_head"]["kernel"])
+    assert result(tmp_path / "run", "rejection")["rounds"] == result(sampling_run[0], "rejection")["rounds"]
+
+
+def test_limit_that_no_response_meets_ends_with_what_to_change(mini_run, train_process, tmp_path):
+    tree = tree_of(mini_run[0], tmp_path / "run")
+    tree["stages"] = tree["stages"][:1]
+    tree["stages"][0] |= {"cost_limit": -100.0, "constrained_groups": None}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
+    process = train_process(config=tmp_path / "config.yaml")
+    assert process.returncode == 1
+    message = "round 1: none of 40 prompts has a response with cost ≤ -100.000 among 4; raise cost_limit or"
+    assert message in process.stderr
+
+
+@pytest.fixture
+def run(mini_run, tmp_path):
+    """Reads the config, edited."""
+
+    def read(edit=lambda stages: None, name="run"):
+        tree = tree_of(mini_run[0], tmp_path / name)
+        edit({stage["name"]: stage for stage in tree["stages"]})
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
+        return Run(cfg.load_config(tmp_path / "config.yaml"))
+
+    return read
+
+
+def prompts_of(run, stage):
+    from safe_rlhf_jax.stages.reinforcement import load_prompts
+
+    return load_prompts(run, stage, stage.prompts)
+
+
+def test_rounds_answer_the_next_prompts_and_come_back_only_when_all_have_been_answered(run):
+    made = run()
+    stage = made.config.stages[0]
+    prompts = prompts_of(made, stage)
+    rows = [row for number in (1, 2, 3, 4, 5, 6) for row in round_rows(stage, prompts, number, 0)]
+    assert len(rows) == 240
+    for start in range(0, 240, 48):
+        assert sorted(rows[start : start + 48]) == list(range(48))
+    whole = stage.model_copy(update={"prompts_per_round": None})
+    assert sorted(round_rows(whole, prompts, 2, 0)) == list(range(48))
+
+
+def test_rows_that_are_taken_keep_their_records(run):
+    made = run()
+    stage = made.config.stages[0]
+    prompts = prompts_of(made, stage)
+    limited = is_limited(stage, prompts)
+    assert 0 < limited.sum() < len(prompts)
+    taken = take(prompts, np.flatnonzero(limited).tolist())
+    assert {record["prompt_source"] for record in taken.records} == {"risky"}
+    ids = [tokens[mask].tolist() for tokens, mask in zip(taken.arrays.tokens, taken.arrays.mask, strict=True)]
+    assert [made.tokenizer.decode(row)[: len(r["prompt"])] for row, r in zip(ids, taken.records, strict=True)] == [
+        record["prompt"] for record in taken.records
+    ]
+
+
+# --- The dual
+
+
+def test_dual_is_solved_on_samples_and_starts_the_multiplier_of_training(sampling_run):
+    found = result(sampling_run[0], "dual")
+    assert 0 < found["multiplier"] <= 5.0
+    assert found["expected_cost"] == pytest.approx(0.0, abs=1e-6) or found["capped"] or found["multiplier"] == 0.0
+    assert 1.0 <= found["effective_sample_size"] <= 4.0
+    assert found["prompts"] == sum(record["prompt_source"] == "risky" for record in demo.prompts("test")[:64])
+    assert f"multiplier at the start: {found['multiplier']:.4g} of stage dual" in sampling_run[2]
+    assert result(sampling_run[0], "ppo_lag")["metrics"]["multiplier"] == pytest.approx(found["multiplier"], rel=1e-4)
+
+
+def test_change_of_the_dual_stage_reaches_the_training_that_starts_from_it(run):
+    before, after = run().hashes, run(lambda stages: stages["dual"].update(seed=5)).hashes
+    assert {name for name in before if before[name] != after[name]} == {"dual", "ppo_lag"}
+
+
+@pytest.mark.parametrize(
+    ("found", "setting", "expected"),
+    [
+        (0.7, {}, 0.7),
+        (0.0, {}, 0.01),  # log λ has no 0
+        (0.0, {"multiplier": "projected"}, 0.0),
+        (0.0, {"min_multiplier": 0.2}, 0.2),
+        (7.0, {}, 5.0),
+    ],
+)
+def test_multiplier_of_a_dual_stage_is_kept_within_the_bounds(run, monkeypatch, found, setting, expected):
+    made = run()
+    monkeypatch.setattr(made, "result", {"dual": {"multiplier": found}}.get)
+    assert initial_multiplier(made, cfg.Lagrange(init="dual", **setting)) == expected
+    assert initial_multiplier(made, cfg.Lagrange(init=2.0)) == 2.0
+    with pytest.raises(cfg.ConfigError, match="stage 'none' is not finished"):
+        initial_multiplier(made, cfg.Lagrange(init="none"))
+
+
+def test_dual_of_costs_far_above_the_limit_is_refused():
+    with pytest.raises(ValueError, match=r"Raise cost_limit, or responses_per_prompt, or lower kl_coeff"):
+        solve_dual(
+            np.zeros((2, 3)), np.ones((2, 3)), cost_limit=0.0, kl_coeff=0.1, divided=True, max_multiplier=5.0
+        )  # fmt: skip
+
+
+# --- Best of n in the evaluation
+
+
+def test_best_of_n_is_a_row_of_its_own_and_within_the_limit_where_it_can_be(sampling_run):
+    samples = read_jsonl(sampling_run[0] / "evaluate" / "samples.jsonl")
+    by_row = {name: [s for s in samples if s["policy"] == name] for name in dict.fromkeys(s["policy"] for s in samples)}
+    assert list(by_row)[1:] == ["rejection", "rejection, best of 4"]
+    plain, best = by_row["rejection"], by_row["rejection, best of 4"]
+    assert [s["prompt"] for s in plain] == [s["prompt"] for s in best]
+    assert np.mean([s["cost"] > 0 for s in best]) < np.mean([s["cost"] > 0 for s in plain])
+    assert all(s["kl"] is None for s in best)
+    assert "rejection, best of 4" in (sampling_run[0] / "evaluate" / "report.html").read_text()
+
+
+# --- What is refused before anything is trained
+
+
+@pytest.mark.parametrize(
+    ("stage", "setting", "parts"),
+    [
+        ("rejection", {"responses_per_prompt": 1}, ["stages.0.responses_per_prompt", "must be 2 or more", "1"]),
+        ("dual", {"responses_per_prompt": 1}, ["stages.1.responses_per_prompt", "must be 2 or more"]),
+        ("rejection", {"cost_model": None}, ["cost_limit 0.0 limits the cost of cost_model, which is not given"]),
+        ("rejection", {"group_field": None}, ["constrained_groups needs group_field"]),
+        ("rejection", {"top_k": 5}, ["stages.0.top_k", "another distribution"]),
+        ("rejection", {"microbatches": 3}, ["batch_size 8 does not divide into microbatches 3", "6 or 9"]),
+        ("rejection", {"prompt_batch_size": 12}, ["prompt_batch_size 12 does not divide", "8 or 16"]),
+        ("rejection", {"max_response_length": 600}, ["init_from", "512 positions", "624 tokens"]),
+        ("rejection", {"constrained_groups": ["rude"]}, ["rejection: constrained_groups names ['rude']", "'risky'"]),
+        ("rejection", {"cost_limit": {"data": {"name": "demo/sft"}}}, ["rejection: cost_limit", "labelled safe"]),
+        ("dual", {"kl_coeff": 0.2}, ["ppo_lag", "algorithm.lagrange.init names 'dual', whose kl_coeff is 0.2", "0.1"]),
+        ("dual", {"cost_limit": 1.0}, ["whose cost_limit is 1.0, but here it is 0.0", "another problem"]),
+        ("dual", {"target": "plain"}, ["whose target is 'plain'", "'ppo_lag' ends at that of 'safe_rlhf'"]),
+        ("dual", {"name": "other"}, ["algorithm.lagrange.init names 'dual', which is no earlier stage of kind dual"]),
+        ("evaluate", {"best_of": {"sft": 8}}, ["best_of names 'sft', which is none of its policies"]),
+        ("evaluate", {"best_of": {"rejection": 1}}, ["best_of.rejection 1: must be 2 or more"]),
+        ("evaluate", {"best_of": {}}, ["best_of_cost_limit 0.0 needs best_of"]),
+    ],
+)
+def test_what_cannot_work_is_refused_before_the_first_stage(run, stage, setting, parts):
+    with pytest.raises(cfg.ConfigError) as error:
+        check_run(run(lambda stages: stages[stage].update(setting)))
+    assert all(part in str(error.value) for part in parts), error.value
+
+
+def test_measure_that_the_dual_does_not_solve_is_refused(run):
+    def edit(stages):
+        stages["ppo_lag"]["algorithm"]["lagrange"] |= {"measure": "cvar"}
+
+    with pytest.raises(cfg.ConfigError, match="solves one limit of the mean cost"):
+        run(edit)
+
+
+def test_config_of_the_stages_is_valid_as_it_stands():
+    assert [stage.kind for stage in cfg.load_config(CONFIG).stages] == ["rejection_sampling", "dual", "rl", "evaluate"]
