@@ -19,6 +19,17 @@ from safe_rlhf_jax.stages.rejection import round_rows
 from safe_rlhf_jax.stages.sampling import is_limited, take
 
 CONFIG = Path(__file__).parent / "configs" / "sampling.yaml"
+SAMPLING = """
+import os, signal
+from safe_rlhf_jax.stages import rejection
+choose, seen = rejection.choose, []
+def dying(*arguments):
+    seen.append(arguments)
+    if len(seen) == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return choose(*arguments)
+rejection.choose = dying
+"""
 KILL = """
 import os, signal
 from safe_rlhf_jax import loop
@@ -108,8 +119,16 @@ def test_killed_run_repeats_no_round_and_ends_with_the_same_policy(sampling_run,
     tree = tree_of(mini_run[0], tmp_path / "run")
     tree["stages"] = tree["stages"][:1]
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
-    assert train_process(config=tmp_path / "config.yaml", prelude=KILL).returncode == -9
     folder = tmp_path / "run" / "rejection"
+    assert train_process(config=tmp_path / "config.yaml", prelude=SAMPLING).returncode == -9
+    answered = folder / "round_1" / "sampling.jsonl"
+    assert len(answered.read_text().splitlines()) == 2
+    with answered.open("a") as file:
+        file.write('{"chosen": [')  # a line that was being written
+    process = train_process(config=tmp_path / "config.yaml", prelude=KILL)
+    assert process.returncode == -9
+    assert "round 1, sampling 3/3" in process.stdout
+    assert "round 1, sampling 1/3" not in process.stdout
     before = {path: path.stat().st_mtime_ns for path in folder.glob("round_*/selected.jsonl")}
     assert len(before) == 2
     process = train_process(config=tmp_path / "config.yaml")

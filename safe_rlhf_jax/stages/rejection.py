@@ -1,10 +1,11 @@
 """Rejection sampling in rounds: sample n, score, keep the best feasible response, fine-tune on it, and again.
 
-A round leaves `round_K/`: `selected.jsonl` (what is trained on), `sampling.json` (what more samples would buy),
-`checkpoints/`, `metrics.jsonl`, and with `result.json` it is finished. Its policy is `round_K/export/`; that of the
-last round is the stage's `export/`.
+A round leaves `round_K/`: `sampling.jsonl` (a line for each batch that is answered), `sampling.json` (what more samples
+would buy), `selected.jsonl` (what is trained on), `checkpoints/`, `metrics.jsonl`, and with `result.json` it is
+finished. Its policy is `round_K/export/`; that of the last round is the stage's `export/`.
 """
 
+import contextlib
 import json
 import pathlib
 from collections.abc import Callable
@@ -34,9 +35,11 @@ from safe_rlhf_jax.stages.common import (
 )
 from safe_rlhf_jax.stages.constraints import cost_limits
 from safe_rlhf_jax.stages.reinforcement import load_prompts, make_evaluate
-from safe_rlhf_jax.stages.sampling import is_limited, open_scorers, sampled, sampler_of, take
+from safe_rlhf_jax.stages.sampling import Sampled, is_limited, open_scorers, sampled, sampler_of, take
 from safe_rlhf_jax.stages.supervised import sft_step
 from safe_rlhf_jax.types import Frozen, TrainState
+
+FIELDS = ("chosen", "rewards", "feasible")  # of a batch that has been answered
 
 
 def run_rejection(run: Run, stage: cfg.RejectionStage, folder: pathlib.Path) -> dict[str, Any]:
@@ -72,7 +75,7 @@ def run_rejection(run: Run, stage: cfg.RejectionStage, folder: pathlib.Path) -> 
             del state
             if is_main():
                 summary = json.loads((here / "sampling.json").read_text())
-                write(here / "result.json", json.dumps(summary | {"metrics": evaluation}, indent=2))
+                write(here / "result.json", json.dumps(summary | {"metrics": evaluation}, indent=2) + "\n")
             barrier(f"{stage.name}: round {number} is finished")
         results.append(json.loads((here / "result.json").read_text()))
     if is_main():
@@ -97,7 +100,7 @@ def there(path: pathlib.Path) -> bool:
 def write(path: pathlib.Path, text: str) -> None:
     """Writes a file whole or not at all."""
     partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text + "\n")
+    partial.write_text(text)
     partial.rename(path)
 
 
@@ -119,32 +122,54 @@ def select(
     """
     number = int(here.name.removeprefix("round_"))
     key = jax.random.fold_in(jax.random.key(run.seed(stage)), number)
-    limited, chosen, rewards, feasible = is_limited(stage, prompts), [], [], []
-    first = 0
+    limited, batches = is_limited(stage, prompts), answered_batches(here / "sampling.jsonl")
     name = f"{stage.name}: round {number}, sampling"
-    for out in sampled(run, sample, prompts, stage.prompt_batch_size, key, name):
-        rows = np.arange(first, first + len(out["reward"]))
-        first += len(rows)
-        # Where nothing is limited every cost is low enough.
-        costs = np.where(limited[rows][:, None], out["cost"], -np.inf) if "cost" in out else None
-        best, possible = best_of_n(jnp.asarray(out["reward"]), None if costs is None else jnp.asarray(costs), limit)
-        rewards.append(out["reward"])
-        feasible.append(np.ones_like(out["reward"], bool) if costs is None else costs <= limit)
-        for i in np.flatnonzero(np.asarray(possible)).tolist():
-            chosen.append(selected_record(run, prompts, int(rows[i]), out, i, int(best[i])))
+    with contextlib.ExitStack() as stack:
+        file = stack.enter_context((here / "sampling.jsonl").open("a")) if is_main() else None
+        for out in sampled(run, sample, prompts, stage.prompt_batch_size, key, name, start=len(batches)):
+            first = len(batches) * stage.prompt_batch_size
+            batches.append(choose(run, prompts, limited, limit, first, out))
+            if file is not None:
+                print(json.dumps(batches[-1]), file=file, flush=True)
+    chosen, rewards, feasible = ([row for batch in batches for row in batch[field]] for field in FIELDS)
     counts = {"prompts": len(prompts), "selected": len(chosen), "dropped": len(prompts) - len(chosen)}
     if not chosen:
         raise ValueError(
             f"{stage.name}: round {number}: none of {len(prompts)} prompts has a response with cost ≤ {limit:.3f} "
             f"among {stage.responses_per_prompt}; raise cost_limit or responses_per_prompt"
         )
-    gain = gain_by_number(np.concatenate(rewards), np.concatenate(feasible))
+    gain = gain_by_number(np.array(rewards), np.array(feasible))
     means = {f"selected_{k}": float(np.mean([row[k] for row in chosen])) for k in ("truncated", *stage.scorers)}
     print(f"{stage.name}: round {number}: {described_gain(gain)}; {counts['dropped']} dropped")
     if is_main():
-        here.mkdir(exist_ok=True)
-        write(here / "sampling.json", json.dumps(counts | means | {"gain": gain}, indent=2))
-        write(here / "selected.jsonl", "\n".join(map(json.dumps, chosen)))
+        write(here / "sampling.json", json.dumps(counts | means | {"gain": gain}, indent=2) + "\n")
+        write(here / "selected.jsonl", "".join(json.dumps(row) + "\n" for row in chosen))
+
+
+def answered_batches(path: pathlib.Path) -> list[dict[str, Any]]:
+    """Returns what a run that was killed has written of a round's sampling; an unfinished last line goes."""
+    if is_main():
+        path.parent.mkdir(exist_ok=True)
+        lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
+        write(path, "".join(line for line in lines if line.endswith("\n")))
+    barrier(f"{path} is whole")
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def choose(
+    run: Run, prompts: Examples, limited: np.ndarray, limit: float | None, first: int, out: Sampled
+) -> dict[str, Any]:
+    """Returns `FIELDS` of a batch whose first prompt is row `first`: chosen responses, all rewards, who is feasible."""
+    rows = np.arange(first, first + len(out["reward"]))
+    # Where nothing is limited every cost is low enough.
+    costs = np.where(limited[rows][:, None], out["cost"], -np.inf) if "cost" in out else None
+    best, possible = best_of_n(jnp.asarray(out["reward"]), None if costs is None else jnp.asarray(costs), limit)
+    feasible = np.ones_like(out["reward"], bool) if costs is None else costs <= limit
+    chosen = [
+        selected_record(run, prompts, int(rows[i]), out, i, int(best[i]))
+        for i in np.flatnonzero(np.asarray(possible)).tolist()
+    ]
+    return dict(zip(FIELDS, (chosen, out["reward"].tolist(), feasible.tolist()), strict=True))
 
 
 def selected_record(run: Run, prompts: Examples, row: int, out: dict[str, Any], i: int, best: int) -> dict[str, Any]:

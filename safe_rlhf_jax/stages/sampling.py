@@ -42,7 +42,14 @@ def sampler_of(run: Run, stage: cfg.SampledPrompts, policy: Any, scorers: dict[s
 
 
 def sampled(
-    run: Run, sample: Callable[[Any, jax.Array], Any], prompts: Examples, batch_size: int, key: jax.Array, name: str
+    run: Run,
+    sample: Callable[[Any, jax.Array], Any],
+    prompts: Examples,
+    batch_size: int,
+    key: jax.Array,
+    name: str,
+    *,
+    start: int = 0,
 ) -> Iterator[Sampled]:
     """Yields what is sampled for the prompts, in order and on the host.
 
@@ -53,11 +60,18 @@ def sampled(
         batch_size: Prompts at once.
         key: Batch i uses `fold_in(key, i)`.
         name: Of the progress bar.
+        start: Batches that have been answered before.
+
+    Raises:
+        FloatingPointError: If a score is not finite.
     """
     batches = in_order(prompts, batch_size)
-    bar = ProgressBar(name, len(batches), start=0, keys=())
-    for i, (batch, valid) in enumerate(batches):
+    bar = ProgressBar(name, len(batches), start=start, keys=())
+    for i, (batch, valid) in list(enumerate(batches))[start:]:
         out: Sampled = run.get(sample(run.put(batch), jax.random.fold_in(key, i)))
+        bad = [field for field, array in out.items() if not np.isfinite(array).all()]
+        if bad:
+            raise FloatingPointError(f"{name}: {bad[0]} of batch {i} is not finite; look at that model")
         bar.write(i + 1, {})
         yield {field: array[:valid] for field, array in out.items()}
     bar.close()

@@ -9,6 +9,7 @@ import time
 import jax
 import numpy as np
 import pytest
+import yaml
 
 from safe_rlhf_jax.metrics import read_jsonl
 from safe_rlhf_jax.models import hf
@@ -90,6 +91,31 @@ def test_stage_ends_with_one_set_of_files_that_is_that_of_one_process(start_proc
         for one, other in zip(ours, theirs, strict=True):
             assert one[name] == pytest.approx(other[name], rel=1e-4, abs=1e-4), name
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), variables, expected)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_rejection_sampling_and_the_dual_end_in_two_processes_as_in_one(start_processes, models, tmp_path):
+    tree = yaml.safe_load((ROOT / "tests" / "configs" / "sampling.yaml").read_text())
+    tree["stages"] = tree["stages"][:2]
+    for stage in tree["stages"]:
+        stage |= dict(override.removeprefix("stages.ppo_lag.").split("=") for override in models)
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
+
+    def train(count, mesh):
+        workdir = tmp_path / str(count)
+        command = ("-m", "safe_rlhf_jax.train", "--config", tmp_path / "config.yaml", f"workdir={workdir}")
+        outputs_of = outputs(start_processes(count, *command, f"mesh={mesh}", devices=2))
+        assert "dual: done" in outputs_of[0], outputs_of
+        assert not any("dual" in other for other in outputs_of[1:])
+        selected = [read_jsonl(workdir / "rejection" / f"round_{i}" / "selected.jsonl") for i in (1, 2)]
+        dual = json.loads((workdir / "dual" / "result.json").read_text())
+        return selected, dual, hf.load(workdir / "rejection" / "export", "lm")[1]
+
+    (ours, dual, variables), (theirs, expected_dual, expected) = train(2, "{data: 4}"), train(1, "{data: 2}")
+    assert [row["response_ids"] for row in ours[0]] == [row["response_ids"] for row in theirs[0]]
+    assert dual["multiplier"] == pytest.approx(expected_dual["multiplier"], rel=1e-3)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-3), variables, expected)
 
 
 @pytest.mark.slow

@@ -36,6 +36,23 @@ def test_without_a_limit_that_binds_it_is_the_highest_reward(costs, limit):
     assert possible.all()
 
 
+@pytest.mark.parametrize("n", [2, 5])
+def test_choice_follows_the_distribution_of_the_best_feasible_of_n(n):
+    """P(y) = ((1 − P(feasible, better))ⁿ − (1 − P(feasible, better or y))ⁿ)/(1 − (1 − P(feasible))ⁿ)."""
+    rng = np.random.default_rng(0)
+    chances, rewards = np.array([0.3, 0.1, 0.25, 0.15, 0.2]), np.array([2.0, 5.0, 1.0, 3.0, 4.0])
+    costs = np.array([-1.0, 1.0, -2.0, 0.0, 2.0])
+    feasible = costs <= 0
+    samples = rng.choice(5, (100_000, n), p=chances)
+    index, possible = best_of_n(jnp.asarray(rewards[samples]), jnp.asarray(costs[samples]), 0.0)
+    chosen = samples[np.arange(len(samples)), np.asarray(index)][np.asarray(possible)]
+    better = np.array([chances[feasible & (rewards > reward)].sum() for reward in rewards])
+    share = (1 - better) ** n - (1 - better - chances) ** n
+    expected = np.where(feasible, share, 0.0) / (1 - (1 - chances[feasible].sum()) ** n)
+    np.testing.assert_allclose(np.bincount(chosen, minlength=5) / len(chosen), expected, atol=0.006)
+    assert expected.sum() == pytest.approx(1.0)
+
+
 def test_best_of_one_is_that_one_whatever_it_costs():
     index, possible = best_of_n(REWARDS[:, :1], COSTS[:, :1], 0.0)
     assert index.tolist() == [0, 0, 0]
