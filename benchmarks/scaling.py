@@ -47,8 +47,11 @@ kept busy.
 NOTES = """\
 ## Reading it
 
-- Generation is bound by the interconnect where parameters are split over `fsdp`: they are gathered for every token.
-  Over `tensor` they stay where they are. So meshes that decode fast have a large `tensor` axis.
+- Parameters split over `fsdp` are gathered for every token while responses are generated, which then takes longer than
+  all the rest. `execution.gather_to_decode` gathers them once, for the memory of a copy in `execution.dtype` that is
+  split over `tensor` alone; the configs here do. What is left is read from HBM for every token: a large `tensor` axis
+  shares that.
+- Attention in training, scoring and prefill is a Pallas kernel, the steps of decoding are plain.
 - On v5e and v6e with `fsdp` = 8 along one axis of the torus, gradients are reduced and scattered over it: as
   reduce-scatters, or as rings of permutes beside the matrix products (collective-permute). With `fsdp` = 2 on v5p, and
   with `fsdp` over all of a two-dimensional torus, XLA for TPU (libtpu 0.0.42) keeps all-reduces and slices instead.

@@ -112,6 +112,19 @@ def test_search_lists_what_fits_best_first(compile_mini, small_chip, monkeypatch
     assert "execution.remat=none" in table
 
 
+def test_where_nothing_fits_gathered_to_decode_the_advice_is_not_to_gather(monkeypatch):
+    def compile_stage(config, stage, devices):
+        fits = not config.execution.gather_to_decode and stage.microbatches >= 2
+        return {"fits": fits, "programs": [{"memory": {"total": 0}}]}
+
+    monkeypatch.setattr(search, "compile_stage", compile_stage)
+    config = load_config(MINI, ["execution.gather_to_decode=true", "mesh.data=8", "stages.ppo_lag.batch_size=64"])
+    stage = next(stage for stage in config.stages if stage.kind == "rl")
+    advice = search.advise(config, stage, jax.devices())
+    assert "execution.gather_to_decode=false" in advice["overrides"]
+    assert f"stages.{stage.name}.microbatches=2" in advice["overrides"]
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
