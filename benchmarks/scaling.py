@@ -51,8 +51,7 @@ NOTES = """\
   all the rest. `execution.gather_to_decode` gathers them once, for the memory of a copy in `execution.dtype` that is
   split over `tensor` alone; the configs here do. What is left is read from HBM for every token: a large `tensor` axis
   shares that.
-- Attention in training, scoring and prefill is a Pallas kernel, the steps of decoding are plain. The figures of
-  `beaver_7b/sft`, `reward` and `cost` on v5e:8x8 are older, with plain attention.
+- Attention in training, scoring and prefill is a Pallas kernel, the steps of decoding are plain.
 - On v5e and v6e with `fsdp` = 8 along one axis of the torus, gradients are reduced and scattered over it: as
   reduce-scatters, or as rings of permutes beside the matrix products (collective-permute). With `fsdp` = 2 on v5p, and
   with `fsdp` over all of a two-dimensional torus, XLA for TPU (libtpu 0.0.42) keeps all-reduces and slices instead.
