@@ -8,7 +8,6 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 from jaxtyping import Array, Bool, Float
 
 from safe_rlhf_jax.sharding import partition_spec
@@ -110,6 +109,9 @@ def splash(
     interpret: bool = False,
 ) -> Float[Array, "B H L C"]:
     """Pallas splash attention on one TPU: padding is a segment of its own, so that it sees at least itself."""
+    # Here, because it takes half a second, which other platforms need not wait.
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
+
     heads, length = queries.shape[1:3]
     padding = -length % LANES
     padded = length + padding
