@@ -62,7 +62,7 @@ def read_run(folder: pathlib.Path) -> dict[str, Any]:
     policies = [name.removesuffix("/harm_rate") for name in metrics if name.endswith("/harm_rate")]
     return {
         "seed": yaml.safe_load((folder / "evaluate" / "config.yaml").read_text())["seed"],
-        "policies": {p: {column: metrics[f"{p}/{column}"] for column in COLUMNS} for p in policies},
+        "policies": {p: {c: metrics[f"{p}/{c}"] for c in COLUMNS if f"{p}/{c}" in metrics} for p in policies},
         "multipliers": {
             name: r["metrics"]["multiplier"] for name, r in results.items() if "multiplier" in r["metrics"]
         },
@@ -80,7 +80,8 @@ def collected(runs: list[dict[str, Any]]) -> dict[str, dict[str, tuple[float, fl
     names = sorted(runs[0]["policies"], key=lambda name: list(FAMILIES).index(family_of(name)))
     out: dict[str, dict[str, tuple[float, float]]] = {}
     for name in names:
-        values = {column: np.array([run["policies"][name][column] for run in runs]) for column in COLUMNS}
+        columns = runs[0]["policies"][name]
+        values = {column: np.array([run["policies"][name][column] for run in runs]) for column in columns}
         out[name] = {
             column: (float(v.mean()), float(v.std(ddof=1)) if len(v) > 1 else 0.0) for column, v in values.items()
         }
@@ -94,16 +95,18 @@ def markdown(runs: list[dict[str, Any]]) -> str:
         "|---" * (len(COLUMNS) + 3) + "|",
     ]
     for name, values in collected(runs).items():
-        cells = [
-            f"{100 * mean:.1f} ± {100 * std:.1f} %" if column in PERCENT else f"{mean:.2f} ± {std:.2f}"
-            for column, (mean, std) in values.items()
-        ]
+        cells = [cell(column, *values[column]) if column in values else "–" for column in COLUMNS]
         multipliers = [run["multipliers"][name] for run in runs if name in run["multipliers"]]
         seconds = [run["seconds"][name] for run in runs if name in run["seconds"]]
         cells.append(", ".join(f"{value:.2f}" for value in multipliers) or "–")
         cells.append(f"{np.median(seconds):.0f}" if seconds else "–")
         lines.append(f"| `{name}` | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def cell(column: str, mean: float, deviation: float) -> str:
+    """Returns mean ± standard deviation as text."""
+    return f"{100 * mean:.1f} ± {100 * deviation:.1f} %" if column in PERCENT else f"{mean:.2f} ± {deviation:.2f}"
 
 
 def pareto(runs: list[dict[str, Any]]) -> Figure:

@@ -23,6 +23,8 @@ RUNS = (
     ("configs/beaver_7b/reward.yaml", "v5p:2x2x4"),
     ("configs/beaver_7b/cost.yaml", "v5e:8x8"),
     ("configs/beaver_7b/cost.yaml", "v5p:2x2x4"),
+    ("configs/beaver_7b/dpo.yaml", "v5e:8x8"),
+    ("configs/beaver_7b/dpo.yaml", "v5p:2x2x4"),
     ("configs/llama_3_8b/ppo_lag.yaml", "v6e:8x8"),
     ("configs/llama_3_70b/ppo_lag.yaml", "v5p:4x4x8"),
 )
