@@ -14,7 +14,6 @@ import subprocess
 import sys
 from typing import Any
 
-import matplotlib
 import numpy as np
 import yaml
 from matplotlib.figure import Figure
@@ -47,7 +46,7 @@ FAMILIES = {
     "reward shaping": ("#CC79A7", r"shaping_.*"),
     "on-policy, constrained": ("#0072B2", r".*"),
 }
-MARKERS = "osD^v<>PX*hpd8H1234"
+MARKERS = "osD^v<>PX*hp"  # of the policies of a family
 
 
 def family_of(policy: str) -> str:
@@ -111,36 +110,28 @@ def cell(column: str, mean: float, deviation: float) -> str:
 
 def pareto(runs: list[dict[str, Any]]) -> Figure:
     """Returns helpfulness on benign prompts against harm on risky ones: all policies, and those with little harm."""
-    matplotlib.use("Agg")
     figure = Figure(figsize=(13, 6), layout="constrained")
-    left, right = figure.subplots(1, 2, sharey=True, gridspec_kw={"width_ratios": (1, 1)})
+    left, right = figure.subplots(1, 2)
     table = collected(runs)
+    families = [family_of(name) for name in table]
+    markers = [MARKERS[families[:i].count(family)] for i, family in enumerate(families)]
     for axes in (left, right):
         shaped = [values for name, values in table.items() if family_of(name) == "reward shaping"]
         line = np.array([[v["harm_rate"][0], v["helpfulness_benign"][0]] for v in shaped]).T
         axes.plot(100 * line[0], line[1], color=FAMILIES["reward shaping"][0], linewidth=1, linestyle=":", zorder=1)
-        for i, (name, values) in enumerate(table.items()):
+        for (name, values), family, marker in zip(table.items(), families, markers, strict=True):
             (x, dx), (y, dy) = values["harm_rate"], values["helpfulness_benign"]
             axes.errorbar(
-                100 * x,
-                y,
-                xerr=100 * dx,
-                yerr=dy,
-                color=FAMILIES[family_of(name)][0],
-                marker=MARKERS[i % len(MARKERS)],
-                markersize=7,
-                linewidth=0,
-                elinewidth=0.8,
-                label=name.replace("_", " "),
-                alpha=0.9,
-            )
+                100 * x, y, xerr=100 * dx, yerr=dy, color=FAMILIES[family][0], marker=marker, markersize=7,
+                markeredgecolor="white", linewidth=0, elinewidth=0.8, label=name.replace("_", " "), alpha=0.85,
+            )  # fmt: skip
         axes.grid(color="#e4e4e4", zorder=0)
         axes.set_xlabel("harm on risky prompts, % (oracle)")
         axes.spines[["top", "right"]].set_visible(False)
-    right.set_xlim(-0.3, 5.0)
+    right.set(xlim=(-0.4, 2.6), ylim=(0.56, 0.76))
     left.set_ylabel("helpfulness on benign prompts (oracle)")
     left.set_title("All policies: up and to the left is better", loc="left")
-    right.set_title("Those with at most 5 % harm", loc="left")
+    right.set_title("The corner with little harm", loc="left")
     figure.legend(*left.get_legend_handles_labels(), loc="outside right upper", fontsize=8, frameon=False)
     return figure
 
