@@ -14,9 +14,9 @@ import pytest
 from tests.distributed.conftest import ROOT
 
 CONFIG, STEPS = ROOT / "tests" / "configs" / "rl.yaml", 8
-FEW, MANY = ("step", "save", "export"), ("compile", "step", "save", "step", "export")
-CHAINS = [pytest.param(FEW, 0), *(pytest.param(MANY, seed, marks=pytest.mark.distributed) for seed in (1, 2, 3, 4))]
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(3000)]
+MANY = ("compile", "step", "save", "step", "export")
+CHAINS = [(("step", "save", "export"), 0), *((MANY, seed) for seed in (1, 2, 3, 4))]
+pytestmark = [pytest.mark.slow, pytest.mark.distributed, pytest.mark.timeout(3000)]
 
 # A thread waits for the moment, then a little longer, then kills its process, which never gets beyond its export.
 KILL = """
