@@ -221,7 +221,7 @@ def test_ptx_adds_its_gradient():
     def loss(params):
         return lm_loss(mixed_world.networks.policy, params, texts, token_weights(texts.loss_mask))[0]
 
-    value, grads = jax.value_and_grad(loss)(mixed_world.state.actor.params)
+    value, grads = jax.jit(jax.value_and_grad(loss))(mixed_world.state.actor.params)
     np.testing.assert_allclose(metrics["train/ptx_loss"], value, rtol=1e-5)
     expected = jax.tree.map(lambda p, g: p - 0.1 * 0.5 * g, plain.actor.params, grads)  # sgd(0.1)
     chex.assert_trees_all_close(mixed.actor.params, expected, atol=1e-6)
