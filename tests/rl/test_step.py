@@ -382,7 +382,7 @@ def test_collect_then_learn_equals_the_fused_step(compiled):
 
 
 def test_step_equals_itself_without_jit():
-    world = make_world(response_length=2, microbatches=2)
+    world = make_world(response_length=2)
     prompts = make_prompts(2)
     step = make_step(world.networks, world.algorithm, world.hp)
     state, metrics = jax.jit(step)(world.state, world.frozen, prompts, KEY)
