@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import pathlib
-from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -51,7 +50,7 @@ def safe_first(records: Sequence[Record]) -> tuple[list[Record], int]:
 
     Source: Kim et al. 2025 (arXiv 2505.20065), the safety-aware transformation of SafeDPO's data.
     """
-    out, counts = [], Counter[str]()
+    out, left_out = [], 0
     for record in records:
         try:
             safe = safety_labels(record)
@@ -59,10 +58,10 @@ def safe_first(records: Sequence[Record]) -> tuple[list[Record], int]:
             out.append(record | {UNUSABLE: str(reason)})
             continue
         if not any(safe):
-            counts[LEFT_OUT] += 1
+            left_out += 1
         else:
             out.append(record if all(safe) else record | {"better_response_id": safe.index(True)})
-    return out, counts[LEFT_OUT]
+    return out, left_out
 
 
 def rank_by_models(run: Run, stage: cfg.DPOStage, pairs: examples.Examples) -> examples.Examples:
