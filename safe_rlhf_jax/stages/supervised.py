@@ -50,13 +50,10 @@ def load_examples(run: Run, stage: Any, data: cfg.Mixture) -> examples.Examples:
     return TASKS[stage.kind].load(run, stage, data, shared)
 
 
-def ready_examples(run: Run, stage: Any, field: str) -> examples.Examples | None:
-    """Returns the examples of `data` or `eval_data` as they are trained on, and says what was left out."""
-    data = getattr(stage, field)
-    if data is None:
-        return None
+def ready_examples(run: Run, stage: Any, name: str, data: cfg.Mixture) -> examples.Examples:
+    """Returns the examples of a data set as they are trained on, and says under `name` what was left out."""
     loaded = load_examples(run, stage, data)
-    report_data(stage.name if field == "data" else f"{stage.name}: {field}", loaded)
+    report_data(name, loaded)
     if stage.kind == "dpo" and stage.preference == "lagrangian":
         return rank_by_models(run, stage, loaded)
     return loaded
@@ -64,8 +61,8 @@ def ready_examples(run: Run, stage: Any, field: str) -> examples.Examples | None
 
 def run_supervised(run: Run, stage: Any, folder: pathlib.Path) -> dict[str, Any]:
     """Runs an SFT, reward, cost or DPO stage."""
-    data, held_out = ready_examples(run, stage, "data"), ready_examples(run, stage, "eval_data")
-    assert data is not None
+    data = ready_examples(run, stage, stage.name, stage.data)
+    held_out = ready_examples(run, stage, f"{stage.name}: eval_data", stage.eval_data) if stage.eval_data else None
     total = max(int(stage.epochs * len(data)) // stage.batch_size, 1)
     seed = run.seed(stage)
     module, state, frozen, step = build_supervised(run, stage, total)
