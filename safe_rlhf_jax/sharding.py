@@ -93,6 +93,24 @@ def constrain(x: jax.Array, *names: str | None, whole: str | None = None) -> jax
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def with_sharded_gradient(x: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
+    """Returns x as it is; its gradient is pinned to the sharding of these logical names.
+
+    So that the compiler scatters the gradient of a reshaped parameter while it reduces it, instead of giving every
+    device all of it.
+    """
+    return x
+
+
+def pin_gradient(names: tuple[str | None, ...], _: None, gradient: jax.Array) -> tuple[jax.Array]:
+    """The backward pass of `with_sharded_gradient`."""
+    return (constrain(gradient, *names),)
+
+
+with_sharded_gradient.defvjp(lambda x, names: (x, None), pin_gradient)
+
+
 def named_shardings(boxed: Any, mesh: Mesh) -> Any:
     """Returns the `NamedSharding` of every leaf of a tree whose parameters carry logical axis names."""
 

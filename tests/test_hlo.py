@@ -15,6 +15,7 @@ from safe_rlhf_jax.analysis import properties
 from safe_rlhf_jax.analysis.collectives import find_collectives
 from safe_rlhf_jax.analysis.hlo import Module
 from safe_rlhf_jax.compile import topology_devices
+from safe_rlhf_jax.models import layers
 from safe_rlhf_jax.models.config import PRESETS
 from safe_rlhf_jax.sharding import make_mesh, replicated
 from safe_rlhf_jax.stages.abstract import AbstractRun, programs
@@ -158,14 +159,43 @@ def test_memory_grows_with_depth_by_saved_activations_only(compile_for):
     assert many - few < 2 * (saved + gradients)
 
 
+WIDE = {"hidden_size": 1024, "intermediate_size": 2816, "head_dim": 128}
+
+
+def gradients_given_whole(compiled):
+    return properties.reduced_whole(compiled.collectives, "fsdp", 1024 * 1024 // 16)
+
+
 @pytest.mark.tpu
-def test_gradients_are_scattered_not_all_reduced(compile_for, devices):
-    """Over one axis of the torus, as reduce-scatters or rings of permutes; XLA's CPU compiler keeps all-reduces."""
+@pytest.mark.parametrize(("topology", "mesh"), [("v5e:4x4", (1, 4, 4)), ("v5p:2x2x4", (1, 2, 8))])
+def test_gradients_are_scattered_not_all_reduced(compile_for, devices, topology, mesh):
+    """As reduce-scatters or rings of permutes; XLA's CPU compiler keeps all-reduces."""
+    only_for_tpu(devices)
+    assert not gradients_given_whole(compile_for(mesh=mesh, topology=topology, **WIDE))
+
+
+@pytest.mark.tpu
+def test_over_a_whole_torus_the_gradient_of_the_unembedding_alone_is_all_reduced(compile_for, devices):
+    """Libtpu has no reduce-scatter over two axes of a torus: it makes an all-reduce of an explicit one, too."""
+    only_for_tpu(devices)
+    found = gradients_given_whole(compile_for(mesh=(1, 16, 1), topology="v5e:4x4", **WIDE))
+    assert all("unembed" in collective.op_name for collective in found)
+
+
+@pytest.mark.tpu
+def test_gradients_of_reshaped_kernels_that_are_not_pinned_would_be_seen(compile_for, devices, monkeypatch):
+    only_for_tpu(devices)
+    monkeypatch.setattr(layers, "with_sharded_gradient", lambda x, names: x)
+    assert gradients_given_whole(compile_for(mesh=(1, 2, 8), topology="v5p:2x2x4", change=unpinned, **WIDE))
+
+
+def unpinned(function, mesh):
+    return function
+
+
+def only_for_tpu(devices):
     if devices[0].platform == "cpu":
         pytest.skip("a property of the TPU program")
-    wide = {"hidden_size": 1024, "intermediate_size": 2816, "head_dim": 128}
-    compiled = compile_for(mesh=(1, 4, 4), topology="v5e:4x4", **wide)
-    assert not properties.reduced_whole(compiled.collectives, "fsdp", 1024 * 1024 // 16)
 
 
 def test_gradients_that_are_all_reduced_would_be_seen(compile_for):

@@ -6,7 +6,15 @@ from flax import linen as nn
 from jax.sharding import PartitionSpec
 
 from safe_rlhf_jax.models.transformer import CausalLM
-from safe_rlhf_jax.sharding import constrain, init_sharded, make_mesh, partition_spec, replicated, shard_batch
+from safe_rlhf_jax.sharding import (
+    constrain,
+    init_sharded,
+    make_mesh,
+    partition_spec,
+    replicated,
+    shard_batch,
+    with_sharded_gradient,
+)
 from tests.helpers import tiny_config
 
 
@@ -51,6 +59,18 @@ def test_constrain_has_no_effect_without_a_mesh_and_shards_with_one():
     with jax.set_mesh(make_mesh((8, 1, 1))):
         y = jax.jit(lambda x: constrain(x, "batch", None))(x)
     assert {shard.data.shape for shard in y.addressable_shards} == {(1, 4)}
+
+
+def test_gradient_is_sharded_as_named_and_the_value_left_alone():
+    def loss(x):
+        return (with_sharded_gradient(x, ("embed", "mlp")) ** 2).sum()
+
+    x = jnp.arange(32, dtype=jnp.float32).reshape(8, 4)
+    with jax.set_mesh(make_mesh((1, 4, 2))):
+        value, gradient = jax.jit(jax.value_and_grad(loss))(x)
+    assert value == (x**2).sum()
+    np.testing.assert_array_equal(gradient, 2 * x)
+    assert {shard.data.shape for shard in gradient.addressable_shards} == {(2, 2)}
 
 
 def test_batches_are_split_along_rows():
