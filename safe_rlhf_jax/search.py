@@ -1,7 +1,12 @@
 """Which mesh, rematerialisation and microbatches fit a stage into memory: found by compiling, not by formula."""
 
+import functools
+import math
+import os
 import sys
+import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -19,17 +24,10 @@ MESHES = 4  # of those whose parameters fit, so many are compiled
 
 
 def feasible(config: cfg.RunConfig, stage: Any, devices: Sequence[jax.Device]) -> list[dict[str, Any]]:
-    """Returns the variants that fit, the fastest projected step first.
-
-    For each mesh and rematerialisation there is one: that with the fewest microbatches, since each gathers the
-    parameters anew.
-    """
-    found = []
-    for mesh in meshes(config, stage, devices)[:MESHES]:
-        for remat in REMATS:
-            variant = fewest_microbatches(config, stage, devices, mesh, remat)
-            if variant is not None:
-                found.append(variant)
+    """Returns the variants that fit, the fastest projected step first; a core each looks into one mesh at a time."""
+    look = functools.partial(variants, config, stage, devices)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        found = [variant for some in pool.map(look, meshes(config, stage, devices)[:MESHES]) for variant in some]
     return sorted(found, key=lambda variant: variant.get("projected", {}).get("step_seconds", 0.0))
 
 
@@ -39,11 +37,11 @@ def advise(config: cfg.RunConfig, stage: Any, devices: Sequence[jax.Device]) -> 
     It tries more microbatches first, then more rematerialisation, then other meshes.
     """
     own = cfg.Mesh(**dict(make_mesh(sizes(config.mesh), devices).shape))
-    first = REMATS.index(config.execution.remat)
-    tries = [(own, remat) for remat in REMATS[first:]]
-    tries += [(mesh, "full") for mesh in meshes(config, stage, devices)[:MESHES] if mesh != own]
-    variants = (fewest_microbatches(config, stage, devices, mesh, remat) for mesh, remat in tries)
-    return next((variant for variant in variants if variant is not None), None)
+    remats = REMATS[REMATS.index(config.execution.remat) :]
+    tries = [(own, remats)]
+    tries += [(mesh, ("full",)) for mesh in meshes(config, stage, devices)[:MESHES] if mesh != own]
+    found = (variants(config, stage, devices, mesh, remats, first=True) for mesh, remats in tries)
+    return next((some[0] for some in found if some), None)
 
 
 def sizes(mesh: cfg.Mesh) -> tuple[int, int, int]:
@@ -65,9 +63,8 @@ def meshes(config: cfg.RunConfig, stage: Any, devices: Sequence[jax.Device]) -> 
             check_divides(run, stage)
         except ConfigError:
             continue
-        with jax.set_mesh(run.mesh):
-            if chip is None or argument_bytes(run, stage) < chip.hbm:
-                fitting.append(mesh)
+        if chip is None or held_bytes(run, stage) < chip.hbm:
+            fitting.append(mesh)
     return sorted(fitting, key=lambda mesh: (-mesh.tensor, mesh.fsdp))
 
 
@@ -80,45 +77,85 @@ def shapes(devices: int) -> Iterator[cfg.Mesh]:
                 yield cfg.Mesh(data=devices // (fsdp * tensor), fsdp=fsdp, tensor=tensor)
 
 
-def fewest_microbatches(
-    config: cfg.RunConfig, stage: Any, devices: Sequence[jax.Device], mesh: cfg.Mesh, remat: str
-) -> dict[str, Any] | None:
-    """Returns the variant with the fewest microbatches that fits, from the stage's own number on in powers of two.
+def held_bytes(run: AbstractRun, stage: Any) -> int:
+    """Returns the bytes per device that a step holds whatever else it does: its arguments."""
+    with jax.set_mesh(run.mesh):
+        return argument_bytes(run, stage)
 
-    Where none fits while parameters are gathered to decode, they are not.
+
+def variants(
+    config: cfg.RunConfig,
+    stage: Any,
+    devices: Sequence[jax.Device],
+    mesh: cfg.Mesh,
+    remats: Sequence[str] = REMATS,
+    *,
+    first: bool = False,
+) -> list[dict[str, Any]]:
+    """Returns what fits on a mesh, for each rematerialisation with the fewest microbatches; or the first such only.
+
+    One with more rematerialisation is there only for fewer microbatches, since otherwise it is slower and no smaller.
+    Where nothing fits while parameters are gathered to decode, they are not.
     """
+    found: list[dict[str, Any]] = []
+    counts = microbatch_counts(stage, mesh)
+    for gather in (True, False) if config.execution.gather_to_decode and stage.kind == "rl" else (False,):
+        below = math.inf
+        for remat in remats:
+            execution = config.execution.model_copy(update={"remat": remat, "gather_to_decode": gather})
+            own = config.model_copy(update={"mesh": mesh, "execution": execution})
+            variant = fewest_microbatches(own, stage, devices, [n for n in counts if n < below])
+            if variant is not None:
+                below = variant["microbatches"]
+                found.append(variant)
+            if variant is not None and first:
+                return found
+        if found:
+            break
+    return found
+
+
+def microbatch_counts(stage: Any, mesh: cfg.Mesh) -> list[int]:
+    """Returns the microbatches that a batch divides into: the stage's own number, and powers of two times it."""
     rows = stage.batch_size * (stage.responses_per_prompt if stage.kind == "rl" else 1)
     shards = mesh.data * mesh.fsdp * (stage.algorithm.minibatches if stage.kind == "rl" else 1)
-    counts = [n for n in (stage.microbatches * 2**i for i in range(20)) if rows % (shards * n) == 0]
-    if not counts:
-        return None
-    # The smallest program first: where that does not fit, none does.
-    best = attempt(config, stage, devices, mesh, remat, counts.pop())
-    if best is None:
-        if stage.kind != "rl" or not config.execution.gather_to_decode:
-            return None
-        execution = config.execution.model_copy(update={"gather_to_decode": False})
-        return fewest_microbatches(config.model_copy(update={"execution": execution}), stage, devices, mesh, remat)
-    while counts:  # halve the range: what fits with n microbatches fits with more
-        middle = len(counts) // 2
-        variant = attempt(config, stage, devices, mesh, remat, counts[middle])
-        best, counts = (best, counts[middle + 1 :]) if variant is None else (variant, counts[:middle])
-    return best
+    return [n for n in (stage.microbatches * 2**i for i in range(20)) if rows % (shards * n) == 0]
 
 
-def attempt(
-    config: cfg.RunConfig, stage: Any, devices: Sequence[jax.Device], mesh: cfg.Mesh, remat: str, microbatches: int
+def fewest_microbatches(
+    config: cfg.RunConfig, stage: Any, devices: Sequence[jax.Device], counts: Sequence[int]
 ) -> dict[str, Any] | None:
-    """Compiles one variant; returns its overrides and what it needs, None where it does not fit."""
-    execution = config.execution.model_copy(update={"remat": remat})
-    variant = config.model_copy(update={"mesh": mesh, "execution": execution})
-    own = stage.model_copy(update={"microbatches": microbatches})
-    overrides = [f"mesh.{axis}={size}" for axis, size in mesh.model_dump().items()]
-    overrides += [f"execution.remat={remat}", f"stages.{stage.name}.microbatches={microbatches}"]
-    if stage.kind == "rl":
-        overrides.append(f"execution.gather_to_decode={str(execution.gather_to_decode).lower()}")
-    report = compile_stage(variant, own, devices)
+    """Returns the first of these numbers of microbatches with which a stage fits, as a variant; None where none does.
+
+    k times as many need a k-th, at the least, of what a step needs beside what it holds: numbers that are too small for
+    that are left out.
+    """
+    chip, least, held = chip_of(devices[0]), 0.0, 0
+    if chip is not None:
+        held = held_bytes(AbstractRun(config, make_mesh(sizes(config.mesh), devices)), stage)
+        if held >= chip.hbm:
+            return None
+    for count in counts:
+        if count < least:
+            continue
+        variant = attempt(config, stage, devices, count)
+        if variant["fits"]:
+            return variant
+        if chip is not None:
+            least = count * (variant["total"] - held) / (chip.hbm - held)
+    return None
+
+
+def attempt(config: cfg.RunConfig, stage: Any, devices: Sequence[jax.Device], microbatches: int) -> dict[str, Any]:
+    """Compiles one variant; returns its overrides, what it needs and whether that fits."""
+    started = time.monotonic()
+    report = compile_stage(config, stage.model_copy(update={"microbatches": microbatches}), devices)
     total = max(program["memory"]["total"] for program in report["programs"])
-    print(f"  {' '.join(overrides)}: {total / 2**30:.2f} GiB{'' if report['fits'] else ', too much'}", file=sys.stderr)
+    overrides = [f"mesh.{axis}={size}" for axis, size in config.mesh.model_dump().items()]
+    overrides += [f"execution.remat={config.execution.remat}", f"stages.{stage.name}.microbatches={microbatches}"]
+    if stage.kind == "rl":
+        overrides.append(f"execution.gather_to_decode={str(config.execution.gather_to_decode).lower()}")
+    outcome = f"{total / 2**30:.2f} GiB{'' if report['fits'] else ', too much'}"
+    print(f"  {' '.join(overrides)}: {outcome} ({time.monotonic() - started:.0f} s)", file=sys.stderr, flush=True)
     projected = {"projected": report["projected"]} if "projected" in report else {}
-    return {"overrides": overrides, "total": total} | projected if report["fits"] else None
+    return {"overrides": overrides, "microbatches": microbatches, "total": total, "fits": report["fits"]} | projected

@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from safe_rlhf_jax import compile as compile_command
+from safe_rlhf_jax import config as cfg
 from safe_rlhf_jax import search
 from safe_rlhf_jax.analysis import chips
 from safe_rlhf_jax.analysis.flops import forward_flops
@@ -102,14 +103,46 @@ def test_what_does_not_fit_exits_with_1_and_the_advice_followed_fits(compile_min
 @pytest.mark.slow
 def test_search_lists_what_fits_best_first(compile_mini, small_chip, monkeypatch):
     small_chip(2**40)
-    monkeypatch.setattr("safe_rlhf_jax.search.MESHES", 1)
-    monkeypatch.setattr("safe_rlhf_jax.search.REMATS", ("none", "full"))
-    status, table, _, report = compile_mini("--search", "stages.sft.batch_size=8")
+    monkeypatch.setattr("safe_rlhf_jax.search.MESHES", 2)
+    status, table, progress, report = compile_mini("--search", "stages.sft.batch_size=8")
     assert status == 0
-    seconds = [variant["projected"]["step_seconds"] for variant in report["stages"][0]["feasible"]]
-    assert len(seconds) == 2
+    found = report["stages"][0]["feasible"]
+    assert len({variant["overrides"][1] for variant in found}) == 2
+    seconds = [variant["projected"]["step_seconds"] for variant in found]
     assert seconds == sorted(seconds)
+    assert all("execution.remat=none" in variant["overrides"] for variant in found)
     assert "execution.remat=none" in table
+    assert progress.count(" GiB (") == 2
+
+
+@pytest.mark.parametrize(
+    ("capacity", "fits", "compiled"),
+    [
+        # Held 100; beside it none needs 800, dots 400, full 100 for one microbatch, a k-th of that for k.
+        (1000, ["none 1"], ["none 1"]),
+        (550, ["none 2", "dots 1"], ["none 1", "none 2", "dots 1"]),
+        (250, ["none 8", "dots 4", "full 1"], ["none 1", "none 8", "dots 1", "dots 4", "full 1"]),
+        (130, ["full 4"], ["none 1", "dots 1", "full 1", "full 4"]),
+        (110, [], ["none 1", "dots 1", "full 1"]),
+    ],
+)
+def test_search_walks_to_the_fewest_microbatches_and_leaves_out_what_cannot_fit_or_is_beaten(
+    monkeypatch, small_chip, capacity, fits, compiled
+):
+    done = []
+
+    def compile_stage(config, stage, devices):
+        done.append(f"{config.execution.remat} {stage.microbatches}")
+        total = 100 + {"none": 800, "dots": 400, "full": 100}[config.execution.remat] // stage.microbatches
+        return {"fits": total <= capacity, "programs": [{"memory": {"total": total}}]}
+
+    small_chip(capacity)
+    monkeypatch.setattr(search, "compile_stage", compile_stage)
+    monkeypatch.setattr(search, "held_bytes", lambda run, stage: 100)
+    config = load_config(MINI, ["stages.sft.batch_size=64"])
+    found = search.variants(config, config.stages[0], jax.devices(), cfg.Mesh(data=8))
+    assert [" ".join(o.rpartition("=")[2] for o in variant["overrides"][3:5]) for variant in found] == fits
+    assert done == compiled
 
 
 def test_where_nothing_fits_gathered_to_decode_the_advice_is_not_to_gather(monkeypatch):
