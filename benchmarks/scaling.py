@@ -54,9 +54,10 @@ NOTES = """\
   split over `tensor` alone; the configs here do. What is left is read from HBM for every token: a large `tensor` axis
   shares that.
 - Attention in training, scoring and prefill is a Pallas kernel, the steps of decoding are plain.
-- On v5e and v6e with `fsdp` = 8 along one axis of the torus, gradients are reduced and scattered over it: as
-  reduce-scatters, or as rings of permutes beside the matrix products (collective-permute). With `fsdp` = 2 on v5p, and
-  with `fsdp` over all of a two-dimensional torus, XLA for TPU (libtpu 0.0.42) keeps all-reduces and slices instead.
+- Gradients are reduced and scattered over `fsdp`: as reduce-scatters, or as rings of permutes beside the matrix
+  products (collective-permute). What stays an all-reduce are the norms' weights, and where `fsdp` spans two axes of a
+  torus the unembedding: libtpu 0.0.42 has no reduce-scatter over two axes, and makes an all-reduce and a slice of an
+  explicit `psum_scatter` too.
 - `sent` assumes rings: of n devices each sends (n − 1)/n of what is gathered or scattered, twice that of what is
   all-reduced. The rate is that of the torus axes that a group spans; an axis whose ends are not joined counts once.
 - v5p:2x2x4 is what Google Cloud calls v5p-32 (it counts cores): 16 chips.

@@ -5,14 +5,20 @@ import importlib.util
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
-# Before jax starts a backend. Tests compile much and compute little, so the slow passes of LLVM are left out.
-FLAGS = {"--xla_force_host_platform_device_count": "8", "--xla_llvm_disable_expensive_passes": "true"}
+# Before jax starts a backend. Tests compile much and compute little, so LLVM optimises nothing.
+FLAGS = {"--xla_force_host_platform_device_count": "8", "--xla_backend_optimization_level": "0"}
 for flag, value in FLAGS.items():
     if flag not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}={value}".strip()
 os.environ["JAX_PLATFORMS"] = "cpu"
+# What several tests have in common is compiled once: all workers, and the processes they start, inherit the folder.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    compiled = tempfile.TemporaryDirectory(prefix="compiled")  # removed when this process ends
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled.name
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 
 import hypothesis
 import jax
@@ -81,14 +87,10 @@ MINI = Path(__file__).parent / "configs" / "mini.yaml"
 
 
 @pytest.fixture(scope="session")
-def train_process(tmp_path_factory):
-    """Runs the command line in a process of its own, with one device; compilations are shared between the runs."""
+def train_process():
+    """Runs the command line in a process of its own, with one device and all of LLVM's passes."""
     environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
-    environment |= {
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "PYTHONPATH": str(PACKAGE.parent),
-    }
+    environment |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "PYTHONPATH": str(PACKAGE.parent)}
 
     def run(*overrides, config=MINI, prelude="", timeout=300):
         code = f"{prelude}\nimport sys\nfrom safe_rlhf_jax.train import main\nsys.exit(main())"

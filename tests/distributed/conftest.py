@@ -31,18 +31,18 @@ def models(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def start_processes(tmp_path_factory):
+def start_processes():
     """Starts a Python command line in several processes that find each other; returns them."""
-    compiled, started = tmp_path_factory.mktemp("compiled"), []
+    started = []
 
     def start(count, *command, devices=1):
         with socket.socket() as probe:
             probe.bind(("localhost", 0))
             address = f"localhost:{probe.getsockname()[1]}"
         shared = os.environ | {
-            "JAX_COMPILATION_CACHE_DIR": str(compiled), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            "JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(count), "PYTHONPATH": str(ROOT),
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} --xla_llvm_disable_expensive_passes=true",
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_COORDINATOR_ADDRESS": address,
+            "JAX_NUM_PROCESSES": str(count), "PYTHONPATH": str(ROOT),
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0",
         }  # fmt: skip
         processes = [
             subprocess.Popen(
