@@ -1,6 +1,7 @@
 """What large configs need on TPU topologies: compiles them (`--compile`), and writes docs/scaling.md from the figures.
 
-python benchmarks/scaling.py --compile      compiles what has no figures yet in benchmarks/results (needs libtpu)
+python benchmarks/scaling.py --compile      compiles and searches what has no figures yet in benchmarks/results (needs
+                                            libtpu; most of an hour for everything, on two cores)
 python benchmarks/scaling.py                writes docs/scaling.md from the figures that are there
 """
 
@@ -9,6 +10,7 @@ import json
 import pathlib
 import subprocess
 import sys
+from collections.abc import Iterable
 
 ROOT = pathlib.Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -25,6 +27,10 @@ RUNS = (
     ("configs/beaver_7b/cost.yaml", "v5p:2x2x4"),
     ("configs/beaver_7b/dpo.yaml", "v5e:8x8"),
     ("configs/beaver_7b/dpo.yaml", "v5p:2x2x4"),
+    ("configs/llama_3_8b/ppo_lag.yaml", "v6e:8x8"),
+    ("configs/llama_3_70b/ppo_lag.yaml", "v5p:4x4x8"),
+)
+SEARCHES = (  # from one microbatch on
     ("configs/llama_3_8b/ppo_lag.yaml", "v6e:8x8"),
     ("configs/llama_3_70b/ppo_lag.yaml", "v5p:4x4x8"),
 )
@@ -46,6 +52,16 @@ model's FLOPs only, not what rematerialisation repeats. Compile times are wall-c
 kept busy.
 """
 
+SEARCH_INTRODUCTION = """\
+## What fits, found by search
+
+    python -m safe_rlhf_jax.compile --config FILE --topology NAME --search stages.ppo_lag.microbatches=1
+
+For each mesh and rematerialisation the fewest microbatches that fit, the fastest projected step first; what is slower
+and no smaller than another row on the same mesh is left out. The configs here have the first row of their search.
+
+"""
+
 NOTES = """\
 ## Reading it
 
@@ -64,13 +80,13 @@ NOTES = """\
 """
 
 
-def file_of(config: str, topology: str) -> pathlib.Path:
+def file_of(kind: str, config: str, topology: str) -> pathlib.Path:
     path = pathlib.Path(config)
-    return RESULTS / f"scaling_{path.parent.name}_{path.stem}_{topology.replace(':', '_')}.json"
+    return RESULTS / f"{kind}_{path.parent.name}_{path.stem}_{topology.replace(':', '_')}.json"
 
 
-def figures() -> list[dict]:
-    return [json.loads(file.read_text()) for run in RUNS if (file := file_of(*run)).exists()]
+def figures(kind: str, runs: Iterable[tuple[str, str]]) -> list[dict]:
+    return [json.loads(file.read_text()) for run in runs if (file := file_of(kind, *run)).exists()]
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
@@ -118,11 +134,26 @@ def phase_rows(report: dict) -> list[list[str]]:
     return rows
 
 
+def search_rows(report: dict) -> list[list[str]]:
+    rows = []
+    for stage in report["stages"]:
+        for variant in stage["feasible"]:
+            values = dict(override.split("=") for override in variant["overrides"])
+            mesh = {name.removeprefix("mesh."): int(size) for name, size in values.items() if name.startswith("mesh.")}
+            gather, remat = values["execution.gather_to_decode"], values["execution.remat"]
+            cells = [mesh_name(mesh), remat, str(variant["microbatches"]), {"true": "yes", "false": "no"}[gather]]
+            p = variant["projected"]
+            rows.append([f"`{report['config']}`", report["topology"], *cells, f"{variant['total'] / GIB:.2f}",
+                         f"{p['step_seconds']:.2f}", f"{p['tokens_per_second']:.0f}", f"{p['mfu']:.1%}"])  # fmt: skip
+    return rows
+
+
 def page() -> str:
-    reports = figures()
+    reports, searches = figures("scaling", RUNS), figures("search", SEARCHES)
     versions = sorted({f"jax {r['environment']['jax']}, libtpu {r['environment']['libtpu']}" for r in reports})
     memory = ["config", "topology", "chips", "mesh", "arguments", "temporary", "code", "total", "capacity", "compile s"]
     speed = ["config", "topology", "s per step", "tokens/s", "MFU"]
+    search = ["config", "topology", "mesh", "remat", "microbatches", "gathered to decode", "GiB", *speed[2:]]
     phase = ["config", "topology", "phase", "TFLOP", "HBM GB", "largest collectives, GB sent", "compute s", "HBM s",
              "wires s", "bound by"]  # fmt: skip
     parts = [
@@ -132,6 +163,7 @@ def page() -> str:
         "## Projected speed of a step\n\n" + table(speed, [row for r in reports for row in speed_rows(r)]),
         "## Phases, per device and step; seconds are projected\n\n"
         + table(phase, [row for r in reports for row in phase_rows(r)]),
+        SEARCH_INTRODUCTION + table(search, [row for r in searches for row in search_rows(r)]),
         NOTES,
     ]
     return "\n".join(parts)
@@ -141,11 +173,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--compile", action="store_true", help="first compile what has no figures yet")
     if parser.parse_args().compile:
-        for config, topology in RUNS:
-            file = file_of(config, topology)
+        wanted = [("scaling", run, []) for run in RUNS]
+        wanted += [("search", run, ["--search", "stages.ppo_lag.microbatches=1"]) for run in SEARCHES]
+        for kind, (config, topology), more in wanted:
+            file = file_of(kind, config, topology)
             if not file.exists():
                 command = [sys.executable, "-m", "safe_rlhf_jax.compile", "--config", config, "--topology", topology]
-                subprocess.run([*command, "--json", str(file)], check=True, cwd=ROOT)
+                subprocess.run([*command, "--json", str(file), *more], check=True, cwd=ROOT)
+                commit = subprocess.run(
+                    ["git", "rev-parse", "HEAD"], check=True, cwd=ROOT, capture_output=True, text=True
+                )
+                report = {"commit": commit.stdout.strip()} | json.loads(file.read_text())
+                file.write_text(json.dumps(report, indent=1) + "\n")
     PAGE.write_text(page())
 
 

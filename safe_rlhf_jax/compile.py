@@ -118,14 +118,14 @@ def topology_devices(name: str, slices: int) -> list[Any]:
 
 
 def environment(devices: Sequence[Any]) -> dict[str, Any]:
-    """Returns the versions that compiled, and for what."""
+    """Returns the versions that compiled, on how many cores, and for what."""
     import importlib.metadata
 
     import jax
 
     from safe_rlhf_jax.analysis.chips import chip_of
 
-    versions = {"jax": jax.__version__}
+    versions: dict[str, Any] = {"jax": jax.__version__, "cores": os.cpu_count()}
     if devices[0].platform == "tpu":
         versions["libtpu"] = importlib.metadata.version("libtpu")
     chip = chip_of(devices[0])
