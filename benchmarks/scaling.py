@@ -55,10 +55,11 @@ kept busy.
 SEARCH_INTRODUCTION = """\
 ## What fits, found by search
 
-    python -m safe_rlhf_jax.compile --config FILE --topology NAME --search stages.ppo_lag.microbatches=1
+    python -m safe_rlhf_jax.compile --config FILE --topology NAME --search=2 stages.ppo_lag.microbatches=1
 
-For each mesh and rematerialisation the fewest microbatches that fit, the fastest projected step first; what is slower
-and no smaller than another row on the same mesh is left out. The configs here have the first row of their search.
+On the two most promising meshes (the least `fsdp` whose arguments fit), for each rematerialisation the fewest
+microbatches that fit, the fastest projected step first; what is slower and no smaller than another row on the same
+mesh is left out. The configs here have the first row of their search.
 
 """
 
@@ -71,9 +72,9 @@ NOTES = """\
   shares that.
 - Attention in training, scoring and prefill is a Pallas kernel, the steps of decoding are plain.
 - Gradients are reduced and scattered over `fsdp`: as reduce-scatters, or as rings of permutes beside the matrix
-  products (collective-permute). What stays an all-reduce are the norms' weights, and where `fsdp` spans two axes of a
-  torus the unembedding: libtpu 0.0.42 has no reduce-scatter over two axes, and makes an all-reduce and a slice of an
-  explicit `psum_scatter` too.
+  products (collective-permute). What stays an all-reduce are the weights of norms, and where `fsdp` covers both axes of
+  a square torus the unembedding: there libtpu 0.0.42 makes an all-reduce and a slice even of an explicit
+  `psum_scatter`.
 - `sent` assumes rings: of n devices each sends (n − 1)/n of what is gathered or scattered, twice that of what is
   all-reduced. The rate is that of the torus axes that a group spans; an axis whose ends are not joined counts once.
 - v5p:2x2x4 is what Google Cloud calls v5p-32 (it counts cores): 16 chips.
@@ -174,7 +175,7 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="first compile what has no figures yet")
     if parser.parse_args().compile:
         wanted = [("scaling", run, []) for run in RUNS]
-        wanted += [("search", run, ["--search", "stages.ppo_lag.microbatches=1"]) for run in SEARCHES]
+        wanted += [("search", run, ["--search=2", "stages.ppo_lag.microbatches=1"]) for run in SEARCHES]
         for kind, (config, topology), more in wanted:
             file = file_of(kind, config, topology)
             if not file.exists():

@@ -20,14 +20,17 @@ from safe_rlhf_jax.stages.ahead import compile_stage
 from safe_rlhf_jax.stages.check import check_divides
 
 REMATS = ("none", "dots", "full")  # from the fastest to the smallest
-MESHES = 4  # of those whose parameters fit, so many are compiled
+MESHES = 4  # of those whose parameters fit, so many are tried for an advice
 
 
-def feasible(config: cfg.RunConfig, stage: Any, devices: Sequence[jax.Device]) -> list[dict[str, Any]]:
-    """Returns the variants that fit, the fastest projected step first; a core each looks into one mesh at a time."""
+def feasible(config: cfg.RunConfig, stage: Any, devices: Sequence[jax.Device], count: int) -> list[dict[str, Any]]:
+    """Returns the variants that fit on the `count` most promising meshes, the fastest projected step first.
+
+    Each core looks into one mesh at a time.
+    """
     look = functools.partial(variants, config, stage, devices)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        found = [variant for some in pool.map(look, meshes(config, stage, devices)[:MESHES]) for variant in some]
+        found = [variant for some in pool.map(look, meshes(config, stage, devices)[:count]) for variant in some]
     return sorted(found, key=lambda variant: variant.get("projected", {}).get("step_seconds", 0.0))
 
 

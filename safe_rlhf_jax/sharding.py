@@ -94,21 +94,25 @@ def constrain(x: jax.Array, *names: str | None, whole: str | None = None) -> jax
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def with_sharded_gradient(x: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
-    """Returns x as it is; its gradient is pinned to the sharding of these logical names.
+def with_scattered_gradient(matrix: jax.Array, names: tuple[str, str]) -> jax.Array:
+    """Returns a matrix as it is; its gradient is reduced and scattered over `fsdp`, as its logical names say.
 
-    So that the compiler scatters the gradient of a reshaped parameter while it reduces it, instead of giving every
-    device all of it.
+    Left to itself, the compiler reduces the gradient of a reshaped parameter whole on every device, and takes a slice.
     """
-    return x
+    return matrix
 
 
-def pin_gradient(names: tuple[str | None, ...], _: None, gradient: jax.Array) -> tuple[jax.Array]:
-    """The backward pass of `with_sharded_gradient`."""
+def scatter_gradient(names: tuple[str, str], _: None, gradient: jax.Array) -> tuple[jax.Array]:
+    """The backward pass of `with_scattered_gradient`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.shape["fsdp"] == 1:
+        return (gradient,)
+    if LOGICAL_RULES[names[1]] == "fsdp":  # libtpu scatters over columns only where a slice of them fills its lanes
+        return (constrain(gradient.T, *reversed(names)).T,)
     return (constrain(gradient, *names),)
 
 
-with_sharded_gradient.defvjp(lambda x, names: (x, None), pin_gradient)
+with_scattered_gradient.defvjp(lambda matrix, names: (matrix, None), scatter_gradient)
 
 
 def named_shardings(boxed: Any, mesh: Mesh) -> Any:

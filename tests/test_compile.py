@@ -101,10 +101,9 @@ def test_what_does_not_fit_exits_with_1_and_the_advice_followed_fits(compile_min
 
 
 @pytest.mark.slow
-def test_search_lists_what_fits_best_first(compile_mini, small_chip, monkeypatch):
+def test_search_lists_what_fits_best_first(compile_mini, small_chip):
     small_chip(2**40)
-    monkeypatch.setattr("safe_rlhf_jax.search.MESHES", 2)
-    status, table, progress, report = compile_mini("--search", "stages.sft.batch_size=8")
+    status, table, progress, report = compile_mini("--search=2", "stages.sft.batch_size=8")
     assert status == 0
     found = report["stages"][0]["feasible"]
     assert len({variant["overrides"][1] for variant in found}) == 2

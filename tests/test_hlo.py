@@ -4,6 +4,7 @@ On eight simulated CPU devices, and (marker `tpu`, needs libtpu but no TPU) on t
 """
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -167,29 +168,36 @@ def gradients_given_whole(compiled):
 
 
 @pytest.mark.tpu
-@pytest.mark.parametrize(("topology", "mesh"), [("v5e:4x4", (1, 4, 4)), ("v5p:2x2x4", (1, 2, 8))])
+@pytest.mark.parametrize(
+    ("topology", "mesh"), [("v5e:4x4", (1, 4, 4)), ("v5p:2x2x4", (1, 2, 8)), ("v5e:2x4", (1, 8, 1))]
+)
 def test_gradients_are_scattered_not_all_reduced(compile_for, devices, topology, mesh):
-    """As reduce-scatters or rings of permutes; XLA's CPU compiler keeps all-reduces."""
+    """As reduce-scatters or rings of permutes, over one axis of a torus or two; XLA's CPU compiler all-reduces."""
     only_for_tpu(devices)
     assert not gradients_given_whole(compile_for(mesh=mesh, topology=topology, **WIDE))
 
 
 @pytest.mark.tpu
-def test_over_a_whole_torus_the_gradient_of_the_unembedding_alone_is_all_reduced(compile_for, devices):
-    """Libtpu has no reduce-scatter over two axes of a torus: it makes an all-reduce of an explicit one, too."""
+def test_over_a_square_torus_libtpu_all_reduces_what_is_to_be_scattered(devices):
+    """Even an explicit reduce-scatter. Should this fail one day, the mesh (1, 16, 1) belongs into the test above."""
     only_for_tpu(devices)
-    found = gradients_given_whole(compile_for(mesh=(1, 16, 1), topology="v5e:4x4", **WIDE))
-    assert all("unembed" in collective.op_name for collective in found)
+    mesh = make_mesh((1, 16, 1), topology_devices("v5e:4x4", 1))
+    spec = jax.sharding.PartitionSpec("fsdp")
+    scatter = functools.partial(jax.lax.psum_scatter, axis_name="fsdp", tiled=True)
+    function = jax.shard_map(scatter, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
+    x = jax.ShapeDtypeStruct((16 * 1024, 1024), jax.numpy.bfloat16, sharding=jax.NamedSharding(mesh, spec))
+    module = Module(jax.jit(function).lower(x).compile().as_text())
+    assert properties.reduced_whole(find_collectives(module, mesh.shape), "fsdp", MATRIX)
 
 
 @pytest.mark.tpu
-def test_gradients_of_reshaped_kernels_that_are_not_pinned_would_be_seen(compile_for, devices, monkeypatch):
+def test_gradients_that_the_compiler_reduces_as_it_likes_would_be_seen(compile_for, devices, monkeypatch):
     only_for_tpu(devices)
-    monkeypatch.setattr(layers, "with_sharded_gradient", lambda x, names: x)
-    assert gradients_given_whole(compile_for(mesh=(1, 2, 8), topology="v5p:2x2x4", change=unpinned, **WIDE))
+    monkeypatch.setattr(layers, "with_scattered_gradient", lambda x, names: x)
+    assert gradients_given_whole(compile_for(mesh=(1, 2, 8), topology="v5p:2x2x4", change=as_it_likes, **WIDE))
 
 
-def unpinned(function, mesh):
+def as_it_likes(function, mesh):
     return function
 
 

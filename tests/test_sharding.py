@@ -13,7 +13,7 @@ from safe_rlhf_jax.sharding import (
     partition_spec,
     replicated,
     shard_batch,
-    with_sharded_gradient,
+    with_scattered_gradient,
 )
 from tests.helpers import tiny_config
 
@@ -61,16 +61,20 @@ def test_constrain_has_no_effect_without_a_mesh_and_shards_with_one():
     assert {shard.data.shape for shard in y.addressable_shards} == {(1, 4)}
 
 
-def test_gradient_is_sharded_as_named_and_the_value_left_alone():
+@pytest.mark.parametrize("names", [("embed", "mlp"), ("mlp", "embed")])
+@pytest.mark.parametrize("mesh", [(1, 4, 2), (2, 4, 1), (8, 1, 1)])
+def test_gradient_is_scattered_as_named_and_the_value_left_alone(names, mesh):
     def loss(x):
-        return (with_sharded_gradient(x, ("embed", "mlp")) ** 2).sum()
+        return (with_scattered_gradient(x, names) ** 2).sum()
 
     x = jnp.arange(32, dtype=jnp.float32).reshape(8, 4)
-    with jax.set_mesh(make_mesh((1, 4, 2))):
+    with jax.set_mesh(make_mesh(mesh)):
         value, gradient = jax.jit(jax.value_and_grad(loss))(x)
     assert value == (x**2).sum()
     np.testing.assert_array_equal(gradient, 2 * x)
-    assert {shard.data.shape for shard in gradient.addressable_shards} == {(2, 2)}
+    sizes = dict(zip(("data", "fsdp", "tensor"), mesh, strict=True))
+    parts = [1 if mesh[1] == 1 else sizes[axis] for axis in partition_spec(names)]
+    assert {shard.data.shape for shard in gradient.addressable_shards} == {(8 // parts[0], 4 // parts[1])}
 
 
 def test_batches_are_split_along_rows():

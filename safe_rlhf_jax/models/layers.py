@@ -10,7 +10,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from safe_rlhf_jax.models.config import Activation, ModelConfig
-from safe_rlhf_jax.sharding import constrain, with_sharded_gradient
+from safe_rlhf_jax.sharding import constrain, with_scattered_gradient
 
 
 def logical_param(module: nn.Module, name: str, init: nn.initializers.Initializer, shape: tuple[int, ...],
@@ -66,7 +66,7 @@ class Linear(nn.Module):
         # As one matrix product: XLA's CPU code runs its gradients 1.6 times faster than those of a batched one.
         inputs = math.prod(x.shape[x.ndim - self.in_ndim :])
         matrix = kernel.astype(x.dtype).reshape(inputs, -1)
-        matrix = with_sharded_gradient(matrix, (self.axes[0], self.axes[self.in_ndim]))
+        matrix = with_scattered_gradient(matrix, (self.axes[0], self.axes[self.in_ndim]))
         y = x.reshape(-1, inputs) @ matrix
         y = y.reshape(*x.shape[: x.ndim - self.in_ndim], *self.features)
         if self.use_bias:
