@@ -104,7 +104,7 @@ def topology_devices(name: str, slices: int) -> list[Any]:
     """Returns the devices of a topology, or those of this machine.
 
     Raises:
-        ConfigError: For a name that libtpu does not know, or where libtpu is not installed.
+        ConfigError: For a name that libtpu does not know, for chips of two devices, or where libtpu is not installed.
     """
     import jax
     from jax.experimental import topologies
@@ -116,11 +116,14 @@ def topology_devices(name: str, slices: int) -> list[Any]:
     os.environ |= COMPILE_ONLY
     options = {"num_slices": slices} if slices > 1 else {}
     try:
-        return list(topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices)
+        devices = list(topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices)
     except RuntimeError as error:
         if "not installed" in str(error):
             raise ConfigError(f"--topology {name}: needs libtpu: pip install 'safe_rlhf_jax[tpu]'") from error
         raise ConfigError(f"--topology {name}: {error}; names are such as v5e:8x8, v5p:2x2x4, v6e:8x8") from error
+    if any(getattr(device, "core_on_chip", 0) for device in devices):
+        raise ConfigError(f"--topology {name}: chips of two devices are not supported; take v5e, v5p, v6e or later")
+    return devices
 
 
 def environment(devices: Sequence[Any]) -> dict[str, Any]:

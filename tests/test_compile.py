@@ -267,6 +267,15 @@ def test_every_mesh_finds_its_place_on_a_torus(topology):
 
 
 @pytest.mark.tpu
+@pytest.mark.parametrize(("name", "message"), [("v4:2x2x1", "two devices are not supported"), ("v5e:3x", "names are")])
+def test_a_topology_that_cannot_be_is_refused_in_one_line(compile_mini, name, message):
+    status, _, error, _ = compile_mini("--topology", name)
+    assert status == 1
+    assert error.count("\n") == 1
+    assert message in error
+
+
+@pytest.mark.tpu
 def test_data_alone_crosses_slices(monkeypatch):
     devices = compile_command.topology_devices("v5e:2x2", 2)
     mesh = make_mesh((-1, 2, 2), devices)

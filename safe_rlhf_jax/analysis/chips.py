@@ -14,21 +14,22 @@ class Chip:
 
     name: str
     flops: float  # FLOP/s, bfloat16
-    hbm: int  # bytes
+    hbm: int  # bytes that a program can have
     hbm_rate: float  # bytes/s
     link_rate: float  # bytes/s of one link of the interconnect in one direction
     wraps_from: int  # devices along an axis of the torus from which on its ends are joined; 0: never
 
 
 # Source: cloud.google.com/tpu/docs (v4, v5e, v5p, v6e, tpu7x) as of 2025; link rates are the stated bandwidth per chip
-# over its links (4 in a 2D torus, 6 in a 3D torus) and both directions.
+# over its links (4 in a 2D torus, 6 in a 3D torus) and both directions. HBM of v5e, v5p and v6e is what libtpu 0.0.42
+# leaves of 16, 96 and 32 GiB, as it says when memory is exhausted.
 CHIPS = {
     "TPU v4": Chip("TPU v4", 275e12, 32 * GIB, 1.23e12, 45e9, 4),
-    "TPU v5 lite": Chip("TPU v5e", 197e12, 16 * GIB, 0.82e12, 45e9, 16),
-    "TPU v5": Chip("TPU v5p", 459e12, 95 * GIB, 2.77e12, 90e9, 4),
-    "TPU v5p": Chip("TPU v5p", 459e12, 95 * GIB, 2.77e12, 90e9, 4),
-    "TPU v6 lite": Chip("TPU v6e", 918e12, 32 * GIB, 1.64e12, 90e9, 16),
-    "TPU v6e": Chip("TPU v6e", 918e12, 32 * GIB, 1.64e12, 90e9, 16),
+    "TPU v5 lite": Chip("TPU v5e", 197e12, 63 * GIB // 4, 0.82e12, 45e9, 16),
+    "TPU v5": Chip("TPU v5p", 459e12, 9574 * GIB // 100, 2.77e12, 90e9, 4),
+    "TPU v5p": Chip("TPU v5p", 459e12, 9574 * GIB // 100, 2.77e12, 90e9, 4),
+    "TPU v6 lite": Chip("TPU v6e", 918e12, 125 * GIB // 4, 1.64e12, 90e9, 16),
+    "TPU v6e": Chip("TPU v6e", 918e12, 125 * GIB // 4, 1.64e12, 90e9, 16),
     "NVIDIA H200": Chip("NVIDIA H200", 989e12, 141 * GB, 4.8e12, 450e9, 0),
     "NVIDIA H100 80GB HBM3": Chip("NVIDIA H100", 989e12, 80 * GB, 3.35e12, 450e9, 0),
 }
