@@ -130,22 +130,26 @@ def fewest_microbatches(
 ) -> dict[str, Any] | None:
     """Returns the first of these numbers of microbatches with which a stage fits, as a variant; None where none does.
 
-    k times as many need a k-th, at the least, of what a step needs beside what it holds: numbers that are too small for
-    that are left out.
+    Of what a program needs beyond what it holds anyway, k times as many microbatches need a k-th. It holds its
+    arguments at least; two programs that are too large say what else. Numbers too small to fit by that are left out.
     """
-    chip, least, held = chip_of(devices[0]), 0.0, 0
+    chip, least, holds, before = chip_of(devices[0]), 0.0, 0.0, None
     if chip is not None:
-        held = held_bytes(AbstractRun(config, make_mesh(sizes(config.mesh), devices)), stage)
-        if held >= chip.hbm:
-            return None
+        holds = held_bytes(AbstractRun(config, make_mesh(sizes(config.mesh), devices)), stage)
     for count in counts:
+        if chip is not None and holds >= chip.hbm:
+            return None
         if count < least:
             continue
         variant = attempt(config, stage, devices, count)
         if variant["fits"]:
             return variant
-        if chip is not None:
-            least = count * (variant["total"] - held) / (chip.hbm - held)
+        total = variant["total"]
+        if before is not None:
+            holds = max(holds, (count * total - before[0] * before[1]) / (count - before[0]))
+        before = count, total
+        if chip is not None and holds < chip.hbm:
+            least = count * (total - holds) / (chip.hbm - holds)
     return None
 
 

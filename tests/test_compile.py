@@ -115,30 +115,32 @@ def test_search_lists_what_fits_best_first(compile_mini, small_chip):
 
 
 @pytest.mark.parametrize(
-    ("capacity", "fits", "compiled"),
+    ("capacity", "batch_size", "beside", "fits", "compiled"),
     [
-        # Held 100; beside it none needs 800, dots 400, full 100 for one microbatch, a k-th of that for k.
-        (1000, ["none 1"], ["none 1"]),
-        (550, ["none 2", "dots 1"], ["none 1", "none 2", "dots 1"]),
-        (250, ["none 8", "dots 4", "full 1"], ["none 1", "none 8", "dots 1", "dots 4", "full 1"]),
-        (130, ["full 4"], ["none 1", "dots 1", "full 1", "full 4"]),
-        (110, [], ["none 1", "dots 1", "full 1"]),
+        # It holds 100, and what stands beside; none needs 800 more, dots 400, full 100, with k microbatches a k-th.
+        (1000, 64, 0, ["none 1"], ["none 1"]),
+        (550, 64, 0, ["none 2", "dots 1"], ["none 1", "none 2", "dots 1"]),
+        (250, 64, 0, ["none 8", "dots 4", "full 1"], ["none 1", "none 8", "dots 1", "dots 4", "full 1"]),
+        (130, 64, 0, ["full 4"], ["none 1", "dots 1", "full 1", "full 4"]),
+        (110, 64, 0, [], ["none 1", "dots 1", "full 1"]),
+        (150, 512, 60, [], ["none 1", "none 32", "dots 1", "dots 16", "full 1", "full 4"]),
+        (90, 64, 0, [], []),
     ],
 )
 def test_search_walks_to_the_fewest_microbatches_and_leaves_out_what_cannot_fit_or_is_beaten(
-    monkeypatch, small_chip, capacity, fits, compiled
+    monkeypatch, small_chip, capacity, batch_size, beside, fits, compiled
 ):
     done = []
 
     def compile_stage(config, stage, devices):
         done.append(f"{config.execution.remat} {stage.microbatches}")
-        total = 100 + {"none": 800, "dots": 400, "full": 100}[config.execution.remat] // stage.microbatches
+        total = 100 + beside + {"none": 800, "dots": 400, "full": 100}[config.execution.remat] // stage.microbatches
         return {"fits": total <= capacity, "programs": [{"memory": {"total": total}}]}
 
     small_chip(capacity)
     monkeypatch.setattr(search, "compile_stage", compile_stage)
     monkeypatch.setattr(search, "held_bytes", lambda run, stage: 100)
-    config = load_config(MINI, ["stages.sft.batch_size=64"])
+    config = load_config(MINI, [f"stages.sft.batch_size={batch_size}"])
     found = search.variants(config, config.stages[0], jax.devices(), cfg.Mesh(data=8))
     assert [" ".join(o.rpartition("=")[2] for o in variant["overrides"][3:5]) for variant in found] == fits
     assert done == compiled
