@@ -131,7 +131,8 @@ def fewest_microbatches(
     """Returns the first of these numbers of microbatches with which a stage fits, as a variant; None where none does.
 
     Of what a program needs beyond what it holds anyway, k times as many microbatches need a k-th. It holds its
-    arguments at least; two programs that are too large say what else. Numbers too small to fit by that are left out.
+    arguments at least; two programs that are too large give an estimate of what else. Numbers too small by that are
+    left out.
     """
     chip, least, holds, before = chip_of(devices[0]), 0.0, 0.0, None
     if chip is not None:
