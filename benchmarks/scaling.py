@@ -72,9 +72,9 @@ NOTES = """\
   shares that.
 - Attention in training, scoring and prefill is a Pallas kernel, the steps of decoding are plain.
 - Gradients are reduced and scattered over `fsdp`: as reduce-scatters, or as rings of permutes beside the matrix
-  products (collective-permute). What stays an all-reduce are the weights of norms, and where `fsdp` covers both axes of
-  a square torus the unembedding: there libtpu 0.0.42 makes an all-reduce and a slice even of an explicit
-  `psum_scatter`.
+  products (collective-permute). Some stay all-reduces, because libtpu 0.0.42 makes an all-reduce and a slice even of an
+  explicit `psum_scatter`: where `fsdp` covers both axes of a square torus, and where a device's columns are no multiple
+  of 128 (on v5p those of Llama-7B's MLP, 11008/8, a fortieth of what is sent). So do the weights of norms.
 - `sent` assumes rings: of n devices each sends (n − 1)/n of what is gathered or scattered, twice that of what is
   all-reduced. The rate is that of the torus axes that a group spans; an axis whose ends are not joined counts once.
 - v5p:2x2x4 is what Google Cloud calls v5p-32 (it counts cores): 16 chips.
