@@ -48,8 +48,8 @@ compiled for the topology: the compiler's own account. Seconds, tokens/s and MFU
 largest of FLOPs, HBM bytes and sent bytes over the chip's peak rates, as if everything overlapped perfectly. They are
 bounds from below on time, and say what a phase is bound by. FLOPs are counted from shapes, every response at its full
 length; HBM bytes and collectives are read from the optimised program, loops as often as they run. MFU counts the
-model's FLOPs only, not what rematerialisation repeats. Compile times are wall-clock, on two cores that other work
-kept busy.
+model's FLOPs only, not what rematerialisation repeats. Compile times are wall-clock, on two cores that had other work
+as well. Capacity is what the compiler leaves of the chip's memory to a program.
 """
 
 SEARCH_INTRODUCTION = """\
