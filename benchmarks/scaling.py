@@ -55,7 +55,7 @@ as well. Capacity is what the compiler leaves of the chip's memory to a program.
 SEARCH_INTRODUCTION = """\
 ## What fits, found by search
 
-    python -m safe_rlhf_jax.compile --config FILE --topology NAME --search=2 stages.ppo_lag.microbatches=1
+    python -m safe_rlhf_jax.compile --config FILE --topology NAME --search --meshes 2 stages.ppo_lag.microbatches=1
 
 On the two most promising meshes (the least `fsdp` whose arguments fit), for each rematerialisation the fewest
 microbatches that fit, the fastest projected step first; what is slower and no smaller than another row on the same
@@ -175,7 +175,7 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="first compile what has no figures yet")
     if parser.parse_args().compile:
         wanted = [("scaling", run, []) for run in RUNS]
-        wanted += [("search", run, ["--search=2", "stages.ppo_lag.microbatches=1"]) for run in SEARCHES]
+        wanted += [("search", run, ["--search", "--meshes=2", "stages.ppo_lag.microbatches=1"]) for run in SEARCHES]
         for kind, (config, topology), more in wanted:
             file = file_of(kind, config, topology)
             if not file.exists():

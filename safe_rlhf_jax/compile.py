@@ -43,12 +43,12 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--json", metavar="FILE", help="write the report to this file too")
     parser.add_argument(
         "--search",
-        nargs="?",
-        const=4,
-        type=int,
-        metavar="MESHES",
-        help="try meshes (so many, 4 by default, the most promising first), rematerialisation and microbatches; list "
-        "those that fit. A variant takes as long as a compile does; so many at a time as there are cores",
+        action="store_true",
+        help="try meshes, rematerialisation and microbatches; list those that fit. A variant takes as long as a "
+        "compile does; so many at a time as there are cores",
+    )
+    parser.add_argument(
+        "--meshes", type=int, default=4, metavar="N", help="that a search tries, the most promising first (default 4)"
     )
     parser.add_argument(
         "overrides", nargs="*", metavar="dotted.key=value", help="overrides; stages by index or name; values are YAML"
@@ -82,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         report["stages"] = []
         for stage in stages:
             if options.search:
-                found = search.feasible(config, stage, devices, options.search)
+                found = search.feasible(config, stage, devices, options.meshes)
                 tables.show_search(stage.name, found)
                 report["stages"].append({"stage": stage.name, "fits": bool(found), "feasible": found})
                 continue

@@ -103,7 +103,7 @@ def test_what_does_not_fit_exits_with_1_and_the_advice_followed_fits(compile_min
 @pytest.mark.slow
 def test_search_lists_what_fits_best_first(compile_mini, small_chip):
     small_chip(2**40)
-    status, table, progress, report = compile_mini("--search=2", "stages.sft.batch_size=8")
+    status, table, progress, report = compile_mini("--search", "--meshes=2", "stages.sft.batch_size=8")
     assert status == 0
     found = report["stages"][0]["feasible"]
     assert len({variant["overrides"][1] for variant in found}) == 2
