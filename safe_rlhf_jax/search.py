@@ -101,13 +101,18 @@ def variants(
     Where nothing fits while parameters are gathered to decode, they are not.
     """
     found: list[dict[str, Any]] = []
-    counts = microbatch_counts(stage, mesh)
+    counts, chip = microbatch_counts(stage, mesh), chip_of(devices[0])
+    capacity, held = math.inf, 0
+    if chip is not None:
+        run = AbstractRun(config.model_copy(update={"mesh": mesh}), make_mesh(sizes(mesh), devices))
+        capacity, held = chip.hbm, held_bytes(run, stage)
     for gather in (True, False) if config.execution.gather_to_decode and stage.kind == "rl" else (False,):
         below = math.inf
         for remat in remats:
             execution = config.execution.model_copy(update={"remat": remat, "gather_to_decode": gather})
             own = config.model_copy(update={"mesh": mesh, "execution": execution})
-            variant = fewest_microbatches(own, stage, devices, [n for n in counts if n < below])
+            allowed = [n for n in counts if n < below]
+            variant = fewest_microbatches(own, stage, devices, allowed, capacity=capacity, held=held)
             if variant is not None:
                 below = variant["microbatches"]
                 found.append(variant)
@@ -126,19 +131,23 @@ def microbatch_counts(stage: Any, mesh: cfg.Mesh) -> list[int]:
 
 
 def fewest_microbatches(
-    config: cfg.RunConfig, stage: Any, devices: Sequence[jax.Device], counts: Sequence[int]
+    config: cfg.RunConfig,
+    stage: Any,
+    devices: Sequence[jax.Device],
+    counts: Sequence[int],
+    *,
+    capacity: float,
+    held: float,
 ) -> dict[str, Any] | None:
     """Returns the first of these numbers of microbatches with which a stage fits, as a variant; None where none does.
 
     Of what a program needs beyond what it holds anyway, k times as many microbatches need a k-th. It holds its
-    arguments at least; two programs that are too large give an estimate of what else. Numbers too small by that are
-    left out.
+    arguments (`held`) at least; two programs that are too large give an estimate of what else. Numbers too small by
+    that are left out.
     """
-    chip, least, holds, before = chip_of(devices[0]), 0.0, 0.0, None
-    if chip is not None:
-        holds = held_bytes(AbstractRun(config, make_mesh(sizes(config.mesh), devices)), stage)
+    least, before = 0.0, None
     for count in counts:
-        if chip is not None and holds >= chip.hbm:
+        if held >= capacity:
             return None
         if count < least:
             continue
@@ -147,10 +156,10 @@ def fewest_microbatches(
             return variant
         total = variant["total"]
         if before is not None:
-            holds = max(holds, (count * total - before[0] * before[1]) / (count - before[0]))
+            held = max(held, (count * total - before[0] * before[1]) / (count - before[0]))
         before = count, total
-        if chip is not None and holds < chip.hbm:
-            least = count * (total - holds) / (chip.hbm - holds)
+        if held < capacity:
+            least = count * (total - held) / (capacity - held)
     return None
 
 
