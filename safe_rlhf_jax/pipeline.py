@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from safe_rlhf_jax.data.formats import Message
-from safe_rlhf_jax.data.templates import AnyTemplate, load_template
+from safe_rlhf_jax.data.templates import Template, load_template
 from safe_rlhf_jax.data.texts import encode
 from safe_rlhf_jax.data.tokenizer import Tokenizer, load_tokenizer
 from safe_rlhf_jax.inference.generate import generate
@@ -45,7 +45,7 @@ class Network:
         ValueError: If the tokenizer has more tokens than the network embeds.
     """
 
-    def __init__(self, name: str, module: Any, variables: Any, tokenizer: Tokenizer, template: AnyTemplate):
+    def __init__(self, name: str, module: Any, variables: Any, tokenizer: Tokenizer, template: Template):
         if module.config.vocab_size < tokenizer.vocab_size:
             raise ValueError(
                 f"{name}: vocab_size {module.config.vocab_size} is smaller than the tokenizer's "
@@ -119,7 +119,7 @@ class Scorer(Network):
         return jax.jit(lambda variables, tokens, mask: sequence_scores(self.module, variables, tokens, mask))
 
 
-def load_policy(path_or_id: str, *, template: str | AnyTemplate = "plain", dtype: str = "float32",
+def load_policy(path_or_id: str, *, template: str | Template = "plain", dtype: str = "float32",
                 tokenizer: Tokenizer | None = None) -> Policy:  # fmt: skip
     """Opens a language model for use.
 
@@ -136,7 +136,7 @@ def load_policy(path_or_id: str, *, template: str | AnyTemplate = "plain", dtype
     return Policy(path_or_id, *open_network(path_or_id, "lm", template, dtype, tokenizer, None))
 
 
-def load_scorer(path_or_id: str, *, template: str | AnyTemplate = "plain", dtype: str = "float32",
+def load_scorer(path_or_id: str, *, template: str | Template = "plain", dtype: str = "float32",
                 tokenizer: Tokenizer | None = None, score_type: ScoreType | None = None) -> Scorer:  # fmt: skip
     """Opens a reward or cost model for use; arguments and errors as in `load_policy`.
 
@@ -150,8 +150,8 @@ def load_scorer(path_or_id: str, *, template: str | AnyTemplate = "plain", dtype
     return Scorer(path_or_id, *open_network(path_or_id, "score", template, dtype, tokenizer, score_type))
 
 
-def open_network(path_or_id: str, head: Any, template: str | AnyTemplate, dtype: str, tokenizer: Tokenizer | None,
-                 score_type: ScoreType | None) -> tuple[Any, Any, Tokenizer, AnyTemplate]:  # fmt: skip
+def open_network(path_or_id: str, head: Any, template: str | Template, dtype: str, tokenizer: Tokenizer | None,
+                 score_type: ScoreType | None) -> tuple[Any, Any, Tokenizer, Template]:  # fmt: skip
     """Returns module, variables, tokenizer and template."""
     folder = hf.resolve(path_or_id)
     tokenizer = tokenizer or load_tokenizer(str(folder))

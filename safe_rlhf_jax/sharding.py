@@ -93,26 +93,17 @@ def constrain(x: jax.Array, *names: str | None, whole: str | None = None) -> jax
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def with_scattered_gradient(matrix: jax.Array, names: tuple[str, str]) -> jax.Array:
-    """Returns a matrix as it is; its gradient is reduced and scattered over `fsdp`, as its logical names say.
+def scattered(gradient: jax.Array, names: tuple[str, str]) -> jax.Array:
+    """Returns the gradient of a matrix, reduced and scattered over `fsdp` as the logical names of the matrix say.
 
     Left to itself, the compiler reduces the gradient of a reshaped parameter whole on every device, and takes a slice.
     """
-    return matrix
-
-
-def scatter_gradient(names: tuple[str, str], _: None, gradient: jax.Array) -> tuple[jax.Array]:
-    """The backward pass of `with_scattered_gradient`."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.shape["fsdp"] == 1:
-        return (gradient,)
+        return gradient
     if LOGICAL_RULES[names[1]] == "fsdp":  # libtpu scatters over columns only where a slice of them fills its lanes
-        return (constrain(gradient.T, *reversed(names)).T,)
-    return (constrain(gradient, *names),)
-
-
-with_scattered_gradient.defvjp(lambda matrix, names: (matrix, None), scatter_gradient)
+        return constrain(gradient.T, *reversed(names)).T
+    return constrain(gradient, *names)
 
 
 def named_shardings(boxed: Any, mesh: Mesh) -> Any:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from safe_rlhf_jax.data.formats import PART, UNUSABLE, Record, Unusable
-from safe_rlhf_jax.data.templates import AnyTemplate
+from safe_rlhf_jax.data.templates import Template
 from safe_rlhf_jax.data.texts import (
     Text,
     paired,
@@ -154,7 +154,7 @@ def finished(
 
 def load_supervised(
     records: Sequence[Record],
-    template: AnyTemplate,
+    template: Template,
     tokenizer: Tokenizer,
     *,
     max_length: int,
@@ -192,7 +192,7 @@ def load_sampled(rows: Sequence[Record], *, width: int, pad_id: int) -> Examples
 
 def load_pairs(
     records: Sequence[Record],
-    template: AnyTemplate,
+    template: Template,
     tokenizer: Tokenizer,
     *,
     safety: bool,
@@ -229,7 +229,7 @@ def load_pairs(
 
 def load_prompts(
     records: Sequence[Record],
-    template: AnyTemplate,
+    template: Template,
     tokenizer: Tokenizer,
     *,
     max_length: int,

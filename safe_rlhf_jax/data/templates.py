@@ -1,153 +1,189 @@
-"""Step 2 of the line: conversations as text. One template serves every stage of a run.
+"""Step 2 of the line: conversations as token ids. One template serves every stage of a run.
 
-A conversation becomes segments. Those of the assistant end with EOS, which the tokeniser adds: what is trained is what
-generation produces, and generation reads the earlier turns as training does.
+A template is Jinja, rendered by transformers, so training, generation and scoring read what `apply_chat_template`
+renders. Which of the tokens are a response's, `texts.encode` finds out.
 """
 
 import dataclasses
+import datetime
+import functools
 import pathlib
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from transformers.utils.chat_template_utils import encode_marked_chat, mark_control_tokens
 
 from safe_rlhf_jax.data.formats import Message
 from safe_rlhf_jax.data.tokenizer import Tokenizer
 
-
-@dataclasses.dataclass(frozen=True)
-class Segment:
-    """A stretch of text; responses are followed by EOS."""
-
-    text: str
-    is_response: bool
+DATE = "2024-07-26"  # what Llama 3.1's template writes where it is told no date
+PROBE: list[Message] = [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hello!"}]
 
 
 @dataclasses.dataclass(frozen=True)
 class Template:
-    """How turns are written; `{content}` is replaced by the text of the turn."""
+    """How a conversation is written."""
 
-    user: str
-    assistant: str = "{content}"
-    begin: str = ""
-    system: str | None = None  # stands in the place of `begin`; None: there is no place for a system message
-    adds_prefix = False  # the tokeniser opens the text, with BOS for instance
+    source: str | None  # Jinja; None: the tokenizer's own chat template
+    opens: bool = True  # it writes BOS itself where there is to be one; else the tokenizer opens the text
+    end: int | None = None  # the token with which it ends a turn, where it writes one
+    options: tuple[tuple[str, Any], ...] = ()  # variables of the template, such as enable_thinking
+    date: str = DATE  # that `strftime_now` gives, in ISO format
+    control_tokens: Literal["text", "tokens"] = "text"  # what control tokens are that stand in a message
 
-    def segments(self, messages: Sequence[Message]) -> list[Segment]:
-        """Cuts a conversation, whose turns alternate after at most one system message, into segments.
+    def ends(self, tokenizer: Tokenizer) -> tuple[int, ...]:
+        """Returns the tokens at which a response ends: those that tokenizer and model name, and the template's."""
+        return tuple(sorted({*tokenizer.ends, *([] if self.end is None else [self.end])}))
+
+    def render(self, tokenizer: Tokenizer, turns: Sequence[Message], ask: bool) -> str:
+        """Returns the text of a conversation, with the generation prompt where `ask`; else without space at its end.
 
         Raises:
-            ValueError: If there is no place for a system message.
+            ValueError: If the template refuses the turns.
         """
-        out, opening = [], self.begin
-        for message in messages:
-            written = getattr(self, message["role"])
-            if written is None:
-                raise ValueError("a system message, for which the template has no place")
-            text = written.replace("{content}", message["content"])
-            if message["role"] == "system":
-                opening = text
-            else:
-                out.append(Segment(opening + text, message["role"] == "assistant"))
-                opening = ""
-        return out
+        date = datetime.date.fromisoformat(self.date)
+        try:
+            text: str = tokenizer.hf.apply_chat_template(
+                list(turns),
+                chat_template=self.source,
+                tokenize=False,
+                add_generation_prompt=ask,
+                strftime_now=lambda form: date.strftime(form),
+                **dict(self.options),
+            )
+        except Exception as error:  # templates raise what they like
+            raise ValueError(f"the template refuses: {error}") from error
+        return text if ask else text.rstrip()
+
+    def ids(self, tokenizer: Tokenizer, turns: Sequence[Message], ask: bool) -> list[int]:
+        """Returns the token ids of a conversation; control tokens that stand in a message are text.
+
+        Raises:
+            ValueError: If the template refuses the turns.
+        """
+        given = self.marked(tokenizer, turns)
+        text = self.render(tokenizer, given, ask)
+        opening = [] if self.opens else list(tokenizer.prefix)
+        return opening + (tokenizer.encode(text) if given == list(turns) else encode_marked_chat(tokenizer.hf, text))
+
+    def marked(self, tokenizer: Tokenizer, turns: Sequence[Message]) -> list[Message]:
+        """Returns turns in which control tokens are marked as text."""
+        if self.control_tokens == "tokens":
+            return list(turns)
+        patterns = control_patterns(self, tokenizer)
+        found = [patterns[turn["role"] == "assistant"].search(turn["content"]) for turn in turns]
+        if not any(found):
+            return list(turns)
+        return [
+            turn | {"content": mark_control_tokens(turn["content"], patterns[turn["role"] == "assistant"])}
+            for turn in turns
+        ]
+
+
+@functools.lru_cache
+def control_patterns(template: Template, tokenizer: Tokenizer) -> tuple[re.Pattern[str], re.Pattern[str]]:
+    """Returns what matches the control tokens in a text of the user, and in one of the assistant.
+
+    In the former, special tokens and those that the template writes. An assistant may write tokens of its own, such as
+    those around a thought; only those that open or end turns are text.
+    """
+    added = {str(token): token.special for token in tokenizer.hf.added_tokens_decoder.values() if not str(token).isspace()}
+    source = template.source or tokenizer.hf.get_chat_template()
+    asked = template.render(tokenizer, PROBE[:1], True)
+    of_turns = {tokenizer.texts.get(i) for i in (*template.ends(tokenizer), tokenizer.pad_id, *tokenizer.prefix)}
+    user = [token for token, special in added.items() if special or token in source]
+    assistant = [token for token, special in added.items() if special and (token in asked or token in of_turns)]
+    return pattern_of(user), pattern_of(assistant)
+
+
+def pattern_of(tokens: Sequence[str]) -> re.Pattern[str]:
+    """Returns what matches any of the tokens, the longest first; nothing where there are none."""
+    return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or "(?!)")
 
 
 TEMPLATES: dict[str, Template] = {
-    "plain": Template(user="{content}\n", system="{content}\n"),
+    "plain": Template(
+        "{% for m in messages %}{{ m.content }}{{ eos_token if m.role == 'assistant' else '\n' }}{% endfor %}", opens=False
+    ),
     # Source: PKU-Alignment/safe-rlhf@82743cc constants; no space after `ASSISTANT:`.
-    "beaver": Template(user="USER: {content} ASSISTANT:", begin="BEGINNING OF CONVERSATION: "),
+    "beaver": Template(
+        "{{ 'BEGINNING OF CONVERSATION: ' }}{% for m in messages %}"
+        "{% if m.role == 'user' %}{{ 'USER: ' + m.content + ' ASSISTANT:' }}"
+        "{% elif m.role == 'assistant' %}{{ m.content + eos_token }}"
+        "{% else %}{{ raise_exception('it has no place for a system message') }}{% endif %}{% endfor %}",
+        opens=False,
+    ),
     "alpaca": Template(
-        user="### Instruction:\n{content}\n\n### Response:\n",
-        begin="Below is an instruction that describes a task. Write a response that appropriately completes the "
-        "request.\n\n",
-        system="{content}\n\n",
+        "{% if messages[0].role == 'system' %}{{ messages[0].content + '\n\n' }}{% else %}"
+        "{{ 'Below is an instruction that describes a task. Write a response that appropriately completes the request.'"
+        " + '\n\n' }}{% endif %}{% for m in messages %}"
+        "{% if m.role == 'user' %}{{ '### Instruction:\n' + m.content + '\n\n### Response:\n' }}"
+        "{% elif m.role == 'assistant' %}{{ m.content + eos_token }}{% endif %}{% endfor %}",
+        opens=False,
     ),
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class ChatTemplate:
-    """A chat template in Jinja, of a tokenizer or a file.
+def load_template(
+    name: str,
+    tokenizer: Tokenizer,
+    *,
+    options: Mapping[str, Any] | None = None,
+    date: str = DATE,
+    control_tokens: Literal["text", "tokens"] = "text",
+) -> Template:
+    """Returns a template.
 
-    A response is what follows the generation prompt, up to the end of the turn's text. EOS stands in the place of
-    what the template writes at the end of the last turn, and after every other one.
-    """
-
-    render: Callable[[Sequence[Message], bool], str]  # (turns, with the generation prompt) -> text
-    eos: str  # text of the EOS token: where the template writes it after a response, it is not written twice
-    adds_prefix = True  # the template writes BOS where there should be one
-
-    def segments(self, messages: Sequence[Message]) -> list[Segment]:
-        """Cuts a conversation into segments.
-
-        Raises:
-            ValueError: If the template refuses the turns, writes no assistant's turn, or a generation prompt that is
-                not what stands before the response.
-        """
-        turns = [m | {"content": m["content"].strip()} if m["role"] == "assistant" else m for m in messages]
-        places = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
-        marks = {i: f"[[response {i}]]" for i in places}
-        marked = [turn | {"content": marks[i]} if i in marks else turn for i, turn in enumerate(turns)]
-        rest, done, out = self.render(marked, turns[-1]["role"] == "user"), "", []
-        for i in places:
-            before, found, rest = rest.partition(marks[i])
-            if not found:
-                raise ValueError("the template does not write the assistant's turn")
-            done += before
-            asked = self.render(turns[:i], True)
-            if not done.startswith(asked):
-                raise ValueError("the template's generation prompt is not the beginning of the conversation")
-            opened = len(done) - len(asked)  # what the template writes between the generation prompt and the turn
-            if opened > len(before):
-                raise ValueError("the template's generation prompt ends before the turn that it asks to follow")
-            response = before[len(before) - opened :] + turns[i]["content"]
-            out += [Segment(before[: len(before) - opened], False), Segment(response, True)]
-            done += turns[i]["content"]
-            if rest.lstrip().startswith(self.eos):
-                done += rest[: rest.index(self.eos) + len(self.eos)]
-                rest = rest[rest.index(self.eos) + len(self.eos) :]
-        return out if places and places[-1] == len(turns) - 1 else [*out, Segment(rest, False)]
-
-
-AnyTemplate = Template | ChatTemplate
-
-
-def load_template(name: str, tokenizer: Tokenizer) -> AnyTemplate:
-    """Returns a template: a key of `TEMPLATES`, "tokenizer" for the tokenizer's own, or the path of a Jinja file.
+    Args:
+        name: A key of `TEMPLATES`, "tokenizer" for the tokenizer's own, or the path of a Jinja file.
+        tokenizer: Of the run.
+        options: Variables that the template reads, such as {"enable_thinking": False}.
+        date: That a template writes which asks for today's, in ISO format.
+        control_tokens: Whether control tokens in a message stay text, or count as the tokens.
 
     Raises:
-        ValueError: If there is none, or it has no turn of the assistant to train.
+        ValueError: If there is none, or it has no turn of the assistant to train; with the two texts that differ.
     """
     if name in TEMPLATES:
-        return TEMPLATES[name]
+        return dataclasses.replace(TEMPLATES[name], control_tokens=control_tokens)
     source = None
     if name == "tokenizer":
-        if tokenizer.hf.chat_template is None:
+        try:
+            tokenizer.hf.get_chat_template()
+        except ValueError as error:
+            reason = "the tokenizer has no chat template" if tokenizer.hf.chat_template is None else str(error)
             raise ValueError(
-                f"template 'tokenizer': the tokenizer has no chat template; name a .jinja file, or one of "
-                f"{', '.join(TEMPLATES)}"
-            )
+                f"template 'tokenizer': {reason}; name a .jinja file, or one of {', '.join(TEMPLATES)}"
+            ) from error
     else:
         try:
             source = pathlib.Path(name).expanduser().read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"template {name!r}: cannot be read: {error}") from error
-
-    def render(turns: Sequence[Message], ask: bool) -> str:
-        try:
-            text: str = tokenizer.hf.apply_chat_template(
-                list(turns), chat_template=source, tokenize=False, add_generation_prompt=ask
-            )
-        except Exception as error:  # templates raise what they like
-            raise ValueError(f"the template refuses: {error}") from error
-        return text
-
-    template = ChatTemplate(render, tokenizer.hf.eos_token)
+    given = tuple(sorted((options or {}).items()))
+    template = Template(source, options=given, date=date, control_tokens=control_tokens)
     try:
-        template.segments([{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hello!"}])
+        return dataclasses.replace(template, end=turn_end(template, tokenizer))
     except ValueError as error:
         raise ValueError(f"template {name!r}: {error}") from error
-    return template
 
 
-def format_prompt(prompt: str, template: AnyTemplate) -> str:
-    """Returns the text that a response follows directly."""
-    return "".join(segment.text for segment in template.segments([{"role": "user", "content": prompt}]))
+def turn_end(template: Template, tokenizer: Tokenizer) -> int | None:
+    """Returns the token with which a template ends a turn of the assistant, None where it writes none.
+
+    Raises:
+        ValueError: If it writes no such turn, or one that does not go on from its own generation prompt.
+    """
+    asked, text = template.render(tokenizer, PROBE[:1], True), template.render(tokenizer, PROBE, False)
+    if "Hello!" not in text:
+        raise ValueError(f"it does not write the assistant's turn: {text!r}")
+    if not text.startswith(asked):
+        raise ValueError(
+            "its generation prompt is not the beginning of the conversation that it writes, so nothing says where a "
+            f"response begins: {asked!r}, and {text!r}"
+        )
+    rest = text.rpartition("Hello!")[2].lstrip()
+    tokens = {str(token): i for i, token in tokenizer.hf.added_tokens_decoder.items()}
+    found = [token for token in tokens if token and rest.startswith(token)]
+    return tokens[max(found, key=len)] if found else None

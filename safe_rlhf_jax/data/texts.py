@@ -5,16 +5,18 @@ from collections.abc import Sequence
 from typing import Any
 
 from safe_rlhf_jax.data.formats import Record, Unusable, text_of
-from safe_rlhf_jax.data.templates import AnyTemplate
+from safe_rlhf_jax.data.templates import Template
 from safe_rlhf_jax.data.tokenizer import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
 class Text:
-    """Token ids, and which of them are the assistant's (EOS included)."""
+    """Token ids, and which of them are the assistant's (the end of the turn included)."""
 
     ids: list[int]
     trained: list[bool]
+    turns: Sequence[Any] = ()  # that were written
+    merged: bool = False  # a response's first characters share a token with what stands before it, which is not trained
 
 
 def check_turns(messages: Any) -> None:
@@ -46,30 +48,87 @@ def answered(prompt: list[Any], response: str) -> list[Any]:
     return [*prompt, {"role": "assistant", "content": response}]
 
 
-def encode(messages: list[Any], template: AnyTemplate, tokenizer: Tokenizer, *, train_all: bool = False) -> Text:
-    """Tokenises a conversation segment by segment, as generation will see it; EOS follows every response.
+def encode(messages: list[Any], template: Template, tokenizer: Tokenizer, *, train_all: bool = False) -> Text:
+    """Tokenises a conversation as the template writes it, and marks what the assistant says.
+
+    A response goes from the end of the generation prompt to the first token that ends a turn. Behind the last one
+    nothing is kept. Where the template ends it with no token, EOS does; and EOS stands in the place of a token that
+    neither the tokenizer nor the model names as an end, since nothing else would stop there.
 
     Args:
         messages: The turns.
         template: Of the run.
         tokenizer: Of the run.
         train_all: Trains every response, not only the last one.
+
+    Raises:
+        Unusable: If the turns cannot be written so, or hold a token that a model has no row for.
     """
     check_turns(messages)
-    prefix = () if template.adds_prefix else tokenizer.prefix
-    ids, trained = list(prefix), [False] * len(prefix)
     try:
-        segments = template.segments(messages)
+        text = written(messages, template, tokenizer, train_all)
     except ValueError as error:
         raise Unusable(str(error)) from error
-    for i, segment in enumerate(segments):
-        tokens = tokenizer.encode(segment.text) + ([tokenizer.eos_id] if segment.is_response else [])
-        ids += tokens
-        trained += [segment.is_response and (train_all or i == len(segments) - 1)] * len(tokens)
-    return Text(ids, trained)
+    unknown = next((i for i in text.ids if tokenizer.rows is not None and i >= tokenizer.rows), None)
+    if unknown is not None:
+        raise Unusable(f"token {tokenizer.quoted([unknown])}, for which a model has no row")
+    return text
 
 
-def supervised_example(record: Record, template: AnyTemplate, tokenizer: Tokenizer) -> tuple[Text]:
+def written(messages: list[Any], template: Template, tokenizer: Tokenizer, train_all: bool) -> Text:
+    """Returns the text of a conversation."""
+    if messages[-1]["role"] == "user":
+        ids = template.ids(tokenizer, messages, True)
+        return Text(ids, [False] * len(ids), messages)
+    ids = template.ids(tokenizer, messages, False)
+    trained, merged = [False] * len(ids), False
+    ends = template.ends(tokenizer)
+    places = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    for i in places if train_all else places[-1:]:
+        asked = template.ids(tokenizer, messages[:i], True)
+        start = common(asked, ids)
+        if start < len(asked):
+            start, merged = first_whole_token(messages, i, ids, template, tokenizer), True
+        last = i == places[-1]
+        # Behind an earlier response the conversation goes on otherwise than one that ends there.
+        stop = len(ids) if last else common(template.ids(tokenizer, messages[: i + 1], False), ids)
+        stop = stop if stop > start else len(ids)
+        end = next((j + 1 for j in range(start, stop) if ids[j] in ends), None)
+        if last and end is None:
+            ids, trained, end = [*ids, tokenizer.eos_id], [*trained, False], len(ids) + 1
+        elif last and ids[end - 1] not in tokenizer.ends:
+            ids[end - 1] = tokenizer.eos_id
+        end = end or stop
+        trained[start:end] = [True] * (end - start)
+    return Text(ids[:end], trained[:end], messages, merged)
+
+
+def common(first: Sequence[int], second: Sequence[int]) -> int:
+    """Returns how many tokens two texts begin with in common."""
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(first), len(second)))
+
+
+def first_whole_token(
+    messages: list[Any], i: int, ids: Sequence[int], template: Template, tokenizer: Tokenizer
+) -> int:
+    """Returns the index of the first token that lies whole in response i, whose beginning shares one with the prompt.
+
+    Raises:
+        ValueError: If the conversation does not begin with the generation prompt, or has control tokens as text.
+    """
+    asked, text = template.render(tokenizer, messages[:i], True), template.render(tokenizer, messages, False)
+    if not text.startswith(asked):
+        raise ValueError("the template's generation prompt is not the beginning of the conversation")
+    if not tokenizer.hf.is_fast or template.marked(tokenizer, messages) != messages:
+        raise ValueError("a response that shares its first token with the prompt")
+    encoding = tokenizer.hf.backend_tokenizer.encode(text, add_special_tokens=False)
+    opening = len(ids) - len(encoding.ids)
+    starts = (j for j, (start, _) in enumerate(encoding.offsets) if start >= len(asked))
+    return opening + next(starts, len(encoding.ids))
+
+
+def supervised_example(record: Record, template: Template, tokenizer: Tokenizer) -> tuple[Text]:
     """Returns the text of a demonstration: of a conversation all responses are trained, after a prompt the response."""
     if "messages" in record:
         messages = record["messages"]
@@ -99,14 +158,14 @@ def two_responses(record: Record, label: str) -> tuple[int, list[Any], str, str]
     return int(record[label]), prompt, responses[0], responses[1]
 
 
-def preference_example(record: Record, template: AnyTemplate, tokenizer: Tokenizer) -> tuple[Text, Text]:
+def preference_example(record: Record, template: Template, tokenizer: Tokenizer) -> tuple[Text, Text]:
     """Returns chosen and rejected."""
     better, prompt, *responses = two_responses(record, "better_response_id")
     texts = [encode(answered(prompt, response), template, tokenizer) for response in responses]
     return texts[better], texts[1 - better]
 
 
-def safety_example(record: Record, template: AnyTemplate, tokenizer: Tokenizer) -> tuple[Text, Text]:
+def safety_example(record: Record, template: Template, tokenizer: Tokenizer) -> tuple[Text, Text]:
     """Returns the safer and the less safe response."""
     safer, prompt, *responses = two_responses(record, "safer_response_id")
     safe = safety_labels(record)
@@ -147,7 +206,7 @@ def safety_labels(record: Record) -> tuple[bool, bool]:
     return bool(labels[0]), bool(labels[1])
 
 
-def prompt_example(record: Record, template: AnyTemplate, tokenizer: Tokenizer) -> tuple[Text]:
+def prompt_example(record: Record, template: Template, tokenizer: Tokenizer) -> tuple[Text]:
     """Returns the prompt of a record."""
     prompt = prompt_turns(record)
     check_turns(prompt)

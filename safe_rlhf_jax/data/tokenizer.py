@@ -1,6 +1,11 @@
 """Tokenizers of transformers, and the few facts about them that the rest needs."""
 
 import dataclasses
+import importlib.util
+import json
+import pathlib
+from collections.abc import Iterable, Mapping
+from functools import cached_property
 from typing import Any
 
 from transformers import AutoTokenizer
@@ -13,17 +18,37 @@ class Tokenizer:
     """A transformers tokenizer with its end and padding tokens settled."""
 
     hf: Any
-    eos_id: int
+    eos_id: int  # written where a template ends a turn with no token of its own
     pad_id: int  # may equal eos_id: masks come from lengths
     prefix: tuple[int, ...]  # special tokens that open every text, such as BOS
+    ends: tuple[int, ...] = ()  # tokens that end a response: eos_id, and others that the model or template names
+    rows: int | None = None  # of the smallest embedding that reads the tokens; a text with a later token is unusable
+
+    def __post_init__(self) -> None:
+        """EOS ends a response in any case."""
+        object.__setattr__(self, "ends", tuple(sorted({self.eos_id, *self.ends})))
 
     @property
     def vocab_size(self) -> int:
-        """Tokens, added ones included."""
-        return len(self.hf)
+        """Rows that an embedding needs for every token: the largest id and one, added tokens and holes included."""
+        return max(self.texts) + 1
+
+    @cached_property
+    def texts(self) -> Mapping[int, str]:
+        """{id: token}."""
+        return {i: token for token, i in self.hf.get_vocab().items()}
+
+    def holes(self, rows: int) -> tuple[tuple[int, int], ...]:
+        """Returns ranges [start, stop) of the rows of an embedding that no token has."""
+        known = sorted(i for i in self.texts if i < rows)
+        edges = zip([-1, *known], [*known, rows], strict=True)
+        return tuple((low + 1, high) for low, high in edges if high > low + 1)
 
     def encode(self, text: str) -> list[int]:
-        """Returns token ids of a text without special tokens."""
+        """Returns token ids of a text without the special tokens that open or close it."""
+        if not self.hf.is_fast:
+            written: list[int] = self.hf.encode(text, add_special_tokens=False)
+            return written
         ids: list[int] = self.hf.backend_tokenizer.encode(text, add_special_tokens=False).ids
         return ids
 
@@ -32,22 +57,57 @@ class Tokenizer:
         text: str = self.hf.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return text
 
+    def quoted(self, ids: Iterable[int]) -> str:
+        """Returns tokens in words, such as `'<eos>' (1), '<end_of_turn>' (106)`."""
+        return ", ".join(f"{self.texts.get(i, '?')!r} ({i})" for i in ids)
+
 
 def load_tokenizer(name: str) -> Tokenizer:
-    """Opens "demo", a folder, or a hub id.
+    """Opens "demo", a folder, or a hub id. A generation_config.json beside it names further ends of a response.
 
     Raises:
         ValueError: If it cannot be opened or has no end-of-sequence token.
     """
     source = str(TOKENIZER_PATH) if name == "demo" else name.removeprefix("hf:").removeprefix("path:")
+    folder = pathlib.Path(source).expanduser()
     try:
-        hf = AutoTokenizer.from_pretrained(source, use_fast=True, trust_remote_code=False)
+        hf = AutoTokenizer.from_pretrained(str(folder) if folder.is_dir() else source, trust_remote_code=False)
     except Exception as error:
-        raise ValueError(f"tokenizer {name!r}: cannot be opened: {error}") from error
+        raise ValueError(f"tokenizer {name!r}: cannot be opened: {advice(error, folder)}") from error
     if hf.eos_token_id is None:
         raise ValueError(f"tokenizer {name!r} has no eos_token; add one: responses end with it")
-    opened = hf("a")["input_ids"]
-    plain = hf("a", add_special_tokens=False)["input_ids"]
-    prefix = opened[: len(opened) - len(plain)] if opened[-1] != hf.eos_token_id else opened[: -len(plain) - 1]
     pad = hf.pad_token_id if hf.pad_token_id is not None else hf.eos_token_id
-    return Tokenizer(hf, hf.eos_token_id, pad, tuple(prefix))
+    known = set(hf.get_vocab().values())
+    ends = [i for i in stored_ends(folder) if i in known]
+    return Tokenizer(hf, hf.eos_token_id, pad, opening(hf), tuple(ends))
+
+
+def opening(hf: Any) -> tuple[int, ...]:
+    """Returns the special tokens with which a tokenizer opens every text; those that it appends are not ours."""
+    whole, plain = hf("a")["input_ids"], hf("a", add_special_tokens=False)["input_ids"]
+    start = next((i for i in range(len(whole)) if whole[i : i + len(plain)] == plain), 0)
+    return tuple(whole[:start])
+
+
+def advice(error: Exception, folder: pathlib.Path) -> str:
+    """Returns an error of transformers in one line; where a SentencePiece file needs its package, what to install."""
+    files = sorted(file.name for file in folder.glob("*.model"))
+    if files and importlib.util.find_spec("sentencepiece") is None:
+        return f"{files[0]} is a SentencePiece file; to read it: pip install 'safe_rlhf_jax[sentencepiece]'"
+    return " ".join(str(error).split())[:500]
+
+
+def stored_ends(folder: pathlib.Path) -> tuple[int, ...]:
+    """Returns the tokens that end a response of the model in a folder: `eos_token_id`, one or several.
+
+    As in transformers, generation_config.json counts, and config.json where there is none.
+    """
+    for name in ("generation_config.json", "config.json"):
+        if (folder / name).is_file():
+            try:
+                ends = json.loads((folder / name).read_text(encoding="utf-8")).get("eos_token_id")
+            except (ValueError, AttributeError):
+                continue  # the model that it belongs to is refused with the reason
+            if ends is not None:
+                return tuple(ends) if isinstance(ends, list) else (ends,)
+    return ()

@@ -8,7 +8,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from safe_rlhf_jax.models.config import ModelConfig
 from safe_rlhf_jax.models.fused_attention import attend_fused, kernel_for
-from safe_rlhf_jax.models.layers import Linear, Norm, softcap
+from safe_rlhf_jax.models.layers import Linear, Norm, precision_of, softcap
 from safe_rlhf_jax.models.positions import Rotary, alibi_slopes, config_rotary, rotate
 from safe_rlhf_jax.sharding import constrain
 
@@ -133,13 +133,15 @@ def attend(
     batch, heads, length, size = queries.shape
     kv_heads = keys.shape[1]
     grouped = queries.reshape(batch, kv_heads, heads // kv_heads * length, size) * scale
-    logits = jnp.einsum("bkqc,bklc->bkql", grouped, keys, preferred_element_type=jnp.float32)
+    precision = precision_of(queries)
+    logits = jnp.einsum("bkqc,bklc->bkql", grouped, keys, precision=precision, preferred_element_type=jnp.float32)
     logits = softcap(logits.reshape(batch, heads, length, -1), cap)
     if bias is not None:
         logits = logits + bias[None]
     weights = jax.nn.softmax(jnp.where(visible[:, None], logits, MASKED), axis=-1).astype(values.dtype)
     weights = weights.reshape(batch, kv_heads, heads // kv_heads * length, -1)
-    return jnp.einsum("bkql,bklc->bkqc", weights, values).reshape(batch, heads, length, size)
+    out = jnp.einsum("bkql,bklc->bkqc", weights, values, precision=precision)
+    return out.reshape(batch, heads, length, size)
 
 
 class Attention(nn.Module):

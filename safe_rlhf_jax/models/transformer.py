@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from safe_rlhf_jax.models.attention import Attention, Context, KVCache, causal_mask, contexts, empty_cache
 from safe_rlhf_jax.models.config import ModelConfig, ScoreConfig
-from safe_rlhf_jax.models.layers import MLP, Linear, Norm, logical_param, softcap
+from safe_rlhf_jax.models.layers import MLP, Linear, Norm, logical_param, matmul, softcap
 from safe_rlhf_jax.models.positions import token_positions
 from safe_rlhf_jax.sharding import constrain
 
@@ -150,16 +150,23 @@ class Decoder(nn.Module):
     def embed(self, tokens: Int[Array, "B l"], positions: Int[Array, "B l"]) -> Float[Array, "B l D"]:
         """Returns the residual stream that enters the first layer, float[B, l, D]."""
         c = self.config
-        x = jnp.take(self.embedding.astype(c.dtype), tokens, axis=0)
+        # Cast behind the lookup: the gradient of a frequent token's row is a long sum, taken in float32.
+        x = jnp.take(self.embedding, tokens, axis=0).astype(c.dtype)
         if c.embedding_width != c.hidden_size:
             x = self.project_in(x)
         if c.scale_embedding:
             x = x * jnp.asarray(c.hidden_size**0.5, c.dtype)
         if c.positions == "learned":
-            x = x + jnp.take(self.position_embedding.astype(c.dtype), positions + c.position_offset, axis=0)
+            x = x + jnp.take(self.position_embedding, positions + c.position_offset, axis=0).astype(c.dtype)
         if c.embedding_norm:
             x = self.embedding_norm(x)
         return constrain(x, "batch", "length", None)
+
+
+def product(hidden: Float[Array, "B l D"], matrix: Float[Array, "D O"], names: tuple[str, str]) -> Float[Array, "B l O"]:
+    """Returns hidden · W in float32: a score or logit of 8 bits would tie with its neighbours."""
+    rows = hidden.reshape(-1, hidden.shape[-1])
+    return matmul(rows, matrix, names, "float32").reshape(*hidden.shape[:-1], matrix.shape[-1])
 
 
 class CausalLM(nn.Module):
@@ -172,7 +179,7 @@ class CausalLM(nn.Module):
         c = self.config
         self.decoder = Decoder(c)
         if not c.tie_embeddings:
-            self.lm_head = Linear((c.vocab_size,), ("embed", "vocab"), c, c.lm_head_bias)
+            self.lm_head = Linear((c.vocab_size,), ("embed", "vocab"), c, c.lm_head_bias, dtype="float32")
 
     def __call__(self, tokens: Int[Array, "B L"], mask: Bool[Array, "B L"]) -> Float[Array, "B L V"]:
         """Returns next-token logits f32[B, L, V]; padding may stand on either side."""
@@ -185,11 +192,10 @@ class CausalLM(nn.Module):
     def unembed(self, hidden: Float[Array, "B l D"]) -> Float[Array, "B l V"]:
         """Returns logits f32[B, l, V] of hidden states."""
         if self.config.tie_embeddings:
-            embedding = self.decoder.embedding.astype(hidden.dtype)
-            logits = jnp.einsum("bld,vd->blv", hidden, embedding)
+            logits = product(hidden, self.decoder.embedding.T, ("embed", "vocab"))
         else:
             logits = self.lm_head(hidden)
-        logits = softcap(logits.astype(jnp.float32), self.config.logit_softcap)
+        logits = softcap(logits, self.config.logit_softcap)
         return constrain(logits, "batch", "length", "vocab")
 
     def prefill(
@@ -267,7 +273,7 @@ class ScoreModel(nn.Module):
     def raw_scores(self, tokens: Int[Array, "B L"], mask: Bool[Array, "B L"], first: int = 0) -> Float[Array, "B l"]:
         """Returns the head's output before normalisation, f32[B, L − first]."""
         hidden, _ = self.decoder(tokens, token_positions(mask), mask, first=first)
-        scores = jnp.einsum("bld,do->blo", hidden, self.score_kernel.astype(hidden.dtype))[..., 0].astype(jnp.float32)
+        scores = product(hidden, self.score_kernel, ("embed", "score"))[..., 0]
         scores = scores + self.score_bias[None] if self.score.bias else scores
         if self.score.pad_id is None:
             return scores

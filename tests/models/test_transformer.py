@@ -205,7 +205,8 @@ def test_scanning_and_rematerialisation_change_neither_logits_nor_gradients(lm, 
     other, other_variables = rearranged(module, variables, tmp_path, scan_layers=scan_layers, remat=remat)
     actual, gradient = run(other, other_variables["params"])
     np.testing.assert_allclose(actual, expected, **TOLERANCE)
-    np.testing.assert_allclose(gradient, expected_gradient, rtol=1e-4, atol=1e-5)
+    scale = np.abs(expected_gradient).max()  # some entries are sums of large terms that cancel
+    np.testing.assert_allclose(gradient, expected_gradient, rtol=1e-4, atol=3e-7 * scale)
 
 
 @pytest.mark.parametrize("tie_embeddings", [True, False], ids=["tied", "untied"])
