@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from safe_rlhf_jax.types import TokenIds
+
 LOGITS_CHUNK = 128  # response positions whose logits stand in memory at a time
 
 
@@ -41,9 +43,14 @@ def gather_last(x: Float[Array, "B L"], mask: Bool[Array, "B L"]) -> Float[Array
     return jnp.take_along_axis(x, last_index(mask)[:, None], axis=-1)[:, 0]
 
 
-def ends_with(tokens: Int[Array, "B T"], mask: Bool[Array, "B T"], token: int) -> Bool[Array, " B"]:
-    """Whether the last real token of each row is `token`, bool[B]; False says that a response was cut off."""
-    return jnp.take_along_axis(tokens, last_index(mask)[:, None], axis=-1)[:, 0] == token
+def is_any(tokens: Int[Array, "..."], ids: TokenIds) -> Bool[Array, "..."]:
+    """Whether each token is one of `ids`, bool[…]."""
+    return jnp.isin(tokens, jnp.asarray(ids, jnp.int32))
+
+
+def ends_with(tokens: Int[Array, "B T"], mask: Bool[Array, "B T"], ids: TokenIds) -> Bool[Array, " B"]:
+    """Whether the last real token of each row is one of `ids`, bool[B]; False says that a response was cut off."""
+    return is_any(jnp.take_along_axis(tokens, last_index(mask)[:, None], axis=-1)[:, 0], ids)
 
 
 def token_log_probs(logits: Float[Array, "B T V"], tokens: Int[Array, "B T"]) -> Float[Array, "B T"]:

@@ -17,6 +17,7 @@ import jax
 from flax import struct
 
 Params = Any  # nested dict of arrays
+TokenIds = int | tuple[int, ...]  # one token, or any of several
 Signals = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
 

@@ -13,7 +13,7 @@ from safe_rlhf_jax.inference.best_of_n import best_of_n, sample_scored, select_r
 from safe_rlhf_jax.inference.sampling import Sampling
 from safe_rlhf_jax.models.transformer import CausalLM
 from safe_rlhf_jax.ops import ends_with, response_log_probs, sequence_scores
-from safe_rlhf_jax.types import Frozen, Params, PreferenceBatch, PromptBatch, SafetyBatch, Sequences
+from safe_rlhf_jax.types import Frozen, Params, PreferenceBatch, PromptBatch, SafetyBatch, Sequences, TokenIds
 
 Sample = dict[str, Any]
 Oracle = Callable[[str, str], dict[str, Any]]  # (prompt, response) -> fields of a sample
@@ -24,7 +24,7 @@ def make_respond(
     scorers: dict[str, Any],
     *,
     response_length: int,
-    eos_id: int,
+    eos_id: TokenIds,
     pad_id: int,
     sampling: Sampling,
     num_responses: int = 1,

@@ -9,9 +9,10 @@ from flax import struct
 from safe_rlhf_jax.inference.sampling import Sampling, sample_token
 from safe_rlhf_jax.models.parameters import boxed_variables
 from safe_rlhf_jax.models.transformer import CausalLM
+from safe_rlhf_jax.ops import is_any
 from safe_rlhf_jax.optim import multiplied
 from safe_rlhf_jax.sharding import constrain
-from safe_rlhf_jax.types import Params, PromptBatch, Rollout
+from safe_rlhf_jax.types import Params, PromptBatch, Rollout, TokenIds
 
 
 @struct.dataclass
@@ -22,8 +23,8 @@ class DecodeState:
     logits: jax.Array  # f32[B, V]  of the next token
     tokens: jax.Array  # i32[B, T]  responses; pad after the end
     log_probs: jax.Array  # f32[B, T]  of the chosen tokens; 0 after the end
-    length: jax.Array  # i32[B]  response tokens so far, EOS included
-    done: jax.Array  # bool[B]  EOS was chosen
+    length: jax.Array  # i32[B]  response tokens so far, the end included
+    done: jax.Array  # bool[B]  an end was chosen
     seen: jax.Array | None  # bool[B, V]  tokens that occurred, only for a repetition penalty
     cache: Any
 
@@ -35,7 +36,7 @@ def generate(
     key: jax.Array,
     *,
     response_length: int,
-    eos_id: int,
+    eos_id: TokenIds,
     pad_id: int,
     sampling: Sampling,
     num_responses: int = 1,
@@ -43,8 +44,8 @@ def generate(
 ) -> Rollout:
     """Samples responses to left-padded prompts.
 
-    The loop ends as soon as every row has chosen EOS. Masks come from lengths: EOS belongs to the response, everything
-    after it is padding, and `pad_id == eos_id` is fine.
+    The loop ends as soon as every row has chosen an end. Masks come from lengths: the end belongs to the response,
+    everything after it is padding, and `pad_id == eos_id` is fine.
 
     Args:
         module: The language model.
@@ -52,7 +53,7 @@ def generate(
         prompts: B prompts of S columns.
         key: Random key; step t uses `fold_in(key, t)`.
         response_length: T, the most response tokens.
-        eos_id: Token that ends a response.
+        eos_id: The token, or tokens, that end a response.
         pad_id: Token that fills the columns after the end.
         sampling: How tokens are chosen.
         num_responses: n responses per prompt; they share one prefill and stand next to each other.
@@ -102,7 +103,7 @@ def generate(
             tokens=state.tokens.at[:, state.t].set(token),
             log_probs=state.log_probs.at[:, state.t].set(jnp.where(alive, log_prob, 0.0)),
             length=state.length + alive.astype(jnp.int32),
-            done=state.done | (token == eos_id) & alive,
+            done=state.done | is_any(token, eos_id) & alive,
             seen=None if state.seen is None else state.seen.at[row, token].max(alive),
             cache=cache,
         )

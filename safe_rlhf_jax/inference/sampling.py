@@ -6,9 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from safe_rlhf_jax.models.transformer import EXCLUDED
 from safe_rlhf_jax.ops import token_log_probs
-
-EXCLUDED = -1e30
 
 
 @dataclasses.dataclass(frozen=True)

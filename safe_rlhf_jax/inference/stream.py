@@ -26,10 +26,10 @@ class Stream:
     Args:
         module: The language model.
         params: Its parameters.
-        eos_id: Token that ends a response.
+        eos_id: The tokens that end a response.
     """
 
-    def __init__(self, module: CausalLM, params: Params, *, eos_id: int):
+    def __init__(self, module: CausalLM, params: Params, *, eos_id: tuple[int, ...]):
         self.params, self.eos_id = params, eos_id
 
         @partial(jax.jit, static_argnums=3)
@@ -45,7 +45,7 @@ class Stream:
         self.sample = jax.jit(partial(sample_token, seen=None), static_argnames="sampling")
 
     def __call__(self, prompt: Sequence[int], key: jax.Array, *, sampling: Sampling, max_tokens: int) -> Iterator[int]:
-        """Yields the tokens of a response, the end-of-sequence token included, as soon as each is chosen.
+        """Yields the tokens of a response, the one that ends it included, as soon as each is chosen.
 
         Args:
             prompt: Token ids.
@@ -63,7 +63,7 @@ class Stream:
         for t in range(max_tokens):
             token, _ = self.sample(jax.random.fold_in(key, t), logits, sampling=sampling)
             yield int(token[0])
-            if int(token[0]) == self.eos_id or t + 1 == max_tokens:
+            if int(token[0]) in self.eos_id or t + 1 == max_tokens:
                 return
             visible[:, width + t] = True
             position = jnp.array([len(prompt) + t], jnp.int32)

@@ -90,6 +90,9 @@ class ModelConfig:
     scan_layers: bool = True  # one compiled layer, scanned; False unrolls, faster for small models
     remat: RematPolicy = "none"  # what the backward pass recomputes
     gather_to_decode: bool = False  # generation keeps a copy of the parameters that is whole over `fsdp`
+    # Ranges [start, stop) of rows that no token of the tokenizer has (embeddings are padded to round sizes): they are
+    # never sampled and in no softmax.
+    unused_rows: tuple[tuple[int, int], ...] = ()
     # {file: contents} of the JSON files it was read from: `hf.save` keeps what we have no use for.
     stored: Mapping[str, Any] = dataclasses.field(default_factory=dict, compare=False, repr=False)
 

@@ -14,6 +14,7 @@ from safe_rlhf_jax.models.positions import token_positions
 from safe_rlhf_jax.sharding import constrain
 
 NORMALIZER_EPS = 1e-8
+EXCLUDED = -1e30  # a logit whose token has probability 0; finite, so that differences are
 Cache = Any  # a KVCache per layer: a list of them, or one with a leading layer axis when layers are scanned
 
 REMAT_POLICIES = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": None}
@@ -163,6 +164,12 @@ class Decoder(nn.Module):
         return constrain(x, "batch", "length", None)
 
 
+def is_within(size: int, ranges: tuple[tuple[int, int], ...]) -> jax.Array:
+    """Returns bool[size]: the index lies in one of the ranges [start, stop), which ascend and do not touch."""
+    edges = jnp.asarray(ranges, jnp.int32).reshape(-1)
+    return jnp.searchsorted(edges, jnp.arange(size, dtype=jnp.int32), side="right", method="scan_unrolled") % 2 == 1
+
+
 def product(hidden: Float[Array, "B l D"], matrix: Float[Array, "D O"], names: tuple[str, str]) -> Float[Array, "B l O"]:
     """Returns hidden · W in float32: a score or logit of 8 bits would tie with its neighbours."""
     rows = hidden.reshape(-1, hidden.shape[-1])
@@ -196,6 +203,8 @@ class CausalLM(nn.Module):
         else:
             logits = self.lm_head(hidden)
         logits = softcap(logits, self.config.logit_softcap)
+        if self.config.unused_rows:
+            logits = jnp.where(is_within(logits.shape[-1], self.config.unused_rows), EXCLUDED, logits)
         return constrain(logits, "batch", "length", "vocab")
 
     def prefill(

@@ -4,6 +4,7 @@ import dataclasses
 
 from safe_rlhf_jax.rl.constraints import Constraint
 from safe_rlhf_jax.rl.kl import KLControl
+from safe_rlhf_jax.types import TokenIds
 
 IN_SIGNALS = KLControl()
 
@@ -14,7 +15,7 @@ class Hyperparameters:
 
     prompt_length: int  # S, tokens
     response_length: int  # T, tokens
-    eos_id: int
+    eos_id: TokenIds  # that end a response
     pad_id: int
     num_responses: int = 1
     temperature: float = 1.0

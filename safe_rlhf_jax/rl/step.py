@@ -103,7 +103,7 @@ def learn(
 
 
 def is_truncated(hp: Hyperparameters, rollout: Rollout) -> jax.Array:
-    """Responses without EOS, which ran into the length limit, bool[B]."""
+    """Responses that no end token ends, which ran into the length limit, bool[B]."""
     return ~ends_with(rollout.tokens, rollout.mask, hp.eos_id)
 
 

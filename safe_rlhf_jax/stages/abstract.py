@@ -53,18 +53,23 @@ class AbstractRun(Run):
         else:
             size = PRESETS[config.assume]["vocab_size"]
             self.tokenizer = AbsentTokenizer(None, eos_id=2, pad_id=0, prefix=(), size=size)
+        self.ends = self.tokenizer.ends
 
 
 @dataclasses.dataclass(frozen=True)
 class AbsentTokenizer(Tokenizer):
     """Stands for a tokenizer that is not on this machine; which ids it gives to EOS and padding changes no shape."""
 
-    size: int
+    size: int = 0
 
     @property
     def vocab_size(self) -> int:
         """Tokens."""
         return self.size
+
+    def holes(self, rows: int) -> tuple[tuple[int, int], ...]:
+        """Returns ranges of rows without a token."""
+        return ((self.size, rows),) if rows > self.size else ()
 
 
 @dataclasses.dataclass(frozen=True)

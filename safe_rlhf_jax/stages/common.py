@@ -171,9 +171,9 @@ def new_config(run: Run, preset: str) -> ModelConfig:
 
 
 def with_execution(run: Run, config: ModelConfig) -> ModelConfig:
-    """Returns a model's configuration with the run's way of running it."""
-    execution = run.config.execution
-    return dataclasses.replace(config, **execution.model_dump())
+    """Returns a model's configuration with the run's way of running it, and without tokens that it does not have."""
+    execution, unused = run.config.execution, run.tokenizer.holes(config.vocab_size)
+    return dataclasses.replace(config, **execution.model_dump(), unused_rows=unused)
 
 
 def open_model(

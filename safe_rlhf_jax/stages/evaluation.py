@@ -48,7 +48,7 @@ def sample_policies(run: Run, stage: cfg.EvaluateStage) -> dict[str, list[evalua
         module,
         scorers,
         response_length=stage.max_response_length,
-        eos_id=run.tokenizer.eos_id,
+        eos_id=run.ends,
         pad_id=run.tokenizer.pad_id,
         sampling=Sampling(stage.temperature, stage.top_k, stage.top_p, stage.repetition_penalty),
         cost_limit=stage.best_of_cost_limit,

@@ -198,7 +198,7 @@ def hyperparameters(
     return Hyperparameters(
         prompt_length=prompt_length,
         response_length=stage.max_response_length,
-        eos_id=run.tokenizer.eos_id,
+        eos_id=run.ends,
         pad_id=run.tokenizer.pad_id,
         num_responses=stage.responses_per_prompt,
         temperature=stage.temperature,
@@ -259,7 +259,7 @@ def make_evaluate(
         policy,
         scorers,
         response_length=stage.max_response_length,
-        eos_id=run.tokenizer.eos_id,
+        eos_id=run.ends,
         pad_id=run.tokenizer.pad_id,
         sampling=Sampling(temperature=stage.temperature),
     )

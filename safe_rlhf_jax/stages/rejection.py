@@ -180,7 +180,7 @@ def selected_record(run: Run, prompts: Examples, row: int, out: dict[str, Any], 
         "prompt": prompts.records[row]["prompt"],
         "response": run.tokenizer.decode(response),
         **{signal: float(out[signal][i, best]) for signal in ("reward", "cost") if signal in out},
-        "truncated": response[-1] != run.tokenizer.eos_id,
+        "truncated": response[-1] not in run.ends,
         "prompt_ids": prompt,
         "response_ids": response,
     }

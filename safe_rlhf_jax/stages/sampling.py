@@ -35,7 +35,7 @@ def sampler_of(run: Run, stage: cfg.SampledPrompts, policy: Any, scorers: dict[s
         scorers,
         num_responses=stage.responses_per_prompt,
         response_length=stage.max_response_length,
-        eos_id=run.tokenizer.eos_id,
+        eos_id=run.ends,
         pad_id=run.tokenizer.pad_id,
         sampling=Sampling(temperature=stage.temperature),
     )
