@@ -4,11 +4,10 @@ Defaults live in the schemas (here, `config_stages`, `config_algorithm`, `config
 holds what differs.
 """
 
-import hashlib
-import json
+import datetime
 import pathlib
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import pydantic
 import yaml
@@ -54,6 +53,7 @@ class Mesh(Schema):
 class Execution(Schema):
     """How networks run; none of these changes a result beyond rounding."""
 
+    unhashed: ClassVar[frozenset[str]] = frozenset({"remat", "gather_to_decode"})
     dtype: Literal["float32", "bfloat16"] = "float32"  # of matmuls; parameters stay float32
     remat: RematPolicy = "none"  # what the backward pass recomputes: none, all but matmuls ("dots"), everything
     scan_layers: bool = True  # False unrolls the layers: longer to compile, faster for small models
@@ -78,19 +78,26 @@ class RunConfig(Schema):
     seed: NonNegativeInt = 0
     tokenizer: str = "demo"  # "demo", a folder, or a hub id
     template: str = "plain"  # "plain", "beaver", "alpaca", "tokenizer" (its own chat template), or a .jinja file
+    template_options: dict[str, Any] = Field(default_factory=dict)  # its variables: {enable_thinking: false}
+    template_date: datetime.date = datetime.date(2024, 7, 26)  # what it writes for today; as Llama 3.1's by default
+    control_tokens: Literal["text", "tokens"] = "text"  # what control tokens are that stand in a message
+    # {model: template}: how texts are written for a scorer with a tokenizer or template of its own; null: as its
+    # tokenizer's chat template says, where it has one.
+    templates: dict[str, str] = Field(default_factory=dict)
     mesh: Mesh = Mesh()
     execution: Execution = Execution()
     assume: str | None = None  # preset with the shape of `path:` and `hf:` models, to compile where they are absent
     max_bad_records: Share = 0.05  # share of unusable records above which a stage refuses its data
     wandb: bool = False
 
-    @pydantic.field_validator("template")
+    @pydantic.field_validator("template", "templates")
     @classmethod
-    def template_is_known(cls, value: str) -> str:
+    def template_is_known(cls, value: str | dict[str, str]) -> str | dict[str, str]:
         """A name, or a Jinja file."""
-        if value not in TEMPLATE_NAMES and not value.endswith((".jinja", ".jinja2", ".j2")):
-            hint = did_you_mean(value, TEMPLATE_NAMES)
-            raise ValueError(f"one of {', '.join(map(repr, TEMPLATE_NAMES))}, or the path of a .jinja file{hint}")
+        for name in value.values() if isinstance(value, dict) else [value]:
+            if name not in TEMPLATE_NAMES and not name.endswith((".jinja", ".jinja2", ".j2")):
+                hint = did_you_mean(name, TEMPLATE_NAMES)
+                raise ValueError(f"one of {', '.join(map(repr, TEMPLATE_NAMES))}, or the path of a .jinja file{hint}")
         return value
 
     @pydantic.model_validator(mode="after")
@@ -107,6 +114,9 @@ class RunConfig(Schema):
             check_divides(where, stage)
             check_held_out(where, stage)
             seen[stage.name] = stage.kind
+        used = [model for stage in self.stages for model in references(stage).values()]
+        for model in self.templates.keys() - set(used):
+            raise ValueError(f"templates names {model!r}, which no stage uses{did_you_mean(model, used)}")
         return self
 
 
@@ -117,6 +127,7 @@ def references(stage: Any) -> dict[str, str]:
     """Returns {field: model it names} of a stage."""
     fields = {name: getattr(stage, name, None) for name in MODEL_FIELDS}
     fields |= {f"cost_models.{name}": model for name, model in getattr(stage, "cost_models", {}).items()}
+    fields |= {f"critics.{signal}": model for signal, model in getattr(stage, "critics", {}).items()}
     fields |= {f"policies.{i}": name for i, name in enumerate(getattr(stage, "policies", ()))}
     return {field: value for field, value in fields.items() if value is not None}
 
@@ -136,6 +147,7 @@ def check_references(where: str, stage: Any, seen: dict[str, str]) -> None:
                 raise ValueError(f"{where}: {field}: preset {rest!r} is unknown; presets: {sorted(PRESETS)}{hint}")
             continue
         allowed = ("cost",) if field.startswith("cost_models.") else kinds.get(field, POLICIES)
+        allowed = (*POLICIES, "reward", "cost") if field.startswith("critics.") else allowed
         if value not in seen:
             raise ValueError(
                 f"{where}: {field} names {value!r}, which is no earlier stage ({sorted(seen)}), nor 'path:…' or "
@@ -160,6 +172,8 @@ def check_divides(where: str, stage: Any) -> None:
             f"{where}: batch_size·responses_per_prompt = {rows} does not divide into minibatches·microbatches = {parts}"
             f"; nearest batches that do: {nearest_multiples(rows, parts)}"
         )
+    for signal in stage.critics.keys() - stage.scorers.keys():
+        raise ValueError(f"{where}: critics names {signal!r}, which no model scores ({sorted(stage.scorers)})")
     for signal, lagrange in stage.limits.items():
         field = "lagrange" if signal == "cost" else f"constraints.{signal.removeprefix('cost/')}"
         if signal not in stage.scorers:
@@ -248,9 +262,3 @@ def dump(run: RunConfig, stage: StageBase) -> str:
     tree["stages"] = tree["stages"][: [s.name for s in run.stages].index(stage.name) + 1]
     text: str = yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
     return text
-
-
-def config_hash(*parts: Any) -> str:
-    """Returns 12 hex digits that change when any part changes."""
-    plain = [part.model_dump(mode="json") if isinstance(part, pydantic.BaseModel) else part for part in parts]
-    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:12]

@@ -14,6 +14,7 @@ class Schema(pydantic.BaseModel):
 
     model_config = pydantic.ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
     refused: ClassVar[dict[str, str]] = {}  # keys that one might expect here -> why there are none
+    unhashed: ClassVar[frozenset[str]] = frozenset()  # keys that change no result: a run goes on with other values
 
 
 class Data(Schema):

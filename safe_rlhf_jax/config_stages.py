@@ -36,6 +36,9 @@ class StageBase(Schema):
 class TrainingStage(StageBase):
     """What every stage that trains has."""
 
+    unhashed: ClassVar[frozenset[str]] = frozenset(
+        {"microbatches", "checkpoint_every", "keep_checkpoints", "keep_best", "eval_every", "fuse"}
+    )
     init_from: str  # "preset:tiny", "path:FOLDER", "hf:OWNER/NAME", or an earlier stage's name
     seed: NonNegativeInt | None = None  # the run's seed by default
     microbatches: PositiveInt = 1  # slices of a (mini)batch whose gradients are accumulated
@@ -141,6 +144,9 @@ class RLStage(TrainingStage):
     cost_models: dict[str, str] = Field(
         default_factory=dict
     )  # several: signals `cost/<name>`, by algorithm.constraints.<name>
+    # {signal: model} that its critic starts from; by default the scorer, or the actor where the scorer has a tokenizer
+    # or template of its own.
+    critics: dict[str, str] = Field(default_factory=dict)
     prompts: Mixture
     eval_prompts: Data | None = None
     ptx: Mixture | None = None

@@ -87,6 +87,13 @@ def any_process(flag: bool) -> jax.Array:
         return any_of(flags)
 
 
+def first_says(text: str) -> str:
+    """Returns the ASCII text of the first process in all of them; it has the same length in each."""
+    if jax.process_count() == 1:
+        return text
+    return bytes(multihost_utils.broadcast_one_to_all(np.frombuffer(text.encode(), np.uint8))).decode()
+
+
 def stop(status: int) -> int:
     """Returns the exit status of a run that failed; where there are other processes, ends this one on the spot.
 

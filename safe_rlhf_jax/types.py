@@ -66,6 +66,7 @@ class PromptBatch:
     tokens: jax.Array  # i32[B, S]
     mask: jax.Array  # bool[B, S]
     group: jax.Array  # i32[B]  which group of prompts (see `group_field`), 0 where there is none
+    row: jax.Array | None = None  # i32[B]  which row of the data set, for signals that need its text
     ptx: SupervisedBatch | None = None
 
 

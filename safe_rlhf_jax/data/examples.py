@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from safe_rlhf_jax.data.formats import PART, UNUSABLE, Record, Unusable
+from safe_rlhf_jax.data.formats import PART, UNUSABLE, Message, Record, Unusable
 from safe_rlhf_jax.data.templates import Template
 from safe_rlhf_jax.data.texts import (
     Text,
@@ -20,7 +20,6 @@ from safe_rlhf_jax.data.texts import (
     prompt_example,
     safety_example,
     safety_labels,
-    shown,
     supervised_example,
 )
 from safe_rlhf_jax.data.tokenizer import Tokenizer
@@ -40,6 +39,8 @@ class Examples:
     skipped: dict[str, int]  # reason -> records
     truncated: int  # texts
     lengths: tuple[int, ...] = ()  # tokens of every text before it was cut; of pairs, both sides
+    turns: tuple[Sequence[Message], ...] = ()  # the conversation of every text; of pairs, both sides
+    merged: int = 0  # texts with a response whose first characters share a token with the prompt
 
     def __len__(self) -> int:
         return len(self.records)
@@ -148,8 +149,9 @@ def finished(
     arrays: Any, records: list[Record], skipped: dict[str, int], texts: Sequence[Text], max_length: int
 ) -> Examples:
     """Returns examples with the lengths of their texts."""
-    lengths = tuple(len(text.ids) for text in texts)
-    return Examples(arrays, records, skipped, sum(length > max_length for length in lengths), lengths)
+    lengths, turns = tuple(len(text.ids) for text in texts), tuple(text.turns for text in texts)
+    truncated, merged = sum(length > max_length for length in lengths), sum(text.merged for text in texts)
+    return Examples(arrays, records, skipped, truncated, lengths, turns, merged)
 
 
 def load_supervised(
@@ -280,8 +282,8 @@ def load_prompts(
             raise ValueError(f"{where}: group_field {group_field!r} is missing from records; the first has {keys}")
         names = list(groups or group_names(kept, group_field))
         group = np.array([names.index(str(record[group_field])) for record in kept], np.int32)
-    kept = [record if isinstance(record.get("prompt"), str) else record | {"prompt": shown(record)} for record in kept]
-    return finished(PromptBatch(tokens, mask, group), kept, skipped, rows, width)
+    row: Any = np.arange(len(rows), dtype=np.int32)
+    return finished(PromptBatch(tokens, mask, group, row), kept, skipped, rows, width)
 
 
 def group_names(records: Sequence[Record], field: str | None) -> tuple[str, ...]:

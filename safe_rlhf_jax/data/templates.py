@@ -88,7 +88,9 @@ def control_patterns(template: Template, tokenizer: Tokenizer) -> tuple[re.Patte
     In the former, special tokens and those that the template writes. An assistant may write tokens of its own, such as
     those around a thought; only those that open or end turns are text.
     """
-    added = {str(token): token.special for token in tokenizer.hf.added_tokens_decoder.values() if not str(token).isspace()}
+    added = {
+        str(token): token.special for token in tokenizer.hf.added_tokens_decoder.values() if not str(token).isspace()
+    }
     source = template.source or tokenizer.hf.get_chat_template()
     asked = template.render(tokenizer, PROBE[:1], True)
     of_turns = {tokenizer.texts.get(i) for i in (*template.ends(tokenizer), tokenizer.pad_id, *tokenizer.prefix)}
@@ -104,7 +106,8 @@ def pattern_of(tokens: Sequence[str]) -> re.Pattern[str]:
 
 TEMPLATES: dict[str, Template] = {
     "plain": Template(
-        "{% for m in messages %}{{ m.content }}{{ eos_token if m.role == 'assistant' else '\n' }}{% endfor %}", opens=False
+        "{% for m in messages %}{{ m.content }}{{ eos_token if m.role == 'assistant' else '\n' }}{% endfor %}",
+        opens=False,
     ),
     # Source: PKU-Alignment/safe-rlhf@82743cc constants; no space after `ASSISTANT:`.
     "beaver": Template(

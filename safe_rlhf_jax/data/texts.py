@@ -109,9 +109,7 @@ def common(first: Sequence[int], second: Sequence[int]) -> int:
     return next((i for i, (a, b) in pairs if a != b), min(len(first), len(second)))
 
 
-def first_whole_token(
-    messages: list[Any], i: int, ids: Sequence[int], template: Template, tokenizer: Tokenizer
-) -> int:
+def first_whole_token(messages: list[Any], i: int, ids: Sequence[int], template: Template, tokenizer: Tokenizer) -> int:
     """Returns the index of the first token that lies whole in response i, whose beginning shares one with the prompt.
 
     Raises:
@@ -215,6 +213,9 @@ def prompt_example(record: Record, template: Template, tokenizer: Tokenizer) -> 
     return (encode(prompt, template, tokenizer),)
 
 
-def shown(record: Record) -> str:
-    """Returns a prompt of several turns as text, for people."""
-    return "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt_turns(record))
+def shown(turns: Sequence[Any]) -> str:
+    """Returns a prompt for people: the text of the user, or several turns one below the other."""
+    if len(turns) == 1:
+        text: str = turns[0]["content"]
+        return text
+    return "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in turns)

@@ -1,18 +1,20 @@
 """What a policy does on held-out prompts, and how well a scorer ranks and separates held-out pairs."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from safe_rlhf_jax.data.examples import Examples
+from safe_rlhf_jax.data.texts import shown
 from safe_rlhf_jax.evaluation.statistics import expected_calibration_error, reliability_curve
-from safe_rlhf_jax.inference.best_of_n import best_of_n, sample_scored, select_rows
+from safe_rlhf_jax.inference.best_of_n import best_of_n, sample_scored
 from safe_rlhf_jax.inference.sampling import Sampling
 from safe_rlhf_jax.models.transformer import CausalLM
-from safe_rlhf_jax.ops import ends_with, response_log_probs, sequence_scores
+from safe_rlhf_jax.ops import response_log_probs, sequence_scores
 from safe_rlhf_jax.types import Frozen, Params, PreferenceBatch, PromptBatch, SafetyBatch, Sequences, TokenIds
 
 Sample = dict[str, Any]
@@ -27,16 +29,11 @@ def make_respond(
     eos_id: TokenIds,
     pad_id: int,
     sampling: Sampling,
-    num_responses: int = 1,
-    cost_limit: float | None = None,
 ) -> Callable[[Params, Frozen, PromptBatch, jax.Array], dict[str, jax.Array]]:
     """Returns respond(params, frozen, prompts, key): one response per prompt, and what is known of it.
 
-    With `num_responses` it is the best of so many by `reward`, within `cost_limit` by `cost` (see `best_of_n`).
-
-    The result holds tokens i32[B, T], length i32[B], truncated bool[B], a score f32[B] for every scorer, and kl f32[B]
-    (Σ log π − log π_ref over the response, nats). There is no kl for the best of several: choosing makes another
-    distribution than π.
+    The result holds tokens i32[B, T], length i32[B], a score f32[B] for every scorer, and kl f32[B] (Σ log π − log π_ref
+    over the response, nats).
     """
 
     @jax.jit
@@ -48,18 +45,13 @@ def make_respond(
             frozen.scorers,
             prompts,
             key,
-            num_responses=num_responses,
+            num_responses=1,
             response_length=response_length,
             eos_id=eos_id,
             pad_id=pad_id,
             sampling=sampling,
         )
-        rows, prompt_length = prompts.tokens.shape
-        if num_responses > 1:
-            by_prompt = {signal: score.reshape(rows, num_responses) for signal, score in scores.items()}
-            best, _ = best_of_n(by_prompt["reward"], by_prompt.get("cost"), cost_limit)
-            chosen = jnp.arange(rows, dtype=jnp.int32) * num_responses + best
-            rollout, scores = select_rows(rollout, chosen), {signal: x[chosen] for signal, x in scores.items()}
+        prompt_length = prompts.tokens.shape[1]
 
         def log_probs(of: Params) -> jax.Array:
             return response_log_probs(
@@ -72,20 +64,33 @@ def make_respond(
             )
 
         response, mask = rollout.tokens[:, prompt_length:], rollout.mask[:, prompt_length:]
-        known = {"tokens": response, "length": mask.sum(-1), "truncated": ~ends_with(response, mask, eos_id)}
-        if num_responses == 1:
-            known["kl"] = jnp.where(mask, log_probs(params) - log_probs(frozen.reference), 0.0).sum(-1)
-        return known | scores
+        kl = jnp.where(mask, log_probs(params) - log_probs(frozen.reference), 0.0).sum(-1)
+        return {"tokens": response, "length": mask.sum(-1), "kl": kl} | scores
 
     return respond
 
 
+def best_responses(out: Mapping[str, np.ndarray], cost_limit: float | None) -> dict[str, np.ndarray]:
+    """Returns the best of n responses to each prompt by `reward`, within `cost_limit` by `cost` (see `best_of_n`).
+
+    There is no kl of it: choosing makes another distribution than the policy's.
+
+    Args:
+        out: Arrays [B, n, …] by name: tokens, length, and a score for every scorer.
+        cost_limit: In cost-model units; None: every response is feasible.
+    """
+    costs = jnp.asarray(out["cost"]) if "cost" in out else None
+    best = np.asarray(best_of_n(jnp.asarray(out["reward"]), costs, cost_limit)[0])
+    return {name: array[np.arange(len(best)), best] for name, array in out.items()}
+
+
 def collect_samples(
-    respond: Callable[[PromptBatch, jax.Array], dict[str, jax.Array]],
+    respond: Callable[[PromptBatch, jax.Array], dict[str, np.ndarray]],
     batches: Sequence[tuple[PromptBatch, int]],
-    records: Sequence[dict[str, Any]],
+    prompts: Examples,
     *,
     key: jax.Array,
+    ends: Collection[int],
     decode: Callable[[Any], str],
     split: str,
     group_field: str | None,
@@ -94,19 +99,19 @@ def collect_samples(
     """Returns one sample per prompt: the response, its scores, and the oracle's reading of it where there is one."""
     samples: list[Sample] = []
     for i, (batch, valid) in enumerate(batches):
-        out = jax.device_get(respond(batch, jax.random.fold_in(key, i)))
+        out = respond(batch, jax.random.fold_in(key, i))
         for row in range(valid):
-            record = records[len(samples)]
-            length = int(out["length"][row])
-            response = decode(out["tokens"][row, :length])
+            record, prompt = prompts.records[len(samples)], shown(prompts.turns[len(samples)])
+            ids = out["tokens"][row, : int(out["length"][row])]
+            response = decode(ids)
             sample = {
-                "prompt": record["prompt"],
+                "prompt": prompt,
                 "response": response,
                 "group": str(record.get(group_field, "all")) if group_field else "all",
                 "split": split,
                 "category": str(record.get("category", "")),
-                "length": length,
-                "truncated": bool(out["truncated"][row]),
+                "length": len(ids),
+                "truncated": int(ids[-1]) not in ends,
                 "kl": float(out["kl"][row]) if "kl" in out else None,
                 "reward": float(out["reward"][row]) if "reward" in out else None,
                 "cost": float(out["cost"][row]) if "cost" in out else None,
@@ -115,7 +120,7 @@ def collect_samples(
                 "severity": None,
                 "refusal": None,
             }
-            samples.append(sample | (oracle(record["prompt"], response) if oracle else {}))
+            samples.append(sample | (oracle(prompt, response) if oracle else {}))
     return samples
 
 

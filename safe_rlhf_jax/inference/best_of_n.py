@@ -157,11 +157,6 @@ def gain_by_number(rewards: Table, feasible: Table) -> list[dict[str, float]]:
     return rows
 
 
-def select_rows(rollout: Rollout, rows: Int[Array, " B"]) -> Rollout:
-    """Returns some rows of a rollout."""
-    return jax.tree.map(lambda x: x[rows], rollout)
-
-
 def described_gain(rows: Sequence[Mapping[str, float]]) -> str:
     """Returns the last row of `gain_by_number` in words."""
     last = rows[-1]

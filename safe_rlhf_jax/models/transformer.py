@@ -170,7 +170,9 @@ def is_within(size: int, ranges: tuple[tuple[int, int], ...]) -> jax.Array:
     return jnp.searchsorted(edges, jnp.arange(size, dtype=jnp.int32), side="right", method="scan_unrolled") % 2 == 1
 
 
-def product(hidden: Float[Array, "B l D"], matrix: Float[Array, "D O"], names: tuple[str, str]) -> Float[Array, "B l O"]:
+def product(
+    hidden: Float[Array, "B l D"], matrix: Float[Array, "D O"], names: tuple[str, str]
+) -> Float[Array, "B l O"]:
     """Returns hidden · W in float32: a score or logit of 8 bits would tie with its neighbours."""
     rows = hidden.reshape(-1, hidden.shape[-1])
     return matmul(rows, matrix, names, "float32").reshape(*hidden.shape[:-1], matrix.shape[-1])

@@ -81,8 +81,10 @@ def learn(
     rollout: Rollout,
     ptx: SupervisedBatch | None,
     key: jax.Array,
+    given: Signals | None = None,
 ) -> tuple[RLState, Metrics]:
-    """Scores a rollout, moves λ, estimates advantages, then updates actor and critics."""
+    """Scores a rollout, moves λ, estimates advantages, then updates actor and critics; `given` are scores f32[B] of
+    signals that no network of the step computes."""
     scored = score_rollout(
         networks,
         state,
@@ -93,6 +95,7 @@ def learn(
         recompute_log_probs=hp.recompute_log_probs,
         slices=hp.minibatches * hp.microbatches,
     )
+    scored = dataclasses.replace(scored, scores=scored.scores | (given or {}))
     state, constraint_metrics = update_constraints(hp, state, scored)
     experience, metrics = estimate_advantages(algorithm, hp, state, scored)
     measured = rollout_metrics(hp, state, scored)

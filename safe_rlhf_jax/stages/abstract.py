@@ -22,9 +22,10 @@ from safe_rlhf_jax.rl.algorithms import ALGORITHMS
 from safe_rlhf_jax.sharding import batch_sharding, with_shardings
 from safe_rlhf_jax.stages.common import Run, open_model
 from safe_rlhf_jax.stages.constraints import constraints_of
-from safe_rlhf_jax.stages.reinforcement import build_networks, hyperparameters, jit_programs
+from safe_rlhf_jax.stages.host_signals import open_scorers
+from safe_rlhf_jax.stages.reinforcement import build_networks, hyperparameters, is_fused, jit_programs
 from safe_rlhf_jax.stages.rejection import build_fine_tuning
-from safe_rlhf_jax.stages.sampling import open_scorers, sampler_of
+from safe_rlhf_jax.stages.sampling import sampler_of
 from safe_rlhf_jax.stages.supervised import build_supervised
 from safe_rlhf_jax.types import PreferenceBatch, PromptBatch, SafetyBatch, Sequences, SupervisedBatch
 
@@ -44,6 +45,7 @@ class AbstractRun(Run):
         """
         self.config = config
         self.mesh = mesh
+        self.own = {}
         if config.assume is not None and config.assume not in PRESETS:
             hint = did_you_mean(config.assume, PRESETS)
             raise ConfigError(f"assume: preset {config.assume!r} is unknown; presets: {sorted(PRESETS)}{hint}")
@@ -120,32 +122,33 @@ def reinforcement_programs(run: Run, stage: cfg.RLStage) -> Iterator[Program]:
     limits = {signal: (0.0,) * len(one.group_limits or [0]) for signal, one in constraints_of(stage).items()}
     groups = tuple(sorted({name for one in constraints_of(stage).values() for name in one.named or ()})) or ("all",)
     hp = hyperparameters(run, stage, stage.max_prompt_length, limits, groups)
-    networks, state, frozen = build_networks(run, stage, hp)
+    networks, state, frozen, _ = build_networks(run, stage, hp)
     jitted = jit_programs(run, stage, networks, ALGORITHMS[stage.algorithm.name], hp, state)
     rows, length = stage.batch_size * stage.responses_per_prompt, hp.prompt_length + hp.response_length
     ptx = None
     if stage.ptx is not None and stage.algorithm.ptx_coeff > 0:
         ptx = SupervisedBatch(**texts(rows, length), loss_mask=array(rows, length))
     group = array(stage.batch_size, dtype=jnp.int32)
-    batch = put(run, PromptBatch(**texts(stage.batch_size, hp.prompt_length), group=group, ptx=ptx))
+    batch = put(run, PromptBatch(**texts(stage.batch_size, hp.prompt_length), group=group, row=group, ptx=ptx))
     key = abstract_key()
-    if stage.fuse:
+    if is_fused(stage, networks):
         yield Program("iteration", jitted["iteration"], (state, frozen, batch, key))
         return
     generation = Program("generation", jitted["generation"], (state.actor.params, batch, key))
     yield generation
     rollout = put(run, jax.eval_shape(generation.function, *generation.arguments))
-    yield Program("learning", jitted["learning"], (state, frozen, rollout, batch.ptx, key))
+    given = {signal: put(run, array(rows, dtype=jnp.float32)) for signal in stage.scorers.keys() - networks.scorers}
+    yield Program("learning", jitted["learning"], (state, frozen, rollout, batch.ptx, key, given))
 
 
 def rejection_programs(run: Run, stage: cfg.RejectionStage) -> Iterator[Program]:
     """Yields the sampling of a batch of prompts, scores included, and the fine-tuning step."""
     policy, variables = open_model(run, stage.init_from, "lm")
-    scorers, scorer_variables = open_scorers(run, stage)
-    sample, rows = sampler_of(run, stage, policy, scorers), stage.prompt_batch_size
+    scorers = open_scorers(run, stage.scorers)
+    sample, rows = sampler_of(run, stage, policy, scorers.modules), stage.prompt_batch_size
     group = array(rows, dtype=jnp.int32)
-    batch = put(run, PromptBatch(**texts(rows, stage.max_prompt_length), group=group))
-    yield Program("sampling", sample, (variables["params"], scorer_variables, batch, abstract_key()))
+    batch = put(run, PromptBatch(**texts(rows, stage.max_prompt_length), group=group, row=group))
+    yield Program("sampling", sample, (variables["params"], scorers.variables, batch, abstract_key()))
     state, step = build_fine_tuning(run, stage, policy, variables["params"], TOTAL_STEPS)
     length = stage.max_prompt_length + stage.max_response_length
     selected = SupervisedBatch(**texts(stage.batch_size, length), loss_mask=array(stage.batch_size, length))

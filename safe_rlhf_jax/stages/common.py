@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import hashlib
 import json
 import pathlib
 from collections.abc import Callable, Sequence
@@ -18,9 +17,7 @@ from safe_rlhf_jax.data import demo
 from safe_rlhf_jax.data.examples import Examples
 from safe_rlhf_jax.data.formats import Record
 from safe_rlhf_jax.data.loader import Batches
-from safe_rlhf_jax.data.sources import data_files, mix, read_records
-from safe_rlhf_jax.data.templates import load_template
-from safe_rlhf_jax.data.tokenizer import Tokenizer, load_tokenizer
+from safe_rlhf_jax.data.sources import mix, read_records
 from safe_rlhf_jax.models import hf
 from safe_rlhf_jax.models.config import PRESETS, Layout, ModelConfig, ScoreConfig, ScoreType
 from safe_rlhf_jax.models.families import family
@@ -36,6 +33,8 @@ from safe_rlhf_jax.sharding import (
     shard_batch,
     with_shardings,
 )
+from safe_rlhf_jax.stages.encoding import Encoding, exported_template, open_encodings
+from safe_rlhf_jax.stages.hashing import stage_hashes
 from safe_rlhf_jax.types import TrainState
 
 EVAL_BATCH = 128  # rows of a batch that is only read, rounded up to what the mesh divides
@@ -49,17 +48,17 @@ class Run:
     def __init__(self, config: cfg.RunConfig, config_path: str = "FILE"):
         self.config = config
         self.config_path = config_path
-        self.tokenizer: Tokenizer = load_tokenizer(config.tokenizer)
-        self.template = load_template(config.template, self.tokenizer)
+        self.own, encoding = open_encodings(config)
+        self.tokenizer, self.template, self.ends = encoding.tokenizer, encoding.template, encoding.ends
+        self.tokenizer.hf.chat_template = exported_template(encoding)
         self.mesh = make_mesh((config.mesh.data, config.mesh.fsdp, config.mesh.tensor))
         self.loaded: dict[tuple[str, ...], Examples] = {}  # by the check, waiting for their stages
-        self.hashes: dict[str, str] = {}
-        template = digests([pathlib.Path(config.template).expanduser()]) or config.template
-        shared = [config.seed, config.tokenizer, template, config.execution]
-        for stage in config.stages:
-            named = (*cfg.references(stage).values(), *cfg.multipliers(stage).values())
-            upstream = [self.hashes.get(name, name) for name in named]
-            self.hashes[stage.name] = cfg.config_hash(stage, *shared, file_digests(stage), *upstream)
+        texts = [encoding.identity, {name: own.identity for name, own in self.own.items()}]
+        self.hashes = stage_hashes(config, texts)
+
+    def encoding(self, reference: str) -> Encoding:
+        """Returns how a model reads its texts: as the run does, or as it does itself."""
+        return self.own.get(reference) or Encoding(self.tokenizer, self.template)
 
     @property
     def eval_batch(self) -> int:
@@ -127,30 +126,6 @@ def handed_on(load: Callable[..., Examples]) -> Callable[..., Examples]:
         return run.loaded[key]
 
     return once
-
-
-def file_digests(stage: Any) -> dict[str, str]:
-    """Returns {path: digest} of the local files a stage reads: other contents are another run."""
-    pending: list[Any] = list(stage)
-    found: dict[str, str] = {}
-    while pending:
-        _, value = pending.pop()
-        if isinstance(value, cfg.Data):
-            found |= digests(data_files(value.name))
-        elif isinstance(value, cfg.Schema):
-            pending.extend(value)
-        elif isinstance(value, tuple):
-            pending.extend(("", item) for item in value)
-    return found
-
-
-def digests(paths: Sequence[pathlib.Path]) -> dict[str, str]:
-    """Returns {path: digest} of those paths that are files."""
-    found = {}
-    for path in filter(pathlib.Path.is_file, paths):
-        with path.open("rb") as file:
-            found[str(path)] = hashlib.file_digest(file, "sha256").hexdigest()
-    return found
 
 
 def described(data: cfg.Mixture) -> str:

@@ -115,10 +115,11 @@ def labelled_costs(run: Run, stage: Limited, signal: str, data: cfg.Data) -> dic
 @handed_on
 def load_labelled(run: Run, stage: Limited, data: cfg.Data, signal: str) -> examples.Examples:
     """Returns labelled pairs on prompts that a constraint names."""
+    encoding = run.encoding(stage.scorers[signal])
     return examples.load_pairs(
         constrained_records(run, stage, stage.limits[signal], data),
-        run.template,
-        run.tokenizer,
+        encoding.template,
+        encoding.tokenizer,
         safety=True,
         max_length=stage.max_prompt_length + stage.max_response_length,
         where=f"{stage.name}: cost_limit {described(data)}",

@@ -70,11 +70,13 @@ def rank_by_models(run: Run, stage: cfg.DPOStage, pairs: examples.Examples) -> e
     Source: Liu et al. 2024 (arXiv 2403.02475, C-DPO), which samples the label from σ of the difference; here it is the
     sign, as with `label_smoothing` 0.
     """
-    batches = in_order(pairs, run.eval_batch)
     values = np.zeros((2, len(pairs)), np.float32)
     for kind, model, weight in (("reward", stage.reward_model, 1.0), ("cost", stage.cost_model, -stage.multiplier)):
         module, variables = open_model(run, str(model), "score", score_type=kind)  # type: ignore[arg-type]
-        score = evaluate.make_score(module)
+        score, batches = (
+            evaluate.make_score(module),
+            in_order(as_read_by(run, stage, str(model), pairs), run.eval_batch),
+        )
         for side, name in enumerate(("chosen", "rejected")):
             parts = [
                 run.get(score(variables, run.put(getattr(batch, name))))[:valid]  # type: ignore[index]
@@ -90,6 +92,19 @@ def rank_by_models(run: Run, stage: cfg.DPOStage, pairs: examples.Examples) -> e
     print(f"{stage.name}: the models turn {swap.mean():.1%} of {len(pairs)} pairs round (λ = {stage.multiplier:g})")
     ranked = PreferenceBatch(pick(arrays.chosen, arrays.rejected), pick(arrays.rejected, arrays.chosen))
     return dataclasses.replace(pairs, arrays=ranked)
+
+
+def as_read_by(run: Run, stage: cfg.DPOStage, model: str, pairs: examples.Examples) -> examples.Examples:
+    """Returns pairs as a scorer reads them: as they are, or where it has an encoding of its own, written anew.
+
+    Raises:
+        ValueError: If one of them cannot be written so.
+    """
+    if model not in run.own:
+        return pairs
+    encoding, where = run.encoding(model), f"{stage.name}: pairs as {model} reads them"
+    options: dict[str, Any] = {"max_length": stage.max_length, "where": where, "max_bad": 0.0}
+    return examples.load_pairs(pairs.records, encoding.template, encoding.tokenizer, safety=False, **options)
 
 
 def direct_step(stage: cfg.DPOStage, module: CausalLM, optimizer: optax.GradientTransformation) -> Callable[..., Any]:

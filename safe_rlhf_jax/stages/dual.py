@@ -11,8 +11,9 @@ from safe_rlhf_jax import config as cfg
 from safe_rlhf_jax.rl.dual import solve_dual
 from safe_rlhf_jax.stages.common import Run, only_read, open_model, report_data
 from safe_rlhf_jax.stages.constraints import cost_limits
+from safe_rlhf_jax.stages.host_signals import open_scorers
 from safe_rlhf_jax.stages.reinforcement import load_prompts
-from safe_rlhf_jax.stages.sampling import is_limited, open_scorers, sampled, sampler_of, take
+from safe_rlhf_jax.stages.sampling import is_limited, sampled, sampler_of, take
 
 FEW = 2.0  # effective samples per prompt below which λ* says little about the optimum
 
@@ -26,12 +27,12 @@ def run_dual(run: Run, stage: cfg.DualStage, folder: pathlib.Path) -> dict[str, 
     (limit,), source = cost_limits(run, stage, "cost")
     policy, variables = open_model(run, stage.init_from, "lm", seed=run.seed(stage))
     params = only_read(run, variables["params"])
-    scorers, scorer_variables = open_scorers(run, stage)
-    sample = sampler_of(run, stage, policy, scorers)
+    scorers = open_scorers(run, stage.scorers)
+    sample = sampler_of(run, stage, policy, scorers.modules)
     batches = list(
         sampled(
-            run, lambda batch, key: sample(params, scorer_variables, batch, key), prompts, stage.batch_size,
-            jax.random.key(run.seed(stage)), stage.name,
+            run, lambda batch, key: sample(params, scorers.variables, batch, key), prompts, stage.batch_size,
+            jax.random.key(run.seed(stage)), stage.name, host=scorers.host,
         )
     )  # fmt: skip
     rewards, costs = (np.concatenate([out[signal] for out in batches]) for signal in ("reward", "cost"))

@@ -9,16 +9,20 @@ import jax
 from rich.console import Console
 
 from safe_rlhf_jax import config as cfg
+from safe_rlhf_jax.data.examples import Examples
 from safe_rlhf_jax.data.loader import in_order
 from safe_rlhf_jax.evaluation import evaluate
 from safe_rlhf_jax.evaluation.report import Report, summary_table, write_report
 from safe_rlhf_jax.evaluation.statistics import summarize
+from safe_rlhf_jax.inference.best_of_n import make_sampler
 from safe_rlhf_jax.inference.sampling import Sampling
 from safe_rlhf_jax.metrics import read_jsonl
 from safe_rlhf_jax.processes import is_main
 from safe_rlhf_jax.stages.common import Run, described, open_model, oracle_for, report_data
+from safe_rlhf_jax.stages.host_signals import host_scores, open_scorers
 from safe_rlhf_jax.stages.reinforcement import load_prompts
-from safe_rlhf_jax.types import Frozen
+from safe_rlhf_jax.stages.sampling import scores_of_several
+from safe_rlhf_jax.types import Frozen, PromptBatch
 
 
 def run_evaluation(run: Run, stage: cfg.EvaluateStage, folder: pathlib.Path) -> dict[str, Any]:
@@ -39,35 +43,40 @@ def sample_policies(run: Run, stage: cfg.EvaluateStage) -> dict[str, list[evalua
     """Returns the samples of every policy on every set of prompts."""
     seed = run.config.seed if stage.seed is None else stage.seed
     module, baseline = open_model(run, stage.policies[0], "lm")
-    scorers, variables = {}, {}
-    for signal, reference in {"reward": stage.reward_model, "cost": stage.cost_model}.items():
-        scorers[signal], variables[signal] = open_model(run, reference, "score", score_type=signal)  # type: ignore[arg-type]
-    frozen = Frozen(reference=baseline["params"], scorers=variables)
-    make_respond = functools.partial(
-        evaluate.make_respond,
-        module,
-        scorers,
-        response_length=stage.max_response_length,
-        eos_id=run.ends,
-        pad_id=run.tokenizer.pad_id,
-        sampling=Sampling(stage.temperature, stage.top_k, stage.top_p, stage.repetition_penalty),
-        cost_limit=stage.best_of_cost_limit,
-    )
-    responders = {number: make_respond(num_responses=number) for number in {1, *stage.best_of.values()}}
+    scorers = open_scorers(run, {"reward": stage.reward_model, "cost": stage.cost_model})
+    frozen = Frozen(reference=baseline["params"], scorers=scorers.variables)
+    sampler: dict[str, Any] = {
+        "response_length": stage.max_response_length,
+        "eos_id": run.ends,
+        "pad_id": run.tokenizer.pad_id,
+        "sampling": Sampling(stage.temperature, stage.top_k, stage.top_p, stage.repetition_penalty),
+    }
+    respond = evaluate.make_respond(module, scorers.modules, **sampler)
+    samplers = {n: make_sampler(module, scorers.modules, num_responses=n, **sampler) for n in stage.best_of.values()}
     prompt_sets = [(data, load_prompts(run, stage, data)) for data in stage.prompts]
     for data, prompts in prompt_sets:
         report_data(f"{stage.name}: {described(data)}", prompts)
+
+    def answer(params: Any, number: int, prompts: Examples, batch: PromptBatch, key: jax.Array) -> dict[str, Any]:
+        if number == 1:
+            out: dict[str, Any] = run.get(respond(params, frozen, run.put(batch), key))
+            return out | host_scores(run, scorers.host, prompts, batch.row, out["tokens"], out["length"])
+        out = run.get(samplers[number](params, scorers.variables, run.put(batch), key))
+        out |= scores_of_several(run, scorers.host, prompts, batch.row, out)
+        return evaluate.best_responses(out, stage.best_of_cost_limit)
+
     out: dict[str, list[evaluate.Sample]] = {}
     for name in stage.policies:
         params = open_model(run, name, "lm")[1]["params"]
         for row, number in rows_of(stage, name).items():
-            respond, out[row] = responders[number], []
+            out[row] = []
             for data, prompts in prompt_sets:
                 out[row] += evaluate.collect_samples(
-                    lambda batch, key, p=params, f=respond: run.get(f(p, frozen, run.put(batch), key)),  # type: ignore[misc]
+                    functools.partial(answer, params, number, prompts),
                     in_order(prompts, stage.batch_size),
-                    prompts.records,
+                    prompts,
                     key=jax.random.key(seed),
+                    ends=run.ends,
                     decode=run.tokenizer.decode,
                     split="redteam" if data.split == "redteam" else "test",
                     group_field=stage.group_field,

@@ -1,11 +1,13 @@
 """On-policy training: prompts, networks, constraints, one program per iteration."""
 
+import functools
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from safe_rlhf_jax import config as cfg
 from safe_rlhf_jax.data import examples
@@ -44,7 +46,8 @@ from safe_rlhf_jax.stages.constraints import (
     cost_limits,
     initial_multiplier,
 )
-from safe_rlhf_jax.types import Frozen, MovingReference, PromptBatch, RLState
+from safe_rlhf_jax.stages.host_signals import HostSignal, Scorers, host_scores, open_scorers
+from safe_rlhf_jax.types import Frozen, MovingReference, PromptBatch, RLState, Rollout, Signals
 
 
 def run_reinforcement(run: Run, stage: cfg.RLStage, folder: pathlib.Path) -> dict[str, Any]:
@@ -54,11 +57,12 @@ def run_reinforcement(run: Run, stage: cfg.RLStage, folder: pathlib.Path) -> dic
     groups = examples.group_names(prompts.records, stage.group_field)
     limits = {signal: cost_limits(run, stage, signal) for signal in constraints_of(stage)}
     hp = hyperparameters(run, stage, prompts.width, {signal: values for signal, (values, _) in limits.items()}, groups)
-    networks, state, frozen = build_networks(run, stage, hp)
+    networks, state, frozen, host = build_networks(run, stage, hp)
     algorithm = ALGORITHMS[stage.algorithm.name]
-    step = compile_step(run, stage, networks, algorithm, hp, state)
+    step = compile_step(run, stage, networks, algorithm, hp, state, given_scores(run, host, prompts, hp))
     seed = run.seed(stage)
-    evaluate_policy = make_evaluate(run, stage, networks.policy, networks.scorers, frozen)
+    scorers = Scorers(networks.scorers, frozen.scorers, host)
+    evaluate_policy = make_evaluate(run, stage, networks.policy, frozen.reference, scorers)
     rows = stage.batch_size * stage.responses_per_prompt
     prompt_tokens = prompts.mean_tokens
     final: RLState = fit(
@@ -130,19 +134,24 @@ def load_ptx(run: Run, stage: cfg.RLStage, data: cfg.Mixture) -> examples.Exampl
     )
 
 
-def build_networks(run: Run, stage: cfg.RLStage, hp: Hyperparameters) -> tuple[Networks, RLState, Frozen]:
-    """Opens actor, reference, scorers and critics; critics start from their scorers."""
+def build_networks(
+    run: Run, stage: cfg.RLStage, hp: Hyperparameters
+) -> tuple[Networks, RLState, Frozen, dict[str, HostSignal]]:
+    """Opens actor, reference, scorers and critics.
+
+    A critic starts from the model that `critics` names, else from its scorer; where that reads other tokens than the
+    policy, from the actor.
+    """
     updates = stage.steps * stage.algorithm.epochs * stage.algorithm.minibatches
     actor_optimizer, critic_optimizer = optimizer_of(stage.actor, updates), optimizer_of(stage.critic, updates)
     algorithm = ALGORITHMS[stage.algorithm.name]
     policy, variables = open_model(run, stage.init_from, "lm", seed=run.seed(stage))
-    scorers, scorer_variables, critics, critic_states = {}, {}, {}, {}
-    for signal, model in stage.scorers.items():
-        kind: Any = signal.partition("/")[0]
-        scorers[signal], scorer_variables[signal] = open_model(run, model, "score", score_type=kind)
-        if algorithm.baseline is None and signal in hp.signals:
-            critics[signal], critic_variables = open_model(run, model, "score", score_type="critic")
-            critic_states[signal] = start_state(run, critics[signal], critic_variables, critic_optimizer)
+    scorers = open_scorers(run, stage.scorers)
+    critics, critic_states = {}, {}
+    for signal in hp.signals if algorithm.baseline is None else ():
+        start = stage.critics.get(signal) or (stage.init_from if signal in scorers.host else stage.scorers[signal])
+        critics[signal], critic_variables = open_model(run, start, "score", score_type="critic", seed=run.seed(stage))
+        critic_states[signal] = start_state(run, critics[signal], critic_variables, critic_optimizer)
 
     initial = {signal: initial_multiplier(run, stage.limits[signal]) for signal in hp.constraints}
 
@@ -159,9 +168,25 @@ def build_networks(run: Run, stage: cfg.RLStage, hp: Hyperparameters) -> tuple[N
     state = RLState(
         step=step, actor=actor, critics=critic_states, constraints=constraints, kl_coeff=kl_coeff, reference=reference
     )
-    networks = Networks(policy, scorers, critics, actor_optimizer, dict.fromkeys(critics, critic_optimizer))
-    scorer_variables = {s: v | {"params": only_read(run, v["params"])} for s, v in scorer_variables.items()}
-    return networks, state, Frozen(reference=only_read(run, variables["params"]), scorers=scorer_variables)
+    networks = Networks(policy, scorers.modules, critics, actor_optimizer, dict.fromkeys(critics, critic_optimizer))
+    frozen = Frozen(reference=only_read(run, variables["params"]), scorers=scorers.variables)
+    return networks, state, frozen, scorers.host
+
+
+def given_scores(
+    run: Run, host: Mapping[str, HostSignal], prompts: examples.Examples, hp: Hyperparameters
+) -> Callable[[Rollout, PromptBatch], Signals] | None:
+    """Returns given(rollout, batch): scores of the host's signals on the devices; None where there are none."""
+    if not host:
+        return None
+
+    def given(rollout: Rollout, batch: PromptBatch) -> Signals:
+        tokens, lengths, rows = run.get((rollout.tokens, rollout.mask[:, hp.prompt_length :].sum(-1), batch.row))
+        rows = np.repeat(rows, hp.num_responses)
+        scores: Signals = run.put(host_scores(run, host, prompts, rows, tokens[:, hp.prompt_length :], lengths))
+        return scores
+
+    return given
 
 
 def moving_reference(run: Run, params: Any) -> MovingReference:
@@ -214,41 +239,48 @@ def hyperparameters(
 def jit_programs(
     run: Run, stage: cfg.RLStage, networks: Networks, algorithm: Algorithm, hp: Hyperparameters, state: RLState
 ) -> dict[str, Callable[..., Any]]:
-    """Returns the jitted programs of an iteration by name: `iteration`, or where `fuse` is off two.
+    """Returns the jitted programs of an iteration by name: `iteration`; or two, where it is not `is_fused`.
 
     `iteration`(state, frozen, batch, key), `generation`(actor's params, batch, key),
-    `learning`(state, frozen, rollout, ptx, key).
+    `learning`(state, frozen, rollout, ptx, key, given scores).
     """
-    if stage.fuse:
+    if is_fused(stage, networks):
         return {"iteration": jit_step(make_step(networks, algorithm, hp), state, run.mesh)}
 
     def generate(params: Any, batch: PromptBatch, key: jax.Array) -> Any:
         return collect(networks, hp, params, batch, key)
 
-    def learn_from(state: RLState, frozen: Frozen, rollout: Any, ptx: Any, key: jax.Array) -> Any:
-        return learn(networks, algorithm, hp, state, frozen, rollout, ptx, key)
+    def learn_from(state: RLState, frozen: Frozen, rollout: Any, ptx: Any, key: jax.Array, given: Signals) -> Any:
+        return learn(networks, algorithm, hp, state, frozen, rollout, ptx, key, given)
 
     return {"generation": jax.jit(generate), "learning": jit_step(learn_from, state, run.mesh)}
 
 
+def is_fused(stage: cfg.RLStage, networks: Networks) -> bool:
+    """Says whether an iteration is one program: every signal's score is computed on the devices, as `fuse` asks."""
+    return stage.fuse and networks.scorers.keys() == stage.scorers.keys()
+
+
 def compile_step(
-    run: Run, stage: cfg.RLStage, networks: Networks, algorithm: Algorithm, hp: Hyperparameters, state: RLState
-) -> Callable[..., Any]:
-    """Returns step(state, frozen, batch, key), one program, or two where `fuse` is off."""
+    run: Run, stage: cfg.RLStage, networks: Networks, algorithm: Algorithm, hp: Hyperparameters, state: RLState,
+    given: Callable[[Rollout, PromptBatch], Signals] | None = None,
+) -> Callable[..., Any]:  # fmt: skip
+    """Returns step(state, frozen, batch, key): one program, or two with the scores that are `given` between them."""
     programs = jit_programs(run, stage, networks, algorithm, hp, state)
-    if stage.fuse:
+    if is_fused(stage, networks):
         return programs["iteration"]
 
     def step(state: RLState, frozen: Frozen, batch: PromptBatch, key: jax.Array) -> Any:
         sample_key, learn_key = jax.random.split(key)
         rollout = programs["generation"](state.actor.params, batch, sample_key)
-        return programs["learning"](state, frozen, rollout, batch.ptx, learn_key)
+        scores = {} if given is None else given(rollout, batch)
+        return programs["learning"](state, frozen, rollout, batch.ptx, learn_key, scores)
 
     return step
 
 
 def make_evaluate(
-    run: Run, stage: Any, policy: Any, scorers: dict[str, Any], frozen: Frozen
+    run: Run, stage: Any, policy: Any, reference: Any, scorers: Scorers
 ) -> Callable[[Any], dict[str, float]]:
     """Returns evaluate(the policy's params): it answers `eval_prompts`, sampled as in training."""
     if stage.eval_prompts is None:
@@ -257,19 +289,26 @@ def make_evaluate(
     report_data(f"{stage.name}: eval_prompts", prompts)
     respond = evaluate.make_respond(
         policy,
-        scorers,
+        scorers.modules,
         response_length=stage.max_response_length,
         eos_id=run.ends,
         pad_id=run.tokenizer.pad_id,
         sampling=Sampling(temperature=stage.temperature),
     )
 
+    frozen = Frozen(reference=reference, scorers=scorers.variables)
+
+    def answer(params: Any, batch: PromptBatch, key: jax.Array) -> dict[str, Any]:
+        out: dict[str, Any] = run.get(respond(params, frozen, run.put(batch), key))
+        return out | host_scores(run, scorers.host, prompts, batch.row, out["tokens"], out["length"])
+
     def evaluate_policy(params: Any) -> dict[str, float]:
         samples = evaluate.collect_samples(
-            lambda batch, key: run.get(respond(params, frozen, run.put(batch), key)),
+            functools.partial(answer, params),
             in_order(prompts, run.eval_batch),
-            prompts.records,
+            prompts,
             key=jax.random.key(run.seed(stage)),
+            ends=run.ends,
             decode=run.tokenizer.decode,
             split="test",
             group_field=stage.group_field,

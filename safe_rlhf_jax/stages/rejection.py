@@ -8,7 +8,7 @@ finished. Its policy is `round_K/export/`; that of the last round is the stage's
 import contextlib
 import json
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -18,6 +18,7 @@ import numpy as np
 from safe_rlhf_jax import config as cfg
 from safe_rlhf_jax.data.examples import Examples, load_sampled
 from safe_rlhf_jax.data.loader import shuffled
+from safe_rlhf_jax.data.texts import shown
 from safe_rlhf_jax.evaluation.plots import best_of_n_curves
 from safe_rlhf_jax.inference.best_of_n import best_of_n, described_gain, gain_by_number
 from safe_rlhf_jax.loop import Stage, fit
@@ -34,10 +35,11 @@ from safe_rlhf_jax.stages.common import (
     writers,
 )
 from safe_rlhf_jax.stages.constraints import cost_limits
+from safe_rlhf_jax.stages.host_signals import HostSignal, open_scorers
 from safe_rlhf_jax.stages.reinforcement import load_prompts, make_evaluate
-from safe_rlhf_jax.stages.sampling import Sampled, is_limited, open_scorers, sampled, sampler_of, take
+from safe_rlhf_jax.stages.sampling import Sampled, is_limited, sampled, sampler_of, take
 from safe_rlhf_jax.stages.supervised import sft_step
-from safe_rlhf_jax.types import Frozen, TrainState
+from safe_rlhf_jax.types import TrainState
 
 FIELDS = ("chosen", "rewards", "feasible")  # of a batch that has been answered
 
@@ -48,11 +50,11 @@ def run_rejection(run: Run, stage: cfg.RejectionStage, folder: pathlib.Path) -> 
     report_data(stage.name, prompts)
     limit = cost_limits(run, stage, "cost") if stage.cost_model else None
     module, start = open_model(run, stage.init_from, "lm", seed=run.seed(stage))
-    scorers, scorer_variables = open_scorers(run, stage)
-    frozen = Frozen(reference=start["params"] if stage.eval_prompts else None, scorers=scorer_variables)
+    scorers = open_scorers(run, stage.scorers)
+    reference = start["params"] if stage.eval_prompts else None
     del start
-    evaluate_policy = make_evaluate(run, stage, module, scorers, frozen)
-    sample = sampler_of(run, stage, module, scorers)
+    evaluate_policy = make_evaluate(run, stage, module, reference, scorers)
+    sample = sampler_of(run, stage, module, scorers.modules)
     results: list[dict[str, Any]] = []
     for number in range(1, stage.rounds + 1):
         here = round_folder(folder, number)
@@ -64,8 +66,8 @@ def run_rejection(run: Run, stage: cfg.RejectionStage, folder: pathlib.Path) -> 
             if not there(here / "selected.jsonl"):
                 rows = round_rows(stage, prompts, number, run.seed(stage))
                 select(
-                    run, stage, lambda batch, key, params=params: sample(params, scorer_variables, batch, key),
-                    take(prompts, rows), None if limit is None else limit[0][0], here,
+                    run, stage, lambda batch, key, params=params: sample(params, scorers.variables, batch, key),
+                    scorers.host, take(prompts, rows), None if limit is None else limit[0][0], here,
                 )  # fmt: skip
                 barrier(f"{stage.name}: round {number} is selected")
             state = fine_tune(run, stage, number, folder, module, params, prompts.width, evaluate_policy)
@@ -112,8 +114,8 @@ def round_rows(stage: cfg.RejectionStage, prompts: Examples, number: int, seed: 
 
 
 def select(
-    run: Run, stage: cfg.RejectionStage, sample: Callable[..., Any], prompts: Examples, limit: float | None,
-    here: pathlib.Path,
+    run: Run, stage: cfg.RejectionStage, sample: Callable[..., Any], host: Mapping[str, HostSignal],
+    prompts: Examples, limit: float | None, here: pathlib.Path,
 ) -> None:  # fmt: skip
     """Samples, scores and writes the best feasible response to each prompt; prompts without one are dropped.
 
@@ -126,7 +128,7 @@ def select(
     name = f"{stage.name}: round {number}, sampling"
     with contextlib.ExitStack() as stack:
         file = stack.enter_context((here / "sampling.jsonl").open("a")) if is_main() else None
-        for out in sampled(run, sample, prompts, stage.prompt_batch_size, key, name, start=len(batches)):
+        for out in sampled(run, sample, prompts, stage.prompt_batch_size, key, name, host=host, start=len(batches)):
             first = len(batches) * stage.prompt_batch_size
             batches.append(choose(run, prompts, limited, limit, first, out))
             if file is not None:
@@ -177,7 +179,7 @@ def selected_record(run: Run, prompts: Examples, row: int, out: dict[str, Any], 
     prompt = prompts.arrays.tokens[row][prompts.arrays.mask[row]].tolist()
     response = out["tokens"][i, best, : int(out["length"][i, best])].tolist()
     return {
-        "prompt": prompts.records[row]["prompt"],
+        "prompt": shown(prompts.turns[row]),
         "response": run.tokenizer.decode(response),
         **{signal: float(out[signal][i, best]) for signal in ("reward", "cost") if signal in out},
         "truncated": response[-1] not in run.ends,

@@ -1,7 +1,7 @@
 """What stages share that sample several responses to a prompt: the compiled sampler, its batches, limits by prompt."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,19 +13,10 @@ from safe_rlhf_jax.data.loader import in_order
 from safe_rlhf_jax.inference.best_of_n import make_sampler
 from safe_rlhf_jax.inference.sampling import Sampling
 from safe_rlhf_jax.metrics import ProgressBar
-from safe_rlhf_jax.stages.common import Run, only_read, open_model
+from safe_rlhf_jax.stages.common import Run
+from safe_rlhf_jax.stages.host_signals import HostSignal, host_scores
 
 Sampled = dict[str, np.ndarray]  # tokens [B, n, T], length [B, n], a score [B, n] for every scorer
-
-
-def open_scorers(run: Run, stage: cfg.SampledPrompts) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Returns the scorers of a stage and their variables, by signal."""
-    modules, variables = {}, {}
-    for signal, model in stage.scorers.items():
-        kind: Any = signal
-        modules[signal], found = open_model(run, model, "score", score_type=kind)
-        variables[signal] = found | {"params": only_read(run, found["params"])}
-    return modules, variables
 
 
 def sampler_of(run: Run, stage: cfg.SampledPrompts, policy: Any, scorers: dict[str, Any]) -> Callable[..., Any]:
@@ -49,6 +40,7 @@ def sampled(
     key: jax.Array,
     name: str,
     *,
+    host: Mapping[str, HostSignal],
     start: int = 0,
 ) -> Iterator[Sampled]:
     """Yields what is sampled for the prompts, in order and on the host.
@@ -60,6 +52,7 @@ def sampled(
         batch_size: Prompts at once.
         key: Batch i uses `fold_in(key, i)`.
         name: Of the progress bar.
+        host: Signals that score the responses' texts.
         start: Batches that have been answered before.
 
     Raises:
@@ -69,6 +62,7 @@ def sampled(
     bar = ProgressBar(name, len(batches), start=start, keys=())
     for i, (batch, valid) in list(enumerate(batches))[start:]:
         out: Sampled = run.get(sample(run.put(batch), jax.random.fold_in(key, i)))
+        out |= scores_of_several(run, host, prompts, batch.row, out)
         bad = [field for field, array in out.items() if not np.isfinite(array).all()]
         if bad:
             raise FloatingPointError(f"{name}: {bad[0]} of batch {i} is not finite; look at that model")
@@ -77,11 +71,22 @@ def sampled(
     bar.close()
 
 
+def scores_of_several(
+    run: Run, host: Mapping[str, HostSignal], prompts: Examples, rows: np.ndarray, out: Sampled
+) -> Sampled:
+    """Returns the scores of n responses to each prompt by the signals of the host, f32[B, n] each."""
+    shape = out["length"].shape
+    tokens, lengths = out["tokens"].reshape(-1, out["tokens"].shape[-1]), out["length"].reshape(-1)
+    scores = host_scores(run, host, prompts, np.repeat(rows, shape[1]), tokens, lengths)
+    return {signal: values.reshape(shape) for signal, values in scores.items()}
+
+
 def take(prompts: Examples, rows: Sequence[int]) -> Examples:
     """Returns some rows of a dataset."""
     which = np.asarray(rows, np.int64)
-    arrays = jax.tree.map(lambda x: x[which], prompts.arrays)
-    return dataclasses.replace(prompts, arrays=arrays, records=[prompts.records[i] for i in rows])
+    arrays = jax.tree.map(lambda x: x[which], prompts.arrays).replace(row=np.arange(len(which), dtype=np.int32))
+    records, turns = [prompts.records[i] for i in rows], tuple(prompts.turns[i] for i in rows)
+    return dataclasses.replace(prompts, arrays=arrays, records=records, turns=turns)
 
 
 def is_limited(stage: cfg.SampledPrompts, prompts: Examples) -> np.ndarray:

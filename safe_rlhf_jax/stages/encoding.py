@@ -1,0 +1,156 @@
+"""How the models of a run read text: its tokenizer and template, and those of scorers that have their own."""
+
+import dataclasses
+import pathlib
+from typing import Any
+
+from safe_rlhf_jax import config as cfg
+from safe_rlhf_jax.data.templates import TEMPLATES, Template, load_template
+from safe_rlhf_jax.data.tokenizer import Tokenizer, load_tokenizer, stored_ends
+from safe_rlhf_jax.models import hf
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "tokenizer_config.json")
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoding:
+    """A tokenizer and a template."""
+
+    tokenizer: Tokenizer
+    template: Template
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """Tokens that end a response."""
+        return self.template.ends(self.tokenizer)
+
+    @property
+    def identity(self) -> list[Any]:
+        """What decides which ids a text becomes, as plain values."""
+        hf_tokenizer, template = self.tokenizer.hf, self.template
+        vocabulary = (
+            hf_tokenizer.backend_tokenizer.to_str() if hf_tokenizer.is_fast else sorted(hf_tokenizer.get_vocab())
+        )
+        source = template.source or hf_tokenizer.get_chat_template()
+        written = [list(map(list, template.options)), template.date, template.control_tokens]
+        return [vocabulary, str(hf_tokenizer.special_tokens_map), self.ends, self.tokenizer.rows, source, written]
+
+
+def open_encodings(config: cfg.RunConfig) -> tuple[dict[str, Encoding], Encoding]:
+    """Returns {scorer: encoding} of those that have their own, and the run's.
+
+    Responses end where any policy of the run says that they do. A text is usable if all that read it have its tokens.
+
+    Raises:
+        ValueError: If a tokenizer or template cannot be opened.
+    """
+    scorers, policies = (
+        dict.fromkeys(
+            reference
+            for stage in config.stages
+            for field, reference in cfg.references(stage).items()
+            if is_scorer(field) == scores and model_folder(reference) is not None
+        )
+        for scores in (True, False)
+    )
+    tokenizer = load_tokenizer(config.tokenizer)
+    named = {i for reference in policies for i in stored_ends(model_folder(reference)) if i in tokenizer.texts}
+    tokenizer = dataclasses.replace(tokenizer, ends=(*tokenizer.ends, *named))
+    ours = Encoding(tokenizer, run_template(config, config.template, tokenizer, config.template_options))
+    found = {reference: own_encoding(config, ours, reference) for reference in scorers}
+    own = {reference: encoding for reference, encoding in found.items() if encoding is not None}
+    sizes = [stored_rows(model_folder(reference)) for reference in (*policies, *scorers) if reference not in own]
+    rows = min((size for size in sizes if size is not None), default=None)
+    return own, dataclasses.replace(ours, tokenizer=with_rows(tokenizer, rows))
+
+
+def with_rows(tokenizer: Tokenizer, rows: int | None) -> Tokenizer:
+    """Returns a tokenizer for embeddings of so many rows; where they have none for its padding token, EOS pads."""
+    if rows is None or rows >= tokenizer.vocab_size:
+        return tokenizer
+    pad_id = tokenizer.pad_id if tokenizer.pad_id < rows else tokenizer.eos_id
+    return dataclasses.replace(tokenizer, rows=rows, pad_id=pad_id)
+
+
+def run_template(config: cfg.RunConfig, name: str, tokenizer: Tokenizer, options: dict[str, Any]) -> Template:
+    """Returns a template with the run's date, which treats control tokens as the run does."""
+    date, control_tokens = config.template_date.isoformat(), config.control_tokens
+    return load_template(name, tokenizer, options=options, date=date, control_tokens=control_tokens)
+
+
+def is_scorer(field: str) -> bool:
+    """Says whether a field of a stage names a model that scores."""
+    return field.startswith(("reward_model", "cost_model"))
+
+
+@functools.cache
+def model_folder(reference: str) -> pathlib.Path | None:
+    """Returns the folder behind `path:…` or `hf:…`, None where there is none (the check says so where it is needed)."""
+    prefix, _, rest = reference.partition(":")
+    if not rest or prefix not in ("path", "hf"):
+        return None
+    try:
+        return hf.resolve(rest)
+    except FileNotFoundError:
+        return None
+
+
+def stored_rows(folder: pathlib.Path) -> int | None:
+    """Returns the rows of the embedding of the model in a folder, None where its config.json does not say."""
+    try:
+        rows = hf.read_config(folder).get("vocab_size")
+    except (FileNotFoundError, ValueError):
+        return None
+    return rows if isinstance(rows, int) else None
+
+
+def own_encoding(config: cfg.RunConfig, ours: Encoding, reference: str) -> Encoding | None:
+    """Returns the encoding of a scorer whose texts are written otherwise than the run's, None where they are not.
+
+    It has one of its own if `templates` names it, if an id is another token than the run's, or if its tokenizer has
+    another chat template than the run writes.
+
+    Raises:
+        ConfigError: If nothing says which template it has.
+    """
+    folder, named = model_folder(reference), config.templates.get(reference)
+    if folder is None or not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        return None
+    theirs = with_rows(load_tokenizer(str(folder)), stored_rows(folder))
+    same = not different_ids(ours.tokenizer, theirs)
+    chat = theirs.hf.chat_template
+    if same and (named == config.template or (named is None and chat in (None, exported_template(ours)))):
+        return None
+    name = named or ("tokenizer" if chat else config.template)
+    if name == "tokenizer" and not chat:
+        raise cfg.ConfigError(
+            f"{reference!r} has a tokenizer of its own, without a chat template; say how its texts are written: "
+            f"templates: {{{reference!r}: …}}, one of {', '.join(TEMPLATES)} or a .jinja file"
+        )
+    return Encoding(theirs, run_template(config, name, theirs, {}))
+
+
+def different_ids(ours: Tokenizer, theirs: Tokenizer) -> list[int]:
+    """Returns the ids that are another token in each of two tokenizers."""
+    return [i for i in sorted(ours.texts.keys() & theirs.texts.keys()) if ours.texts[i] != theirs.texts[i]]
+
+
+def exported_template(encoding: Encoding) -> str:
+    """Returns the Jinja source that is exported with a model: it writes what opens a text, too."""
+    template, tokenizer = encoding.template, encoding.tokenizer
+    source: str = template.source or tokenizer.hf.get_chat_template()
+    opening = "".join(tokenizer.texts[i] for i in tokenizer.prefix)
+    return source if template.opens or not opening else f"{{{{ {opening!r} }}}}{source}"
+
+
+def described_ends(encoding: Encoding) -> str | None:
+    """Returns in words who ends a response with what, None where all agree."""
+    tokenizer, end = encoding.tokenizer, encoding.template.end
+    if len(encoding.ends) == 1:
+        return None
+    others = [i for i in tokenizer.ends if i != tokenizer.eos_id]
+    parts = [f"the tokenizer's eos_token is {tokenizer.quoted([tokenizer.eos_id])}"]
+    parts += [f"generation_config.json names {tokenizer.quoted(others)}"] if others else []
+    parts += [f"the template ends a turn with {tokenizer.quoted([end])}"] if end is not None else []
+    taught = end if end in tokenizer.ends else tokenizer.eos_id
+    return f"{'; '.join(parts)}. Generation stops at each of them, training teaches {tokenizer.quoted([taught])}"  # type: ignore[list-item]

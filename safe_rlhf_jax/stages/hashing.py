@@ -1,0 +1,130 @@
+"""What a stage stands on, by content: a finished stage counts as long as nothing that decides its result has changed."""
+
+import contextlib
+import hashlib
+import json
+import pathlib
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from safe_rlhf_jax import config as cfg
+from safe_rlhf_jax.data.sources import data_files
+from safe_rlhf_jax.models import hf
+from safe_rlhf_jax.processes import first_says, is_main
+
+MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")  # of a folder, that decide what it computes
+CACHE = ".digests.json"  # in the workdir: digests of large files, by path, size and time
+
+
+def stage_hashes(config: cfg.RunConfig, shared: Sequence[Any]) -> dict[str, str]:
+    """Returns 12 hex digits for each stage: of its settings, data, models and `shared`; as the first process sees them.
+
+    Settings that change no result (`Schema.unhashed`) are left out, and the mesh.
+
+    Args:
+        config: Of the run.
+        shared: What all stages stand on beside seed and execution: tokenizer, template.
+    """
+    names = [stage.name for stage in config.stages]
+    hashes = dict.fromkeys(names, "0" * 12)
+    if is_main():
+        files = Digests(pathlib.Path(config.workdir) / CACHE)
+        for stage in config.stages:
+            named = (*cfg.references(stage).values(), *cfg.multipliers(stage).values())
+            upstream = [hashes[name] if name in hashes else model_identity(name, files) for name in named]
+            data = {str(path): files.of(path) for part in datasets(stage) for path in data_files(part.name)}
+            parts = (hashed(stage), config.seed, hashed(config.execution), *shared, data, upstream)
+            hashes[stage.name] = config_hash(*parts)
+        files.save()
+    found = first_says("".join(hashes.values()))
+    return {name: found[12 * i : 12 * i + 12] for i, name in enumerate(names)}
+
+
+def config_hash(*parts: Any) -> str:
+    """Returns 12 hex digits that change when any part changes."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def hashed(value: Any) -> Any:
+    """Returns a schema as plain values, without the settings that change no result."""
+    if isinstance(value, cfg.Schema):
+        fields = dict(value)
+        return {name: hashed(fields[name]) for name in fields.keys() - value.unhashed}
+    if isinstance(value, dict):
+        return {name: hashed(item) for name, item in value.items()}
+    return [hashed(item) for item in value] if isinstance(value, tuple | list) else value
+
+
+def datasets(value: Any) -> Iterator[cfg.Data]:
+    """Yields every data set that a schema names, however deep."""
+    if isinstance(value, cfg.Data):
+        yield value
+    elif isinstance(value, cfg.Schema):
+        yield from datasets(list(dict(value).values()))
+    elif isinstance(value, dict):
+        yield from datasets(list(value.values()))
+    elif isinstance(value, tuple | list):
+        for item in value:
+            yield from datasets(item)
+
+
+def model_identity(reference: str, files: "Digests") -> Any:
+    """Returns what tells a model from another one of its name: the contents of a folder, the commit of a hub id."""
+    prefix, _, rest = reference.partition(":")
+    if prefix == "hf":
+        try:
+            return reference, hf.resolve(rest).name  # the hub's cache names a snapshot by its commit
+        except FileNotFoundError:
+            return reference  # the check says so, where the model is needed
+    if prefix != "path":
+        return reference
+    folder = pathlib.Path(rest).expanduser()
+    found = sorted({path for pattern in MODEL_FILES for path in folder.glob(pattern)})
+    return {path.name: files.of(path) for path in found}
+
+
+class Digests:
+    """SHA-256 of files, remembered by path, size and time of the last change.
+
+    Args:
+        cache: The file that remembers; it need not exist.
+    """
+
+    def __init__(self, cache: pathlib.Path):
+        self.cache = cache
+        self.found: dict[str, str] = {}
+        try:
+            self.known: dict[str, str] = json.loads(cache.read_text())
+        except (OSError, ValueError):
+            self.known = {}
+
+    def of(self, path: pathlib.Path) -> str:
+        """Returns the digest of a file; "" where it is none."""
+        if not path.is_file():
+            return ""
+        status = path.stat()
+        key = f"{path.resolve()} {status.st_size} {status.st_mtime_ns}"
+        if key not in self.found:
+            self.found[key] = self.known.get(key) or digest(path)
+        return self.found[key]
+
+    def save(self) -> None:
+        """Writes what was found, for the next run."""
+        if self.found == self.known:
+            return
+        with contextlib.suppress(OSError):  # a folder of someone else's, say: the next run reads the files again
+            self.cache.parent.mkdir(parents=True, exist_ok=True)
+            partial = self.cache.with_name(f"{self.cache.name}.partial")
+            partial.write_text(json.dumps(self.found))
+            partial.rename(self.cache)
+
+
+def digest(path: pathlib.Path) -> str:
+    """Returns the SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def text_digest(texts: Iterable[str]) -> str:
+    """Returns the SHA-256 of several texts."""
+    return hashlib.sha256("\0".join(texts).encode("utf-8", "surrogatepass")).hexdigest()

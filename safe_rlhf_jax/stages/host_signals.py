@@ -1,0 +1,115 @@
+"""The door for signals that are not of the compiled step: conversations and responses in, a score of each out.
+
+A scorer that reads its texts otherwise than the policy stands behind it. It runs between `collect` and `learn`.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from safe_rlhf_jax.data.examples import Examples, pad_right
+from safe_rlhf_jax.data.formats import Message
+from safe_rlhf_jax.data.texts import Text, written
+from safe_rlhf_jax.evaluation.evaluate import make_score
+from safe_rlhf_jax.inference.stream import columns
+from safe_rlhf_jax.stages.common import Run, only_read, open_model
+from safe_rlhf_jax.types import Sequences
+
+# (conversations [B], responses [B], whether each response has its end [B]) -> f32[B]
+HostSignal = Callable[[Sequence[Sequence[Message]], Sequence[str], Sequence[bool]], np.ndarray]
+
+
+class ScorerSignal:
+    """A reward or cost model with a tokenizer or template of its own.
+
+    Responses are decoded, written in the model's own template, and scored by a program of its own.
+
+    Args:
+        run: The run.
+        reference: The model: `path:…` or `hf:…`.
+        kind: "reward" or "cost".
+    """
+
+    def __init__(self, run: Run, reference: str, kind: Any):
+        self.run, self.reference, self.encoding = run, reference, run.encoding(reference)
+        self.module, variables = open_model(run, reference, "score", score_type=kind)
+        self.variables = variables | {"params": only_read(run, variables["params"])}
+        self.score = make_score(self.module)
+        self.has_cut = False
+
+    def __call__(
+        self, conversations: Sequence[Sequence[Message]], responses: Sequence[str], ended: Sequence[bool]
+    ) -> np.ndarray:
+        """Returns the score of each response, f32[B].
+
+        Raises:
+            ValueError: If the template cannot write a conversation.
+        """
+        rows = [self.text(*row) for row in zip(conversations, responses, ended, strict=True)]
+        width = columns(max(len(row.ids) for row in rows), self.module.config.max_positions)
+        arrays = pad_right(rows, width, self.encoding.tokenizer.pad_id)
+        texts = Sequences(arrays["tokens"], arrays["mask"], arrays["mask"])
+        scores: np.ndarray = self.run.get(self.score(self.variables, self.run.put(texts)))
+        return scores
+
+    def text(self, conversation: Sequence[Message], response: str, ended: bool) -> Text:
+        """Returns a conversation as the model reads it; a response that was cut off has no end here either."""
+        turns = [*conversation, {"role": "assistant", "content": response}]
+        ids = written(turns, self.encoding.template, self.encoding.tokenizer, False).ids
+        ids = ids if ended else ids[:-1]
+        room = self.module.config.max_positions
+        if len(ids) > room and not self.has_cut:
+            self.has_cut = True
+            print(f"{self.reference}: warning: a text of {len(ids)} tokens; the model has {room} positions, and texts that are longer lose their beginning")  # fmt: skip
+        return Text(ids[-room:], [])
+
+
+@dataclasses.dataclass(frozen=True)
+class Scorers:
+    """The scorers of a stage, by signal."""
+
+    modules: dict[str, Any]  # that read the policy's tokens as they are: part of the compiled step
+    variables: dict[str, Any]  # of the modules
+    host: dict[str, HostSignal]  # the others
+
+
+def open_scorers(run: Run, scorers: Mapping[str, str]) -> Scorers:
+    """Opens scorers, given as {signal: model}."""
+    modules, variables, host = {}, {}, {}
+    for signal, reference in scorers.items():
+        kind: Any = signal.partition("/")[0]
+        if reference in run.own:
+            host[signal] = ScorerSignal(run, reference, kind)
+        else:
+            modules[signal], found = open_model(run, reference, "score", score_type=kind)
+            variables[signal] = found | {"params": only_read(run, found["params"])}
+    return Scorers(modules, variables, host)
+
+
+def host_scores(
+    run: Run,
+    host: Mapping[str, HostSignal],
+    prompts: Examples,
+    rows: np.ndarray,
+    tokens: np.ndarray,
+    lengths: np.ndarray,
+) -> dict[str, np.ndarray]:
+    """Returns the scores of responses by the signals of the host, f32[B] each.
+
+    Args:
+        run: The run.
+        host: By signal.
+        prompts: The data set of the prompts.
+        rows: i32[B], which of its rows each response answers.
+        tokens: i32[B, T], responses.
+        lengths: i32[B], their tokens.
+    """
+    if not host:
+        return {}
+    responses = [row[:length] for row, length in zip(tokens, lengths, strict=True)]
+    ended = [len(row) > 0 and int(row[-1]) in run.ends for row in responses]
+    texts = [run.tokenizer.decode(row) for row in responses]
+    conversations = [prompts.turns[row] for row in rows]
+    return {signal: score(conversations, texts, ended) for signal, score in host.items()}
