@@ -15,6 +15,7 @@ from safe_rlhf_jax.data.formats import PART, UNUSABLE, Message, Record, Unusable
 from safe_rlhf_jax.data.templates import Template
 from safe_rlhf_jax.data.texts import (
     Text,
+    check_rendered,
     paired,
     preference_example,
     prompt_example,
@@ -40,7 +41,7 @@ class Examples:
     truncated: int  # texts
     lengths: tuple[int, ...] = ()  # tokens of every text before it was cut; of pairs, both sides
     turns: tuple[Sequence[Message], ...] = ()  # the conversation of every text; of pairs, both sides
-    merged: int = 0  # texts with a response whose first characters share a token with the prompt
+    apart: int = 0  # texts whose prompt and response would share a token, and were tokenised apart
 
     def __len__(self) -> int:
         return len(self.records)
@@ -150,8 +151,8 @@ def finished(
 ) -> Examples:
     """Returns examples with the lengths of their texts."""
     lengths, turns = tuple(len(text.ids) for text in texts), tuple(text.turns for text in texts)
-    truncated, merged = sum(length > max_length for length in lengths), sum(text.merged for text in texts)
-    return Examples(arrays, records, skipped, truncated, lengths, turns, merged)
+    truncated, apart = sum(length > max_length for length in lengths), sum(text.apart for text in texts)
+    return Examples(arrays, records, skipped, truncated, lengths, turns, apart)
 
 
 def load_supervised(
@@ -172,6 +173,7 @@ def load_supervised(
         unfit=lambda t: unfit_texts(t, max_length),
     )
     rows = [text for (text,) in texts]
+    check_rendered(rows, template, tokenizer, where)
     padded = pad_right(rows, common_width(rows, max_length), tokenizer.pad_id)
     batch = SupervisedBatch(padded["tokens"], padded["mask"], padded["trained"])
     return finished(batch, kept, skipped, rows, max_length)
@@ -212,6 +214,7 @@ def load_pairs(
         unfit=lambda t: unfit_texts(t, max_length),
     )
     flat = [text for pair_ in texts for text in pair_]
+    check_rendered(flat, template, tokenizer, where)
     width = common_width(flat, max_length)
 
     def side(i: int) -> Sequences:
@@ -266,6 +269,7 @@ def load_prompts(
         unfit=lambda t: "longer than max_prompt_length" if drop and len(t[0].ids) > max_length else None,
     )
     rows = [text for (text,) in texts]
+    check_rendered(rows, template, tokenizer, where)
     width = common_width(rows, max_length)
     tokens: Any = np.full((len(rows), width), tokenizer.pad_id, np.int32)
     mask: Any = np.zeros((len(rows), width), bool)

@@ -42,16 +42,8 @@ class Template:
         Raises:
             ValueError: If the template refuses the turns.
         """
-        date = datetime.date.fromisoformat(self.date)
         try:
-            text: str = tokenizer.hf.apply_chat_template(
-                list(turns),
-                chat_template=self.source,
-                tokenize=False,
-                add_generation_prompt=ask,
-                strftime_now=lambda form: date.strftime(form),
-                **dict(self.options),
-            )
+            text: str = tokenizer.hf.apply_chat_template(list(turns), tokenize=False, **self.arguments(tokenizer, ask))
         except Exception as error:  # templates raise what they like
             raise ValueError(f"the template refuses: {error}") from error
         return text if ask else text.rstrip()
@@ -67,6 +59,20 @@ class Template:
         opening = [] if self.opens else list(tokenizer.prefix)
         return opening + (tokenizer.encode(text) if given == list(turns) else encode_marked_chat(tokenizer.hf, text))
 
+    def theirs(self, tokenizer: Tokenizer, turns: Sequence[Message], ask: bool) -> list[int]:
+        """Returns the token ids that transformers itself makes of a conversation, control tokens and all."""
+        ids: list[int] = tokenizer.hf.apply_chat_template(
+            list(turns), return_dict=False, **self.arguments(tokenizer, ask)
+        )
+        return ids
+
+    def arguments(self, tokenizer: Tokenizer, ask: bool) -> dict[str, Any]:
+        """Returns what `apply_chat_template` is told."""
+        source: str = self.source or tokenizer.hf.get_chat_template()
+        if "strftime_now" in source:
+            source = fixed_clock(self.date) + source
+        return {"chat_template": source, "add_generation_prompt": ask} | dict(self.options)
+
     def marked(self, tokenizer: Tokenizer, turns: Sequence[Message]) -> list[Message]:
         """Returns turns in which control tokens are marked as text."""
         if self.control_tokens == "tokens":
@@ -81,12 +87,20 @@ class Template:
         ]
 
 
+@functools.cache
+def fixed_clock(date: str) -> str:
+    """Returns Jinja that defines `strftime_now` for a fixed day, at midnight: transformers' own reads the clock."""
+    day = datetime.datetime.fromisoformat(date)
+    codes = "".join(f" | replace('%{code}', '{day:%{code}}')" for code in "aAbBdeHIjmMpSyY")
+    return f"{{%- macro strftime_now(form) -%}}{{{{ form{codes} }}}}{{%- endmacro -%}}"
+
+
 @functools.lru_cache
 def control_patterns(template: Template, tokenizer: Tokenizer) -> tuple[re.Pattern[str], re.Pattern[str]]:
     """Returns what matches the control tokens in a text of the user, and in one of the assistant.
 
-    In the former, special tokens and those that the template writes. An assistant may write tokens of its own, such as
-    those around a thought; only those that open or end turns are text.
+    Special tokens, and those that the template writes. An assistant may write tokens of its own, such as those around a
+    thought: those that are not special, or that the template knows beside those that open and end turns.
     """
     added = {
         str(token): token.special for token in tokenizer.hf.added_tokens_decoder.values() if not str(token).isspace()
@@ -95,7 +109,8 @@ def control_patterns(template: Template, tokenizer: Tokenizer) -> tuple[re.Patte
     asked = template.render(tokenizer, PROBE[:1], True)
     of_turns = {tokenizer.texts.get(i) for i in (*template.ends(tokenizer), tokenizer.pad_id, *tokenizer.prefix)}
     user = [token for token, special in added.items() if special or token in source]
-    assistant = [token for token, special in added.items() if special and (token in asked or token in of_turns)]
+    own = [token for token in added if token in source and token not in asked and token not in of_turns]
+    assistant = [token for token, special in added.items() if special and token not in own]
     return pattern_of(user), pattern_of(assistant)
 
 

@@ -1,12 +1,16 @@
 """Step 3 of the line, first half: a record becomes token ids, and which of them are trained."""
 
 import dataclasses
-from collections.abc import Sequence
+import functools
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from safe_rlhf_jax.data.formats import Record, Unusable, text_of
 from safe_rlhf_jax.data.templates import Template
 from safe_rlhf_jax.data.tokenizer import Tokenizer
+
+CHECKED = 16  # texts of a data set whose tokens are compared with those of transformers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,7 +20,7 @@ class Text:
     ids: list[int]
     trained: list[bool]
     turns: Sequence[Any] = ()  # that were written
-    merged: bool = False  # a response's first characters share a token with what stands before it, which is not trained
+    apart: bool = False  # prompt and response would share a token, and were tokenised apart
 
 
 def check_turns(messages: Any) -> None:
@@ -80,50 +84,110 @@ def written(messages: list[Any], template: Template, tokenizer: Tokenizer, train
     if messages[-1]["role"] == "user":
         ids = template.ids(tokenizer, messages, True)
         return Text(ids, [False] * len(ids), messages)
-    ids = template.ids(tokenizer, messages, False)
-    trained, merged = [False] * len(ids), False
-    ends = template.ends(tokenizer)
     places = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    for i in places if train_all else places[-1:]:
-        asked = template.ids(tokenizer, messages[:i], True)
-        start = common(asked, ids)
-        if start < len(asked):
-            start, merged = first_whole_token(messages, i, ids, template, tokenizer), True
-        last = i == places[-1]
-        # Behind an earlier response the conversation goes on otherwise than one that ends there.
-        stop = len(ids) if last else common(template.ids(tokenizer, messages[: i + 1], False), ids)
-        stop = stop if stop > start else len(ids)
-        end = next((j + 1 for j in range(start, stop) if ids[j] in ends), None)
-        if last and end is None:
-            ids, trained, end = [*ids, tokenizer.eos_id], [*trained, False], len(ids) + 1
-        elif last and ids[end - 1] not in tokenizer.ends:
-            ids[end - 1] = tokenizer.eos_id
-        end = end or stop
-        trained[start:end] = [True] * (end - start)
-    return Text(ids[:end], trained[:end], messages, merged)
+    places = places if train_all else places[-1:]
+    ids = template.ids(tokenizer, messages, False)
+    asked = [template.ids(tokenizer, messages[:i], True) for i in places]
+    apart = any(common(prompt, ids) < len(prompt) for prompt in asked)
+    if apart:
+        ids, spans = tokenised_apart(messages, places, template, tokenizer)
+    else:
+        render = functools.partial(template.ids, tokenizer)
+        starts = [len(prompt) for prompt in asked]
+        spans = [(start, stop_of(i, start, render, messages, ids)) for i, start in zip(places, starts, strict=True)]
+    ends, trained = template.ends(tokenizer), [False] * len(ids)
+    for start, stop in spans:
+        found = next((j for j in range(start, stop) if ids[j] in ends), stop - 1)
+        trained[start : found + 1] = [True] * (found + 1 - start)
+    stop = found + 1
+    if ids[found] not in ends or not trained[found]:
+        return Text([*ids, tokenizer.eos_id], [*trained, True], messages, apart)
+    if ids[found] not in tokenizer.ends:
+        ids[found] = tokenizer.eos_id
+    return Text(ids[:stop], trained[:stop], messages, apart)
 
 
-def common(first: Sequence[int], second: Sequence[int]) -> int:
-    """Returns how many tokens two texts begin with in common."""
-    pairs = enumerate(zip(first, second, strict=False))
-    return next((i for i, (a, b) in pairs if a != b), min(len(first), len(second)))
+def tokenised_apart(
+    messages: list[Any], places: Sequence[int], template: Template, tokenizer: Tokenizer
+) -> tuple[list[int], list[tuple[int, int]]]:
+    """Returns the ids of a conversation whose prompts and responses share no token, and where each response stands.
 
-
-def first_whole_token(messages: list[Any], i: int, ids: Sequence[int], template: Template, tokenizer: Tokenizer) -> int:
-    """Returns the index of the first token that lies whole in response i, whose beginning shares one with the prompt.
+    Where the generation prompt ends with a space, say, most tokenizers join it with the response's first word. But
+    generation goes on from the tokens of the prompt, so these count.
 
     Raises:
-        ValueError: If the conversation does not begin with the generation prompt, or has control tokens as text.
+        ValueError: If the conversation does not begin with a generation prompt, or has control tokens as text.
     """
-    asked, text = template.render(tokenizer, messages[:i], True), template.render(tokenizer, messages, False)
-    if not text.startswith(asked):
-        raise ValueError("the template's generation prompt is not the beginning of the conversation")
-    if not tokenizer.hf.is_fast or template.marked(tokenizer, messages) != messages:
-        raise ValueError("a response that shares its first token with the prompt")
-    encoding = tokenizer.hf.backend_tokenizer.encode(text, add_special_tokens=False)
-    opening = len(ids) - len(encoding.ids)
-    starts = (j for j, (start, _) in enumerate(encoding.offsets) if start >= len(asked))
-    return opening + next(starts, len(encoding.ids))
+    text = template.render(tokenizer, messages, False)
+    if template.marked(tokenizer, messages) != messages:
+        raise ValueError("a response that shares its first token with the prompt, beside control tokens as text")
+    starts, stops = [], []
+    for i in places:
+        asked = template.render(tokenizer, messages[:i], True)
+        if not text.startswith(asked):
+            raise ValueError("the template's generation prompt is not the beginning of the conversation")
+        starts.append(len(asked))
+        stops.append(stop_of(i, len(asked), functools.partial(template.render, tokenizer), messages, text))
+
+    def ids(stop: int) -> list[int]:
+        cuts = [0, *(start for start in starts if start < stop), stop]
+        first, *others = (text[start:end] for start, end in itertools.pairwise(cuts))
+        opening = [] if template.opens else list(tokenizer.prefix)
+        return opening + tokenizer.encode(first) + [i for piece in others for i in tokenizer.continuation(piece)]
+
+    return ids(len(text)), [(len(ids(start)), len(ids(stop))) for start, stop in zip(starts, stops, strict=True)]
+
+
+def stop_of(
+    i: int, start: int, render: Callable[[list[Any], bool], Sequence[Any]], messages: list[Any], whole: Sequence[Any]
+) -> int:
+    """Returns where response i ends at the latest in a whole conversation: a token's index, or a character's.
+
+    Behind an earlier response the conversation goes on otherwise than one that ends there. A template that writes the
+    last response in another way shows it where another message follows.
+
+    Args:
+        i: Which turn the response is.
+        start: Where it begins.
+        render: (turns, with the generation prompt) -> tokens, or text.
+        messages: The turns.
+        whole: What `render` makes of them.
+    """
+    if i + 1 == len(messages):
+        return len(whole)
+    here = common(render(messages[: i + 1], False), whole)
+    if here > start:
+        return here
+    other = "1" if messages[i + 1]["content"].startswith("0") else "0"
+    return common(render([*messages[: i + 1], {"role": "user", "content": other}], False), whole)
+
+
+def check_rendered(texts: Sequence[Text], template: Template, tokenizer: Tokenizer, where: str) -> None:
+    """Checks on the first texts that their tokens are those that transformers makes of the conversations.
+
+    What ends the last response is ours to choose, and control tokens in a message are text, so neither counts.
+
+    Raises:
+        ValueError: With the two texts, where they differ.
+    """
+    opening = 0 if template.opens else len(tokenizer.prefix)
+    for text in texts[:CHECKED]:
+        turns = list(text.turns)
+        if not turns or text.apart or template.marked(tokenizer, turns) != turns:
+            continue
+        ask = turns[-1]["role"] == "user"
+        theirs, ours = template.theirs(tokenizer, turns, ask), text.ids[opening : None if ask else -1]
+        if theirs[: len(ours)] != ours or (ask and len(theirs) != len(ours)):
+            raise ValueError(
+                f"{where}: the tokens of a conversation are not those of the tokenizer's apply_chat_template: "
+                f"{tokenizer.hf.decode(ours)!r}, and {tokenizer.hf.decode(theirs)!r}"
+            )
+
+
+def common(first: Sequence[Any], second: Sequence[Any]) -> int:
+    """Returns how many tokens, or characters, two texts begin with in common."""
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(first), len(second)))
 
 
 def supervised_example(record: Record, template: Template, tokenizer: Tokenizer) -> tuple[Text]:

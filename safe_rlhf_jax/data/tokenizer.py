@@ -52,6 +52,14 @@ class Tokenizer:
         ids: list[int] = self.hf.backend_tokenizer.encode(text, add_special_tokens=False).ids
         return ids
 
+    def continuation(self, text: str) -> list[int]:
+        """Returns token ids of a text that follows another; SentencePiece would open it with a space."""
+        for before in "\na0":  # the first whose tokens the text does not join
+            opened, both = self.encode(before), self.encode(before + text)
+            if both[: len(opened)] == opened:
+                return both[len(opened) :]
+        return self.encode(text)
+
     def decode(self, ids: Any) -> str:
         """Returns the text of token ids, special tokens skipped."""
         text: str = self.hf.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)

@@ -32,8 +32,8 @@ def make_respond(
 ) -> Callable[[Params, Frozen, PromptBatch, jax.Array], dict[str, jax.Array]]:
     """Returns respond(params, frozen, prompts, key): one response per prompt, and what is known of it.
 
-    The result holds tokens i32[B, T], length i32[B], a score f32[B] for every scorer, and kl f32[B] (Σ log π − log π_ref
-    over the response, nats).
+    The result holds tokens i32[B, T], length i32[B], a score f32[B] for every scorer, and kl f32[B]
+    (Σ log π − log π_ref over the response, nats).
     """
 
     @jax.jit

@@ -58,7 +58,7 @@ def precision_of(x: jax.Array) -> jax.lax.Precision | None:
 def matmul(
     x: Float[Array, "N I"], matrix: Float[Array, "I O"], names: tuple[str, str], dtype: str
 ) -> Float[Array, "N O"]:
-    """x · W in the dtype of x, accumulated in float32 and returned in `dtype`.
+    """Product x · W in the dtype of x, accumulated in float32 and returned in `dtype`.
 
     The gradient of W is summed in float32, over rows and over devices, whatever the dtype of x: the cotangent of a
     bfloat16 copy of W would be rounded to 8 bits on every device before it is summed.

@@ -83,8 +83,10 @@ def learn(
     key: jax.Array,
     given: Signals | None = None,
 ) -> tuple[RLState, Metrics]:
-    """Scores a rollout, moves λ, estimates advantages, then updates actor and critics; `given` are scores f32[B] of
-    signals that no network of the step computes."""
+    """Scores a rollout, moves λ, estimates advantages, then updates actor and critics.
+
+    `given` are scores f32[B] of signals that no network of the step computes.
+    """
     scored = score_rollout(
         networks,
         state,

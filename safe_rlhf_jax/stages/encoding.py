@@ -44,22 +44,16 @@ def open_encodings(config: cfg.RunConfig) -> tuple[dict[str, Encoding], Encoding
     Raises:
         ValueError: If a tokenizer or template cannot be opened.
     """
-    scorers, policies = (
-        dict.fromkeys(
-            reference
-            for stage in config.stages
-            for field, reference in cfg.references(stage).items()
-            if is_scorer(field) == scores and model_folder(reference) is not None
-        )
-        for scores in (True, False)
-    )
+    named = [(field, reference) for stage in config.stages for field, reference in cfg.references(stage).items()]
+    folders = {reference: folder for _, reference in named if (folder := model_folder(reference)) is not None}
+    scorers = [reference for field, reference in dict.fromkeys(named) if reference in folders and is_scorer(field)]
     tokenizer = load_tokenizer(config.tokenizer)
-    named = {i for reference in policies for i in stored_ends(model_folder(reference)) if i in tokenizer.texts}
-    tokenizer = dataclasses.replace(tokenizer, ends=(*tokenizer.ends, *named))
+    ends = {end for reference, folder in folders.items() if reference not in scorers for end in stored_ends(folder)}
+    tokenizer = dataclasses.replace(tokenizer, ends=(*tokenizer.ends, *(ends & tokenizer.texts.keys())))
     ours = Encoding(tokenizer, run_template(config, config.template, tokenizer, config.template_options))
     found = {reference: own_encoding(config, ours, reference) for reference in scorers}
     own = {reference: encoding for reference, encoding in found.items() if encoding is not None}
-    sizes = [stored_rows(model_folder(reference)) for reference in (*policies, *scorers) if reference not in own]
+    sizes = [stored_rows(folder) for reference, folder in folders.items() if reference not in own]
     rows = min((size for size in sizes if size is not None), default=None)
     return own, dataclasses.replace(ours, tokenizer=with_rows(tokenizer, rows))
 
@@ -83,7 +77,6 @@ def is_scorer(field: str) -> bool:
     return field.startswith(("reward_model", "cost_model"))
 
 
-@functools.cache
 def model_folder(reference: str) -> pathlib.Path | None:
     """Returns the folder behind `path:…` or `hf:…`, None where there is none (the check says so where it is needed)."""
     prefix, _, rest = reference.partition(":")

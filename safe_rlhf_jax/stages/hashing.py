@@ -1,4 +1,4 @@
-"""What a stage stands on, by content: a finished stage counts as long as nothing that decides its result has changed."""
+"""What a stage stands on, by content: its result counts as long as nothing that decides it has changed."""
 
 import contextlib
 import hashlib

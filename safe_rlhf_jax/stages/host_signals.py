@@ -62,7 +62,10 @@ class ScorerSignal:
         room = self.module.config.max_positions
         if len(ids) > room and not self.has_cut:
             self.has_cut = True
-            print(f"{self.reference}: warning: a text of {len(ids)} tokens; the model has {room} positions, and texts that are longer lose their beginning")  # fmt: skip
+            print(
+                f"{self.reference}: warning: a text of {len(ids)} tokens, where the model has {room} positions; texts "
+                "that are longer lose their beginning"
+            )
         return Text(ids[-room:], [])
 
 
@@ -77,7 +80,8 @@ class Scorers:
 
 def open_scorers(run: Run, scorers: Mapping[str, str]) -> Scorers:
     """Opens scorers, given as {signal: model}."""
-    modules, variables, host = {}, {}, {}
+    modules, variables = {}, {}
+    host: dict[str, HostSignal] = {}
     for signal, reference in scorers.items():
         kind: Any = signal.partition("/")[0]
         if reference in run.own:
@@ -92,7 +96,7 @@ def host_scores(
     run: Run,
     host: Mapping[str, HostSignal],
     prompts: Examples,
-    rows: np.ndarray,
+    rows: Any,
     tokens: np.ndarray,
     lengths: np.ndarray,
 ) -> dict[str, np.ndarray]:

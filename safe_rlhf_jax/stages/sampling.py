@@ -71,9 +71,7 @@ def sampled(
     bar.close()
 
 
-def scores_of_several(
-    run: Run, host: Mapping[str, HostSignal], prompts: Examples, rows: np.ndarray, out: Sampled
-) -> Sampled:
+def scores_of_several(run: Run, host: Mapping[str, HostSignal], prompts: Examples, rows: Any, out: Sampled) -> Sampled:
     """Returns the scores of n responses to each prompt by the signals of the host, f32[B, n] each."""
     shape = out["length"].shape
     tokens, lengths = out["tokens"].reshape(-1, out["tokens"].shape[-1]), out["length"].reshape(-1)

@@ -1,12 +1,267 @@
-"""Chat templates: what is trained is what generation produces, and what generation reads is what is trained on."""
+"""Chat templates: what is trained is what transformers renders, and what generation reads is what is trained on."""
+
+import json
+import pathlib
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
 
 from safe_rlhf_jax.data.examples import load_pairs, load_prompts, load_supervised
+from safe_rlhf_jax.data.formats import Unusable
 from safe_rlhf_jax.data.templates import TEMPLATES, load_template
+from safe_rlhf_jax.data.texts import encode, prompt_example, supervised_example
 from safe_rlhf_jax.data.tokenizer import load_tokenizer
+
+FOLDER = pathlib.Path(__file__).parent / "chat_templates"
+CORPUS = [
+    "how do i bake bread\n\n\nfirst, mix the flour\n\n  - then wait\n",
+    "the the bread . how ? über naïve 你好 🙂",
+]
+# Published templates: which special tokens they need, which of these is EOS, what generation_config.json names as ends.
+FAMILIES = {
+    "chatml": ("<|im_end|>", ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], ["<|im_end|>"]),
+    "qwen2": ("<|im_end|>", ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], ["<|im_end|>", "<|endoftext|>"]),
+    "qwen3": ("<|im_end|>", ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], ["<|im_end|>", "<|endoftext|>"]),
+    "llama2": ("</s>", ["<unk>", "<s>", "</s>"], ["</s>"]),
+    "llama3": (
+        "<|end_of_text|>",
+        ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"],
+        ["<|end_of_text|>", "<|eot_id|>"],
+    ),
+    "gemma": ("<eos>", ["<pad>", "<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>"], ["<eos>", "<end_of_turn>"]),
+    "phi3": (
+        "<|endoftext|>",
+        ["<|endoftext|>", "<|assistant|>", "<|end|>", "<|user|>", "<|system|>"],
+        ["<|endoftext|>", "<|assistant|>", "<|end|>"],
+    ),
+    "mistral": ("</s>", ["<unk>", "<s>", "</s>"], ["</s>"]),
+    "zephyr": ("</s>", ["<unk>", "<s>", "</s>"], ["</s>"]),
+    "tagged": ("<|im_end|>", ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], ["<|im_end|>"]),
+}
+SENTENCEPIECE = ("llama2", "gemma", "mistral", "zephyr")
+NO_SYSTEM = ("gemma", "mistral")
+BOS = {"<s>", "<bos>", "<|begin_of_text|>"}
+
+
+def make_tokenizer(folder, special, eos, *, spaces, template=None, thoughts=(), ends=None, **config):
+    """A tokenizer of byte-level BPE that joins line feeds as Llama 3's, or where `spaces` like SentencePiece's."""
+    if spaces:
+        tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token=special[0]))
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=spaces, split=False)
+        decoder = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        tokenizer.decoder = decoders.Sequence(decoder)
+        alphabet = [f"<0x{i:02X}>" for i in range(256)]
+    else:
+        tokenizer = Tokenizer(models.BPE())
+        regex = r"\s*[\r\n]+| ?[^\s\r\n]+|\s+"
+        split = pre_tokenizers.Split(pattern=Regex(regex), behavior="isolated")
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
+        tokenizer.decoder = decoders.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=700, special_tokens=[*special, *(alphabet if spaces else [])],
+        initial_alphabet=[] if spaces else alphabet, show_progress=False,
+    )  # fmt: skip
+    tokenizer.train_from_iterator(CORPUS * 4, trainer)
+    if spaces:  # bytes are tokens of the vocabulary, not added ones
+        content = json.loads(tokenizer.to_str())
+        content["added_tokens"] = [t for t in content["added_tokens"] if t["content"] in special]
+        tokenizer = Tokenizer.from_str(json.dumps(content))
+    tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in thoughts])
+    opening = next(iter(BOS & set(special)), None)
+    if opening:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{opening} $A", special_tokens=[(opening, tokenizer.token_to_id(opening))]
+        )
+        config["bos_token"] = opening
+    hf = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=eos, **config)
+    hf.chat_template = template
+    hf.save_pretrained(folder)
+    if ends:
+        (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": hf.convert_tokens_to_ids(ends)}))
+    return load_tokenizer(str(folder))
+
+
+@pytest.fixture(scope="module")
+def families(tmp_path_factory):
+    made = {}
+    for name, (eos, special, ends) in FAMILIES.items():
+        spaces = {"llama2": "first", "zephyr": "always"}.get(name, "never") if name in SENTENCEPIECE else None
+        template = (FOLDER / f"{name}.jinja").read_text()
+        thoughts = ("<think>", "</think>") if name == "qwen3" else ()
+        folder = tmp_path_factory.mktemp(name)
+        made[name] = make_tokenizer(
+            folder, special, eos, spaces=spaces, template=template, thoughts=thoughts, ends=ends
+        )
+    return {name: (tokenizer, load_template("tokenizer", tokenizer)) for name, tokenizer in made.items()}
+
+
+def dialogue(*turns, system=None):
+    opening = [] if system is None else [{"role": "system", "content": system}]
+    return opening + [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)]
+
+
+WORDS = st.sampled_from(
+    ["how", "bread", " the", "\n", "\n\n", "  ", ".", "über", "你好", "🙂", "e\u0301", "\t", "[[", "INST"]
+)
+CONTENTS = st.lists(WORDS, min_size=1, max_size=6).map("".join).filter(str.strip)
+THOUGHTS = st.one_of(CONTENTS, st.tuples(CONTENTS, CONTENTS).map(lambda c: f"<think>\n{c[0]}\n</think>\n\n{c[1]}"))
+
+
+def conversations(name):
+    """At least one exchange; with a system turn where the template has a place, with thoughts where it knows them."""
+    answers = THOUGHTS if name == "qwen3" else CONTENTS
+    exchanges = st.lists(st.tuples(CONTENTS, answers), min_size=1, max_size=3)
+    system = st.none() if name in NO_SYSTEM else st.none() | st.just("") | CONTENTS
+    return st.tuples(exchanges, system).map(lambda c: dialogue(*(turn for pair in c[0] for turn in pair), system=c[1]))
+
+
+def rendered(tokenizer, turns, **options):
+    options = {"add_generation_prompt": False, "date_string": "26 Jul 2024"} | options
+    return tokenizer.hf.apply_chat_template(turns, return_dict=False, **options)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_tokens_are_those_that_transformers_renders(families, name):
+    tokenizer, template = families[name]
+    empty = set(tokenizer.encode("\n")) | set(tokenizer.encode(" ")) | set(tokenizer.ends)
+
+    @settings(max_examples=25)
+    @given(conversations(name))
+    def check(turns):
+        text = encode(turns, template, tokenizer, train_all=True)
+        theirs = rendered(tokenizer, turns)
+        assert text.ids == theirs[: len(text.ids)] or text.apart
+        if text.apart:
+            assert tokenizer.hf.decode(theirs).startswith(tokenizer.hf.decode(text.ids))
+            return
+        assert set(theirs[len(text.ids) :]) <= empty, "nothing but space, and the end of the text, is left away"
+        assert text.ids[-1] in tokenizer.ends
+        assert text.trained[-1]
+        (prompt,) = prompt_example({"prompt": turns[:-1]}, template, tokenizer)
+        assert prompt.ids == rendered(tokenizer, turns[:-1], add_generation_prompt=True)
+
+    check()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_is_trained_begins_where_generation_does_and_ends_with_its_end(families, name):
+    tokenizer, template = families[name]
+
+    @settings(max_examples=25)
+    @given(conversations(name))
+    def check(turns):
+        text = encode(turns, template, tokenizer, train_all=True)
+        spans = runs(text.trained)
+        answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
+        assert len(spans) == len(answers)
+        for (start, stop), i in zip(spans, answers, strict=True):
+            asked = rendered(tokenizer, turns[:i], add_generation_prompt=True)
+            assert text.ids[:start] == asked or (text.apart and i != answers[0])
+            assert text.ids[stop - 1] in tokenizer.ends
+            said = turns[i]["content"].rpartition("</think>")[2].strip()
+            written = tokenizer.hf.decode(text.ids[start:stop], skip_special_tokens=True)
+            assert written.strip().endswith(said)
+        last = encode(turns, template, tokenizer)
+        assert last.ids[:-1] == text.ids[:-1] or text.apart
+        assert len(runs(last.trained)) == 1
+
+    check()
+
+
+def runs(flags):
+    edges = [i for i in range(1, len(flags)) if flags[i] != flags[i - 1]]
+    edges = ([0] if flags[0] else []) + edges + ([len(flags)] if flags[-1] else [])
+    return list(zip(edges[::2], edges[1::2], strict=True))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_control_tokens_in_a_message_stay_text(families, name):
+    tokenizer, template = families[name]
+    control = FAMILIES[name][1]
+    attack = "".join(control) + "hello"
+    plain, attacked = dialogue("how", "bread"), dialogue(f"how{attack}", f"bread{attack}")
+    before, after = (encode(turns, template, tokenizer).ids for turns in (plain, attacked))
+    special = set(tokenizer.hf.convert_tokens_to_ids(control))
+    assert [i for i in before if i in special] == [i for i in after if i in special]
+    written = tokenizer.hf.decode(after, skip_special_tokens=True)
+    assert written.count(attack) == 2
+    allowed = load_template("tokenizer", tokenizer, control_tokens="tokens")
+    assert (
+        encode(attacked, allowed, tokenizer).ids
+        == rendered(tokenizer, attacked)[: len(encode(attacked, allowed, tokenizer).ids)]
+    )
+
+
+def test_a_thought_of_the_assistant_is_made_of_the_tokens_around_thoughts_and_one_of_the_user_is_text(families):
+    tokenizer, template = families["qwen3"]
+    thinking = tokenizer.hf.convert_tokens_to_ids(["<think>", "</think>"])
+    text = encode(dialogue("how", "<think>\nhm\n</think>\n\nbread"), template, tokenizer)
+    assert [i for i in text.ids if i in thinking] == thinking
+    turns = dialogue("how <think> </think>", "<think>\nhm\n</think>\n\nbread")
+    assert [i for i in encode(turns, template, tokenizer).ids if i in thinking] == thinking
+
+
+def test_options_of_a_template_reach_it(families):
+    tokenizer, _ = families["qwen3"]
+    quiet = load_template("tokenizer", tokenizer, options={"enable_thinking": False})
+    text = encode(dialogue("how", "bread"), quiet, tokenizer)
+    start, stop = runs(text.trained)[0]
+    assert tokenizer.hf.decode(text.ids[start:stop]) == "bread<|im_end|>", "the empty thought is part of the prompt"
+
+
+def test_date_of_a_template_is_fixed(families):
+    tokenizer, template = families["llama3"]
+    turns = dialogue("how", "bread")
+    assert "Today Date: 26 Jul 2024" in tokenizer.hf.decode(encode(turns, template, tokenizer).ids)
+    later = load_template("tokenizer", tokenizer, date="2025-01-31")
+    assert "Today Date: 31 Jan 2025" in tokenizer.hf.decode(encode(turns, later, tokenizer).ids)
+
+
+def test_a_response_that_would_share_a_token_with_the_prompt_is_tokenised_apart_as_generation_sees_it(families):
+    tokenizer, template = families["chatml"]
+    turns = dialogue("how", "\nbread", "the", "\nflour")
+    text = encode(turns, template, tokenizer, train_all=True)
+    assert text.ids != rendered(tokenizer, turns)[: len(text.ids)]
+    assert text.apart
+    assert [tokenizer.hf.decode(text.ids[start:stop]) for start, stop in runs(text.trained)] == [
+        "\nbread<|im_end|>",
+        "\nflour<|im_end|>",
+    ]
+    (prompt,) = prompt_example({"prompt": turns[:1]}, template, tokenizer)
+    assert text.ids[: len(prompt.ids)] == prompt.ids
+    assert load_supervised([{"messages": turns}], template, tokenizer, **OPTIONS).apart == 1
+
+
+def test_end_that_nobody_but_the_template_names_is_replaced_by_eos_and_stops_generation(tmp_path):
+    tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    chatml = (FOLDER / "chatml.jinja").read_text()
+    tokenizer = make_tokenizer(tmp_path, tokens, tokens[0], spaces=None, template=chatml)
+    template = load_template("tokenizer", tokenizer)
+    text = encode(dialogue("how", "bread", "the", "how"), template, tokenizer, train_all=True)
+    eos, _, end = tokenizer.hf.convert_tokens_to_ids(tokens)
+    assert [text.ids[stop - 1] for _, stop in runs(text.trained)] == [end, eos]
+    assert tokenizer.ends == (eos,)
+    assert set(template.ends(tokenizer)) == {eos, end}
+
+
+def test_template_that_ends_only_the_last_turn_trains_no_turn_of_the_user(tokenizer, tmp_path):
+    source = (
+        "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant: ' }}"
+        "{% elif messages[-1].role == 'assistant' %}{{ eos_token }}{% endif %}"
+    )
+    (tmp_path / "last.jinja").write_text(source, encoding="utf-8")
+    template = load_template(str(tmp_path / "last.jinja"), tokenizer)
+    text = encode(dialogue("how", "the bread", "and then", "so ."), template, tokenizer, train_all=True)
+    spans = [tokenizer.hf.decode(text.ids[start:stop]) for start, stop in runs(text.trained)]
+    assert spans == ["the bread\n", "so .\n</s>"]
+
+
+# --- Templates of the embedded world's tokenizer
 
 # As chat templates are written, with EOS at the end of a turn, another end, and around a trimmed text.
 CHATML = (
@@ -19,10 +274,7 @@ LLAMA2 = (
     "{% elif m['role'] == 'assistant' %}{{ ' ' + m['content'] | trim + ' ' + eos_token }}"
     "{% else %}{{ raise_exception('no system message') }}{% endif %}{% endfor %}"
 )
-THINKING = CHATML.replace(
-    "m['content'] + eos_token", "('<think></think>' if m['role'] == 'assistant' else '') + m['content'] + eos_token"
-)
-JINJA = {"chatml": CHATML, "own end": OWN_END, "llama2": LLAMA2, "thinking": THINKING}
+JINJA = {"chatml": CHATML, "own end": OWN_END, "llama2": LLAMA2}
 
 
 @pytest.fixture(scope="module")
@@ -36,10 +288,6 @@ def templates(tokenizer, tmp_path_factory):
     for name, text in JINJA.items():
         (folder / f"{name}.jinja").write_text(text, encoding="utf-8")
     return TEMPLATES | {name: load_template(str(folder / f"{name}.jinja"), tokenizer) for name in JINJA}
-
-
-def dialogue(*turns):
-    return [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)]
 
 
 OPTIONS = {"max_length": 512, "where": "here", "max_bad": 0.0}
@@ -56,41 +304,17 @@ def test_prompt_and_response_are_tokenised_as_generation_sees_them(tokenizer, te
         messages = dialogue(*turns)
         row = load_supervised([{"messages": messages}], template, tokenizer, **OPTIONS).arrays
         ids, trained = row.tokens[0][row.mask[0]].tolist(), row.loss_mask[0][row.mask[0]].tolist()
+        spans = runs(trained)
         # Every prompt of the conversation is a prefix of it, and followed by a response that is trained.
-        for end in range(1, len(messages), 2):
+        for (start, stop), end in zip(spans, range(1, len(messages), 2), strict=True):
             prompt = load_prompts([{"prompt": messages[:end]}], template, tokenizer, **OPTIONS).arrays
-            asked = prompt.tokens[0][prompt.mask[0]].tolist()
-            assert ids[: len(asked)] == asked
-            assert trained[len(asked)]
-            assert not trained[len(asked) - 1]
-            answer = ids[len(asked) : ids.index(tokenizer.eos_id, len(asked)) + 1]
-            assert all(trained[len(asked) : len(asked) + len(answer)])
-            assert tokenizer.decode(answer).endswith(messages[end]["content"])
-        assert len(runs(trained)) == len(messages) // 2
+            assert ids[:start] == prompt.tokens[0][prompt.mask[0]].tolist()
+            assert messages[end]["content"] in tokenizer.decode(ids[start:stop])
+            assert name == "own end" or ids[stop - 1] == tokenizer.eos_id
         assert ids[-1] == tokenizer.eos_id
         assert trained[-1]
 
     check()
-
-
-def runs(flags):
-    out, before = [], False
-    for flag in flags:
-        if flag and not before:
-            out.append([])
-        if flag:
-            out[-1].append(flag)
-        before = flag
-    return out
-
-
-def test_jinja_text_is_what_transformers_renders(tokenizer, templates):
-    messages = dialogue("how do i bake", "with the bread .", "and then", "so .")
-    for name in ("chatml", "llama2", "thinking"):
-        whole = tokenizer.hf.apply_chat_template(messages, chat_template=JINJA[name], tokenize=False)
-        segments = templates[name].segments(messages)
-        text = "".join(segment.text + ("</s>" if segment.is_response else "") for segment in segments)
-        assert text.replace(" </s>", "</s>") == whole.rstrip("\n").replace(" </s>", "</s>")
 
 
 def test_bos_of_a_template_is_not_written_twice(tokenizer, templates):
@@ -107,19 +331,30 @@ def test_only_the_last_response_of_a_pair_is_trained(tokenizer, templates):
         assert tokenizer.hf.decode(side.tokens[0][side.response_mask[0]].tolist()) == text
 
 
-def test_template_that_refuses_turns_makes_the_record_unusable(tokenizer, templates):
-    record = {"messages": [{"role": "system", "content": "be short"}, *dialogue("how", "so .")]}
+@pytest.mark.parametrize("name", ["llama2", "beaver"])
+def test_template_that_refuses_turns_makes_the_record_unusable(tokenizer, templates, name):
+    record = {"messages": dialogue("how", "so .", system="be short")}
     load_supervised([record], templates["chatml"], tokenizer, **OPTIONS)
-    with pytest.raises(ValueError, match="the template refuses: no system message: 1"):
-        load_supervised([record], templates["llama2"], tokenizer, **OPTIONS)
+    with pytest.raises(ValueError, match=r"the template refuses: .*system message: 1"):
+        load_supervised([record], templates[name], tokenizer, **OPTIONS)
+
+
+def test_turn_that_does_not_follow_from_its_prompt_makes_the_record_unusable(tokenizer, tmp_path):
+    late = CHATML.replace("'<|' + m['role'] + '|>\n'", "('<|' if loop.length < 3 else '[') + m['role'] + '|>\n'")
+    (tmp_path / "late.jinja").write_text(late, encoding="utf-8")
+    template = load_template(str(tmp_path / "late.jinja"), tokenizer)
+    supervised_example({"messages": dialogue("how", "so .")}, template, tokenizer)
+    with pytest.raises(Unusable, match="generation prompt is not the beginning of the conversation"):
+        supervised_example({"messages": dialogue("how", "so .", "and", "yes .")}, template, tokenizer)
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("{% for m in messages %}{% if m['role'] == 'user' %}{{ m['content'] }}{% endif %}{% endfor %}",
-         "does not write the assistant's turn"),
-        (CHATML.replace("'<|assistant|>\n'", "'<|model|>\n'"), "generation prompt is not the beginning"),
+         "does not write the assistant's turn: 'Hi.'"),
+        (CHATML.replace("'<|assistant|>\n'", "'<|model|>\n'"),
+         r"generation prompt is not the beginning.*'<\|user\|>.*<\|model\|>.*, and '<\|user\|>.*<\|assistant\|>"),
         ("{% for m in messages %}{{ m['content'] }", "the template refuses"),
         ("{{ raise_exception('never') }}", "the template refuses: never"),
     ],
@@ -142,8 +377,12 @@ def test_template_of_the_tokenizer_is_used(tmp_path):
     own.chat_template = CHATML
     own.save_pretrained(tmp_path)
     opened = load_tokenizer(str(tmp_path))
-    segments = load_template("tokenizer", opened).segments(dialogue("how", "so ."))
-    assert [(s.text, s.is_response) for s in segments] == [
-        ("<|user|>\nhow</s>\n<|assistant|>\n", False),
-        ("so .", True),
-    ]
+    template = load_template("tokenizer", opened)
+    assert template.render(opened, dialogue("how", "so ."), False) == "<|user|>\nhow</s>\n<|assistant|>\nso .</s>"
+    assert template.render(opened, dialogue("how"), True) == "<|user|>\nhow</s>\n<|assistant|>\n"
+
+
+def test_tokens_that_differ_from_those_of_transformers_are_refused_with_both_texts(tokenizer, monkeypatch):
+    monkeypatch.setattr(type(tokenizer), "encode", lambda self, text: self.hf.encode(text.replace("bread", "dough")))
+    with pytest.raises(ValueError, match=r"here: the tokens .* apply_chat_template: 'how\\ndough', and 'how\\nbread"):
+        load_supervised([{"prompt": "how", "response": "bread"}], TEMPLATES["plain"], tokenizer, **OPTIONS)
