@@ -234,6 +234,31 @@ def doubts(health: Mapping[str, Any] | None) -> list[str]:
     return notes
 
 
+def rows_of(health: Mapping[str, Any]) -> list[tuple[str, str, Mapping[str, Any]]]:
+    """Every accuracy of a model's health as (what it is taken over, which part of it, the accuracy)."""
+    length, annotators, sign = health["length_alone"], health.get("annotators", {}), health.get("sign", {})
+    rows = [
+        ("ranking", "all held-out pairs", health["accuracy"]),
+        ("ranking", f"by the rule that {length['rule']} is better", length),
+    ]
+    if "agreement" in length:
+        rows.append(("ranking", "chooses as that rule, where lengths differ", length["agreement"]))
+    rows += [("by score difference", f"{b['from']:.2f} to {b['to']:.2f}", b) for b in health["by_margin"]]
+    rows += [
+        ("by length, preferred − other", f"{b['from']:+.0f} to {b['to']:+.0f} tokens", b)
+        for b in health["by_length_difference"]
+    ]
+    for field, values in health["by_field"].items():
+        rows += [(f"by {field.replace('_', ' ')}", value.replace("_", " "), share) for value, share in values.items()]
+    titles = {"agreement": "agreement of two", "unanimous": "accuracy, all agree", "split": "accuracy, they differ"}
+    rows += [("annotators", titles[name], share) for name, share in annotators.items()]
+    if sign:
+        rows += [("sign", f"responses labelled {name}", sign[name]) for name in SIGNS if name in sign]
+        rows += [("sign", "all responses", sign["all"])]
+        rows += [("sign", f"always guessing {sign['base_rate']['guess']}", sign["base_rate"])]
+    return rows
+
+
 def described(share: Mapping[str, Any]) -> str:
     """A share with its interval, in words."""
     return f"{share['rate']:.1%} ({share['low']:.1%} to {share['high']:.1%})"

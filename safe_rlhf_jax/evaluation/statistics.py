@@ -254,7 +254,7 @@ def summarize(samples: Sequence[Sample]) -> dict[str, float]:
                 summary[f"{name}_low"], summary[f"{name}_high"] = bootstrap_interval(values)
 
     for measure in MEASURES:
-        average = mean if measure.reading == "helpfulness" else share
+        average = share if measure.is_share else mean
         values = present(select(samples, measure.split, measure.groups), measure.reading)
         average(measure.name, values, interval=True)
     for category, (harmful, n) in rate_by_category(test).items():

@@ -10,12 +10,17 @@ class Measure(NamedTuple):
     """A number about a policy: the mean of an oracle's reading of its responses to some prompts."""
 
     name: str
-    reading: str  # harmful and refusal are shares, helpfulness is a mean
+    reading: str  # harmful, refusal or helpfulness
     split: str
     groups: tuple[str, ...] | None  # None: all
     heading: str  # in the report
     better: str = ""  # ↓, ↑, or neither
     headline: bool = True
+
+    @property
+    def is_share(self) -> bool:
+        """The reading is yes or no."""
+        return self.reading != "helpfulness"
 
 
 MEASURES = (
