@@ -219,7 +219,7 @@ def _prompt_counts(samples: Sequence[Mapping[str, Any]]) -> list[str]:
     for split, title in (("test", "Test prompts"), ("redteam", "Red-team prompts")):
         members = select(samples, split)
         groups = largest((s["group"] for s in members), MOST_GROUPS)
-        counts = [f"{len(select(members, split, behind))} {name}" for name, behind in groups.items()]
+        counts = [f"{name}: {len(select(members, split, behind))}" for name, behind in groups.items()]
         by_group = f" ({', '.join(counts)})" if len(counts) > 1 else ""
         different = len({s["prompt"] for s in members})
         repeats = f", {different} of them different" if different < len(members) else ""
