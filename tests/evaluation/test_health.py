@@ -14,7 +14,7 @@ from scipy.stats import binomtest
 from safe_rlhf_jax import config as cfg
 from safe_rlhf_jax import stages
 from safe_rlhf_jax.evaluation.evaluate import evaluate_pairs
-from safe_rlhf_jax.evaluation.health import FEW_PAIRS, MOST_VALUES, doubts, rows_of
+from safe_rlhf_jax.evaluation.health import FEW_PAIRS, MOST_VALUES, NEARLY_ALL, doubts, rows_of
 from safe_rlhf_jax.evaluation.report import write_report
 from safe_rlhf_jax.models.config import ScoreConfig
 from safe_rlhf_jax.models.transformer import ScoreModel
@@ -220,6 +220,16 @@ def test_few_pairs_are_said_to_be_few_with_what_they_can_tell():
     ]
     enough = reward_health(np.ones(FEW_PAIRS), np.zeros(FEW_PAIRS))
     assert doubts(enough) == []
+
+
+def test_thresholds_are_those_of_the_page():
+    page = (CONFIGS.parents[1] / "docs" / "health.md").read_text(encoding="utf-8")
+    for threshold in (
+        f"fewer than {FEW_PAIRS} ",
+        f"at least {NEARLY_ALL * 100:.0f} %",
+        f"more than {MOST_VALUES} values",
+    ):
+        assert threshold in page
 
 
 def test_nothing_is_known_without_held_out_pairs():
