@@ -300,7 +300,7 @@ def _health(name: str, health: Mapping[str, Any] | None) -> str:
         rows.append([first, escape(part), f"{share['rate']:.1%}{_interval(share)}", str(share["n"])])
         above = kind
     note = f"A tie counts one half; {health['ties']:.1%} of the pairs tie."
-    return html + _table(["on held-out pairs", "", "accuracy", "n"], rows) + f'<p class="note">{note}</p>'
+    return html + _table(["on held-out pairs", "", "share", "n"], rows) + f'<p class="note">{note}</p>'
 
 
 def _stages(report: Report) -> str:
