@@ -9,7 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from safe_rlhf_jax.data.examples import Examples
+from safe_rlhf_jax.data.formats import Record
 from safe_rlhf_jax.data.texts import shown
+from safe_rlhf_jax.evaluation.health import pairs_health, sign_health
 from safe_rlhf_jax.evaluation.statistics import expected_calibration_error, reliability_curve
 from safe_rlhf_jax.inference.best_of_n import best_of_n, sample_scored
 from safe_rlhf_jax.inference.sampling import Sampling
@@ -137,42 +139,48 @@ def make_score(module: Any) -> Callable[[Any, Sequences], jax.Array]:
 def evaluate_pairs(
     score: Callable[[Sequences], jax.Array],
     batches: Sequence[tuple[PreferenceBatch | SafetyBatch, int]],
+    records: Sequence[Record] = (),
 ) -> dict[str, Any]:
     """Scores held-out pairs with a reward model (`PreferenceBatch`) or a cost model (`SafetyBatch`).
 
+    Args:
+        score: Returns the score of each text, f32[B].
+        batches: With the number of valid rows of each.
+        records: Of the valid rows; their fields are kinds of pairs, to `health`.
+
     Returns:
-        `metrics`: accuracy (of ranking), for cost models sign_accuracy, the expected calibration error of the
-        probability σ(difference) that the model gives the label, mean and standard deviation of the scores.
-        `scores_by_label`: {chosen, rejected} or {safe, unsafe}. `reliability`: (confidence, accuracy, count) by bin.
+        `metrics`: accuracy (of ranking; a tie counts one half), for cost models sign_accuracy, the expected calibration
+        error of the probability σ(difference) that the model gives the label, mean and standard deviation of the
+        scores. `scores_by_label`: {chosen, rejected} or {safe, unsafe}. `reliability`: (confidence, accuracy, count) by
+        bin. `health`: what `pairs_health` says, for cost models with `sign` of `sign_health`.
     """
-    first, second, labels = [], [], []
+    columns, labels = [], []
     for batch, valid in batches:
         sides = (batch.chosen, batch.rejected) if isinstance(batch, PreferenceBatch) else (batch.safer, batch.unsafer)
-        scores = [np.asarray(jax.device_get(score(side)))[:valid] for side in sides]
-        first.append(scores[0])
-        second.append(scores[1])
+        scores = [np.asarray(jax.device_get(score(side)), np.float64) for side in sides]
+        lengths = [np.asarray(side.response_mask).sum(-1) for side in sides]
+        columns.append([column[:valid] for column in (*scores, *lengths)])
         if isinstance(batch, SafetyBatch):
-            labels.append(np.stack([batch.safer_is_safe, batch.unsafer_is_safe], axis=1)[:valid])
-    a, b = np.concatenate(first), np.concatenate(second)
-    both = np.concatenate([a, b])
-    metrics = {"mean": float(both.mean()), "std": float(both.std())}
+            labels.append(np.stack([batch.safer_is_safe, batch.unsafer_is_safe])[:, :valid])
+    a, b, *lengths = (np.concatenate(parts) for parts in zip(*columns, strict=True))
+    both, sign = np.concatenate([a, b]), -1.0 if labels else 1.0
+    votes = "safer_votes" if labels else "better_votes"
+    health = pairs_health(sign * a, sign * b, (lengths[0], lengths[1]), records, votes)
+    metrics = {"mean": float(both.mean()), "std": float(both.std()), "accuracy": health["accuracy"]["rate"]}
     if labels:
-        is_safe = np.concatenate(np.concatenate(labels).T)
-        metrics |= {
-            "accuracy": float((b > a).mean()),
-            "sign_accuracy": float((np.where(is_safe, -both, both) > 0).mean()),
-        }
+        is_safe = np.concatenate(labels, axis=1).ravel()
+        health["sign"] = sign_health(both, is_safe)
+        metrics["sign_accuracy"] = health["sign"]["all"]["rate"]
         by_label = {"safe": both[is_safe].tolist(), "unsafe": both[~is_safe].tolist()}
         probability, outcome = sigmoid(both), ~is_safe
     else:
-        metrics["accuracy"] = float((a > b).mean())
         by_label = {"chosen": a.tolist(), "rejected": b.tolist()}
         # Each pair in a random order, else the outcome would always be 1.
         flip = np.random.default_rng(0).random(len(a)) < 0.5
         probability, outcome = sigmoid(np.where(flip, b - a, a - b)), ~flip
     metrics["calibration_error"] = expected_calibration_error(probability.tolist(), outcome.tolist())
     reliability = reliability_curve(probability.tolist(), outcome.tolist())
-    return {"metrics": metrics, "scores_by_label": by_label, "reliability": reliability}
+    return {"metrics": metrics, "scores_by_label": by_label, "reliability": reliability, "health": health}
 
 
 def sigmoid(x: np.ndarray) -> np.ndarray:

@@ -1,7 +1,7 @@
 """The report's figures. Each function takes plain data and returns a matplotlib `Figure`, or None without data.
 
-Colours are Okabe and Ito's, told apart with any colour vision. Policies and groups of prompts have different ones,
-so that a colour means the same thing in every figure; groups differ by marker too.
+Colours are Okabe and Ito's and Tol's, told apart with any colour vision. Policies, groups of prompts and labels have
+different ones, so that a colour means the same thing in every figure; groups differ by marker too.
 """
 
 import math
@@ -13,30 +13,33 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from safe_rlhf_jax.evaluation.statistics import Sample, present, rate_by_category, select, wilson_interval
+from safe_rlhf_jax.evaluation.statistics import Sample, largest, present, rate_by_category, select, wilson_interval
 
 Policies = Mapping[str, Sequence[Sample]]
 
 POLICY_COLOURS = ("#8a8a8a", "#0072B2", "#E69F00", "#56B4E9", "#000000", "#882255")  # the first one is SFT: grey
-GROUP_STYLES = {"risky": ("#D55E00", "o"), "sensitive": ("#CC79A7", "^"), "benign": ("#009E73", "s")}
+GROUP_STYLES = (
+    ("#332288", "o"), ("#CC79A7", "^"), ("#999933", "s"), ("#661100", "D"), ("#44AA99", "v"), ("#AA4499", "P"),
+    ("#6699CC", "X"), ("#777777", "*"),
+)  # fmt: skip
 LABEL_COLOURS = {"safe": "#009E73", "unsafe": "#D55E00", "chosen": "#0072B2", "rejected": "#E69F00"}
 UNSAFE, LIMIT, INK, GRID = "#D55E00", "#882255", "#222222", "#e4e4e4"
 
 # How to read each figure, for somebody who sees one for the first time. The first sentence is the heading.
 CAPTIONS = {
     "headline": "Outcome. The short answer. Each bar is one policy on held-out prompts; the thin line is a 95 % "
-    "confidence interval. A good outcome is a low bar for harm and for refusals and a high one for helpfulness, all "
-    "at once.",
+    "confidence interval. An arrow says which direction is better; a good outcome is good in all of them at once.",
     "reward_cost": "Reward and cost, before and after. Each dot is one response to a held-out test prompt; left to "
     "right are the policies, first the starting point. Up is worse (the cost model finds it more harmful), right is "
     "better (the reward model finds it more helpful). Above the solid line, in the shaded region, a response counts "
-    "as unsafe. Triangles on the edges are the means of each group of prompts.{limit} Safe RLHF should move the "
-    "risky dots below the line and all dots to the right.",
+    "as unsafe. Triangles on the edges are the means of each group of prompts.{limit} Safe RLHF should move the dots "
+    "below the line and to the right.",
     "training": "Training. One value per step of reinforcement learning (faint), with a running mean (strong). λ is "
     "the price of cost: it rises while the mean cost is above the limit (dashed), falls when it is below, and should "
     "settle. The divergence says how far the policy has moved from where it started.",
-    "harm_by_category": "Harm by category. Share of risky test prompts answered harmfully, by kind of harm, the worst "
-    "before training on top. Thin lines are 95 % intervals: with few prompts in a category they are wide.",
+    "harm_by_category": "Harm by category. Share of test prompts answered harmfully, by category, the worst before "
+    "training on top; where groups say which prompts invite harm, only those count. Thin lines are 95 % intervals: "
+    "with few prompts in a category they are wide.",
     "score_distributions": "The preference models. What the two preference models say about labelled held-out "
     "responses, which they never trained on. The further apart the two colours, the better the model separates them; "
     "the cost model should put safe responses below zero and unsafe ones above. In a reliability diagram, dots on "
@@ -71,13 +74,14 @@ def reward_cost_scatter(
     everything = [s for samples in points.values() for s in samples]
     x_range = _padded([float(s["reward"]) for s in everything])
     y_range = _padded([*(float(s["cost"]) for s in everything), 0.0, *([] if cost_limit is None else [cost_limit])])
+    groups = largest((str(s["group"]) for s in everything), len(GROUP_STYLES))
     for ax, (name, samples) in zip(axes, points.items(), strict=True):
         ax.axhspan(0, max(y_range[1], 0), color=UNSAFE, alpha=0.07, lw=0, zorder=0)
         ax.axhline(0, color=INK, lw=1.1, zorder=2)
         if cost_limit is not None:
             ax.axhline(cost_limit, color=LIMIT, lw=1.4, ls=(0, (5, 3)), zorder=2)
-        for group, (colour, marker) in GROUP_STYLES.items():
-            members = [s for s in samples if s["group"] == group]
+        for (group, behind), (colour, marker) in zip(groups.items(), GROUP_STYLES, strict=False):
+            members = select(samples, "test", behind)
             if not members:
                 continue
             rewards, costs = present(members, "reward"), present(members, "cost")
@@ -93,12 +97,11 @@ def reward_cost_scatter(
             }
             ax.scatter([np.mean(rewards)], [y_range[0]], marker="^", **edge)
             ax.scatter([x_range[0]], [np.mean(costs)], marker=">", **edge)
-        all_costs = np.asarray(present(samples, "cost"))
         ax.set_title(name, fontweight="bold", pad=22)
-        note = f"cost > 0: {np.mean(all_costs > 0):.0%} of all"
-        risky = present([s for s in samples if s["group"] == "risky"], "cost")
-        if risky:
-            note += f", {np.mean(np.asarray(risky) > 0):.0%} of risky prompts"
+        note = f"cost > 0: {np.mean(np.asarray(present(samples, 'cost')) > 0):.0%} of all"
+        constrained = present(select(samples, "test", constrained_groups or ()), "cost")
+        if constrained:
+            note += f", {np.mean(np.asarray(constrained) > 0):.0%} of {', '.join(constrained_groups or ())} prompts"
         ax.text(0.5, 1.02, note, transform=ax.transAxes, ha="center", va="bottom", fontsize=9, color="#555555")
         box = {"boxstyle": "round,pad=0.2", "fc": "white", "ec": "none", "alpha": 0.8}
         ax.text(0.98, 0.97, "unsafe", color=UNSAFE, ha="right", va="top", transform=ax.transAxes, bbox=box, zorder=6)
@@ -186,7 +189,7 @@ def training_curves(
 
 
 def harm_by_category(policies: Policies, colours: Mapping[str, str]) -> Figure | None:
-    """Harm rate on risky test prompts by harm category, a bar per policy, with 95 % Wilson intervals."""
+    """Harm rate on test prompts by category, a bar per policy, with 95 % Wilson intervals."""
     rates = {name: rate_by_category(samples) for name, samples in policies.items()}
     rates = {name: categories for name, categories in rates.items() if categories}
     if not rates:
@@ -206,7 +209,7 @@ def harm_by_category(policies: Policies, colours: Mapping[str, str]) -> Figure |
     names = [f"{c.replace('_', ' ').replace(',', ', ')}  (n = {n})" for c, n in zip(categories, sizes, strict=True)]
     ax.set_yticks(range(len(categories)), names)
     ax.set(xlim=(0, 1), ylim=(-0.6, len(categories) - 0.4), xlabel="share of responses that are harmful, by the oracle")
-    ax.set_title("Harm rate on risky test prompts, by harm category")
+    ax.set_title("Harm rate on test prompts, by category")
     ax.xaxis.set_major_formatter(PercentFormatter(1))
     ax.grid(visible=False, axis="y")
     figure.legend(loc="outside lower center", ncols=len(rates), frameon=False)

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import operator
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,16 +15,14 @@ import numpy as np
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from safe_rlhf_jax.data.demo import measures
 from safe_rlhf_jax.evaluation import plots
-from safe_rlhf_jax.evaluation.statistics import HARMLESS_GROUPS, paired_win_rate, select, summarize
+from safe_rlhf_jax.evaluation.health import doubts, rows_of
+from safe_rlhf_jax.evaluation.statistics import largest, paired_win_rate, select, summarize
 
 # Metric, heading, is a share, which direction is better ('' if neither).
-COLUMNS = (
-    ("harm_rate", "harm, risky prompts", True, "↓"),
-    ("harm_rate_redteam", "harm, red team", True, "↓"),
-    ("helpfulness_benign", "helpfulness, benign", False, "↑"),
-    ("helpfulness_risky", "helpfulness, risky", False, ""),
-    ("refusal_benign", "benign refused", True, "↓"),
+ORACLE_COLUMNS = tuple((m.name, m.heading, m.is_share, m.better) for m in measures.MEASURES)
+MODEL_COLUMNS = (
     ("reward_mean", "mean reward", False, "↑"),
     ("cost_mean", "mean cost", False, "↓"),
     ("cost_positive_share", "cost > 0", True, "↓"),
@@ -33,9 +32,13 @@ COLUMNS = (
     ("distinct_1", "distinct-1", False, ""),
     ("distinct_2", "distinct-2", False, ""),
 )
-WITH_ORACLE, WITHOUT_ORACLE = (0, 1, 2, 4), (5, 6, 7)  # columns in the headline figure
-TERMINAL = (0, 1, 2, 4, 5, 6, 7, 8)  # columns in the terminal
-SAMPLED = (("test", "risky", 4), ("redteam", None, 3), ("test", "sensitive", 2), ("test", "benign", 3))
+# In the headline figure: what an oracle measured, or without one the opinions of the models.
+WITH_ORACLE = tuple(c for c, m in zip(ORACLE_COLUMNS, measures.MEASURES, strict=True) if m.headline)
+WITHOUT_ORACLE = MODEL_COLUMNS[:3]
+TERMINAL = WITH_ORACLE + MODEL_COLUMNS[:4]
+PROMPTS_SHOWN = 12  # with their responses; more where there are more groups of prompts
+ALL = "test prompts"
+MOST_GROUPS = 24  # the smallest of more are taken together
 
 STYLE = """
 body{font:16px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif;color:#222;background:#fff;max-width:1120px;
@@ -51,11 +54,12 @@ border-bottom:1px solid #e6e6e6;text-align:right;vertical-align:top;font-variant
 th{font-weight:600;vertical-align:bottom;background:#fafafa}th:first-child,td:first-child,.text{text-align:left}
 td:first-child{white-space:nowrap}.prompt td:first-child{white-space:normal}
 .ci{display:block;color:#777;font-size:.78rem;white-space:nowrap}
-.responses{width:100%}.responses td:nth-child(n+3){white-space:nowrap}
+.responses{width:100%}.responses td:nth-child(n+3),.responses th{white-space:nowrap}
 .prompt td{background:#f4f4f4;font-weight:600;border-top:2px solid #ccc}
 .prompt small{font-weight:400;color:#666;margin-left:.6rem}.text{white-space:pre-wrap;overflow-wrap:anywhere}
 .safe,.unsafe,.plain{border-radius:4px;padding:.05em .45em;white-space:nowrap;margin-left:.2em}
 .safe{background:#d9f0e8;color:#00523d}.unsafe{background:#fbe0d2;color:#8a3500}.plain{background:#eee;color:#444}
+.doubts{background:#fdf3e7;border-left:4px solid #D55E00;padding:.6rem 1rem}.doubts p{margin:.3rem 0}
 .swatch{display:inline-block;width:.75em;height:.75em;border-radius:2px;margin-right:.45em}
 """
 
@@ -79,7 +83,8 @@ class Report:
         summary_lines: Facts in words: the cost limit and how it was chosen, seed, sizes.
         policies: Samples (see `statistics`) by policy name; the first is SFT, then the trained ones.
         scorers: For 'reward' and 'cost': `scores_by_label` {label: scores}, `metrics` {name: value}, and optionally
-            `reliability`, a list of (predicted probability, observed share, count).
+            `reliability`, a list of (predicted probability, observed share, count), and `health` (see `health`), None
+            for a model of this run that was not held against any pairs.
         history: By policy name, the metrics of each RL step, as logged; any key may be missing.
         cost_limit: The constraint is mean cost ≤ cost_limit.
         stage_seconds: Wall-clock seconds by stage.
@@ -118,7 +123,7 @@ def write_report(folder: Path, report: Report) -> Path:
         if image or tables:
             sections.append(f"<h2>{title}</h2>{image}{tables}")
     facts = "".join(f"<li>{escape(line)}</li>" for line in report.summary_lines)
-    verdict = "".join(f"<p>{escape(line)}</p>" for line in _verdicts(summaries))
+    verdict = "".join(f"<p>{escape(line)}</p>" for line in _verdicts(summaries) + _cautions(report))
     page = (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(report.title)}</title>'
         f'<meta name="viewport" content="width=device-width"><style>{STYLE}</style></head><body>'
@@ -134,7 +139,7 @@ def write_report(folder: Path, report: Report) -> Path:
 def summary_table(report: Report) -> Table:
     """The headline numbers for the terminal: a row per policy, a column per metric that was measured."""
     summaries = {name: summarize(samples) for name, samples in report.policies.items()}
-    columns = [c for c in (COLUMNS[i] for i in TERMINAL) if any(c[0] in s for s in summaries.values())]
+    columns = [c for c in TERMINAL if any(c[0] in s for s in summaries.values())]
     table = Table(
         title=report.title, caption="held-out prompts; ↓ lower is better, ↑ higher is better", box=SIMPLE_HEAD
     )
@@ -167,8 +172,8 @@ def _limit_sentence(report: Report) -> str:
 
 def _headline_columns(summaries: Mapping[str, Mapping[str, float]]) -> list[tuple[str, str, bool, str]]:
     """What an oracle measured, or without one the opinions of the models."""
-    has_oracle = any(COLUMNS[i][0] in s for s in summaries.values() for i in WITH_ORACLE)
-    return [COLUMNS[i] for i in (WITH_ORACLE if has_oracle else WITHOUT_ORACLE)]
+    has_oracle = any(c[0] in s for s in summaries.values() for c in WITH_ORACLE)
+    return list(WITH_ORACLE if has_oracle else WITHOUT_ORACLE)
 
 
 def _verdicts(summaries: Mapping[str, Mapping[str, float]]) -> list[str]:
@@ -183,17 +188,51 @@ def _verdicts(summaries: Mapping[str, Mapping[str, float]]) -> list[str]:
     return lines
 
 
+def _cautions(report: Report) -> list[str]:
+    """A sentence for each preference model that there are doubts about."""
+    numbers = {name: len(doubts(s["health"])) for name, s in report.scorers.items() if "health" in s}
+    return [f"Doubts about the {name} model: {n}, below under its name." for name, n in numbers.items() if n]
+
+
 def _headline(report: Report, summaries: Mapping[str, Mapping[str, float]]) -> str:
-    prompts = next(iter(report.policies.values()))
-    counts = ", ".join(f"{len(select(prompts, 'test', (group,)))} {group}" for group in plots.GROUP_STYLES)
-    note = (
-        f"Test prompts: {counts}; red team, phrased harder: {len(select(prompts, 'redteam'))}. Benign includes"
-        " sensitive prompts, which sound risky but are not. Reward and cost are the opinions of the models"
-        " trained here; harm, helpfulness and refusals, where shown, are read from the text by an oracle, no model."
-        " Below a value stands its 95 % confidence interval; ↓ means lower is better, ↑ higher."
+    oracle = _metrics(summaries, ORACLE_COLUMNS)
+    note = " ".join(
+        [
+            *_prompt_counts(_asked(report)),
+            *([measures.NOTE] if oracle else []),
+            "Reward and cost are the opinions of the reward and the cost model. Below a value stands its 95 % "
+            "confidence interval; ↓ means lower is better, ↑ higher.",
+        ]
     )
-    tables = _metrics(summaries, COLUMNS[:5]) + _metrics(summaries, COLUMNS[5:])
+    tables = oracle + _metrics(summaries, MODEL_COLUMNS)
     return tables + f'<p class="note">{escape(note)}</p>' + _win_rates(report)
+
+
+def _asked(report: Report) -> list[dict[str, Any]]:
+    """The samples of the policy that answered most: they tell the prompts."""
+    return max(report.policies.values(), key=len)
+
+
+def _prompt_counts(samples: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A sentence for each split that has prompts: how many, by group, and how many of them differ."""
+    lines = []
+    for split, title in (("test", "Test prompts"), ("redteam", "Red-team prompts")):
+        members = select(samples, split)
+        groups = largest((s["group"] for s in members), MOST_GROUPS)
+        counts = [f"{name}: {len(select(members, split, behind))}" for name, behind in groups.items()]
+        by_group = f" ({', '.join(counts)})" if len(counts) > 1 else ""
+        different = len({s["prompt"] for s in members})
+        repeats = f", {different} of them different" if different < len(members) else ""
+        lines += [f"{title}: {len(members)}{by_group}{repeats}."] if members else []
+    return lines
+
+
+def _kinds(samples: Sequence[Mapping[str, Any]]) -> dict[str, tuple[str, tuple[str, ...] | None]]:
+    """{kind of prompts: (split, groups)}: each group of test prompts, or all where there is but one; the red team."""
+    groups = largest((s["group"] for s in select(samples, "test")), MOST_GROUPS)
+    kinds: dict[str, tuple[str, tuple[str, ...] | None]] = {name: ("test", behind) for name, behind in groups.items()}
+    kinds = {ALL: ("test", None)} if len(groups) == 1 else kinds
+    return kinds | ({"red team": ("redteam", None)} if select(samples, "redteam") else {})
 
 
 def _metrics(summaries: Mapping[str, Mapping[str, float]], columns: Sequence[tuple[str, str, bool, str]]) -> str:
@@ -214,28 +253,28 @@ def _metrics(summaries: Mapping[str, Mapping[str, float]], columns: Sequence[tup
 
 
 def _win_rates(report: Report) -> str:
-    """Each later policy against each earlier one, prompt by prompt."""
+    """Each later policy against each earlier one, prompt by prompt, on all test prompts and on each kind of prompts."""
     everything = [s for samples in report.policies.values() for s in samples]
-    key = "helpfulness" if any(s.get("helpfulness") is not None for s in everything) else "reward"
-    name = "more helpful" if key == "helpfulness" else "higher reward"
-    columns = (
-        (f"{name}, benign prompts", key, HARMLESS_GROUPS, False),
-        (f"{name}, risky prompts", key, ("risky",), False),
-        ("lower cost, risky prompts", "cost", ("risky",), True),
-    )
+    has_oracle = any(s.get("helpfulness") is not None for s in everything)
+    better = ("more helpful", "helpfulness", False) if has_oracle else ("higher reward", "reward", False)
+    columns = (better, ("lower cost", "cost", True))
     rows = []
     for earlier, later in combinations(report.policies, 2):
-        cells = [escape(f"{later} against {earlier}")]
-        for _, score, groups, lower_wins in columns:
-            a, b = (select(report.policies[policy], "test", groups) for policy in (later, earlier))
-            rate = paired_win_rate(a, b, score, lower_wins=lower_wins)
-            ends = rate and f'<span class="ci">{rate["low"]:.1%} to {rate["high"]:.1%}</span>'
-            cells.append(f"{rate['rate']:.1%}{ends}" if rate else "–")
-        rows.append(cells)
+        for kind, where in ({ALL: ("test", None)} | _kinds(_asked(report))).items():
+            a, b = (select(report.policies[policy], *where) for policy in (later, earlier))
+            rates = [paired_win_rate(a, b, score, lower_wins=lower_wins) for _, score, lower_wins in columns]
+            cells = [f"{r['rate']:.1%}{_interval(r)}" if r else "–" for r in rates]
+            rows += [[escape(f"{later} against {earlier}"), escape(kind), *cells]] if any(rates) else []
     note = (
-        "Share of test prompts on which the first policy's response is better than the second's; a tie counts one half."
+        "Share of prompts on which the first policy's response is better than the second's; a tie counts one half, and "
+        "several responses to one prompt are averaged."
     )
-    return _table(["win rate", *(c[0] for c in columns)], rows) + f'<p class="note">{note}</p>' if rows else ""
+    heads = ["win rate", "prompts", *(c[0] for c in columns)]
+    return _table(heads, rows) + f'<p class="note">{note}</p>' if rows else ""
+
+
+def _interval(share: Mapping[str, Any]) -> str:
+    return f'<span class="ci">{share["low"]:.1%} to {share["high"]:.1%}</span>'
 
 
 def _scorers(report: Report) -> str:
@@ -245,7 +284,23 @@ def _scorers(report: Report) -> str:
     cells = {n: [f"{m[n]:.3f}" if n in m else "–" for m in metrics.values()] for n in names}
     titles = {n: n for n in names} | SCORER_METRICS
     rows = [[escape(titles[n]), *cells[n]] for n in names]
-    return _table(["on held-out pairs", *(f"{name} model" for name in metrics)], rows) if rows else ""
+    table = _table(["on held-out pairs", *(f"{name} model" for name in metrics)], rows) if rows else ""
+    return table + "".join(_health(name, s["health"]) for name, s in report.scorers.items() if "health" in s)
+
+
+def _health(name: str, health: Mapping[str, Any] | None) -> str:
+    """What is known of a preference model, and against it."""
+    against = "".join(f"<p>{escape(problem)}</p>" for problem in doubts(health))
+    html = f"<h3>{name.capitalize()} model</h3>" + (f'<div class="doubts">{against}</div>' if against else "")
+    if health is None:
+        return html
+    rows, above = [], ""
+    for kind, part, share in rows_of(health):
+        first = escape(kind) if kind != above else ""
+        rows.append([first, escape(part), f"{share['rate']:.1%}{_interval(share)}", str(share["n"])])
+        above = kind
+    note = f"A tie counts one half; {health['ties']:.1%} of the pairs tie."
+    return html + _table(["on held-out pairs", "", "share", "n"], rows) + f'<p class="note">{note}</p>'
 
 
 def _stages(report: Report) -> str:
@@ -257,22 +312,26 @@ def _stages(report: Report) -> str:
 
 
 def _responses(report: Report) -> str:
-    """About twelve prompts, evenly spaced over each group, with what every policy answers."""
-    first = next(iter(report.policies.values()))
-    answers = {p: {(s["split"], s["prompt"]): s for s in reversed(v)} for p, v in report.policies.items()}
+    """About twelve prompts, evenly spaced over each kind of prompts, with what every policy answers."""
+    asked = _asked(report)
+    key = operator.itemgetter("split", "group", "prompt")
+    answers = {p: {key(s): s for s in reversed(v)} for p, v in report.policies.items()}
+    several, kinds = len({s["group"] for s in asked}) > 1, _kinds(asked)
     rows = []
-    for split, group, count in SAMPLED:
-        found = {s["prompt"]: s for s in select(first, split, None if group is None else (group,))}
+    for split, groups in kinds.values():
+        found = {s["prompt"]: s for s in select(asked, split, groups)}
         candidates = sorted(found.values(), key=lambda s: (str(s.get("category")), s["prompt"]))
+        count = max(1, PROMPTS_SHOWN // len(kinds))
         where = np.linspace(0, len(candidates) - 1, 2 * count + 1)[1::2].astype(int).tolist()
-        for prompt in (candidates[i] for i in sorted(set(where)) if candidates):
-            kind = " · ".join(str(v) for v in (split, prompt["group"], prompt.get("category")) if v)
+        for prompt in (candidates[i] for i in sorted(set(where))):
+            known = (split, prompt["group"] if several else "", prompt.get("category"))
+            kind = " · ".join(str(v) for v in known if v)
             title = f"{escape(prompt['prompt'])}<small>{escape(kind.replace('_', ' '))}</small>"
             rows.append(f'<tr class="prompt"><td colspan="5">{title}</td></tr>')
             for policy, by_prompt in answers.items():
-                if (split, prompt["prompt"]) in by_prompt:
-                    rows.append(_response_row(policy, by_prompt[split, prompt["prompt"]]))
-    heads = "".join(f'<th class="text">{head}</th>' for head in ("policy", "response", "reward", "cost", "oracle"))
+                if key(prompt) in by_prompt:
+                    rows.append(_response_row(policy, by_prompt[key(prompt)]))
+    heads = "".join(f'<th class="text">{head}</th>' for head in ("policy", "response", "reward", "cost", "remarks"))
     note = "Prompts stand at equal distances in each group, not picked. Cost is coloured by its sign: green is safe."
     table = f'<div class="scroll"><table class="responses"><tr>{heads}</tr>{"".join(rows)}</table></div>'
     return f'<h2>Sample responses</h2><p class="note">{note}</p>{table}' if rows else ""

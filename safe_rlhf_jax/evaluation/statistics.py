@@ -3,7 +3,7 @@
 A *sample* is one response of one policy to one held-out prompt, as a mapping with the keys
 
     prompt, response    text
-    group               'risky', 'benign' or 'sensitive' (benign, but it sounds risky)
+    group               which group of prompts, by the stage's `group_field`; 'all' without one
     split               'test' or 'redteam'
     category            harm category or topic of the prompt, "" where the record has none
     reward, cost        scores by the reward model and the cost model
@@ -11,10 +11,10 @@ A *sample* is one response of one policy to one held-out prompt, as a mapping wi
     length, truncated   response tokens, and whether the response ran into the length limit
     helpfulness, harmful, severity, refusal    by the oracle, each None where there is no oracle
 
-Everything here is pure and needs numpy only. Nothing returns NaN: a metric without samples is absent.
+Everything here is pure. Nothing returns NaN: a metric without samples is absent.
 """
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import NormalDist
 from typing import Any
@@ -22,9 +22,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-Sample = Mapping[str, Any]
+from safe_rlhf_jax.data.demo.measures import INVITE_HARM, MEASURES
 
-HARMLESS_GROUPS = ("benign", "sensitive")
+Sample = Mapping[str, Any]
 
 
 def bootstrap_interval(
@@ -91,16 +91,37 @@ def wilson_interval(successes: float, n: int, confidence: float = 0.95) -> tuple
     return max(0.0, min(p, centre - half)), min(1.0, max(p, centre + half))
 
 
-def win_rate(a_scores: ArrayLike, b_scores: ArrayLike, *, confidence: float = 0.95) -> dict[str, float]:
+def share_of(values: ArrayLike, confidence: float = 0.95) -> dict[str, Any]:
+    """Mean of values in [0, 1], with its Wilson interval (too wide, if anything, for values between 0 and 1).
+
+    Args:
+        values: float[n] or bool[n], n ≥ 1.
+        confidence: Probability mass between the two ends.
+
+    Returns:
+        {'rate', 'low', 'high', 'n'}.
+    """
+    data = np.asarray(values, dtype=np.float64)
+    low, high = wilson_interval(float(data.sum()), data.size, confidence)
+    return {"rate": float(data.mean()), "low": low, "high": high, "n": data.size}
+
+
+def wins(a_scores: ArrayLike, b_scores: ArrayLike) -> np.ndarray:
+    """1 where a scores higher than b, 0 where lower, ½ where the two tie; float[n]."""
+    a, b = np.asarray(a_scores, dtype=np.float64), np.asarray(b_scores, dtype=np.float64)
+    return (a > b) + 0.5 * (a == b)
+
+
+def win_rate(a_scores: ArrayLike, b_scores: ArrayLike, *, confidence: float = 0.95) -> dict[str, Any]:
     """Share of prompts on which a scores higher than b; a tie counts one half.
 
     Args:
         a_scores: float[n], one score per prompt.
         b_scores: float[n], scores for the same prompts in the same order.
-        confidence: Of the Wilson interval (with ties, which vary less than wins, it is slightly too wide).
+        confidence: Of the interval, see `share_of`.
 
     Returns:
-        {'rate', 'low', 'high'}.
+        {'rate', 'low', 'high', 'n'}.
 
     Raises:
         ValueError: If the two differ in length or are empty.
@@ -108,14 +129,12 @@ def win_rate(a_scores: ArrayLike, b_scores: ArrayLike, *, confidence: float = 0.
     a, b = np.asarray(a_scores, dtype=np.float64), np.asarray(b_scores, dtype=np.float64)
     if a.shape != b.shape or a.ndim != 1 or a.size == 0:
         raise ValueError(f"win_rate needs two equally long, non-empty lists, got shapes {a.shape} and {b.shape}.")
-    wins = float(np.sum(a > b) + 0.5 * np.sum(a == b))
-    low, high = wilson_interval(wins, a.size, confidence)
-    return {"rate": wins / a.size, "low": low, "high": high}
+    return share_of(wins(a, b), confidence)
 
 
 def paired_win_rate(
     a: Sequence[Sample], b: Sequence[Sample], key: str, *, lower_wins: bool = False
-) -> dict[str, float] | None:
+) -> dict[str, Any] | None:
     """`win_rate` of policy a over policy b by `sample[key]`, paired by prompt; None if no prompt has both.
 
     Several responses of one policy to one prompt are averaged first.
@@ -177,15 +196,31 @@ def select(samples: Iterable[Sample], split: str, groups: Sequence[str] | None =
     return [s for s in samples if s["split"] == split and (groups is None or s["group"] in groups)]
 
 
+def largest(names: Iterable[str], most: int) -> dict[str, tuple[str, ...]]:
+    """The names that occur, sorted; where there are more than `most`, the rarest together under one name.
+
+    Args:
+        names: One for each member of a group.
+        most: How many may be left.
+
+    Returns:
+        {name to show: names that it stands for}.
+    """
+    ranked = [name for name, _ in Counter(names).most_common()]
+    kept = ranked if len(ranked) <= most else ranked[: most - 1]
+    rest = tuple(sorted(ranked[len(kept) :]))
+    return {name: (name,) for name in sorted(kept)} | ({f"{len(rest)} others": rest} if rest else {})
+
+
 def present(samples: Iterable[Sample], key: str) -> list[float]:
     """`sample[key]` as floats, without the samples where it is None or missing."""
     return [float(s[key]) for s in samples if s.get(key) is not None]
 
 
-def rate_by_category(samples: Iterable[Sample], key: str = "harmful") -> dict[str, tuple[float, int]]:
-    """{harm category: (number true, number of samples)} over the risky prompts of the test split."""
+def rate_by_category(samples: Sequence[Sample], key: str = "harmful") -> dict[str, tuple[float, int]]:
+    """{category: (number true, number of samples)} over test prompts that invite harm, or all where no group does."""
     values: dict[str, list[float]] = defaultdict(list)
-    for sample in select(samples, "test", ("risky",)):
+    for sample in select(samples, "test", INVITE_HARM) or select(samples, "test"):
         if sample.get(key) is not None and sample.get("category"):
             values[str(sample["category"])].append(float(sample[key]))
     return {category: (sum(v), len(v)) for category, v in sorted(values.items())}
@@ -194,24 +229,23 @@ def rate_by_category(samples: Iterable[Sample], key: str = "harmful") -> dict[st
 def summarize(samples: Sequence[Sample]) -> dict[str, float]:
     """Every number the report says about one policy.
 
-    All of them are taken over the test split, except `harm_rate_redteam` and `cost_positive_share_redteam`.
-    `harm_rate` is over risky prompts and `harm_rate_all` over all; `…_benign` is over benign and sensitive ones.
-    Headline metrics come with `…_low` and `…_high`, the ends of a 95 % interval (Wilson for shares, bootstrap for
-    means). By category: `harm_rate_by_category/<category>`; by group: `cost_positive_share/<group>`.
+    What an oracle reads is averaged as `data.demo.measures` says. The models' opinions are taken over the test split,
+    except `cost_positive_share_redteam`. Headline metrics come with `…_low` and `…_high`, the ends of a 95 % interval
+    (Wilson for shares, bootstrap for means). By category: `harm_rate_by_category/<category>`; by group:
+    `cost_positive_share/<group>`.
 
     Returns:
         {metric name: value}, flat. A metric is absent where nothing was measured: no such prompts, or no oracle.
     """
     test = select(samples, "test")
-    risky, harmless = select(test, "test", ("risky",)), select(test, "test", HARMLESS_GROUPS)
-    redteam = select(samples, "redteam")
     summary: dict[str, float] = {}
 
     def share(name: str, values: list[float], *, interval: bool = False) -> None:
         if values:
-            summary[name] = float(np.mean(values))
+            found = share_of(values)
+            summary[name] = found["rate"]
             if interval:
-                summary[f"{name}_low"], summary[f"{name}_high"] = wilson_interval(sum(values), len(values))
+                summary[f"{name}_low"], summary[f"{name}_high"] = found["low"], found["high"]
 
     def mean(name: str, values: list[float], *, interval: bool = False) -> None:
         if values:
@@ -219,21 +253,19 @@ def summarize(samples: Sequence[Sample]) -> dict[str, float]:
             if interval:
                 summary[f"{name}_low"], summary[f"{name}_high"] = bootstrap_interval(values)
 
-    share("harm_rate", present(risky, "harmful"), interval=True)
-    share("harm_rate_all", present(test, "harmful"), interval=True)
-    share("harm_rate_redteam", present(redteam, "harmful"), interval=True)
+    for measure in MEASURES:
+        average = share if measure.is_share else mean
+        values = present(select(samples, measure.split, measure.groups), measure.reading)
+        average(measure.name, values, interval=True)
     for category, (harmful, n) in rate_by_category(test).items():
         summary[f"harm_rate_by_category/{category}"] = harmful / n
-    mean("helpfulness_benign", present(harmless, "helpfulness"), interval=True)
-    mean("helpfulness_risky", present(risky, "helpfulness"), interval=True)
-    share("refusal_benign", present(harmless, "refusal"), interval=True)
 
     mean("reward_mean", present(test, "reward"), interval=True)
     mean("cost_mean", present(test, "cost"), interval=True)
     share("cost_positive_share", _positive(test), interval=True)
     for group in sorted({str(s["group"]) for s in test}):
         share(f"cost_positive_share/{group}", _positive(select(test, "test", (group,))))
-    share("cost_positive_share_redteam", _positive(redteam))
+    share("cost_positive_share_redteam", _positive(select(samples, "redteam")))
     mean("kl_mean", present(test, "kl"))
     mean("length_mean", present(test, "length"))
     share("truncation_rate", present(test, "truncated"))

@@ -20,6 +20,7 @@ from safe_rlhf_jax.stages.common import Run
 from safe_rlhf_jax.stages.direct import run_merge
 from safe_rlhf_jax.stages.dual import run_dual
 from safe_rlhf_jax.stages.evaluation import run_evaluation
+from safe_rlhf_jax.stages.health import warn_of_scorers
 from safe_rlhf_jax.stages.reinforcement import run_reinforcement
 from safe_rlhf_jax.stages.rejection import run_rejection
 from safe_rlhf_jax.stages.supervised import run_supervised
@@ -53,6 +54,7 @@ def run_stage(run: Run, stage: Any) -> None:
     if is_main():
         prepare(run, stage, folder)
     barrier(f"{stage.name} begins")
+    warn_of_scorers(run, stage)
     started = time.monotonic()
     with jax.set_mesh(run.mesh):
         result = STAGES[stage.kind](run, stage, folder)

@@ -103,8 +103,9 @@ def make_report(run: Run, stage: cfg.EvaluateStage, policies: dict[str, list[eva
             continue
         seconds[other.name] = result["seconds"]
         scores = run.folder(other.name) / "scores.json"
-        if other.name in (stage.reward_model, stage.cost_model) and scores.is_file():
-            scorers[result["kind"]] = json.loads(scores.read_text())
+        if other.name in (stage.reward_model, stage.cost_model):
+            nothing_known: dict[str, Any] = {"scores_by_label": {}, "health": None}
+            scorers[result["kind"]] = json.loads(scores.read_text()) if scores.is_file() else nothing_known
         if result["kind"] == "rl" and other.name in stage.policies:
             history[other.name] = read_jsonl(run.folder(other.name) / "metrics.jsonl")
         if isinstance(other, cfg.RLStage) and "cost_limit" in result and limit is None:

@@ -36,6 +36,7 @@ from safe_rlhf_jax.stages.common import (
     writers,
 )
 from safe_rlhf_jax.stages.direct import direct_evaluate, direct_step, load_direct, rank_by_models
+from safe_rlhf_jax.stages.health import warn_of_model
 from safe_rlhf_jax.types import TrainState
 
 
@@ -86,7 +87,11 @@ def run_supervised(run: Run, stage: Any, folder: pathlib.Path) -> dict[str, Any]
     if scores and evaluation and is_main():
         (folder / "scores.json").write_text(json.dumps(evaluation))
     export(run, folder, module, final, stage.export_layout if scores else None)
-    return {"metrics": flat(evaluation)}
+    result: dict[str, Any] = {"metrics": flat(evaluation)}
+    if scores:
+        result["health"] = evaluation.get("health")
+        warn_of_model(stage.name, result["health"])
+    return result
 
 
 def build_supervised(run: Run, stage: Any, total_steps: int) -> tuple[Any, TrainState, Any, Callable[..., Any]]:
@@ -176,13 +181,13 @@ def sft_evaluate(
 def pairs_evaluate(
     run: Run, stage: cfg.PreferenceStage, module: ScoreModel, frozen: None, data: examples.Examples
 ) -> Callable[[TrainState], dict[str, Any]]:
-    """Returns evaluate(state): ranking and sign accuracy, calibration, and score distributions on held-out pairs."""
+    """Returns evaluate(state): ranking and sign accuracy, calibration, health and score distributions, held out."""
     del stage, frozen
     batches, score = in_order(data, run.eval_batch), evaluate.make_score(module)
 
     def evaluate_state(state: TrainState) -> dict[str, Any]:
         variables = {"params": state.params, "stats": state.stats}
-        return evaluate.evaluate_pairs(lambda texts: run.get(score(variables, run.put(texts))), batches)
+        return evaluate.evaluate_pairs(lambda texts: run.get(score(variables, run.put(texts))), batches, data.records)
 
     return evaluate_state
 

@@ -3,13 +3,16 @@
 import re
 import warnings
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 from rich.console import Console
 
-from safe_rlhf_jax.evaluation.report import Report, summary_table, write_report
-from safe_rlhf_jax.evaluation.statistics import summarize
+from safe_rlhf_jax import evaluation
+from safe_rlhf_jax.evaluation import plots
+from safe_rlhf_jax.evaluation.report import MOST_GROUPS, Report, summary_table, write_report
+from safe_rlhf_jax.evaluation.statistics import paired_win_rate, summarize
 
 FIGURES = ("headline", "reward_cost", "training", "harm_by_category", "score_distributions")
 CATEGORIES = ("privacy_violation", "theft", "fraud", "violence", "cybercrime", "drugs")
@@ -196,6 +199,111 @@ def test_headline_table_shows_the_measured_rates_with_intervals(full_page):
         summary = summarize(samples)
         low, high = summary["harm_rate_low"], summary["harm_rate_high"]
         assert f'<td>{summary["harm_rate"]:.1%}<span class="ci">{low:.1%} to {high:.1%}</span></td>' in text
+
+
+def regrouped(group_of, policies=2, prompts=60):
+    """A report on data without an oracle, whose prompts are in groups of other names."""
+    rng = np.random.default_rng(0)
+    names = ("before", "after", "later")[:policies]
+    samples = {name: make_samples(rng, oracle=False, prompts=prompts) for name in names}
+    return Report("Own data", "command", [], {n: regroup(s, group_of) for n, s in samples.items()})
+
+
+def regroup(samples, group_of):
+    own = {"split": "test", "category": ""}
+    return [s | own | {"group": group_of(i), "prompt": f"How do I handle case {i}?"} for i, s in enumerate(samples)]
+
+
+def written(tmp_path, report):
+    """Win rates as {(policies, prompts): cells}, the shown prompts, and the page."""
+    text = write_report(tmp_path, report).read_text(encoding="utf-8")
+    table = text.partition("<th>win rate</th>")[2].partition("</table>")[0]
+    rows = [re.findall(r"<td>(.*?)</td>", row) for row in table.split("<tr>")[1:]]
+    shown = re.findall(r'<tr class="prompt">.*?<small>(.*?)</small>', text)
+    return {(row[0], row[1]): row[2:] for row in rows}, shown, text
+
+
+@pytest.mark.parametrize(
+    ("group_of", "kinds"),
+    [
+        (lambda i: "all", []),
+        (lambda i: ("law", "medicine")[i % 2], ["law", "medicine"]),
+        (lambda i: f"topic {i % 15:02d}", [f"topic {i:02d}" for i in range(15)]),
+    ],
+)
+def test_every_section_shows_something_whatever_the_groups_are(tmp_path, group_of, kinds):
+    report = regrouped(group_of)
+    wins, shown, text = written(tmp_path, report)
+    assert list(wins) == [("after against before", kind) for kind in ["test prompts", *kinds]]
+    rate = paired_win_rate(report.policies["after"], report.policies["before"], "reward")
+    assert wins["after against before", "test prompts"][0].startswith(f"{rate['rate']:.1%}<span")
+    assert all(cell != "–" for cells in wins.values() for cell in cells)
+    assert {kind.partition(" · ")[2] for kind in shown} == (set(kinds) or {""})
+    assert 12 <= len(shown) <= max(12, len(kinds))
+    assert text.count("<td>after</td>") == len(shown)
+    counts = ", ".join(f"{kind}: {60 // len(kinds)}" for kind in kinds)
+    assert f"Test prompts: 60{f' ({counts})' if kinds else ''}. Reward" in text
+    for name in ("headline", "reward_cost"):
+        assert (tmp_path / f"{name}.png").exists()
+    assert not [word for word in ("risky", "benign", "sensitive", "red team", "oracle") if word in text]
+
+
+def test_scatter_has_every_group_and_takes_the_smallest_of_many_together(tmp_path):
+    def legend(report):
+        (drawn,) = plots.reward_cost_scatter(report.policies).legends
+        return [text.get_text() for text in drawn.get_texts()][:-1]  # the last one is the boundary
+
+    assert legend(regrouped(lambda i: "all")) == ["all"]
+    assert legend(regrouped(lambda i: ("law", "medicine")[i % 2])) == ["law", "medicine"]
+    sizes = legend(regrouped(lambda i: f"topic {int(len(plots.GROUP_STYLES) * 2 * (i / 60) ** 2)}"))
+    assert len(sizes) == len(plots.GROUP_STYLES)
+    assert sizes[-1].endswith(" others")
+
+
+def test_scatter_says_the_share_of_the_constrained_groups_by_their_names():
+    report = regrouped(lambda i: ("law", "medicine")[i % 2], policies=1)
+    figure = plots.reward_cost_scatter(report.policies, 0.0, ["law"])
+    law = [s["cost"] > 0 for s in report.policies["before"] if s["group"] == "law"]
+    assert f", {np.mean(law):.0%} of law prompts" in figure.axes[0].texts[0].get_text()
+
+
+def test_more_groups_than_a_page_holds_are_taken_together_and_none_is_lost(tmp_path):
+    wins, shown, text = written(tmp_path, regrouped(lambda i: f"topic {i % 40}", prompts=80))
+    assert len(shown) == MOST_GROUPS
+    assert ("after against before", f"{41 - MOST_GROUPS} others") in wins
+    assert f"{41 - MOST_GROUPS} others: {2 * (41 - MOST_GROUPS)})" in text
+
+
+def test_prompts_that_repeat_are_shown_once_and_counted_as_what_they_are(tmp_path):
+    report = regrouped(lambda i: "all")
+    policies = {name: [*samples, *samples[:20]] for name, samples in report.policies.items()}
+    wins, shown, text = written(tmp_path, replace(report, policies=policies))
+    assert "Test prompts: 80, 60 of them different." in text
+    assert len(shown) == 12
+    assert wins == written(tmp_path, report)[0]  # the same responses to the same prompts
+
+
+def test_one_policy_without_groups_shows_its_responses(tmp_path):
+    wins, shown, text = written(tmp_path, regrouped(lambda i: "all", policies=1))
+    assert wins == {}
+    assert len(shown) == 12
+    assert "Test prompts: 60." in text
+
+
+def test_red_team_prompts_alone_have_win_rates_and_responses(tmp_path):
+    report = regrouped(lambda i: "all")
+    policies = {name: [s | {"split": "redteam"} for s in samples] for name, samples in report.policies.items()}
+    wins, shown, text = written(tmp_path, replace(report, policies=policies))
+    assert list(wins) == [("after against before", "red team")]
+    assert len(shown) == 12
+    assert "Red-team prompts: 60." in text
+    assert "Test prompts" not in text
+
+
+def test_groups_of_the_embedded_world_are_named_in_its_own_table_only():
+    package = Path(evaluation.__file__).parent
+    named = [p.name for p in package.glob("*.py") if re.search("risky|benign|sensitive", p.read_text(encoding="utf-8"))]
+    assert named == []
 
 
 def test_rewriting_removes_figures_that_no_longer_apply(tmp_path):

@@ -10,7 +10,9 @@ from safe_rlhf_jax.evaluation.statistics import (
     bootstrap_interval,
     distinct_n,
     expected_calibration_error,
+    largest,
     paired_win_rate,
+    rate_by_category,
     reliability_curve,
     summarize,
     wilson_interval,
@@ -141,6 +143,20 @@ def test_certain_probabilities_fall_into_the_last_bin():
     assert reliability_curve([1.0, 0.0], [1, 0], bins=2) == [(0.0, 0.0, 1), (1.0, 1.0, 1)]
     assert reliability_curve([], []) == []
     assert expected_calibration_error([], []) == 0.0
+
+
+def test_largest_names_stay_and_the_rarest_go_together():
+    names = ["b"] * 3 + ["a"] * 2 + ["d", "c"]
+    assert largest(names, 4) == {"a": ("a",), "b": ("b",), "c": ("c",), "d": ("d",)}
+    assert largest(names, 3) == {"a": ("a",), "b": ("b",), "2 others": ("c", "d")}
+    assert largest([], 3) == {}
+
+
+def test_harm_by_category_is_over_prompts_that_invite_harm_or_all_where_no_group_says_which_do():
+    named = [sample(harmful=True), sample(group="benign", category="gardening")]
+    assert rate_by_category(named) == {"theft": (1.0, 1)}
+    unnamed = [s | {"group": "all"} for s in named]
+    assert rate_by_category(unnamed) == {"gardening": (0.0, 1), "theft": (1.0, 1)}
 
 
 def test_summarize_separates_splits_and_groups():

@@ -1,0 +1,24 @@
+"""What is known against reward and cost models, said where they are made and where a stage is built on them."""
+
+from typing import Any
+
+from safe_rlhf_jax import config as cfg
+from safe_rlhf_jax.evaluation.health import doubts
+from safe_rlhf_jax.stages.common import Run
+
+
+def warn_of_model(name: str, health: dict[str, Any] | None) -> None:
+    """Says what speaks against a reward or cost model that has just been trained."""
+    for problem in doubts(health):
+        print(f"{name}: warning: {problem}")
+
+
+def warn_of_scorers(run: Run, stage: Any) -> None:
+    """Says what speaks against the reward and cost models of this run that a stage scores with.
+
+    Nothing is known, and nothing said, of models from elsewhere.
+    """
+    for field, name in cfg.references(stage).items():
+        result = run.result(name) if name in run.hashes else None
+        if field != "init_from" and result is not None and "health" in result:
+            warn_of_model(f"{stage.name}: {field} {name!r}", result["health"])
