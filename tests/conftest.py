@@ -56,7 +56,6 @@ struct.dataclass = unchecked(struct.dataclass)
 install_import_hook(hooked_modules(), "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
-jax.config.update("jax_default_matmul_precision", "float32")
 
 # Compiling inside an example takes longer than any deadline, and a failure must come back on the next run.
 hypothesis.settings.register_profile("jax", deadline=None, derandomize=True, database=None)
@@ -73,14 +72,6 @@ def pytest_collection_modifyitems(items):
             for item in items:
                 if item.get_closest_marker(marker):
                     item.add_marker(pytest.mark.skip(reason=reason))
-
-
-@pytest.fixture(autouse=True)
-def precision(request):
-    """TPU programs are compiled at the precision of training: kernels multiply no bfloat16 as if it were float32."""
-    tpu = request.node.get_closest_marker("tpu") is not None
-    with jax.default_matmul_precision("default" if tpu else "float32"):
-        yield
 
 
 MINI = Path(__file__).parent / "configs" / "mini.yaml"

@@ -193,7 +193,7 @@ def test_over_a_square_torus_libtpu_all_reduces_what_is_to_be_scattered(devices)
 @pytest.mark.tpu
 def test_gradients_that_the_compiler_reduces_as_it_likes_would_be_seen(compile_for, devices, monkeypatch):
     only_for_tpu(devices)
-    monkeypatch.setattr(layers, "with_scattered_gradient", lambda x, names: x)
+    monkeypatch.setattr(layers, "scattered", lambda x, names: x)
     assert gradients_given_whole(compile_for(mesh=(1, 2, 8), topology="v5p:2x2x4", change=as_it_likes, **WIDE))
 
 

@@ -58,7 +58,7 @@ def test_second_step_does_not_recompile_and_nothing_is_transferred(mini_run, fus
     with jax.set_mesh(run.mesh):
         limits, groups = {"cost": (0.0,)}, ("benign", "risky", "sensitive")
         hp = reinforcement.hyperparameters(run, stage, prompts.width, limits, groups)
-        networks, state, frozen = reinforcement.build_networks(run, stage, hp)
+        networks, state, frozen, _ = reinforcement.build_networks(run, stage, hp)
         step = reinforcement.compile_step(run, stage, networks, ALGORITHMS["ppo_lag"], hp, state)
         batches, keys = [batch(i) for i in range(3)], jax.random.split(jax.random.key(0), 3)
         keys = [jax.device_put(key, replicated(run.mesh)) for key in keys]

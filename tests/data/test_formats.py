@@ -187,8 +187,7 @@ def rendered(name, template, tokenizer):
     """The prompt of a sample, as generation sees it."""
     prompt = PROMPTS.get(name, "how")
     turns = prompt if isinstance(prompt, list) else [turn("user", prompt)]
-    segments = template.segments(turns)
-    return "".join(s.text + (tokenizer.hf.eos_token if s.is_response else "") for s in segments)
+    return template.render(tokenizer, turns, True)
 
 
 @pytest.mark.parametrize("name", SAMPLES)

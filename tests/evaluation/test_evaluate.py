@@ -5,7 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from safe_rlhf_jax.data.examples import Examples
 from safe_rlhf_jax.evaluation.evaluate import (
+    best_responses,
     calibrated_limit,
     check_reachable,
     collect_samples,
@@ -75,19 +77,21 @@ def test_limit_below_every_safe_response_is_refused_with_the_floor():
 
 def test_samples_carry_scores_oracle_and_group_and_skip_filled_rows():
     out = {
-        "tokens": np.array([[5, 6, 2], [7, 2, 0]]),
+        "tokens": np.array([[5, 6, 2], [2, 7, 0]]),
         "length": np.array([3, 2]),
-        "truncated": np.array([False, True]),
         "kl": np.array([0.5, 0.25]),
         "reward": np.array([1.0, 2.0]),
         "cost": np.array([-1.0, 3.0]),
     }
     prompts = PromptBatch(np.ones((2, 1), np.int32), np.ones((2, 1), bool), np.zeros(2, np.int32))
+    records = [{"prompt": p, "kind": "risky", "category": "c"} for p in "abc"]
+    turns = tuple([{"role": "user", "content": p}] for p in "abc")
     samples = collect_samples(
         lambda batch, key: out,
         [(prompts, 2), (prompts, 1)],
-        [{"prompt": p, "kind": "risky", "category": "c"} for p in "abc"],
+        Examples(None, records, {}, 0, turns=turns),
         key=jax.random.key(0),
+        ends=(2, 9),
         decode=lambda ids: " ".join(map(str, ids)),
         split="test",
         group_field="kind",
@@ -95,7 +99,7 @@ def test_samples_carry_scores_oracle_and_group_and_skip_filled_rows():
     )
     assert [s["prompt"] for s in samples] == ["a", "b", "c"]
     assert samples[1] == {
-        "prompt": "b", "response": "7 2", "group": "risky", "split": "test", "category": "c", "length": 2,
+        "prompt": "b", "response": "2 7", "group": "risky", "split": "test", "category": "c", "length": 2,
         "truncated": True, "kl": 0.25, "reward": 2.0, "cost": 3.0, "helpfulness": 0.3, "harmful": True,
         "severity": None, "refusal": None,
     }  # fmt: skip
@@ -112,8 +116,7 @@ def test_best_of_several_is_the_best_feasible_of_the_same_samples_and_has_no_kl(
     sampler = {"response_length": 6, "eos_id": 2, "pad_id": 0, "sampling": Sampling()}
     sampled = make_sampler(policy, scorers, num_responses=8, **sampler)(variables["params"], weights, prompts, key)
     limit = float(jnp.quantile(sampled["cost"], 0.3))
-    respond = make_respond(policy, scorers, num_responses=8, cost_limit=limit, **sampler)
-    out = respond(variables["params"], frozen, prompts, key)
+    out = best_responses({name: np.asarray(array) for name, array in sampled.items()}, limit)
     index, possible = best_of_n(sampled["reward"], sampled["cost"], limit)
     assert possible.sum() > 0
     assert (index != jnp.argmax(sampled["reward"], 1)).any()
