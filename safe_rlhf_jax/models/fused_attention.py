@@ -16,6 +16,7 @@ Kernel = Literal["splash", "cudnn"]
 
 LANES = 128  # of a TPU's vector unit: tokens are padded to a multiple
 BLOCKS = (512, 256, 128)  # tokens that splash works on at a time: the largest that divides
+ACTIVATION_BYTES = 2
 CUDNN_HEAD_DIM = 128
 CUDNN_CAPABILITY = 8.0  # Ampere
 
@@ -26,7 +27,8 @@ def kernel_for(
     """Returns the kernel of the platform that takes such arrays, None where there is none.
 
     The platform is that of the mesh, which need not be here: programs are compiled ahead of time too. None of the
-    kernels takes linear biases or a step of decoding; a sharded one needs whole rows and heads on each device.
+    kernels takes linear biases or a step of decoding; a sharded one needs whole rows and heads on each device. Float32
+    is left to `attend`: on a TPU splash multiplies it in a single pass of bfloat16.
     """
     batch, heads, length, size = queries.shape
     mesh = jax.sharding.get_abstract_mesh()
@@ -34,12 +36,14 @@ def kernel_for(
     rows, columns = (shards.get("data", 1) * shards.get("fsdp", 1), shards.get("tensor", 1))
     if biased or keys.shape[2] != length or batch % rows or heads % columns or keys.shape[1] % columns:
         return None
+    if queries.dtype.itemsize != ACTIVATION_BYTES:
+        return None
     match platform():
         case "tpu" if length >= LANES and size % LANES == 0:
             return "splash"
         case "gpu" if cap is None and length % 2 == 0 and size % 8 == 0 and size <= CUDNN_HEAD_DIM:
             new = float(getattr(jax.devices()[0], "compute_capability", 0)) >= CUDNN_CAPABILITY
-            return "cudnn" if new and queries.dtype.itemsize == 2 else None
+            return "cudnn" if new else None
     return None
 
 
