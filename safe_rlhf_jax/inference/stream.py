@@ -10,7 +10,7 @@ import numpy as np
 
 from safe_rlhf_jax.inference.sampling import Sampling, sample_token
 from safe_rlhf_jax.models.transformer import CausalLM
-from safe_rlhf_jax.types import Params
+from safe_rlhf_jax.types import Params, TokenIds
 
 MIN_COLUMNS = 32
 
@@ -26,11 +26,11 @@ class Stream:
     Args:
         module: The language model.
         params: Its parameters.
-        eos_id: The tokens that end a response.
+        eos_id: The token, or tokens, that end a response.
     """
 
-    def __init__(self, module: CausalLM, params: Params, *, eos_id: tuple[int, ...]):
-        self.params, self.eos_id = params, eos_id
+    def __init__(self, module: CausalLM, params: Params, *, eos_id: TokenIds):
+        self.params, self.ends = params, set(np.atleast_1d(eos_id).tolist())
 
         @partial(jax.jit, static_argnums=3)
         def prefill(params: Params, tokens: jax.Array, mask: jax.Array, length: int) -> Any:
@@ -63,7 +63,7 @@ class Stream:
         for t in range(max_tokens):
             token, _ = self.sample(jax.random.fold_in(key, t), logits, sampling=sampling)
             yield int(token[0])
-            if int(token[0]) in self.eos_id or t + 1 == max_tokens:
+            if int(token[0]) in self.ends or t + 1 == max_tokens:
                 return
             visible[:, width + t] = True
             position = jnp.array([len(prompt) + t], jnp.int32)

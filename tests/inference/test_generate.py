@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 
 import jax
@@ -75,6 +76,39 @@ def test_responses_end_with_eos_and_nothing_follows(rollout):
         np.testing.assert_array_equal(log_probs[length:], 0.0)
         assert (log_probs[:length] < 0).all()
     assert 0 < ended < len(tokens)  # some end, some are cut off
+
+
+def test_each_of_several_tokens_ends_a_response(lm, prompts, rollout):
+    tokens, mask = response(rollout)
+    other = int(np.bincount(tokens[mask & (tokens != EOS)]).argmax())
+    several = sample(lm, prompts, num_responses=4, eos_id=(EOS, other))
+    ended = set()
+    for row, row_mask, free, free_mask in zip(*response(several), tokens, mask, strict=True):
+        ends = np.flatnonzero(((free == EOS) | (free == other)) & free_mask)
+        length = ends[0] + 1 if ends.size else RESPONSE
+        np.testing.assert_array_equal(row_mask, np.arange(RESPONSE) < length)
+        np.testing.assert_array_equal(row[:length], free[:length])
+        ended |= {int(free[length - 1])} if ends.size else set()
+    assert ended == {EOS, other}
+    assert_same(sample(lm, prompts, num_responses=4, eos_id=(EOS,)), rollout)
+
+
+def test_rows_without_a_token_are_never_sampled_and_have_no_probability(lm, prompts):
+    module, params = lm
+    unused = ((3, 5), (11, VOCAB))
+    narrow = module.clone(config=dataclasses.replace(module.config, unused_rows=unused)), params
+    rollout = sample(narrow, prompts, num_responses=16)
+    tokens, mask = response(rollout)
+    free, free_mask = response(sample(lm, prompts, num_responses=16))
+    without = {3, 4, *range(11, VOCAB)}
+    assert without & set(free[free_mask].tolist())
+    assert not without & set(tokens[mask].tolist())
+    learned = response_log_probs(*narrow, rollout.tokens, rollout.mask, prompt_length=PROMPT)
+    np.testing.assert_allclose(np.asarray(learned)[mask], np.asarray(rollout.sampler_log_probs)[mask], **TOLERANCE)
+    logits = np.asarray(narrow[0].apply({"params": params}, rollout.tokens, rollout.mask), np.float64)
+    total = np.exp(logits - logits.max(-1, keepdims=True)).sum(-1)
+    kept = [i for i in range(VOCAB) if i not in without]
+    np.testing.assert_allclose(np.exp(logits - logits.max(-1, keepdims=True))[..., kept].sum(-1), total, rtol=1e-6)
 
 
 def test_prompts_come_back_unchanged(prompts, rollout):
