@@ -1,0 +1,220 @@
+"""Scorers with a tokenizer or template of their own, in every stage that scores."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from safe_rlhf_jax import config as cfg
+from safe_rlhf_jax.data.texts import Text
+from safe_rlhf_jax.metrics import read_jsonl
+from safe_rlhf_jax.models import hf
+from safe_rlhf_jax.pipeline import load_policy, load_scorer
+from safe_rlhf_jax.stages import Run, check_run, run_stage
+from safe_rlhf_jax.stages.host_signals import ScorerSignal, open_scorers
+from tests.helpers import make_lm, make_scorer, perturbed, tiny_config
+from tests.tokenizers import make_tokenizer
+
+CHATML = (Path(__file__).parent / "data" / "chat_templates" / "chatml.jinja").read_text()
+TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+STAGES = """
+- name: ppo_lag
+  kind: rl
+  steps: 2
+  batch_size: 8
+  responses_per_prompt: 2
+  algorithm: {lagrange: {cost_limit: 0.0, constrained_groups: [risky], window: 16}}
+  actor: {lr: 1.0e-3, warmup_ratio: 0}
+- name: rejection
+  kind: rejection_sampling
+  rounds: 1
+  responses_per_prompt: 2
+  prompt_batch_size: 8
+  batch_size: 8
+  cost_limit: 100.0
+- {name: dual, kind: dual, responses_per_prompt: 2, batch_size: 8, cost_limit: 0.0, kl_coeff: 1.0}
+"""
+COMMON = {
+    "init_from": "preset:tiny", "reward_model": "OWN", "cost_model": "SHARED", "group_field": "prompt_source",
+    "prompts": {"name": "demo/prompts", "split": "test", "limit": 16}, "max_prompt_length": 24, "max_response_length": 6,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A reward model that reads ChatML of its own tokenizer, and a cost model that reads the run's."""
+    folder = tmp_path_factory.mktemp("scorers")
+    tokenizer = make_tokenizer(folder / "own", TOKENS, "<|im_end|>", spaces=None, template=CHATML)
+    config = tiny_config(vocab_size=tokenizer.vocab_size, max_positions=256)
+    module, variables = make_scorer("reward", config)
+    hf.save(folder / "own", module, perturbed(variables), tokenizer.hf)
+    from safe_rlhf_jax.data.tokenizer import load_tokenizer
+
+    demo = load_tokenizer("demo")
+    module, variables = make_scorer("cost", tiny_config(vocab_size=demo.vocab_size, max_positions=64))
+    hf.save(folder / "shared", module, perturbed(variables), demo.hf)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(folders, tmp_path_factory):
+    """A run of every stage that samples and scores."""
+    workdir = tmp_path_factory.mktemp("run")
+    names = {"OWN": f"path:{folders}/own", "SHARED": f"path:{folders}/shared"}
+    common = {name: names.get(value, value) if isinstance(value, str) else value for name, value in COMMON.items()}
+    stages = [common | stage for stage in yaml.safe_load(STAGES)]
+    scored = {name: common[name] for name in ("reward_model", "cost_model", "max_prompt_length", "max_response_length")}
+    stages.append(
+        {"name": "evaluate", "kind": "evaluate", "policies": ["ppo_lag"], "prompts": [common["prompts"]],
+         "batch_size": 8, "best_of": {"ppo_lag": 2}} | scored
+    )  # fmt: skip
+    pairs = {"name": "demo/preference", "split": "test", "limit": 16}
+    stages.append(
+        {"name": "dpo", "kind": "dpo", "init_from": "preset:tiny", "data": pairs, "preference": "lagrangian", "epochs": 1,
+         "batch_size": 8, "max_length": 48} | {name: common[name] for name in ("reward_model", "cost_model")}
+    )  # fmt: skip
+    tree = {"workdir": str(workdir), "execution": {"scan_layers": False}, "stages": stages}
+    file = workdir / "config.yaml"
+    file.write_text(yaml.safe_dump(tree))
+    run = Run(cfg.load_config(file, []))
+    check_run(run)
+    for stage in run.config.stages:
+        run_stage(run, stage)
+    return run, workdir
+
+
+def test_only_the_scorer_with_another_tokenizer_is_read_in_its_own_way(finished, folders):
+    run, _ = finished
+    assert list(run.own) == [f"path:{folders}/own"]
+    scorers = open_scorers(run, {"reward": f"path:{folders}/own", "cost": f"path:{folders}/shared"})
+    assert (list(scorers.modules), list(scorers.host)) == (["cost"], ["reward"])
+
+
+def test_score_is_that_of_the_text_in_the_scorers_own_template(finished, folders):
+    run, _ = finished
+    signal = ScorerSignal(run, f"path:{folders}/own", "reward")
+    prompts, responses = ["how do i bake", "the bread", "x"], ["first mix", "then wait . " * 9, "yes"]
+    turns = [[{"role": "user", "content": prompt}] for prompt in prompts] + [[{"role": "user", "content": "y"}]] * 5
+    expected = load_scorer(f"{folders}/own", template="tokenizer")(prompts, responses)
+    found = signal(turns, responses + ["no"] * 5, [True] * 8)[:3]
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_response_that_was_cut_off_is_scored_without_an_end_and_an_empty_one_is_scored(finished, folders):
+    run, _ = finished
+    signal = ScorerSignal(run, f"path:{folders}/own", "reward")
+    turns = [{"role": "user", "content": "how"}]
+    end = run.own[f"path:{folders}/own"].tokenizer.eos_id
+    whole, cut, empty = (signal.text(turns, *rest).ids for rest in (("so", True), ("so", False), ("", True)))
+    assert whole[-1] == end
+    assert cut == whole[:-1]
+    assert empty[-1] == end
+
+
+def test_text_longer_than_the_scorer_reads_loses_its_beginning_and_that_is_said_once(finished, folders, capsys):
+    run, _ = finished
+    signal = ScorerSignal(run, f"path:{folders}/own", "reward")
+    turns = [{"role": "user", "content": "x " * 200}]
+    text = [signal.text(turns, "so", True) for _ in range(2)][0]
+    assert isinstance(text, Text)
+    assert len(text.ids) == 256
+    assert capsys.readouterr().out.count("lose their beginning") == 1
+
+
+def test_rewards_of_a_rollout_are_those_of_the_decoded_responses(finished, folders):
+    """The samples of the evaluation, scored once more by the pipeline."""
+    run, workdir = finished
+    samples = [json.loads(line) for line in (workdir / "evaluate" / "samples.jsonl").read_text().splitlines()]
+    ended = [s for s in samples if not s["truncated"] and s["response"].strip()]
+    assert len(ended) > 3
+    scorer = load_scorer(f"{folders}/own", template="tokenizer")
+    expected = scorer([s["prompt"] for s in ended], [s["response"] for s in ended])
+    np.testing.assert_allclose([s["reward"] for s in ended], expected, rtol=1e-4, atol=1e-4)
+    chosen = {(s["policy"], s["prompt"]) for s in samples}
+    assert len({policy for policy, _ in chosen}) == 2, "the policy, and the best of two responses"
+
+
+def test_every_stage_has_rewards_that_differ_and_are_finite(finished):
+    _, workdir = finished
+    rewards = [row["train/reward"] for row in read_jsonl(workdir / "ppo_lag" / "metrics.jsonl")]
+    assert np.isfinite(rewards).all()
+    assert len(set(rewards)) == 2
+    selected = read_jsonl(workdir / "rejection" / "round_1" / "selected.jsonl")
+    assert len({row["reward"] for row in selected}) > 4
+    assert np.isfinite(json.loads((workdir / "dual" / "result.json").read_text())["multiplier"])
+    assert json.loads((workdir / "dpo" / "result.json").read_text())["kind"] == "dpo"
+
+
+def test_critic_of_such_a_signal_starts_from_the_actor_or_from_the_model_that_is_named(finished, folders):
+    from safe_rlhf_jax.stages import reinforcement
+
+    run, workdir = finished
+    stage = run.config.stages[0]
+    named = stage.model_copy(update={"critics": {"reward": f"path:{folders}/shared"}})
+    networks = []
+    for one in (stage, named):
+        hp = reinforcement.hyperparameters(run, one, 24, {"cost": (0.0,)}, ("benign", "risky", "sensitive"))
+        import jax
+
+        with jax.set_mesh(run.mesh):
+            networks.append(reinforcement.build_networks(run, one, hp)[0])
+    assert networks[0].critics["reward"].config.hidden_size == 128
+    assert networks[1].critics["reward"].config.hidden_size == 48
+    assert networks[0].critics["cost"].config.hidden_size == 48
+    assert list(networks[0].scorers) == ["cost"]
+
+
+def test_policy_with_another_tokenizer_is_refused(folders, tmp_path):
+    tokenizer = make_tokenizer(tmp_path / "policy", TOKENS, "<|im_end|>", spaces=None, template=CHATML)
+    hf.save(tmp_path / "policy", *make_lm(tiny_config(vocab_size=600, max_positions=256)), tokenizer.hf)
+    stage = COMMON | {"name": "ppo_lag", "kind": "rl", "init_from": f"path:{tmp_path}/policy", "steps": 1}
+    stage |= {"reward_model": f"path:{folders}/own", "cost_model": f"path:{folders}/shared"}
+    tree = {"workdir": str(tmp_path / "run"), "stages": [stage]}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
+    with pytest.raises(cfg.ConfigError, match="init_from .* another tokenizer than the run's 'demo'"):
+        check_run(Run(cfg.load_config(tmp_path / "config.yaml", [])))
+
+
+def test_scorer_without_a_template_asks_for_one(folders, tmp_path):
+    tokenizer = make_tokenizer(tmp_path / "own", TOKENS, "<|im_end|>", spaces=None)
+    hf.save(tmp_path / "own", *make_scorer("reward", tiny_config(vocab_size=tokenizer.vocab_size)), tokenizer.hf)
+    stage = COMMON | {"name": "ppo_lag", "kind": "rl", "reward_model": f"path:{tmp_path}/own", "steps": 1}
+    stage |= {"cost_model": f"path:{folders}/shared"}
+    chat = tmp_path / "chatml.jinja"
+    chat.write_text(
+        "{% for m in messages %}{{ m.content + '\n' + (eos_token if m.role == 'assistant' else '') }}{% endfor %}"
+    )
+    tree = {
+        "workdir": str(tmp_path / "run"),
+        "stages": [stage],
+        "template": "tokenizer",
+        "tokenizer": str(tmp_path / "demo"),
+    }
+    from safe_rlhf_jax.data.tokenizer import load_tokenizer
+
+    demo = load_tokenizer("demo").hf
+    demo.chat_template = chat.read_text()
+    demo.save_pretrained(tmp_path / "demo")
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
+    with pytest.raises(
+        cfg.ConfigError, match=r"own' has a tokenizer of its own, without a chat template; .* templates: "
+    ):
+        Run(cfg.load_config(tmp_path / "config.yaml", []))
+    tree["templates"] = {f"path:{tmp_path}/own": "beaver"}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
+    run = Run(cfg.load_config(tmp_path / "config.yaml", []))
+    assert run.own[f"path:{tmp_path}/own"].template.source.startswith("{{ 'BEGINNING OF CONVERSATION")
+
+
+def test_template_of_a_model_that_is_in_no_stage_is_refused(finished):
+    _, workdir = finished
+    with pytest.raises(cfg.ConfigError, match=r"templates names 'path:typo', which no stage uses"):
+        cfg.load_config(workdir / "config.yaml", ["templates={'path:typo': beaver}"])
+
+
+def test_policy_of_the_run_talks_as_it_was_trained(finished):
+    _, workdir = finished
+    policy = load_policy(f"{workdir}/ppo_lag/export", template="tokenizer")
+    assert len(policy(["how do i bake"], max_tokens=4)) == 1
