@@ -18,6 +18,8 @@ PAIR = {
     "prompt": "a", "response_0": "b", "response_1": "c", "safer_response_id": 0, "is_response_0_safe": True,
     "is_response_1_safe": False,
 }  # fmt: skip
+TOKENIZER = load_tokenizer("demo")
+CONFIG = tiny_config(vocab_size=TOKENIZER.vocab_size, hidden_size=8, num_layers=1, head_dim=2, max_positions=128)
 
 
 def hashes(tmp_path, *overrides):
@@ -31,10 +33,8 @@ def different(before, after):
 @pytest.fixture
 def folder(tmp_path):
     """A policy, and a reward model, behind paths."""
-    tokenizer = load_tokenizer("demo")
-    config = tiny_config(vocab_size=tokenizer.vocab_size, hidden_size=8, num_layers=1, head_dim=2, max_positions=128)
-    hf.save(tmp_path / "models" / "policy", *make_lm(config), tokenizer.hf)
-    hf.save(tmp_path / "models" / "reward", *make_scorer("reward", config), tokenizer.hf)
+    hf.save(tmp_path / "models" / "policy", *make_lm(CONFIG), TOKENIZER.hf)
+    hf.save(tmp_path / "models" / "reward", *make_scorer("reward", CONFIG), TOKENIZER.hf)
     return tmp_path / "models"
 
 
@@ -43,10 +43,9 @@ def test_weights_behind_a_path_are_part_of_what_stands_on_them(tmp_path, folder)
     before = hashes(tmp_path, *models)
     shutil.copytree(folder, tmp_path / "copy")
     assert different(before, hashes(tmp_path, *models)) == set()
-    config = tiny_config(vocab_size=hf.read_config(folder / "reward")["vocab_size"], hidden_size=8, num_layers=1, head_dim=2, max_positions=128)  # fmt: skip
-    hf.save(folder / "reward", *make_scorer("reward", config, seed=1), load_tokenizer("demo").hf)
+    hf.save(folder / "reward", *make_scorer("reward", CONFIG, seed=1), TOKENIZER.hf)
     assert different(before, hashes(tmp_path, *models)) == {"ppo_lag", "evaluate"}
-    hf.save(folder / "policy", *make_lm(config, seed=1), load_tokenizer("demo").hf)
+    hf.save(folder / "policy", *make_lm(CONFIG, seed=1), TOKENIZER.hf)
     assert different(before, hashes(tmp_path, *models)) == STAGES
 
 
@@ -84,10 +83,16 @@ def test_template_file_its_options_and_its_date_are_part_of_every_stage(tmp_path
 def test_data_is_found_however_deep_it_is_named(tmp_path):
     file = tmp_path / "limit.jsonl"
     file.write_text(json.dumps(PAIR) + "\n")
-    setting = (
-        "stages.ppo_lag={name: ppo_lag, kind: rl, init_from: sft, reward_model: reward, cost_models: {a: cost}, prompts: "
-        "{name: demo/prompts}, algorithm: {constraints: {a: {cost_limit: {data: {name: %s}, margin: 0.1}}}}}" % file
-    )  # fmt: skip
+    limit = {"cost_limit": {"data": {"name": str(file)}, "margin": 0.1}}
+    stage = {
+        "name": "ppo_lag",
+        "kind": "rl",
+        "init_from": "sft",
+        "reward_model": "reward",
+        "cost_models": {"a": "cost"},
+    }
+    stage |= {"prompts": {"name": "demo/prompts"}, "algorithm": {"constraints": {"a": limit}}}
+    setting = f"stages.ppo_lag={json.dumps(stage)}"
     before = hashes(tmp_path, setting)
     file.write_text(json.dumps(PAIR | {"is_response_0_safe": False}) + "\n")
     assert different(before, hashes(tmp_path, setting)) == {"ppo_lag", "evaluate"}
