@@ -108,19 +108,15 @@ def check_model(run: Run, stage: Any, field: str, reference: str) -> None:
             f"{run.tokenizer.vocab_size}; use the model's own tokenizer"
         )
     if reference.startswith(("path:", "hf:")):
-        check_folder(run, where, field, hf.resolve(run.model_folder(reference)))
+        check_folder(run, where, stage, field, hf.resolve(run.model_folder(reference)))
 
 
-def check_folder(run: Run, where: str, field: str, folder: pathlib.Path) -> None:
-    """A folder's weights are whole, its scores are of the kind it is asked for, its token ids are the run's."""
-    stored = hf.read_config(folder)
-    kind = field.removesuffix("_model")
-    if kind in ("reward", "cost") and hf.stored_score_type(stored) != kind:
-        raise ConfigError(
-            f"{where} has score_type {hf.stored_score_type(stored)!r} in its config.json, not {kind!r}; if its scores "
-            f'are {kind}s, write "score_type": "{kind}" there'
-        )
-    hf.Tensors(folder)
+def check_folder(run: Run, where: str, stage: Any, field: str, folder: pathlib.Path) -> None:
+    """A folder holds the model that it is opened as, and its token ids are the run's."""
+    try:
+        check_stored(stage, field, folder)
+    except ValueError as error:
+        raise ConfigError(f"{where}: {error}") from error
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         return
     theirs, ours = token_of_id(load_tokenizer(str(folder))), token_of_id(run.tokenizer)
@@ -132,6 +128,19 @@ def check_folder(run: Run, where: str, field: str, folder: pathlib.Path) -> None
             f"as {i}, {theirs[i]!r} there and {ours[i]!r} here. The compiled step hands the actor's token ids on as"
             " they are, without decoding them: all models of a run share one tokenizer"
         )
+
+
+def check_stored(stage: Any, field: str, folder: pathlib.Path) -> None:
+    """A folder's tensors are those of its config.json, and its scores of the kind that they are used as."""
+    scorer = next((kind for kind in ("reward", "cost") if field.startswith(f"{kind}_model")), None)
+    kind: Any = scorer or (stage.kind if stage.kind in ("reward", "cost") else None)
+    stored = hf.stored_score_type(hf.read_config(folder))
+    if scorer not in (None, stored):
+        raise ValueError(
+            f"{folder} has score_type {stored!r} in its config.json, not {kind!r}; if its scores are {kind}s, write "
+            f'"score_type": "{kind}" there; if it is a language model, train a {kind} stage from it'
+        )
+    hf.inspect(folder, "score" if kind else "lm", score_type=kind, as_stored=scorer is not None)
 
 
 def token_of_id(tokenizer: Tokenizer) -> dict[int, str]:

@@ -84,6 +84,11 @@ class Family:
     transposed: bool = False  # linear maps of the layers are stored [in, out]
     head: str = "lm_head"
 
+    @property
+    def embedding(self) -> str:
+        """Stored name of the token embedding, without prefix."""
+        return next(stored for stored, ours in self.names.items() if ours == "embedding")
+
     def config_from_hf(self, hf: Mapping[str, Any]) -> ModelConfig:
         """Reads a `config.json`, in the spelling of any version of transformers.
 
