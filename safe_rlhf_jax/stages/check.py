@@ -96,10 +96,13 @@ def check_model(run: Run, stage: Any, field: str, reference: str) -> None:
     else:
         lengths = ("max_prompt_length", "max_response_length")
         fields = {name: getattr(stage, name) for name in lengths if hasattr(stage, name)}
-    if sum(fields.values()) > config.max_positions:
+    only_reads = isinstance(stage, cfg.SupervisedStage) or scored_kind(field) is not None
+    room = config.max_positions if only_reads else config.generated_length
+    if sum(fields.values()) > room:
         terms = " + ".join(f"{name} {value}" for name, value in fields.items())
+        beyond = "" if room == config.max_positions else ", beyond which its rope_scaling cannot generate"
         raise ConfigError(
-            f"{where} has {config.max_positions} positions, fewer than the {sum(fields.values())} tokens of {terms}; "
+            f"{where} has {room} positions{beyond}, fewer than the {sum(fields.values())} tokens of {terms}; "
             "shorten them"
         )
     if run.tokenizer.vocab_size > config.vocab_size:
@@ -130,9 +133,14 @@ def check_folder(run: Run, where: str, stage: Any, field: str, folder: pathlib.P
         )
 
 
+def scored_kind(field: str) -> str | None:
+    """Returns whether a field names a "reward" or a "cost" model; None for a policy."""
+    return next((kind for kind in ("reward", "cost") if field.startswith(f"{kind}_model")), None)
+
+
 def check_stored(stage: Any, field: str, folder: pathlib.Path) -> None:
     """A folder's tensors are those of its config.json, and its scores of the kind that they are used as."""
-    scorer = next((kind for kind in ("reward", "cost") if field.startswith(f"{kind}_model")), None)
+    scorer = scored_kind(field)
     kind: Any = scorer or (stage.kind if stage.kind in ("reward", "cost") else None)
     stored = hf.stored_score_type(hf.read_config(folder))
     if scorer not in (None, stored):

@@ -5,6 +5,7 @@ from typing import Any
 
 from safe_rlhf_jax.models.config import Activation, ModelConfig, RopeScaling
 from safe_rlhf_jax.models.families.record import Fields, unsupported
+from safe_rlhf_jax.models.folders import say_once
 
 # Their names of an activation; those on one line are the same function. The first is the one we write.
 ACTIVATIONS: dict[Activation, tuple[str, ...]] = {
@@ -35,6 +36,8 @@ def read_common(f: Fields, **switches: Any) -> ModelConfig:
     if "activation" not in switches:
         common["activation"] = read_activation(f)
     config = ModelConfig(**(common | switches))
+    if config.num_heads % config.num_kv_heads:
+        raise unsupported("num_key_value_heads", config.num_kv_heads, f"a divisor of the {heads} heads")
     if config.tie_embeddings and config.lm_head_bias:
         raise unsupported("tie_word_embeddings", True, "False, because the head of this family has a bias")
     return config
@@ -69,18 +72,57 @@ def read_activation(f: Fields) -> Activation:
 
 # --- Rotary positions -------------------------------------------------------------------------------------------------
 
+# What `rope_parameters` may hold where nothing is stretched.
+UNSCALED = ("rope_type", "type", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
+
 
 def read_rope(f: Fields, *, partial: bool = False) -> dict[str, Any]:
     """Reads `rope_parameters` (older: `rope_theta`, `rope_scaling`); `partial`: a part of a head may turn."""
     rope = f["rope_parameters"]
-    switches = {"rope_theta": float(rope["rope_theta"]), "rope_scaling": read_scaling(f, rope)}
-    fraction = rope.get("partial_rotary_factor", 1.0)
+    if nested := sorted(name for name, value in rope.items() if isinstance(value, dict)):
+        raise unsupported("rope_parameters", nested, "one for all layers, as this model_type has it")
+    switches: dict[str, Any] = {"rope_theta": positive(rope, "rope_theta"), "rope_scaling": read_scaling(f, rope)}
+    say_contradictions(f, rope)
+    fraction = 1.0 if rope.get("partial_rotary_factor") is None else positive(rope, "partial_rotary_factor")
+    turned = int(f.get("head_dim", f["hidden_size"] // f["num_attention_heads"]) * fraction)
     if fraction != 1.0:
-        size = int(f.get("head_dim", f["hidden_size"] // f["num_attention_heads"]) * fraction)
-        if not partial or size % 2:
+        if not partial or turned % 2:
             raise unsupported("partial_rotary_factor", fraction, "an even part of a head" if partial else (1.0,))
-        switches["rotary_dim"] = size
+        switches["rotary_dim"] = turned
+    scaling = switches["rope_scaling"]
+    if scaling and scaling.kind == "longrope":
+        for name, factors in (("short_factor", scaling.short_factors), ("long_factor", scaling.long_factors)):
+            if len(factors) != turned // 2:
+                raise unsupported(f"rope_parameters.{name}", f"of length {len(factors)}", f"{turned // 2} numbers")
     return switches
+
+
+def positive(rope: dict[str, Any], name: str) -> float:
+    """Reads a positive number."""
+    try:
+        number = float(rope.get(name))  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise unsupported(f"rope_parameters.{name}", rope.get(name), "a positive number")
+    return number
+
+
+def say_contradictions(f: Fields, rope: dict[str, Any]) -> None:
+    """Says which field does not count, where the older and the present spelling tell different stories."""
+    given = f.stored.get("rope_parameters") or {}
+    stated = [(name, "rope_theta", f.stored.get(name)) for name in ("rope_theta", "rotary_emb_base")]
+    for field, values in (
+        ("rope_scaling", f.stored.get("rope_scaling") or {}),
+        ("rope_parameters", given.get("full_attention") or given),
+    ):
+        stated += [(f"{field}.{name}", name, value) for name, value in values.items() if name != "type"]
+    for field, name, value in stated:
+        if value is not None and value != rope.get(name):
+            say_once(
+                f"config.json: {field} is {value!r}, but by another field {rope.get(name)!r}, which is used, as in "
+                "transformers. Remove the one that is wrong"
+            )
 
 
 def read_scaling(f: Fields, rope: dict[str, Any]) -> RopeScaling | None:
@@ -88,19 +130,25 @@ def read_scaling(f: Fields, rope: dict[str, Any]) -> RopeScaling | None:
     kind = rope.get("rope_type", "default")
     match kind:
         case "default":
+            unread = {k: v for k, v in rope.items() if k not in UNSCALED and v not in (None, 1.0)}
+            if unread:
+                raise unsupported("rope_parameters", unread, "with a rope_type that says what it is")
             return None
         case "linear" | "dynamic":
-            return RopeScaling(kind, float(rope["factor"]))
+            return RopeScaling(kind, positive(rope, "factor"))
         case "llama3":
+            low, high = positive(rope, "low_freq_factor"), positive(rope, "high_freq_factor")
+            if high <= low:
+                raise unsupported("rope_parameters.high_freq_factor", high, f"more than low_freq_factor, {low}")
             return RopeScaling(
                 kind,
-                float(rope["factor"]),
-                original_positions=rope["original_max_position_embeddings"],
-                low_freq_factor=float(rope["low_freq_factor"]),
-                high_freq_factor=float(rope["high_freq_factor"]),
+                positive(rope, "factor"),
+                original_positions=int(positive(rope, "original_max_position_embeddings")),
+                low_freq_factor=low,
+                high_freq_factor=high,
             )
         case "longrope":
-            original = rope["original_max_position_embeddings"]
+            original = int(positive(rope, "original_max_position_embeddings"))
             factor = rope.get("factor") or f["max_position_embeddings"] / original
             usual = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
             return RopeScaling(

@@ -24,10 +24,16 @@ ACCEPTED: dict[str, tuple[Any, ...]] = {"is_encoder_decoder": (False,), "quantiz
 
 
 class Fields:
-    """The fields of a `config.json` by our names, which remembers the ones that were read."""
+    """The fields of a `config.json` by our names, which remembers the ones that were read.
 
-    def __init__(self, values: dict[str, Any], spelling: Spelling):
-        self.values, self.spelling = values, spelling
+    Args:
+        values: The fields, completed and in the present spelling.
+        spelling: Of the family.
+        stored: The fields as they are stored.
+    """
+
+    def __init__(self, values: dict[str, Any], spelling: Spelling, stored: Mapping[str, Any] | None = None):
+        self.values, self.spelling, self.stored = values, spelling, stored or {}
         self.read: set[str] = set()
 
     def get(self, name: str, default: Any = None) -> Any:
@@ -63,7 +69,7 @@ def completed(hf: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     try:
         config = theirs.from_dict(copy.deepcopy(dict(hf)))  # a copy: nested fields are completed in place
     except Exception as error:  # of several unrelated classes
-        raise ValueError(f"config.json: {error}") from error
+        raise ValueError(f"config.json: {' '.join(str(error).split())}") from error
     return config.to_dict(), theirs().to_dict()
 
 
@@ -100,7 +106,7 @@ class Family:
         for field, supported in accepted.items():
             if field in values and values[field] not in supported:
                 raise unsupported(field, values[field], supported)
-        fields = Fields(values, self.spelling)
+        fields = Fields(values, self.spelling, hf)
         config = self.read(fields)
         for field in defaults.keys() - fields.read - accepted.keys() - UNUSED:
             if values[field] != defaults[field]:
