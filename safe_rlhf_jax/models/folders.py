@@ -12,7 +12,7 @@ INDEX = "model.safetensors.index.json"
 # What of a hub's repository is fetched, and what of it is not: second copies of the weights in other layouts.
 WANTED = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model")
 SECOND_COPIES = ("*/*", "consolidated*")
-NEVER_EMPTY = ("*.json", "*.safetensors", "*.model")
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "vocab.json", "merges.txt")
 WEB_PAGE = "is a web page that was saved in place of the file; fetch it again (a gated model needs `hf auth login`)"
 # First bytes, in lower case, of what stands in a file's place when something went wrong on the way.
 STRAYS = {
@@ -21,10 +21,7 @@ STRAYS = {
     b"<html": WEB_PAGE,
 }
 ADAPTER = "adapter_config.json"
-MERGE = (
-    "merge it: `AutoPeftModelForCausalLM.from_pretrained(FOLDER).merge_and_unload().save_pretrained(NEW_FOLDER)`, and "
-    "for a score model with its own class"
-)
+MERGE = "merge the adapter into its base and save that: `model.merge_and_unload().save_pretrained(FOLDER)`"
 
 
 def say_once(message: str) -> None:
@@ -75,19 +72,19 @@ def read_config(folder: pathlib.Path) -> dict[str, Any]:
     """Returns `config.json`.
 
     Raises:
-        FileNotFoundError: If the folder has none, or is one of an adapter.
-        ValueError: If a file of the folder stands for another one.
+        FileNotFoundError: If the folder has none.
+        ValueError: If the folder is an adapter, or something else stands in place of this file or the tokenizer's.
     """
     if (folder / ADAPTER).is_file():
         raise ValueError(
-            f"{folder}: {ADAPTER}: this is a PEFT adapter, whose weights are not part of the model's; {MERGE}. If the "
-            f"weights here are merged already, remove {ADAPTER} and adapter_model.safetensors"
+            f"{folder}: {ADAPTER} says that this is a PEFT adapter; {MERGE}. If the weights here are merged already, "
+            f"remove {ADAPTER} and adapter_model.safetensors"
         )
     if not (folder / "config.json").is_file():
         below = sorted(path.parent.name for path in folder.glob("*/config.json"))
         there = f"there is one in {', '.join(below[:5])}: name that folder" if below else "or one half written"
         raise FileNotFoundError(f"{folder}: no config.json; not a Hugging Face model folder, {there}")
-    for path in sorted(path for pattern in NEVER_EMPTY for path in folder.glob(pattern)):  # the tokenizer's too
+    for path in filter(pathlib.Path.is_file, (folder / name for name in TOKENIZER)):  # others open it and say less
         if reason := stray(path):
             raise ValueError(f"{path} {reason}")
     return read_json(folder / "config.json")

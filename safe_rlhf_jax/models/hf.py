@@ -116,11 +116,13 @@ def inspect(
         weights = weight_map(config, None)
     else:
         names = tensors.entries
+        layout = stored_layout(hf, names)
+        if as_stored and layout is None:
+            match_names(tensors, (), config)  # a head under another name is named
         with within(folder):
             if as_stored:
-                match_names(tensors, (), config)  # a head under another name is not none
                 check_scores(hf, names, score_type)
-            score, layout = read_score_config(hf, names, score_type, score_bias), stored_layout(hf, names)
+            score = read_score_config(hf, names, score_type, score_bias)
         module, fresh = ScoreModel(config, score), {} if layout else score_weights(score, "beaver")
         weights = {k: v for k, v in weight_map(config, score, layout or "beaver").items() if k not in fresh}
     match_names(tensors, weights, config)
@@ -216,6 +218,11 @@ def read_model_config(folder: pathlib.Path) -> tuple[dict[str, Any], ModelConfig
     with within(folder):
         if hf.get("quantization_config"):
             raise ValueError("config.json: quantization_config is not supported; open the unquantised model")
+        if hf.get("text_config"):
+            raise ValueError(
+                f"config.json: model_type {hf.get('model_type')!r} reads more than text; save its language model by "
+                "itself, with its text_config as config.json"
+            )
         return hf, family(str(hf.get("model_type") or "")).config_from_hf(hf)
 
 

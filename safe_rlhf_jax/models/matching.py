@@ -22,26 +22,33 @@ STATISTICS = ("normalizer.mean", "normalizer.var", "normalizer.count")
 HEAD_WEIGHTS = tuple(f"{head}.weight" for head in HEADS.values())
 TIE = '; if the head is the embedding, write "tie_word_embeddings": true into config.json'
 INNER = "save the model that is inside it"
-# Names that tell who wrote them: what they are, and what to do.
+# Names that tell who wrote them: who that is, and what to do.
 FOREIGN = {
-    r"(^|\.)(lora_\w+|base_layer|modules_to_save)\.|^base_model\.model\.": ("is of a PEFT adapter", MERGE),
-    r"(^|\.)_orig_mod\.": ("has the prefix of torch.compile", f"{INNER}: `model._orig_mod.save_pretrained(FOLDER)`"),
+    r"(^|\.)(lora_\w+|base_layer|modules_to_save)\.|^base_model\.model\.": ("was saved through PEFT", MERGE),
+    r"(^|\.)_orig_mod\.": (
+        "has the prefix of torch.compile",
+        f"{INNER}: `model._orig_mod.save_pretrained(FOLDER)`",
+    ),
     r"^module\.": (
         "has the prefix of DistributedDataParallel or DeepSpeed",
         f"{INNER}: `model.module.save_pretrained(FOLDER)`",
     ),
     r"(^|\.)(_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.|_?flat_param)": (
-        "is of a module that FSDP has wrapped",
-        "save the full state dict under the model's own names",
+        "was saved through FSDP",
+        "save the full state dict, under the model's own names",
     ),
-    r"^(pretrained_model|v_head|value_head|rm_head|reward_head|regression_layer|regression_head|classifier)\.": (
-        "is of a value head or of a reward model's own class",
-        "save a language model by itself (`model.pretrained_model.save_pretrained(FOLDER)`); the head of a reward "
-        "model is 'score.weight' [1, D] of …ForSequenceClassification, a linear map of the last hidden state",
+    r"^pretrained_model\.": (
+        "has the prefix of TRL's models with a value head",
+        f"{INNER}: `model.pretrained_model.save_pretrained(FOLDER)`",
+    ),
+    r"^(v_head|value_head|rm_head|reward_head|regression_layer|regression_head|classifier)\.": (
+        "is of a head that only its own class can read",
+        "remove it from a language model; a reward model is opened whose head is 'score.weight' [1, D], as in "
+        "transformers' …ForSequenceClassification",
     ),
     r"(^|\.)(language_model|vision_tower|vision_model|visual|multi_modal_projector|audio_tower)\.": (
         "is of a model that reads more than text",
-        f"{INNER}: its language model, with the config.json of that (`text_config`)",
+        f"{INNER}: its language model, with the text_config of config.json",
     ),
     r"\.(qweight|qzeros|g_idx|scales|weight_scale(_inv)?|input_scale|absmax|quant_map|quant_state\..*|SCB)$": (
         "is of quantised weights",
@@ -49,9 +56,9 @@ FOREIGN = {
     ),
     r"^(tok_embeddings\.|output\.weight|layers\.\d+\.(attention\.w|feed_forward\.w))": (
         "is in the layout of the model's authors",
-        "fetch the same model in transformers' layout, or convert it with transformers' script",
+        "fetch the model in transformers' layout, or convert it with transformers' script",
     ),
-}  # fmt: skip
+}
 
 
 def weight_map(config: ModelConfig, score: ScoreConfig | None, layout: Layout = "beaver") -> dict[str, Weight]:
@@ -112,7 +119,7 @@ def match_names(tensors: Tensors, needed: Collection[str], config: ModelConfig) 
     unknown = [name for name in tensors.entries if name not in known and not BUFFERS.search(name)]
     for pattern, (what, fix) in FOREIGN.items():
         if found := [name for name in unknown if re.search(pattern, name)]:
-            raise ValueError(f"{tensors.folder}: tensor {listed(found)} {what}; {fix}")
+            raise ValueError(f"{tensors.folder}: tensor {listed(found, 1)} {what}; {fix}")
     for name in missing:
         for ending in family(config.family).spellings(name):
             for other in (other for other in unknown if other.endswith(f".{ending}")):
@@ -122,9 +129,9 @@ def match_names(tensors: Tensors, needed: Collection[str], config: ModelConfig) 
                 )
     if missing:
         hint = tensors.promised(missing)
-        if missing == [shared(config)[1]]:
+        if not hint and missing == [shared(config)[1]]:
             heads = listed(name for name in unknown if name in HEAD_WEIGHTS)
-            hint = f"; {heads} is: this is a reward or cost model" if heads else TIE
+            hint = f"; {heads} is not: this is a reward or cost model" if heads else TIE
         raise ValueError(f"{tensors.folder}: tensor {listed(missing)} is missing{hint}")
     if unknown:
         raise ValueError(
@@ -168,7 +175,8 @@ def match_shapes(
         raise ValueError(f"{where} has shape {entry.shape}; config.json asks for {expected}{hint}")
 
 
-def listed(names: Iterable[str]) -> str:
+def listed(names: Iterable[str], most: int = 3) -> str:
     """Returns the first names, and how many more there are."""
     ordered = sorted(names)
-    return ", ".join(map(repr, ordered[:3])) + (f" (and {len(ordered) - 3} more)" if len(ordered) > 3 else "")
+    more = f" (and {len(ordered) - most} more)" if len(ordered) > most else ""
+    return ", ".join(map(repr, ordered[:most])) + more

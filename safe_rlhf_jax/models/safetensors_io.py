@@ -85,6 +85,8 @@ class Tensors:
 
     def equal(self, first: str, second: str) -> bool:
         """Returns whether two tensors hold the same numbers; reads a part of each at a time, while they do."""
+        if self.entries[first] == self.entries[second]:
+            return True
         a, b = self[first], self[second]
         if a.shape != b.shape:
             return False
