@@ -12,10 +12,12 @@ from safetensors.flax import save_file as save_any
 from safetensors.numpy import load_file, save_file
 
 from safe_rlhf_jax.models import hf
+from safe_rlhf_jax.models.families import family
 from safe_rlhf_jax.models.safetensors_io import PART, Tensors
 from safe_rlhf_jax.sharding import make_mesh
 from tests.golden.make_families import FOLDER, MODELS
 from tests.helpers import apply, make_lm, perturbed, right_padded, tiny_config
+from tests.models.published import PUBLISHED
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 CONFIG = tiny_config(vocab_size=96, num_layers=1)
@@ -350,7 +352,89 @@ def test_a_field_that_cannot_be_is_named_with_the_folder(folder, changes, messag
     assert "\n" not in str(error.value)
 
 
-def test_golden_folders_have_no_contradictions(recwarn):
-    for name in MODELS:
-        hf.inspect(FOLDER / name)
+def test_published_configs_do_not_contradict_themselves(recwarn):
+    stored = [json.loads((FOLDER / name / "config.json").read_text()) for name in MODELS]
+    for fields in (*stored, *(fields for fields, _ in PUBLISHED.values())):
+        family(fields["model_type"]).config_from_hf(fields)
     assert not [w for w in recwarn if "config.json" in str(w.message)]
+
+
+# --- Rotary positions in every spelling -------------------------------------------------------------------------------
+
+FLAT = {"model_type": "llama", "hidden_size": 48, "num_attention_heads": 4, "num_hidden_layers": 2}
+QWEN = FLAT | {"model_type": "qwen2"}
+GEMMA3 = FLAT | {"model_type": "gemma3_text", "head_dim": 12, "num_key_value_heads": 1}
+LINEAR = {"rope_theta": 5e5, "scaling": ("linear", 2.0)}
+SPELLINGS = [
+    (FLAT, {"rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 2.0}}, LINEAR),
+    (FLAT, {"rope_theta": 500000, "rope_scaling": {"rope_type": "linear", "factor": 2}}, LINEAR),
+    (FLAT, {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 5e5}}, LINEAR),
+    (FLAT, {"rope_parameters": {"type": "linear", "factor": 2.0, "rope_theta": 5e5}}, LINEAR),
+    (FLAT, {"rope_theta": 5e5, "rope_parameters": {"rope_type": "linear", "factor": 2.0}}, LINEAR),
+    (FLAT, {"rope_scaling": None, "rope_parameters": {"rope_theta": 5e5}}, {"rope_theta": 5e5, "scaling": None}),
+    (FLAT, {"rope_parameters": None, "rope_theta": 5e5}, {"rope_theta": 5e5, "scaling": None}),
+    (FLAT, {"rope_parameters": {}, "rope_scaling": {}}, {"rope_theta": 1e4, "scaling": None}),
+    (FLAT, {"rope_scaling": {"type": "default"}}, {"rope_theta": 1e4, "scaling": None}),
+    (FLAT, {"rope_scaling": {"rope_type": "default", "factor": 1.0}}, {"rope_theta": 1e4, "scaling": None}),
+    (FLAT, {"rope_scaling": {"type": "dynamic", "factor": 4.0}}, {"rope_theta": 1e4, "scaling": ("dynamic", 4.0)}),
+    (GEMMA3, {}, {"rope_theta": 1e6, "local_rope_theta": 1e4, "scaling": None}),
+    (GEMMA3, {"rope_theta": 5e5, "rope_local_base_freq": 2e4}, {"rope_theta": 5e5, "local_rope_theta": 2e4}),
+    (GEMMA3, {"rope_parameters": {"full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 5e5}}},
+     {"rope_theta": 5e5, "local_rope_theta": 1e4, "scaling": ("linear", 8.0)}),
+    (GEMMA3, {"rope_scaling": {"rope_type": "linear", "factor": 8.0}}, {"scaling": ("linear", 8.0)}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("fields", "rope", "expected"), SPELLINGS, ids=lambda x: str(x)[:60])
+def test_every_spelling_of_rotary_positions_is_read(fields, rope, expected, recwarn):
+    config = family(fields["model_type"]).config_from_hf(fields | rope)
+    scaling = config.rope_scaling and (config.rope_scaling.kind, config.rope_scaling.factor)
+    assert {name: scaling if name == "scaling" else getattr(config, name) for name in expected} == expected
+    assert not [w for w in recwarn if "config.json" in str(w.message)]
+
+
+REFUSED = [
+    (FLAT, {"rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}}, "'yarn'"),
+    (FLAT, {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}}, "'yarn'"),
+    (FLAT, {"rope_scaling": {"type": "ntk", "factor": 4.0}}, "'ntk'"),
+    (FLAT, {"rope_scaling": {"factor": 4.0}}, r"\{'factor': 4\.0\} .*rope_type"),
+    (FLAT, {"rope_scaling": {"type": "linear"}}, "factor"),
+    (FLAT, {"rope_scaling": {"type": "linear", "factor": 0}}, "factor 0 .*positive"),
+    (FLAT, {"rope_scaling": {"type": "linear", "factor": None}}, "factor None .*positive"),
+    (FLAT, {"rope_theta": None}, "rope_theta None .*positive"),
+    (FLAT, {"rope_theta": 0}, "rope_theta 0 .*positive"),
+    (FLAT, {"rope_theta": "ten"}, "rope_theta 'ten' .*positive"),
+    (FLAT, {"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "'full_attention'.*one for all layers"),
+    (QWEN, {"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "one for all layers"),
+    (FLAT, {"rope_scaling": {"type": "longrope", "short_factor": [1.0] * 5, "long_factor": [1.0] * 6,
+                             "original_max_position_embeddings": 64}}, "short_factor .*length 5.*6 numbers"),
+    (GEMMA3, {"rope_parameters": {"rope_theta": 5e5}}, "under the names sliding_attention and full_attention"),
+    (GEMMA3, {"rope_scaling": {"rope_type": "yarn", "factor": 8.0}}, "'yarn'"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("fields", "rope", "message"), REFUSED, ids=lambda x: str(x)[:60])
+def test_rotary_positions_that_are_not_understood_are_named(fields, rope, message):
+    with pytest.raises(ValueError, match=f"config.json: .*{message}"):
+        family(fields["model_type"]).config_from_hf(fields | rope)
+
+
+@pytest.mark.parametrize(
+    ("rope", "used", "message"),
+    [
+        ({"rope_theta": 5e5, "rope_parameters": {"rope_theta": 2e4}}, 2e4, r"rope_theta is 500000\.0.*20000\.0, which"),
+        (
+            {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": {"rope_theta": 5e5}},
+            1e4,
+            r"rope_parameters\.rope_theta is 500000\.0.*10000\.0, which is used, as in transformers",
+        ),
+        (
+            {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": {"rope_type": "dynamic"}},
+            1e4,
+            r"rope_parameters\.rope_type is 'dynamic'.*'linear', which",
+        ),
+    ],
+)
+def test_of_two_spellings_that_differ_the_one_of_transformers_counts_and_that_is_said(rope, used, message):
+    with pytest.warns(UserWarning, match=message):
+        assert family("llama").config_from_hf(FLAT | rope).rope_theta == used
