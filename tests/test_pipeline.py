@@ -131,7 +131,7 @@ def test_a_text_that_fits_is_scored_whatever_its_width(limited):
 
 
 def test_a_language_model_is_no_scorer_and_a_cost_no_reward(folders):
-    with pytest.raises(ValueError, match=r"policy: holds no score head.*train a reward or cost stage"):
+    with pytest.raises(ValueError, match=r"policy: holds no score head.*Train a reward or cost stage"):
         load_scorer(str(folders / "policy"), score_type="reward")
     with pytest.raises(ValueError, match="score_type is 'cost', not 'reward'"):
         load_scorer(str(folders / "cost"), score_type="reward")

@@ -21,7 +21,8 @@ from jax.sharding import Mesh
 
 from safe_rlhf_jax.models.config import Layout, ModelConfig, ScoreType
 from safe_rlhf_jax.models.families import family
-from safe_rlhf_jax.models.folders import INDEX, WEIGHTS, read_config, read_json, resolve
+from safe_rlhf_jax.models.families.reading import contradictions
+from safe_rlhf_jax.models.folders import INDEX, WEIGHTS, read_config, read_json, resolve, say_once
 from safe_rlhf_jax.models.matching import match_names, match_shapes, respell, tied_as_stored, weight_map
 from safe_rlhf_jax.models.parameters import (
     abstract_variables,
@@ -223,7 +224,11 @@ def read_model_config(folder: pathlib.Path) -> tuple[dict[str, Any], ModelConfig
                 f"config.json: model_type {hf.get('model_type')!r} reads more than text; save its language model by "
                 "itself, with its text_config as config.json"
             )
-        return hf, family(str(hf.get("model_type") or "")).config_from_hf(hf)
+        this = family(str(hf.get("model_type") or ""))
+        config = this.config_from_hf(hf)
+    for contradiction in contradictions(hf, this.config_to_hf(config)):
+        say_once(f"{folder}: {contradiction}")
+    return hf, config
 
 
 @contextlib.contextmanager

@@ -72,8 +72,8 @@ def check_scores(hf: Mapping[str, Any], names: Collection[str], score_type: Scor
     kind = stored_score_type(hf, names)
     if stored_layout(hf, names) is None:
         raise ValueError(
-            "holds no score head, and a new one would score at random. Of a language model train a reward or cost "
-            "stage (init_from), and name its export"
+            "holds no score head (language models have none); a new one would score at random. Train a reward or cost "
+            "stage from it (init_from), and name what that exports"
         )
     if score_type is not None and kind not in (score_type, None):
         raise ValueError(

@@ -93,7 +93,7 @@ def read_gemma3(f: Fields) -> ModelConfig:
     unread = {name: rope[name] for name in rope.keys() - {"sliding_attention", "full_attention"}}
     if any(value != whole.get(name) for name, value in unread.items()):
         raise unsupported("rope_parameters", unread, "under the names sliding_attention and full_attention")
-    full = Fields(f.values | {"rope_parameters": whole}, f.spelling, f.stored)
+    full = Fields(f.values | {"rope_parameters": whole}, f.spelling)
     config = dataclasses.replace(read_gemma2(full), qk_norm=True, local_rope_theta=positive(local, "rope_theta"))
     f.read |= full.read
     return config

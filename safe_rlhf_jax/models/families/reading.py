@@ -1,11 +1,11 @@
 """What families read from, and write to, `config.json` alike: sizes, activations, rotary positions, windows."""
 
 import math
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from safe_rlhf_jax.models.config import Activation, ModelConfig, RopeScaling
 from safe_rlhf_jax.models.families.record import Fields, unsupported
-from safe_rlhf_jax.models.folders import say_once
 
 # Their names of an activation; those on one line are the same function. The first is the one we write.
 ACTIVATIONS: dict[Activation, tuple[str, ...]] = {
@@ -82,7 +82,6 @@ def read_rope(f: Fields, *, partial: bool = False) -> dict[str, Any]:
     if nested := sorted(name for name, value in rope.items() if isinstance(value, dict)):
         raise unsupported("rope_parameters", nested, "one for all layers, as this model_type has it")
     switches: dict[str, Any] = {"rope_theta": positive(rope, "rope_theta"), "rope_scaling": read_scaling(f, rope)}
-    say_contradictions(f, rope)
     fraction = 1.0 if rope.get("partial_rotary_factor") is None else positive(rope, "partial_rotary_factor")
     turned = int(f.get("head_dim", f["hidden_size"] // f["num_attention_heads"]) * fraction)
     if fraction != 1.0:
@@ -99,28 +98,30 @@ def read_rope(f: Fields, *, partial: bool = False) -> dict[str, Any]:
 
 def positive(rope: dict[str, Any], name: str) -> float:
     """Reads a positive number."""
-    try:
-        number = float(rope.get(name))  # type: ignore[arg-type]
-    except (TypeError, ValueError):
-        number = math.nan
-    if not 0 < number < math.inf:
-        raise unsupported(f"rope_parameters.{name}", rope.get(name), "a positive number")
-    return number
+    value: Any = rope.get(name)
+    if type(value) not in (int, float) or not 0 < value < math.inf:
+        raise unsupported(f"rope_parameters.{name}", value, "a positive number")
+    return float(value)
 
 
-def say_contradictions(f: Fields, rope: dict[str, Any]) -> None:
-    """Says which field does not count, where the older and the present spelling tell different stories."""
-    given = f.stored.get("rope_parameters") or {}
-    stated = [(name, "rope_theta", f.stored.get(name)) for name in ("rope_theta", "rotary_emb_base")]
-    for field, values in (
-        ("rope_scaling", f.stored.get("rope_scaling") or {}),
-        ("rope_parameters", given.get("full_attention") or given),
-    ):
-        stated += [(f"{field}.{name}", name, value) for name, value in values.items() if name != "type"]
+def contradictions(hf: Mapping[str, Any], used: Mapping[str, Any]) -> Iterator[str]:
+    """Yields where the older and the present spelling of rotary positions tell different stories.
+
+    Args:
+        hf: `config.json` as it is stored.
+        used: Its fields as they were understood, in the present spelling.
+    """
+    rope = used.get("rope_parameters", {})
+    rope = rope.get("full_attention", rope)
+    older, given = hf.get("rope_scaling") or {}, hf.get("rope_parameters") or {}
+    stated = [(name, "rope_theta", hf.get(name)) for name in ("rope_theta", "rotary_emb_base")]
+    if older:
+        given = given.get("full_attention") or given
+        stated += [(f"rope_parameters.{name}", name, value) for name, value in given.items()]
     for field, name, value in stated:
-        if value is not None and value != rope.get(name):
-            say_once(
-                f"config.json: {field} is {value!r}, but by another field {rope.get(name)!r}, which is used, as in "
+        if name in rope and value not in (None, rope[name]):
+            yield (
+                f"config.json: {field} is {value!r}, but by another field {rope[name]!r}, which is used, as in "
                 "transformers. Remove the one that is wrong"
             )
 

@@ -24,16 +24,10 @@ ACCEPTED: dict[str, tuple[Any, ...]] = {"is_encoder_decoder": (False,), "quantiz
 
 
 class Fields:
-    """The fields of a `config.json` by our names, which remembers the ones that were read.
+    """The fields of a `config.json` by our names, which remembers the ones that were read."""
 
-    Args:
-        values: The fields, completed and in the present spelling.
-        spelling: Of the family.
-        stored: The fields as they are stored.
-    """
-
-    def __init__(self, values: dict[str, Any], spelling: Spelling, stored: Mapping[str, Any] | None = None):
-        self.values, self.spelling, self.stored = values, spelling, stored or {}
+    def __init__(self, values: dict[str, Any], spelling: Spelling):
+        self.values, self.spelling = values, spelling
         self.read: set[str] = set()
 
     def get(self, name: str, default: Any = None) -> Any:
@@ -106,7 +100,7 @@ class Family:
         for field, supported in accepted.items():
             if field in values and values[field] not in supported:
                 raise unsupported(field, values[field], supported)
-        fields = Fields(values, self.spelling, hf)
+        fields = Fields(values, self.spelling)
         config = self.read(fields)
         for field in defaults.keys() - fields.read - accepted.keys() - UNUSED:
             if values[field] != defaults[field]:
