@@ -12,9 +12,10 @@ from safetensors.numpy import load_file, save_file
 from safe_rlhf_jax import config as cfg
 from safe_rlhf_jax.data.tokenizer import load_tokenizer
 from safe_rlhf_jax.models import hf
+from safe_rlhf_jax.models.config import ScoreConfig
 from safe_rlhf_jax.stages import Run, check_run
 from safe_rlhf_jax.stages.check import check_model, check_stored
-from safe_rlhf_jax.stages.common import model_config
+from safe_rlhf_jax.stages.common import model_config, open_model
 from tests.helpers import make_lm, make_scorer, tiny_config
 
 MINI = Path(__file__).parent / "configs" / "mini.yaml"
@@ -146,3 +147,15 @@ def test_a_model_that_is_only_called_tied_differs_in_architecture_from_one_that_
     head = lambda t: t | {"lm_head.weight": t["model.embed_tokens.weight"] + 1.0}  # noqa: E731
     with pytest.warns(UserWarning, match="differs"):
         assert not model_config(run, f"path:{edited(folder, tmp_path / 'other', head)}").tie_embeddings
+
+
+@pytest.mark.parametrize("kind", ["reward", "cost"])
+def test_a_new_head_is_trained_or_is_a_critic_and_never_scores(stored, tmp_path, kind):
+    run, model = Run(cfg.load_config(MINI, [f"workdir={tmp_path}"])), f"path:{stored}/lm"
+    with pytest.raises(ValueError, match="holds no score head"):
+        open_model(run, model, "score", score_type=kind)
+    assert open_model(run, model, "score", score=ScoreConfig(kind))[0].score.score_type == kind
+    assert open_model(run, model, "score", score_type="critic")[0].score.score_type == "critic"
+    other = {"reward": "cost", "cost": "reward"}[kind]
+    with pytest.raises(ValueError, match=f"score_type is '{other}', not '{kind}'"):
+        open_model(run, f"path:{stored}/{other}", "score", score_type=kind)

@@ -20,6 +20,17 @@ STRAYS = {
     b"<!doctype html": WEB_PAGE,
     b"<html": WEB_PAGE,
 }
+SAVE = "with transformers' save_pretrained"
+IN_PLACE_OF_WEIGHTS = {
+    (f"*/{WEIGHTS}", f"*/{INDEX}"): "there are weights in a folder below ({}): name that, with its config.json",
+    ("*.safetensors",): f"there are {{}}: fetch the index that belongs to them, or save the model again {SAVE}",
+    ("global_step*", "*fsdp_*", "*.distcp"): (
+        "there is a checkpoint of DeepSpeed or FSDP ({}): make whole weights of it (`zero_to_fp32.py`, `accelerate "
+        f"merge-weights`) and save them {SAVE}"
+    ),
+    ("*.bin", "*.pt", "*.pth"): f"only pickled weights ({{}}), which are never opened: save them as safetensors {SAVE}",
+    ("*.gguf",): "there are {}, which are not opened: fetch the model that they were made from",
+}
 ADAPTER = "adapter_config.json"
 MERGE = "merge the adapter into its base and save that: `model.merge_and_unload().save_pretrained(FOLDER)`"
 
@@ -158,19 +169,9 @@ def weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
 
 def what_else(folder: pathlib.Path) -> str:
     """Returns what a folder without weights holds in their place, and what to do."""
-    below = sorted({path.parent.name for name in (WEIGHTS, INDEX) for path in folder.glob(f"*/{name}")})
-    if below:
-        return f"there are weights in {', '.join(below[:5])}: name that folder, with its config.json"
-    others = sorted(path.name for path in folder.glob("*.safetensors"))
-    if others:
-        return (
-            f"there are {', '.join(others[:3])}: fetch the index that belongs to them, or save the model again with "
-            "transformers' save_pretrained"
-        )
-    pickled = sorted(path.name for suffix in ("bin", "pt", "pth") for path in folder.glob(f"*.{suffix}"))
-    if pickled:
-        return (
-            f"only pickled weights ({', '.join(pickled)}), which are never opened: save them as safetensors with "
-            "transformers' save_pretrained"
-        )
+    for patterns, meaning in IN_PLACE_OF_WEIGHTS.items():
+        found = sorted({str(path.relative_to(folder)) for pattern in patterns for path in folder.glob(pattern)})
+        if found:
+            more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+            return meaning.format(", ".join(found[:3]) + more)
     return "no weights are here"

@@ -117,7 +117,7 @@ def read_header(file: pathlib.Path) -> dict[str, Entry]:
                 name: Entry(file, str(header[name]["dtype"]), tuple(map(int, header[name]["shape"])), start + begin)
                 for begin, _, name in spans
             }
-        except (ValueError, RecursionError, TypeError, LookupError, AttributeError) as error:
+        except (ValueError, RecursionError, TypeError, LookupError, AttributeError, OverflowError) as error:
             raise ValueError(f"{file}: no safetensors file: {error}; fetch it again") from error
     end = start + max((end for _, end, _ in spans), default=0)
     if end != size:

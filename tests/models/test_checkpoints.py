@@ -339,6 +339,10 @@ def test_fields_that_exports_add_or_lack_change_nothing(saved, folder, changes):
     ("changes", "message"),
     [
         ({"num_key_value_heads": 3}, "num_key_value_heads 3 is not supported"),
+        ({"num_key_value_heads": 0}, "num_key_value_heads 0 is not supported"),
+        ({"num_attention_heads": 0}, "num_attention_heads|division"),
+        ({"head_dim": -12}, "head_dim -12 is not supported"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers 0 is not supported"),
         ({"vocab_size": None}, "vocab_size"),
         ({"vocab_size": "96"}, "vocab_size"),
         ({"hidden_act": None}, "hidden_act"),

@@ -93,7 +93,7 @@ def test_the_folder_below_that_holds_the_model_is_named(folder):
         hf.load(folder.parent / "run")
     (folder / "weights").mkdir()
     (folder / hf.WEIGHTS).rename(folder / "weights" / hf.WEIGHTS)
-    with pytest.raises(FileNotFoundError, match="there are weights in weights: name that folder"):
+    with pytest.raises(FileNotFoundError, match=r"weights in a folder below \(weights/model\.safetensors\): name that"):
         hf.load(folder)
 
 
@@ -171,7 +171,9 @@ def test_an_index_that_names_the_single_file_is_no_other_model(folder, recwarn):
     [
         ("consolidated.safetensors", r"there are consolidated\.safetensors: .*save_pretrained"),
         (PARTS[0], "there are model-00001-of-00002.*fetch the index"),
+        ("global_step20", r"checkpoint of DeepSpeed or FSDP \(global_step20\): .*zero_to_fp32"),
         ("pytorch_model.bin", "only pickled weights"),
+        ("model.gguf", r"there are model\.gguf, which are not opened"),
         ("notes.txt", "no weights are here"),
     ],
 )

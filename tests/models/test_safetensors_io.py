@@ -1,12 +1,15 @@
 import json
 
+import hypothesis
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import HealthCheck
+from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from safe_rlhf_jax.models.safetensors_io import INDEX, WEIGHTS, Spec, Tensors, write_tensors
+from safe_rlhf_jax.models.safetensors_io import DTYPES, INDEX, WEIGHTS, Spec, Tensors, write_tensors
 
 ARRAYS = {
     "model.a": np.arange(15, dtype=np.float32).reshape(3, 5),
@@ -154,6 +157,35 @@ def test_a_header_that_is_none_is_named(tmp_path, header):
     (tmp_path / WEIGHTS).write_bytes(len(data).to_bytes(8, "little") + data + b"\0" * 4)
     with pytest.raises(ValueError, match=r"model\.safetensors: no safetensors file"):
         Tensors(tmp_path)
+
+
+NUMBERS = st.integers() | st.floats() | st.none() | st.text(max_size=2)
+FIELDS = st.fixed_dictionaries(
+    {},
+    optional={
+        "dtype": st.sampled_from([*DTYPES, "F8_E4M3", "X"]) | NUMBERS,
+        "shape": st.lists(st.integers(-1, 3) | NUMBERS, max_size=3) | NUMBERS,
+        "data_offsets": st.lists(st.integers(0, 40) | NUMBERS, max_size=3) | NUMBERS,
+    },
+)
+
+
+@hypothesis.settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@hypothesis.given(
+    st.dictionaries(st.sampled_from(["a", "b", "__metadata__"]), FIELDS), st.integers(0, 40), st.binary(max_size=3)
+)
+def test_any_header_gives_tensors_inside_the_file_or_an_error_that_names_it(tmp_path, header, size, noise):
+    text = json.dumps(header).encode() + noise
+    (tmp_path / WEIGHTS).write_bytes(len(text).to_bytes(8, "little") + text + bytes(size))
+    try:
+        tensors = Tensors(tmp_path)
+    except ValueError as error:
+        if WEIGHTS not in str(error):
+            raise
+        return
+    for name, entry in tensors.entries.items():
+        if entry.dtype in DTYPES and min(entry.shape, default=1) > 0:
+            assert tensors[name].shape == entry.shape
 
 
 def test_a_header_as_long_as_no_header_is_not_read(tmp_path):

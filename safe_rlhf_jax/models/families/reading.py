@@ -150,6 +150,8 @@ def read_scaling(f: Fields, rope: dict[str, Any]) -> RopeScaling | None:
             )
         case "longrope":
             original = int(positive(rope, "original_max_position_embeddings"))
+            if original == 1:
+                raise unsupported("rope_parameters.original_max_position_embeddings", original, "2 or more")
             factor = rope.get("factor") or f["max_position_embeddings"] / original
             usual = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
             return RopeScaling(

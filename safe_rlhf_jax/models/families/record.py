@@ -20,6 +20,11 @@ UNUSED = {
     *("resid_dropout", "embed_dropout", "dropout", "layerdrop", "reorder_and_upcast_attn", "summary_type"),
     *("summary_use_proj", "summary_activation", "summary_proj_to_labels", "summary_first_dropout"),
 }
+# Numbers that cannot be zero, by our names.
+SIZES = (
+    *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim"),
+    "query_pre_attn_scalar",
+)
 ACCEPTED: dict[str, tuple[Any, ...]] = {"is_encoder_decoder": (False,), "quantization_config": (None,)}
 
 
@@ -100,6 +105,10 @@ class Family:
         for field, supported in accepted.items():
             if field in values and values[field] not in supported:
                 raise unsupported(field, values[field], supported)
+        for name in SIZES:
+            theirs = str(self.spelling.get(name, name))
+            if (size := values.get(theirs)) is not None and size < 1:
+                raise unsupported(theirs, size, "a positive number")
         fields = Fields(values, self.spelling)
         config = self.read(fields)
         for field in defaults.keys() - fields.read - accepted.keys() - UNUSED:
