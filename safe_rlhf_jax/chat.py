@@ -198,8 +198,10 @@ def load_chat(options: argparse.Namespace) -> Chat:
         if scorer_name is not None:
             scorers[signal] = load_scorer(folder(scorer_name), **shared, score_type=signal)
     tokenizer = policies[0].tokenizer
+    rooms = [policy.module.config.generated_length for policy in policies]
+    room = min(rooms + [scorer.module.config.max_positions for scorer in scorers.values()])
     speakers = [
-        Speaker(name, Stream(p.module, p.variables["params"], eos_id=tokenizer.eos_id), p.module.config.max_positions)
+        Speaker(name, Stream(p.module, p.variables["params"], eos_id=tokenizer.eos_id), room)
         for name, p in zip(options.policies, policies, strict=True)
     ]
     if options.best_of > 1 and "reward" not in scorers:

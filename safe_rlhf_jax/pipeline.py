@@ -14,7 +14,7 @@ from safe_rlhf_jax.data.texts import encode
 from safe_rlhf_jax.data.tokenizer import Tokenizer, load_tokenizer
 from safe_rlhf_jax.inference.generate import generate
 from safe_rlhf_jax.inference.sampling import Sampling
-from safe_rlhf_jax.inference.stream import round_up
+from safe_rlhf_jax.inference.stream import columns
 from safe_rlhf_jax.models import hf
 from safe_rlhf_jax.models.config import ScoreType
 from safe_rlhf_jax.ops import sequence_scores
@@ -28,13 +28,13 @@ def turns(prompt: Prompt) -> list[Message]:
     return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
 
 
-def pad(rows: Sequence[Sequence[int]], *, left: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Returns tokens i32[B, L] and mask bool[B, L]; L is a power of two, so that few programs are compiled."""
-    width = round_up(max(map(len, rows)))
+def pad(rows: Sequence[Sequence[int]], most: int, *, left: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Returns tokens i32[B, L] and mask bool[B, L]; L is a power of two or `most`: few programs are compiled."""
+    width = columns(max(map(len, rows)), most)
     tokens, mask = np.zeros((len(rows), width), np.int32), np.zeros((len(rows), width), bool)
     for i, row in enumerate(rows):
-        columns = slice(width - len(row), width) if left else slice(0, len(row))
-        tokens[i, columns], mask[i, columns] = row, True
+        real = slice(width - len(row), width) if left else slice(0, len(row))
+        tokens[i, real], mask[i, real] = row, True
     return tokens, mask
 
 
@@ -71,12 +71,15 @@ class Policy(Network):
         Raises:
             ValueError: If prompt and response do not fit into the positions of the model.
         """
-        tokens, mask = pad([encode(turns(p), self.template, self.tokenizer).ids for p in prompts], left=True)
-        longest, room = int(mask.sum(-1).max()), self.module.config.max_positions
+        rows = [encode(turns(p), self.template, self.tokenizer).ids for p in prompts]
+        longest, config = max(map(len, rows)), self.module.config
+        room = config.generated_length
         if longest + max_tokens > room:
+            scaled = f", within which {config.rope_scaling.kind} encodes alike" if room < config.max_positions else ""
             raise ValueError(
-                f"a prompt of {longest} tokens + max_tokens {max_tokens} exceed the model's {room} positions"
+                f"a prompt of {longest} tokens + max_tokens {max_tokens} exceed the model's {room} positions{scaled}"
             )
+        tokens, mask = pad(rows, room - max_tokens, left=True)
         batch = PromptBatch(jnp.asarray(tokens), jnp.asarray(mask), jnp.zeros(len(tokens), jnp.int32))
         sampling = Sampling(temperature=temperature)
         rollout = self.generate(self.variables["params"], batch, jax.random.key(seed), max_tokens, sampling)
@@ -110,8 +113,15 @@ class Scorer(Network):
         return self.score_tokens([encode(text, self.template, self.tokenizer).ids for text in texts])
 
     def score_tokens(self, rows: Sequence[Sequence[int]]) -> np.ndarray:
-        """Scores token ids as they stand, f32[B]."""
-        return np.asarray(self.score(self.variables, *pad(rows, left=False)))
+        """Scores token ids as they stand, f32[B].
+
+        Raises:
+            ValueError: If a text has more tokens than the model has positions.
+        """
+        longest, room = max(map(len, rows)), self.module.config.max_positions
+        if longest > room:
+            raise ValueError(f"a text of {longest} tokens exceeds the scorer's {room} positions")
+        return np.asarray(self.score(self.variables, *pad(rows, room, left=False)))
 
     @functools.cached_property
     def score(self) -> Any:
@@ -138,14 +148,18 @@ def load_policy(path_or_id: str, *, template: str | Template = "plain", dtype: s
 
 def load_scorer(path_or_id: str, *, template: str | Template = "plain", dtype: str = "float32",
                 tokenizer: Tokenizer | None = None, score_type: ScoreType | None = None) -> Scorer:  # fmt: skip
-    """Opens a reward or cost model for use; arguments and errors as in `load_policy`.
+    """Opens a reward or cost model for use; a folder without a score head, or of the other kind, is refused.
 
     Args:
         path_or_id: A folder or a hub id.
         template: How turns are written.
         dtype: Of parameters and matmuls.
         tokenizer: By default the one beside the model.
-        score_type: "reward" or "cost", where the folder does not say.
+        score_type: What it is used as, "reward" or "cost"; by default what the folder says.
+
+    Raises:
+        FileNotFoundError: If there is no such model.
+        ValueError: If it cannot be opened, holds no scores or those of another kind, or the template is unknown.
     """
     return Scorer(path_or_id, *open_network(path_or_id, "score", template, dtype, tokenizer, score_type))
 
@@ -154,8 +168,9 @@ def open_network(path_or_id: str, head: Any, template: str | Template, dtype: st
                  score_type: ScoreType | None) -> tuple[Any, Any, Tokenizer, Template]:  # fmt: skip
     """Returns module, variables, tokenizer and template."""
     folder = hf.resolve(path_or_id)
+    hf.read_config(folder)  # says more than a tokenizer does of a file that another stands for
     tokenizer = tokenizer or load_tokenizer(str(folder))
     if isinstance(template, str):
         template = load_template(template, tokenizer)
-    module, variables = hf.load(folder, head, dtype, score_type=score_type)
+    module, variables = hf.load(folder, head, dtype, score_type=score_type, as_stored=head == "score")
     return module, variables, tokenizer, template

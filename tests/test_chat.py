@@ -49,6 +49,21 @@ def test_two_policies_answer_side_by_side_with_scores(monkeypatch, capsys, folde
     assert len(re.findall(r"reward [+-]\d+\.\d\d  cost [+-]\d+\.\d\d", out)) == 2
 
 
+@pytest.mark.parametrize(
+    ("flag", "model", "message"),
+    [
+        ("--reward", "b", "b: holds no score head"),
+        ("--cost", "b", "b: holds no score head"),
+        ("--reward", "cost", "score_type is 'cost', not 'reward'"),
+        ("--cost", "reward", "score_type is 'reward', not 'cost'"),
+    ],
+)
+def test_scores_are_shown_only_of_a_model_that_has_them(monkeypatch, capsys, folders, flag, model, message):
+    status, _, errors = talk(monkeypatch, capsys, ["hello"], folders / "a", flag, folders / model)
+    assert status == 1
+    assert message in errors
+
+
 def load(folders, *arguments):
     options = chat.parse_arguments([str(folders / "a"), "--max-tokens", "6", *map(str, arguments)])
     return chat.load_chat(options)

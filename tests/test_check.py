@@ -3,13 +3,19 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from safe_rlhf_jax import config as cfg
 from safe_rlhf_jax.data.tokenizer import load_tokenizer
 from safe_rlhf_jax.models import hf
+from safe_rlhf_jax.models.config import ScoreConfig
 from safe_rlhf_jax.stages import Run, check_run
+from safe_rlhf_jax.stages.check import check_model, check_stored
+from safe_rlhf_jax.stages.common import model_config, open_model
 from tests.helpers import make_lm, make_scorer, tiny_config
 
 MINI = Path(__file__).parent / "configs" / "mini.yaml"
@@ -71,3 +77,85 @@ def test_a_model_whose_file_is_cut_off_is_refused_before_training(stored, tmp_pa
     (broken / "model.safetensors").write_bytes(data[:-1])
     with pytest.raises(ValueError, match=r"broken/model\.safetensors: truncated"):
         checked(stored, tmp_path, f"stages.ppo_lag.cost_model=path:{broken}")
+
+
+# --- Weights and their config.json ------------------------------------------------------------------------------------
+
+
+def edited(folder, target, change):
+    """A copy of a folder whose tensors are others."""
+    copy = shutil.copytree(folder, target)
+    save_file(change(load_file(copy / hf.WEIGHTS)), copy / hf.WEIGHTS)
+    return copy
+
+
+@pytest.mark.parametrize(
+    ("field", "source", "change", "message"),
+    [
+        ("cost_model", "cost", lambda t: {f"module.{k}": v for k, v in t.items()}, "DistributedDataParallel"),
+        ("cost_model", "cost", lambda t: t | {"score_head.weight": np.zeros((2, 8), np.float32)}, r"shape \(2, 8\)"),
+        ("reward_model", "reward", lambda t: t | {"model.norm.weight": np.ones(8, np.int64)}, "stored as I64"),
+        ("init_from", "lm", lambda t: {k: v for k, v in t.items() if "norm" not in k}, "is missing"),
+        ("init_from", "lm", lambda t: t | {"v_head.summary.weight": np.zeros((1, 8), np.float32)}, "v_head"),
+    ],
+)
+def test_tensors_that_do_not_match_are_refused_before_training(stored, tmp_path, field, source, change, message):
+    folder = edited(stored / source, tmp_path / "other", change)
+    with pytest.raises(cfg.ConfigError, match=rf"ppo_lag: {field} 'path:.*other': .*other: tensor .*{message}"):
+        checked(stored, tmp_path, f"stages.ppo_lag.{field}=path:{folder}")
+
+
+def test_a_language_model_that_says_it_scores_is_refused_before_training(stored, tmp_path):
+    folder = shutil.copytree(stored / "lm", tmp_path / "says")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"score_type": "reward"}))
+    with pytest.raises(cfg.ConfigError, match=r"reward_model 'path:.*says': .*holds no score head"):
+        checked(stored, tmp_path, f"stages.ppo_lag.reward_model=path:{folder}")
+
+
+@pytest.mark.parametrize("field", ["cost_model", "cost_models.harm"])
+def test_every_cost_of_several_is_one(stored, field):
+    rl = SimpleNamespace(kind="rl")
+    check_stored(rl, field, stored / "cost")
+    for other in ("lm", "reward"):
+        with pytest.raises(ValueError, match=r"has score_type .* not 'cost'"):
+            check_stored(rl, field, stored / other)
+
+
+@pytest.mark.parametrize("kind", ["reward", "cost"])
+def test_a_stage_that_trains_scores_starts_from_any_model(stored, kind):
+    for source in ("lm", "reward", "cost"):
+        check_stored(SimpleNamespace(kind=kind), "init_from", stored / source)
+
+
+def test_a_policy_whose_encoding_changes_on_the_way_is_refused_before_it_generates(stored, tmp_path):
+    folder = shutil.copytree(stored / "lm", tmp_path / "long")
+    factors = {"short_factor": [1.0], "long_factor": [2.0], "original_max_position_embeddings": 8}
+    rope = {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4} | factors}
+    (folder / "config.json").write_text(json.dumps(json.loads((folder / "config.json").read_text()) | rope))
+    with pytest.raises(cfg.ConfigError, match=r"init_from .*long' has 8 positions, beyond which .* cannot generate"):
+        checked(stored, tmp_path, f"stages.ppo_lag.init_from=path:{folder}")
+    run = Run(cfg.load_config(MINI, [f"workdir={tmp_path}"]))
+    check_model(run, run.config.stages[0], "init_from", f"path:{folder}")  # reading a text needs no cache
+
+
+def test_a_model_that_is_only_called_tied_differs_in_architecture_from_one_that_is(stored, tmp_path):
+    tied = tiny_config(vocab_size=1000, hidden_size=8, num_layers=1, head_dim=2, max_positions=128, tie_embeddings=True)
+    folder = hf.save(tmp_path / "tied", *make_lm(tied))
+    run = Run(cfg.load_config(MINI, [f"workdir={tmp_path}"]))
+    assert model_config(run, f"path:{folder}").tie_embeddings
+    head = lambda t: t | {"lm_head.weight": t["model.embed_tokens.weight"] + 1.0}  # noqa: E731
+    with pytest.warns(UserWarning, match="differs"):
+        assert not model_config(run, f"path:{edited(folder, tmp_path / 'other', head)}").tie_embeddings
+
+
+@pytest.mark.parametrize("kind", ["reward", "cost"])
+def test_a_new_head_is_trained_or_is_a_critic_and_never_scores(stored, tmp_path, kind):
+    run, model = Run(cfg.load_config(MINI, [f"workdir={tmp_path}"])), f"path:{stored}/lm"
+    with pytest.raises(ValueError, match="holds no score head"):
+        open_model(run, model, "score", score_type=kind)
+    assert open_model(run, model, "score", score=ScoreConfig(kind))[0].score.score_type == kind
+    assert open_model(run, model, "score", score_type="critic")[0].score.score_type == "critic"
+    other = {"reward": "cost", "cost": "reward"}[kind]
+    with pytest.raises(ValueError, match=f"score_type is '{other}', not '{kind}'"):
+        open_model(run, f"path:{stored}/{other}", "score", score_type=kind)

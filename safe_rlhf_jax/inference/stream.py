@@ -20,6 +20,11 @@ def round_up(tokens: int) -> int:
     return max(MIN_COLUMNS, 1 << (tokens - 1).bit_length())
 
 
+def columns(tokens: int, most: int) -> int:
+    """Returns `round_up(tokens)`, but at most `most`: what fits is not refused for the padding beside it."""
+    return min(round_up(tokens), most)
+
+
 class Stream:
     """A policy that answers one prompt at a time.
 
@@ -31,6 +36,8 @@ class Stream:
 
     def __init__(self, module: CausalLM, params: Params, *, eos_id: TokenIds):
         self.params, self.ends = params, set(np.atleast_1d(eos_id).tolist())
+
+        self.most = module.config.generated_length
 
         @partial(jax.jit, static_argnums=3)
         def prefill(params: Params, tokens: jax.Array, mask: jax.Array, length: int) -> Any:
@@ -52,9 +59,14 @@ class Stream:
             key: Random key; token t uses `fold_in(key, t)`, as `generate` does.
             sampling: How to choose; without a repetition penalty.
             max_tokens: The most tokens of the response.
+
+        Raises:
+            ValueError: If prompt and response do not fit into the positions of the model.
         """
-        width = round_up(len(prompt))
-        length = width + round_up(max_tokens)
+        if len(prompt) + max_tokens > self.most:
+            raise ValueError(f"{len(prompt)} + {max_tokens} tokens exceed the {self.most} that the model generates in")
+        width = columns(len(prompt), self.most - max_tokens)
+        length = min(width + round_up(max_tokens), self.most)
         tokens, mask = np.zeros((1, width), np.int32), np.zeros((1, width), bool)
         tokens[0, width - len(prompt) :], mask[0, width - len(prompt) :] = prompt, True
         logits, cache = self.prefill(self.params, tokens, mask, length)

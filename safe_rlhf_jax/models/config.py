@@ -108,6 +108,11 @@ class ModelConfig:
             return None
         return self.max_positions if self.rope_scaling.kind == "dynamic" else self.rope_scaling.original_positions
 
+    @property
+    def generated_length(self) -> int:
+        """Tokens of prompt and response that generation can hold, whose cache keeps what has been encoded."""
+        return min(self.max_positions, self.fixed_length or self.max_positions)
+
 
 @dataclasses.dataclass(frozen=True)
 class ScoreConfig:

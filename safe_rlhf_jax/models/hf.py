@@ -4,11 +4,11 @@ Layouts: `*ForCausalLM`, and for score models `*ForScore` and `*ForSequenceClass
 go from the disk to where they belong one tensor at a time, and back.
 """
 
+import contextlib
 import dataclasses
 import json
 import pathlib
-import re
-from collections.abc import Collection, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 import jax
@@ -19,8 +19,11 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from safe_rlhf_jax.models.config import Layout, ModelConfig, ScoreConfig, ScoreType
+from safe_rlhf_jax.models.config import Layout, ModelConfig, ScoreType
 from safe_rlhf_jax.models.families import family
+from safe_rlhf_jax.models.families.reading import contradictions
+from safe_rlhf_jax.models.folders import INDEX, WEIGHTS, read_config, read_json, resolve, say_once
+from safe_rlhf_jax.models.matching import match_names, match_shapes, respell, tied_as_stored, weight_map
 from safe_rlhf_jax.models.parameters import (
     abstract_variables,
     boxed_variables,
@@ -30,27 +33,40 @@ from safe_rlhf_jax.models.parameters import (
     reader,
     stored_specs,
 )
-from safe_rlhf_jax.models.safetensors_io import INDEX, WEIGHTS, Spec, Tensors, read_json, write_tensors
+from safe_rlhf_jax.models.safetensors_io import Spec, Tensors, write_tensors
 from safe_rlhf_jax.models.score_layouts import (
     BIAS,
     KERNEL,
+    check_scores,
     in_layout,
     read_score_config,
+    read_statistics,
     score_weights,
     stored_layout,
     stored_score_type,
 )
 from safe_rlhf_jax.models.transformer import CausalLM, ScoreModel
-from safe_rlhf_jax.models.weights import Weight
+from safe_rlhf_jax.models.weights import Path, Shape, Weight
 from safe_rlhf_jax.sharding import named_shardings
 
-__all__ = ["INDEX", "WEIGHTS", "Tensors", "abstract_variables", "load", "resolve", "save", "stored_score_type"]
+__all__ = [
+    "INDEX",
+    "WEIGHTS",
+    "Stored",
+    "abstract_variables",
+    "inspect",
+    "load",
+    "read_config",
+    "resolve",
+    "save",
+    "stored_config",
+    "stored_score_type",
+    "weight_map",
+]
 
 DTYPES = ("float32", "bfloat16", "float16")
 JSON_FILES = ("config.json", "generation_config.json")
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-# Buffers of older files, which are computed: rotary frequencies, causal masks, positions.
-BUFFERS = re.compile(r"(rotary_emb\.inv_freq|\.(attn|attention)\.(masked_)?bias|position_ids)$")
 # Of a stored config.json, what is not true of what we write.
 STALE = ("auto_map", "quantization_config", "transformers_version")
 MAX_FILE_BYTES = 5 * 10**9
@@ -58,55 +74,65 @@ MAX_FILE_BYTES = 5 * 10**9
 Variables = dict[str, Any]
 
 
-# --- Folders ----------------------------------------------------------------------------------------------------------
-
-
-def resolve(path_or_id: str | pathlib.Path) -> pathlib.Path:
-    """Returns a local folder: the path itself, or the hub's snapshot in its cache (downloaded when missing).
-
-    Raises:
-        FileNotFoundError: If there is neither, saying what to do.
-    """
-    folder = pathlib.Path(path_or_id).expanduser()
-    if folder.is_dir():
-        return folder
-    if len(folder.parts) != 2:
-        raise FileNotFoundError(f"{path_or_id}: no such folder, and not a hub id of the form owner/name")
-    from huggingface_hub import snapshot_download
-
-    wanted = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
-    second_copies = ["*/*", "consolidated*"]
-    try:
-        return pathlib.Path(snapshot_download(str(path_or_id), allow_patterns=wanted, ignore_patterns=second_copies))
-    except Exception as error:
-        raise FileNotFoundError(
-            f"{path_or_id}: no such folder, and not to be had from the hub ({' '.join(str(error).split())}). Check the "
-            "id; log in with `hf auth login` if it is gated or private; with HF_HUB_OFFLINE=1 or without a network it "
-            f"must be in the cache already (`hf download {path_or_id}`); or give a local folder."
-        ) from error
-
-
-def read_config(folder: pathlib.Path) -> dict[str, Any]:
-    """Returns `config.json`.
-
-    Raises:
-        FileNotFoundError: If the folder has none.
-    """
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{folder}: no config.json; not a Hugging Face model folder, or one half written")
-    return read_json(folder / "config.json")
-
-
-def weight_map(config: ModelConfig, score: ScoreConfig | None, layout: Layout = "beaver") -> dict[str, Weight]:
-    """Returns {stored name: Weight} of a whole model."""
-    this = family(config.family)
-    weights = {this.prefix + name: weight for name, weight in this.decoder_weights(config).items()}
-    if score is not None:
-        return weights | score_weights(score, layout)
-    return weights | this.head_weights(config)
-
-
 # --- In ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """A folder that matches the network its config.json describes; its weights have not been read."""
+
+    module: CausalLM | ScoreModel
+    tensors: Tensors
+    weights: dict[str, Weight]  # by stored name, what is read
+    shapes: dict[Path, Shape]  # of all parameters: a fresh head is not among the weights
+    boxed: Variables
+    statistics: dict[str, np.ndarray]  # of the normaliser, where there is one
+
+
+def inspect(
+    path_or_id: str | pathlib.Path,
+    head: Literal["lm", "score"] = "lm",
+    dtype: str = "float32",
+    *,
+    score_type: ScoreType | None = None,
+    score_bias: bool | None = None,
+    as_stored: bool = False,
+    scan_layers: bool = True,
+) -> Stored:
+    """Returns what `load` would open, after all checks that need no weights.
+
+    Arguments and errors are those of `load`.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype {dtype!r}: pass one of {DTYPES}")
+    folder = resolve(path_or_id)
+    hf, config = read_model_config(folder)
+    stored = {name: read_json(folder / name) for name in JSON_FILES if (folder / name).is_file()}
+    config = dataclasses.replace(config, dtype=dtype, scan_layers=scan_layers, stored=stored)
+    tensors = Tensors(folder)
+    respell(tensors, config)
+    if head == "lm":
+        config = tied_as_stored(tensors, config)
+        module: CausalLM | ScoreModel = CausalLM(config)
+        weights = weight_map(config, None)
+    else:
+        names = tensors.entries
+        layout = stored_layout(hf, names)
+        if as_stored and layout is None:
+            match_names(tensors, (), config)  # a head under another name is named
+        with within(folder):
+            if as_stored:
+                check_scores(hf, names, score_type)
+            score = read_score_config(hf, names, score_type, score_bias)
+        module, fresh = ScoreModel(config, score), {} if layout else score_weights(score, "beaver")
+        weights = {k: v for k, v in weight_map(config, score, layout or "beaver").items() if k not in fresh}
+    match_names(tensors, weights, config)
+    boxed = boxed_variables(module)
+    shapes = {path: leaf.shape for path, leaf in flatten_dict(nn.unbox(boxed)["params"]).items()}
+    match_shapes(tensors, weights, shapes, config)
+    with within(folder):
+        statistics = read_statistics(hf, tensors) if "stats" in boxed else {}
+    return Stored(module, tensors, weights, shapes, boxed, statistics)
 
 
 def load(
@@ -116,6 +142,7 @@ def load(
     *,
     score_type: ScoreType | None = None,
     score_bias: bool | None = None,
+    as_stored: bool = False,
     scan_layers: bool = True,
     seed: int = 0,
     mesh: Mesh | None = None,
@@ -128,11 +155,13 @@ def load(
     Args:
         path_or_id: A folder, or a hub id.
         head: "lm" for next-token logits, "score" for a reward model, a cost model or a critic. A score model opened
-            from a language model gets a fresh head, N(0, 1/√(D+1)) with zero bias.
+            from a language model gets a fresh head, N(0, 1/√(D+1)) with zero bias, to be trained.
         dtype: Of parameters and matmuls: "float32", "bfloat16" or "float16".
         score_type: "reward", "cost" or "critic"; by default what the folder says, and where a sequence-classification
             model says nothing, "reward".
         score_bias: Whether a fresh head has a bias; by default as config.json says, else True.
+        as_stored: The scores will be used as they are: a folder without a score head is refused, and one whose scores
+            are of another kind than `score_type`.
         scan_layers: Stack the layers and scan them; False unrolls.
         seed: Of a fresh head.
         mesh: Devices to shard over by the table of `sharding`; by default everything is put on the default device.
@@ -144,75 +173,71 @@ def load(
 
     Raises:
         FileNotFoundError: If the folder or a file of it is missing.
-        ValueError: If a file is cut off, a tensor is missing, unknown or has another shape, or a switch is not
-            supported; names the file, tensor or field.
+        ValueError: If a file is cut off, a tensor is missing, unknown, of another shape or not finite, or a switch is
+            not supported; names the file, tensor or field.
     """
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype {dtype!r}: pass one of {DTYPES}")
-    folder = resolve(path_or_id)
-    hf = read_config(folder)
-    if hf.get("quantization_config"):
-        raise ValueError(f"{folder}: config.json: quantization_config is not supported; open the unquantised model")
-    this = family(hf.get("model_type", ""))
-    stored = {name: read_json(folder / name) for name in JSON_FILES if (folder / name).is_file()}
-    config = dataclasses.replace(this.config_from_hf(hf), dtype=dtype, scan_layers=scan_layers, stored=stored)
-    tensors = Tensors(folder)
-    if head == "lm":
-        module: CausalLM | ScoreModel = CausalLM(config)
-        weights, fresh = weight_map(config, None), {}
-    else:
-        layout = stored_layout(hf, tensors.entries)
-        score = read_score_config(hf, tensors.entries, score_type, score_bias)
-        module = ScoreModel(config, score)
-        weights = weight_map(config, score, layout or "beaver")
-        fresh = {} if layout else score_weights(score, "beaver")
-    match_names(tensors, weights.keys() - fresh.keys(), config)
-    boxed = boxed_variables(module)
-    shardings = named_shardings(boxed, mesh) if mesh else jax.tree.map(lambda _: None, nn.unbox(boxed))
+    found = inspect(
+        path_or_id, head, dtype, score_type=score_type, score_bias=score_bias, as_stored=as_stored,
+        scan_layers=scan_layers,
+    )  # fmt: skip
+    shardings = named_shardings(found.boxed, mesh) if mesh else jax.tree.map(lambda _: None, nn.unbox(found.boxed))
     where = flatten_dict(shardings["params"])
-    shapes = {path: leaf.shape for path, leaf in flatten_dict(nn.unbox(boxed)["params"]).items()}
-    fresh_paths = [weight.paths[0] for weight in fresh.values()]
+    stored = {path for weight in found.weights.values() for path in weight.paths}
     params = {}
-    for path, shape in shapes.items():
-        if path in fresh_paths:
-            params[path] = place(fresh_head(shape, seed).astype(dtype).__getitem__, shape, where[path])
+    for path, shape in found.shapes.items():
+        if path in stored:
+            read = reader(found.tensors, found.weights, path, found.shapes, jnp.dtype(dtype))
         else:
-            params[path] = place(reader(tensors, weights, path, shapes, jnp.dtype(dtype)), shape, where[path])
+            read = fresh_head(shape, seed).astype(dtype).__getitem__
+        params[path] = place(read, shape, where[path])
     variables: Variables = {"params": unflatten_dict(params)}
-    if "stats" in boxed:
-        stats = {
-            "mean": np.array(tensors.get("normalizer.mean", hf.get("mean", [0.0])), np.float32),
-            "var": np.array(tensors.get("normalizer.var", hf.get("var", [1.0])), np.float32),
-            "count": np.array(tensors.get("normalizer.count", [0]), np.int32),
-        }
-        variables["stats"] = {k: place(v.__getitem__, v.shape, shardings["stats"][k]) for k, v in stats.items()}
-    return module, variables
+    if found.statistics:
+        stats = found.statistics.items()
+        variables["stats"] = {k: place(v.__getitem__, v.shape, shardings["stats"][k]) for k, v in stats}
+    return found.module, variables
 
 
-def match_names(tensors: Tensors, needed: Collection[str], config: ModelConfig) -> None:
-    """Every parameter is stored, under whichever spelling, and nothing is that we would leave out unknowingly.
+def stored_config(folder: pathlib.Path) -> ModelConfig:
+    """Returns the configuration of a folder's language model, with a head of its own where one is stored.
 
     Raises:
-        ValueError: Naming the tensors.
+        FileNotFoundError: If there is no config.json.
+        ValueError: For a field that is not supported, naming it.
     """
-    language_model = weight_map(dataclasses.replace(config, tie_embeddings=False), None)
-    known = {*needed, *language_model, "normalizer.mean", "normalizer.var", "normalizer.count"}
-    tensors.rename({name: family(config.family).spellings(name) for name in known})
-    missing = [name for name in needed if name not in tensors.entries]
-    if missing:
-        raise ValueError(f"{tensors.folder}: tensor {listed(missing)} is missing")
-    unknown = [name for name in tensors.entries if name not in known and not BUFFERS.search(name)]
-    if unknown:
-        raise ValueError(
-            f"{tensors.folder}: tensor {listed(unknown)} has no place in the model that config.json describes; without "
-            "it the results would be wrong"
-        )
+    _, config = read_model_config(folder)
+    try:
+        tensors = Tensors(folder)
+        respell(tensors, config)
+        return tied_as_stored(tensors, config)
+    except (OSError, ValueError):  # said where the weights are opened; a model that is only compiled needs none
+        return config
 
 
-def listed(names: list[str]) -> str:
-    """Returns the first names, and how many more there are."""
-    more = f" (and {len(names) - 3} more)" if len(names) > 3 else ""
-    return ", ".join(map(repr, sorted(names)[:3])) + more
+def read_model_config(folder: pathlib.Path) -> tuple[dict[str, Any], ModelConfig]:
+    """Returns config.json, and the configuration that it describes."""
+    hf = read_config(folder)
+    with within(folder):
+        if hf.get("quantization_config"):
+            raise ValueError("config.json: quantization_config is not supported; open the unquantised model")
+        if hf.get("text_config"):
+            raise ValueError(
+                f"config.json: model_type {hf.get('model_type')!r} reads more than text; save its language model by "
+                "itself, with its text_config as config.json"
+            )
+        this = family(str(hf.get("model_type") or ""))
+        config = this.config_from_hf(hf)
+    for contradiction in contradictions(hf, this.config_to_hf(config)):
+        say_once(f"{folder}: {contradiction}")
+    return hf, config
+
+
+@contextlib.contextmanager
+def within(folder: pathlib.Path) -> Iterator[None]:
+    """Names the folder in errors about its contents."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error
 
 
 # --- Out --------------------------------------------------------------------------------------------------------------

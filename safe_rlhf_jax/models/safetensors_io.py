@@ -5,6 +5,7 @@ Source: https://huggingface.co/docs/safetensors.
 """
 
 import dataclasses
+import itertools
 import json
 import math
 import pathlib
@@ -14,27 +15,14 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
+from safe_rlhf_jax.models.folders import INDEX, WEIGHTS, read_index, stray, weight_files
+
 DTYPES = {name: jnp.dtype(dtype) for name, dtype in {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64",
 }.items()}  # fmt: skip
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-
-
-def read_json(path: pathlib.Path) -> dict[str, Any]:
-    """Returns the object in a JSON file.
-
-    Raises:
-        ValueError: If it holds none, naming the file.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: holds a {type(value).__name__}, not an object")
-    return value
+MAX_HEADER = 10**8  # bytes, as in the library: what claims more is no header
+PART = 2**18  # numbers that are compared at once
 
 
 # --- In ---------------------------------------------------------------------------------------------------------------
@@ -58,14 +46,24 @@ class Tensors:
 
     Raises:
         FileNotFoundError: If there are no safetensors, or a file that the index names is missing.
-        ValueError: If a file is cut off or no safetensors.
+        ValueError: If a file is cut off or no safetensors, or two of them hold one tensor.
     """
 
     def __init__(self, folder: pathlib.Path):
         self.folder = folder
         self.entries: dict[str, Entry] = {}
         for file in weight_files(folder):
-            self.entries |= read_header(file)
+            found = read_header(file)
+            for name in found.keys() & self.entries.keys():
+                files = " and ".join(str(entry.file.relative_to(folder)) for entry in (self.entries[name], found[name]))
+                raise ValueError(f"{folder}: tensor {name!r} stands in {files}; fetch or save the folder again")
+            self.entries |= found
+
+    def promised(self, names: Sequence[str]) -> str:
+        """Returns where the index says that missing tensors are, in words."""
+        files = {} if (self.folder / WEIGHTS).is_file() else read_index(self.folder)
+        found = [f"{files[name]} should hold {name!r}" for name in names if name in files]
+        return f"; {INDEX} says that {', '.join(found[:3])}: fetch the folder again" if found else ""
 
     def rename(self, spellings: Mapping[str, Sequence[str]]) -> None:
         """Gives tensors that are stored under another spelling their name."""
@@ -85,46 +83,55 @@ class Tensors:
         """Returns a tensor, or `default` where there is none."""
         return self[name] if name in self.entries else default
 
-
-def weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
-    """Returns the files that hold a folder's tensors."""
-    if (folder / WEIGHTS).is_file():
-        return [folder / WEIGHTS]
-    if not (folder / INDEX).is_file():
-        pickled = sorted(path.name for suffix in ("bin", "pt", "pth") for path in folder.glob(f"*.{suffix}"))
-        there = f"only pickled weights ({', '.join(pickled)}), which are never opened: " if pickled else ""
-        fix = "save them as safetensors with transformers' save_pretrained" if pickled else "no weights are here"
-        raise FileNotFoundError(f"{folder}: neither {WEIGHTS} nor {INDEX}; {there}{fix}")
-    files = [folder / name for name in sorted(set(read_json(folder / INDEX)["weight_map"].values()))]
-    missing = [file.name for file in files if not file.is_file()]
-    if missing:
-        raise FileNotFoundError(f"{folder}: {INDEX} names {', '.join(missing)}, not present; fetch the folder again")
-    return files
+    def equal(self, first: str, second: str) -> bool:
+        """Returns whether two tensors hold the same numbers; reads a part of each at a time, while they do."""
+        if self.entries[first] == self.entries[second]:
+            return True
+        a, b = self[first], self[second]
+        if a.shape != b.shape:
+            return False
+        a, b = a.reshape(-1), b.reshape(-1)
+        numbers = (lambda x: x.view(np.uint8)) if a.dtype == b.dtype else (lambda x: x.astype(np.float64))
+        parts = (slice(i, i + PART) for i in range(0, a.size, PART))
+        return all(np.array_equal(numbers(a[part]), numbers(b[part])) for part in parts)
 
 
 def read_header(file: pathlib.Path) -> dict[str, Entry]:
-    """Returns {tensor: where it stands} of a file, which is as long as its header says.
+    """Returns {tensor: where it stands} of a file, whose tensors follow each other up to its end.
 
     Raises:
-        ValueError: If it is not.
+        ValueError: If they do not.
     """
+    if reason := stray(file):
+        raise ValueError(f"{file}: truncated, or no safetensors file: it {reason}")
     size = file.stat().st_size
     with file.open("rb") as stream:
         start = 8 + int.from_bytes(stream.read(8), "little")
-        if start > size:
+        if start > min(size, MAX_HEADER):
             raise ValueError(f"{file}: truncated, or no safetensors file ({size} bytes); fetch it again")
         try:
             header = json.loads(stream.read(start - 8))
-        except ValueError as error:
-            raise ValueError(f"{file}: no safetensors file: {error}") from error
-    header.pop("__metadata__", None)
-    end = start + max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
+            header.pop("__metadata__", None)
+            spans = sorted((*map(int, tensor["data_offsets"]), name) for name, tensor in header.items())
+            entries = {
+                name: Entry(file, str(header[name]["dtype"]), tuple(map(int, header[name]["shape"])), start + begin)
+                for begin, _, name in spans
+            }
+        except (ValueError, RecursionError, TypeError, LookupError, AttributeError, OverflowError) as error:
+            raise ValueError(f"{file}: no safetensors file: {error}; fetch it again") from error
+    end = start + max((end for _, end, _ in spans), default=0)
     if end != size:
         raise ValueError(f"{file}: truncated: {size} bytes where its header says {end}; fetch it again")
-    return {
-        name: Entry(file, tensor["dtype"], tuple(tensor["shape"]), start + tensor["data_offsets"][0])
-        for name, tensor in header.items()
-    }
+    for (_, before, _), (begin, end, name) in itertools.pairwise([(0, 0, ""), *spans]):
+        entry = entries[name]
+        dtype = DTYPES.get(entry.dtype)
+        fits = dtype is None or end - begin == math.prod(entry.shape) * dtype.itemsize
+        if begin != before or end < begin or min(entry.shape, default=0) < 0 or not fits:
+            raise ValueError(
+                f"{file}: tensor {name!r}: {entry.dtype} {list(entry.shape)} does not stand from byte {begin} to {end} "
+                f"after what ends at {before}; fetch it again"
+            )
+    return entries
 
 
 # --- Out --------------------------------------------------------------------------------------------------------------

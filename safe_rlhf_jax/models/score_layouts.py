@@ -6,14 +6,16 @@ reads the score of a text at its last token that is not the padding token, by id
 """
 
 import dataclasses
+import math
 import warnings
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
 from safe_rlhf_jax.models.config import Layout, ScoreConfig, ScoreType
 from safe_rlhf_jax.models.families import Family
+from safe_rlhf_jax.models.safetensors_io import Tensors
 from safe_rlhf_jax.models.transformer import NORMALIZER_EPS
 from safe_rlhf_jax.models.weights import Path, Weight
 
@@ -35,18 +37,49 @@ def score_weights(score: ScoreConfig, layout: Layout) -> dict[str, Weight]:
 
 def stored_layout(hf: Mapping[str, Any], names: Collection[str] = ()) -> Layout | None:
     """Returns the layout of a folder, None for one that holds no score head."""
-    architecture = (hf.get("architectures") or [""])[0]
+    architecture = str((hf.get("architectures") or [""])[0])
     for layout, head in HEADS.items():
         if f"{head}.weight" in names or architecture.endswith(ARCHITECTURES[layout]):
             return layout
     return None
 
 
-def stored_score_type(hf: Mapping[str, Any]) -> ScoreType | None:
-    """Returns what a folder says its scores are. Sequence classification without a word is a reward model."""
-    default = "reward" if stored_layout(hf) == "sequence_classification" else None
-    kind: ScoreType | None = hf.get("score_type", default)
-    return kind
+def stored_score_type(hf: Mapping[str, Any], names: Collection[str] = ()) -> ScoreType | None:
+    """Returns what a folder says its scores are. Sequence classification without a word is a reward model.
+
+    Raises:
+        ValueError: If it says something else.
+    """
+    default = "reward" if stored_layout(hf, names) == "sequence_classification" else None
+    stored = hf.get("score_type") or default
+    kind: Any = stored.strip().lower() if isinstance(stored, str) else stored
+    if kind not in (*get_args(ScoreType), None):
+        raise ValueError(f"config.json: score_type {stored!r}: write one of {get_args(ScoreType)}")
+    return kind  # type: ignore[no-any-return]
+
+
+def check_scores(hf: Mapping[str, Any], names: Collection[str], score_type: ScoreType | None) -> None:
+    """A folder holds a score head, of the kind that it is opened as.
+
+    Args:
+        hf: `config.json`.
+        names: Of the stored tensors.
+        score_type: The kind; None takes what the folder says.
+
+    Raises:
+        ValueError: If it does not, saying what to do.
+    """
+    kind = stored_score_type(hf, names)
+    if stored_layout(hf, names) is None:
+        raise ValueError(
+            "holds no score head (language models have none); a new one would score at random. Train a reward or cost "
+            "stage from it (init_from), and name what that exports"
+        )
+    if score_type is not None and kind not in (score_type, None):
+        raise ValueError(
+            f"config.json: score_type is {kind!r}, not {score_type!r}; if its scores are {score_type}s, write "
+            f'"score_type": "{score_type}" there'
+        )
 
 
 def read_score_config(
@@ -63,22 +96,46 @@ def read_score_config(
     Raises:
         ValueError: If nothing says which kind of score it is, or there are several labels.
     """
-    layout, kind = stored_layout(hf, names), score_type or stored_score_type(hf)
-    if kind not in ("reward", "cost", "critic"):
-        raise ValueError(f"score_type {kind!r}: pass score_type='reward', 'cost' or 'critic'")
+    layout, kind = stored_layout(hf, names), score_type or stored_score_type(hf, names)
+    if kind is None:
+        raise ValueError("score_type None: pass score_type='reward', 'cost' or 'critic'")
+    if kind not in get_args(ScoreType):
+        raise ValueError(f"score_type {kind!r}: pass one of {get_args(ScoreType)}")
+    for field in ("id2label", "num_labels") if layout == "sequence_classification" else ("score_dim",):
+        labels = hf.get(field) or 1
+        count = labels if isinstance(labels, int) else len(labels)
+        if count != 1:
+            raise ValueError(f"config.json: {field} has {count} labels; a reward or cost model has one")
     if layout == "sequence_classification":
-        for field in ("id2label", "num_labels"):
-            labels = hf.get(field) or 1
-            count = labels if isinstance(labels, int) else len(labels)
-            if count != 1:
-                raise ValueError(f"config.json: {field} has {count} labels; a reward or cost model has one")
-        pad_id = None if kind == "critic" else hf.get("pad_token_id")
-        return ScoreConfig(kind, bias="score.bias" in names, pad_id=pad_id)
+        pad_id = hf.get("pad_token_id")
+        has_pad = kind != "critic" and pad_id is not None and pad_id >= 0  # some write −1 for none
+        return ScoreConfig(kind, bias="score.bias" in names, pad_id=pad_id if has_pad else None)
     if layout == "beaver":
         bias = "score_head.bias" in names
     else:
         bias = hf.get("score_bias", hf.get("bias", True)) if score_bias is None else score_bias
     return ScoreConfig(kind, bool(bias), bool(hf.get("do_normalize")) and kind != "critic", hf.get("momentum"))
+
+
+def read_statistics(hf: Mapping[str, Any], tensors: Tensors) -> dict[str, np.ndarray]:
+    """Returns the normaliser {mean f32[1], var f32[1], count i32[1]}: as stored, by config.json, or at its start.
+
+    Raises:
+        ValueError: If one of them is not a finite number, or the variance is negative.
+    """
+    out = {}
+    for name, start in (("mean", 0.0), ("var", 1.0), ("count", 0)):
+        stored, field = f"normalizer.{name}", hf.get(name) if name != "count" else None
+        where, value = f"config.json: {name}", start if field is None else field
+        if stored in tensors.entries:
+            where, value = f"tensor {stored!r}", tensors[stored].tolist()
+        numbers = value if isinstance(value, list) else [value]
+        if len(numbers) != 1 or type(numbers[0]) not in (int, float) or not math.isfinite(numbers[0]):
+            raise ValueError(f"{where} is {value!r}; the normaliser of a score has one finite number, as in [{start}]")
+        if name != "mean" and numbers[0] < 0:
+            raise ValueError(f"{where} is {value!r}; it cannot be negative")
+        out[name] = np.array(numbers, np.int32 if name == "count" else np.float32)
+    return out
 
 
 @dataclasses.dataclass(frozen=True)

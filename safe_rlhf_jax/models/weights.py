@@ -33,6 +33,11 @@ def linear_shape(shape: Shape, in_ndim: int) -> Shape:
     return (math.prod(outputs), math.prod(inputs)) if inputs else (math.prod(outputs),)
 
 
+def layerless(shapes: Mapping[Path, Shape], weight: Weight) -> dict[Path, Shape]:
+    """Returns the shapes of the parameters of a `Weight`, without the layer axis."""
+    return {path: shapes[path][weight.layer is not None :] for path in weight.paths}
+
+
 def stored_shape(shapes: Mapping[Path, Shape], weight: Weight) -> Shape:
     """Returns the shape in which the parameters of a `Weight` are stored.
 
@@ -48,21 +53,14 @@ def stored_shape(shapes: Mapping[Path, Shape], weight: Weight) -> Shape:
     return shape[::-1] if weight.transposed else shape
 
 
-def from_stored(array: np.ndarray, shapes: Mapping[Path, Shape], weight: Weight, name: str) -> dict[Path, np.ndarray]:
+def from_stored(array: np.ndarray, shapes: Mapping[Path, Shape], weight: Weight) -> dict[Path, np.ndarray]:
     """Returns the parameters that a stored tensor holds.
 
     Args:
-        array: The stored tensor.
+        array: The stored tensor, of `stored_shape`.
         shapes: Shape of each of `weight.paths`, without the layer axis.
         weight: The mapping.
-        name: Of the tensor, for errors.
-
-    Raises:
-        ValueError: If it is stored in another shape.
     """
-    expected = stored_shape(shapes, weight)
-    if array.shape != expected:
-        raise ValueError(f"tensor {name!r} has shape {array.shape}; config.json asks for {expected}")
     if weight.in_ndim is None:
         return {weight.paths[0]: array}
     array = array.T if weight.transposed else array

@@ -96,10 +96,13 @@ def check_model(run: Run, stage: Any, field: str, reference: str) -> None:
     else:
         lengths = ("max_prompt_length", "max_response_length")
         fields = {name: getattr(stage, name) for name in lengths if hasattr(stage, name)}
-    if sum(fields.values()) > config.max_positions:
+    only_reads = isinstance(stage, cfg.SupervisedStage) or scored_kind(field) is not None
+    room = config.max_positions if only_reads else config.generated_length
+    if sum(fields.values()) > room:
         terms = " + ".join(f"{name} {value}" for name, value in fields.items())
+        beyond = "" if room == config.max_positions else ", beyond which its rope_scaling cannot generate"
         raise ConfigError(
-            f"{where} has {config.max_positions} positions, fewer than the {sum(fields.values())} tokens of {terms}; "
+            f"{where} has {room} positions{beyond}, fewer than the {sum(fields.values())} tokens of {terms}; "
             "shorten them"
         )
     if run.tokenizer.vocab_size > config.vocab_size:
@@ -108,19 +111,15 @@ def check_model(run: Run, stage: Any, field: str, reference: str) -> None:
             f"{run.tokenizer.vocab_size}; use the model's own tokenizer"
         )
     if reference.startswith(("path:", "hf:")):
-        check_folder(run, where, field, hf.resolve(run.model_folder(reference)))
+        check_folder(run, where, stage, field, hf.resolve(run.model_folder(reference)))
 
 
-def check_folder(run: Run, where: str, field: str, folder: pathlib.Path) -> None:
-    """A folder's weights are whole, its scores are of the kind it is asked for, its token ids are the run's."""
-    stored = hf.read_config(folder)
-    kind = field.removesuffix("_model")
-    if kind in ("reward", "cost") and hf.stored_score_type(stored) != kind:
-        raise ConfigError(
-            f"{where} has score_type {hf.stored_score_type(stored)!r} in its config.json, not {kind!r}; if its scores "
-            f'are {kind}s, write "score_type": "{kind}" there'
-        )
-    hf.Tensors(folder)
+def check_folder(run: Run, where: str, stage: Any, field: str, folder: pathlib.Path) -> None:
+    """A folder holds the model that it is opened as, and its token ids are the run's."""
+    try:
+        check_stored(stage, field, folder)
+    except ValueError as error:
+        raise ConfigError(f"{where}: {error}") from error
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         return
     theirs, ours = token_of_id(load_tokenizer(str(folder))), token_of_id(run.tokenizer)
@@ -132,6 +131,24 @@ def check_folder(run: Run, where: str, field: str, folder: pathlib.Path) -> None
             f"as {i}, {theirs[i]!r} there and {ours[i]!r} here. The compiled step hands the actor's token ids on as"
             " they are, without decoding them: all models of a run share one tokenizer"
         )
+
+
+def scored_kind(field: str) -> str | None:
+    """Returns whether a field names a "reward" or a "cost" model; None for a policy."""
+    return next((kind for kind in ("reward", "cost") if field.startswith(f"{kind}_model")), None)
+
+
+def check_stored(stage: Any, field: str, folder: pathlib.Path) -> None:
+    """A folder's tensors are those of its config.json, and its scores of the kind that they are used as."""
+    scorer = scored_kind(field)
+    kind: Any = scorer or (stage.kind if stage.kind in ("reward", "cost") else None)
+    stored = hf.stored_score_type(hf.read_config(folder))
+    if scorer not in (None, stored):
+        raise ValueError(
+            f"{folder} has score_type {stored!r} in its config.json, not {kind!r}; if its scores are {kind}s, write "
+            f'"score_type": "{kind}" there; if it is a language model, train a {kind} stage from it'
+        )
+    hf.inspect(folder, "score" if kind else "lm", score_type=kind, as_stored=scorer is not None)
 
 
 def token_of_id(tokenizer: Tokenizer) -> dict[int, str]:

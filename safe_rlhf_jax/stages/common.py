@@ -20,7 +20,6 @@ from safe_rlhf_jax.data.loader import Batches
 from safe_rlhf_jax.data.sources import mix, read_records
 from safe_rlhf_jax.models import hf
 from safe_rlhf_jax.models.config import PRESETS, Layout, ModelConfig, ScoreConfig, ScoreType
-from safe_rlhf_jax.models.families import family
 from safe_rlhf_jax.models.transformer import CausalLM, ScoreModel
 from safe_rlhf_jax.optim import init_state, make_optimizer, multiplied, schedule
 from safe_rlhf_jax.sharding import (
@@ -164,6 +163,9 @@ def open_model(
         score: How the scores of a model that is to be trained are normalised; by default as stored.
         score_type: Reads the scores as those of another kind (a reward model as a critic).
         seed: Of random initialisation.
+
+    Raises:
+        ValueError: If scores are to be used as they are, and the folder holds no head or scores of another kind.
     """
     if reference.startswith("preset:") or run.abstract:
         config = with_execution(run, model_config(run, reference))
@@ -179,6 +181,7 @@ def open_model(
         head,
         score_type=score.score_type if score else score_type,
         score_bias=score.bias if score else None,
+        as_stored=head == "score" and score is None and score_type != "critic",
         scan_layers=run.config.execution.scan_layers,
         seed=seed,
         mesh=run.mesh,
@@ -200,8 +203,7 @@ def model_config(run: Run, reference: str) -> ModelConfig:
     folder = run.model_folder(reference)
     if run.abstract and run.config.assume and not pathlib.Path(folder).expanduser().is_dir():
         return new_config(run, run.config.assume)
-    stored = hf.read_config(hf.resolve(folder))
-    return family(stored.get("model_type", "")).config_from_hf(stored)
+    return hf.stored_config(hf.resolve(folder))
 
 
 def initializer(module: Any) -> Callable[[jax.Array], Any]:

@@ -5,7 +5,7 @@ import pytest
 
 from safe_rlhf_jax.inference.generate import generate
 from safe_rlhf_jax.inference.sampling import Sampling
-from safe_rlhf_jax.inference.stream import Stream, round_up
+from safe_rlhf_jax.inference.stream import Stream, columns, round_up
 from safe_rlhf_jax.types import PromptBatch
 from tests.helpers import make_lm, perturbed, tiny_config
 
@@ -46,3 +46,4 @@ def test_stream_stops_after_eos(lm):
 
 def test_widths_are_few():
     assert [round_up(n) for n in (1, 32, 33, 64, 65)] == [32, 32, 64, 64, 128]
+    assert [columns(n, 100) for n in (1, 64, 65, 100)] == [32, 64, 100, 100]

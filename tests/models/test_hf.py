@@ -337,13 +337,6 @@ def test_of_many_tensors_without_a_place_the_first_are_named(folder):
         hf.load(folder)
 
 
-def test_a_head_stored_beside_tied_embeddings_is_ignored(tmp_path):
-    folder = hf.save(tmp_path, *make_lm(tiny_config(tie_embeddings=True)))
-    expected = hf.load(folder)[1]
-    edit_tensors(folder, lm_head__weight=np.ones((97, 48), np.float32))
-    assert_trees_equal(hf.load(folder)[1], expected)
-
-
 def test_a_file_of_the_bare_decoder_makes_a_score_model(folder):
     expected = hf.load(folder, "score", score_type="reward")[1]
     path = folder / hf.WEIGHTS

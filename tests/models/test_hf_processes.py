@@ -1,5 +1,6 @@
 """Loading and saving by several processes, each with some of the devices of one mesh."""
 
+import json
 import os
 import socket
 import subprocess
@@ -20,13 +21,14 @@ import jax
 jax.distributed.initialize(sys.argv[1], num_processes=2, process_id=int(sys.argv[2]))
 from safe_rlhf_jax.models import hf
 from safe_rlhf_jax.sharding import make_mesh
-source, target = sys.argv[3:]
+source, target, tied = sys.argv[3:]
 mesh = make_mesh((2, 2, 2))
 module, variables = hf.load(source, mesh=mesh)
 assert not variables["params"]["decoder"]["embedding"].is_fully_addressable
 hf.save(f"{target}/lm", module, variables, max_file_bytes=20_000)
 module, variables = hf.load(source, "score", score_type="reward", mesh=mesh)
 hf.save(f"{target}/reward", module, variables)
+hf.save(f"{target}/untied", *hf.load(tied, mesh=mesh))
 """
 
 
@@ -35,19 +37,24 @@ def test_two_processes_load_their_shards_and_save_one_folder(tmp_path):
     config = tiny_config(vocab_size=96, hidden_size=32, intermediate_size=64, num_heads=8, num_kv_heads=8, head_dim=8)
     module, variables = make_lm(config)
     source = hf.save(tmp_path / "source", module, perturbed(variables), max_file_bytes=20_000)
+    tied = hf.save(tmp_path / "tied", module, perturbed(variables))  # a head of its own, whatever config.json says
+    edited = json.loads((tied / "config.json").read_text()) | {"tie_word_embeddings": True}
+    (tied / "config.json").write_text(json.dumps(edited))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
     flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "PYTHONPATH": str(ROOT)}
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", CODE, address, str(rank), str(source), str(tmp_path)],
+            [sys.executable, "-c", CODE, address, str(rank), str(source), str(tmp_path), str(tied)],
             env=os.environ | flags, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )
         for rank in range(2)
     ]  # fmt: skip
     outputs = [process.communicate(timeout=300)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
+    assert ["it is used, untied" in output for output in outputs] == [True, False]
+    assert (tmp_path / "untied" / hf.WEIGHTS).read_bytes() == (tied / hf.WEIGHTS).read_bytes()
     files = sorted(path.name for path in source.iterdir())
     assert sorted(path.name for path in (tmp_path / "lm").iterdir()) == files
     for file in files:

@@ -1,12 +1,15 @@
 import json
 
+import hypothesis
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import HealthCheck
+from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from safe_rlhf_jax.models.safetensors_io import INDEX, WEIGHTS, Spec, Tensors, write_tensors
+from safe_rlhf_jax.models.safetensors_io import DTYPES, INDEX, WEIGHTS, Spec, Tensors, write_tensors
 
 ARRAYS = {
     "model.a": np.arange(15, dtype=np.float32).reshape(3, 5),
@@ -85,11 +88,117 @@ def test_a_file_that_is_cut_off_is_named(tmp_path, kept):
 
 def test_a_file_of_another_kind_is_named(tmp_path):
     (tmp_path / WEIGHTS).write_text("version https://git-lfs.github.com/spec/v1\n")
-    with pytest.raises(ValueError, match=r"model\.safetensors: truncated, or no safetensors file"):
+    with pytest.raises(ValueError, match=r"model\.safetensors: truncated, or no safetensors file: .*git lfs pull"):
         Tensors(tmp_path)
     (tmp_path / WEIGHTS).write_bytes((4).to_bytes(8, "little") + b"{{{{")
     with pytest.raises(ValueError, match="no safetensors file"):
         Tensors(tmp_path)
+
+
+def edit_header(path, change):
+    """Changes the header of a file, and nothing after it."""
+    data = path.read_bytes()
+    start = 8 + int.from_bytes(data[:8], "little")
+    text = json.dumps(change(json.loads(data[8:start]))).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data[start:])
+
+
+def place(name, **fields):
+    return lambda header: header | {name: header[name] | fields}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        place("model.a", data_offsets=[0, 60]),  # where another stands
+        place("model.a", data_offsets=[8, 72]),  # more than it has
+        place("model.a", data_offsets=[68, 8]),  # backwards
+        place("model.a", data_offsets=[-8, 52]),
+        place("model.a", shape=[3, 6]),
+        place("model.a", shape=[-3, -5]),
+        place("model.a", dtype="F16"),
+        lambda header: {name: tensor for name, tensor in header.items() if name != "model.a"},  # a hole
+    ],
+)
+def test_a_tensor_that_does_not_stand_where_the_one_before_ends_is_named(tmp_path, change):
+    write(tmp_path)
+    edit_header(tmp_path / WEIGHTS, change)
+    with pytest.raises(ValueError, match=r"model\.safetensors: tensor 'model\.\w'.*does not stand from byte"):
+        Tensors(tmp_path)
+
+
+def test_a_tensor_beyond_the_end_is_named_as_a_file_that_was_cut_off(tmp_path):
+    write(tmp_path)
+    edit_header(tmp_path / WEIGHTS, place("model.c", data_offsets=[82, 1000]))
+    with pytest.raises(ValueError, match="truncated"):
+        Tensors(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        *("[]", "3", "null", "{", "[" * 10**5, '{"a": 3}', '{"a": {}}', '{"a": {"dtype": "F32", "shape": [1]}}'),
+        *(
+            json.dumps({"a": {"dtype": "F32", "shape": shape, "data_offsets": offsets}})
+            for shape, offsets in (
+                (None, [0, 4]),
+                (["x"], [0, 4]),
+                ([1], [0]),
+                ([1], None),
+                ([1], ["a", "b"]),
+                (1, [0, 4]),
+            )
+        ),
+    ],
+    ids=lambda text: text[:40],
+)
+def test_a_header_that_is_none_is_named(tmp_path, header):
+    data = header.encode()
+    (tmp_path / WEIGHTS).write_bytes(len(data).to_bytes(8, "little") + data + b"\0" * 4)
+    with pytest.raises(ValueError, match=r"model\.safetensors: no safetensors file"):
+        Tensors(tmp_path)
+
+
+NUMBERS = st.integers() | st.floats() | st.none() | st.text(max_size=2)
+FIELDS = st.fixed_dictionaries(
+    {},
+    optional={
+        "dtype": st.sampled_from([*DTYPES, "F8_E4M3", "X"]) | NUMBERS,
+        "shape": st.lists(st.integers(-1, 3) | NUMBERS, max_size=3) | NUMBERS,
+        "data_offsets": st.lists(st.integers(0, 40) | NUMBERS, max_size=3) | NUMBERS,
+    },
+)
+
+
+@hypothesis.settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@hypothesis.given(
+    st.dictionaries(st.sampled_from(["a", "b", "__metadata__"]), FIELDS), st.integers(0, 40), st.binary(max_size=3)
+)
+def test_any_header_gives_tensors_inside_the_file_or_an_error_that_names_it(tmp_path, header, size, noise):
+    text = json.dumps(header).encode() + noise
+    (tmp_path / WEIGHTS).write_bytes(len(text).to_bytes(8, "little") + text + bytes(size))
+    try:
+        tensors = Tensors(tmp_path)
+    except ValueError as error:
+        if WEIGHTS not in str(error):
+            raise
+        return
+    for name, entry in tensors.entries.items():
+        if entry.dtype in DTYPES and min(entry.shape, default=1) > 0:
+            assert tensors[name].shape == entry.shape
+
+
+def test_a_header_as_long_as_no_header_is_not_read(tmp_path):
+    with (tmp_path / WEIGHTS).open("wb") as file:
+        file.write((2 * 10**9).to_bytes(8, "little"))
+        file.truncate(3 * 10**9)  # takes no place on the disk
+    with pytest.raises(ValueError, match="no safetensors file"):
+        Tensors(tmp_path)
+
+
+def test_empty_tensors_have_a_place_too(tmp_path):
+    save_file({"a": np.zeros((0, 3), np.float32), "b": np.ones(2, np.float32)}, tmp_path / WEIGHTS)
+    assert Tensors(tmp_path).entries["a"].shape == (0, 3)
 
 
 def test_files_that_the_index_names_and_that_are_missing_are_named(tmp_path):

@@ -139,6 +139,124 @@ def test_a_score_model_without_its_head_gets_no_fresh_one(tmp_path, layout, head
         load(folder, "score")
 
 
+@pytest.fixture
+def language_model(tmp_path):
+    return hf.save(tmp_path / "lm", *make_lm(ONE))
+
+
+def test_a_language_model_has_no_scores_to_use_as_they_are(language_model):
+    for score_type in (None, "reward", "cost"):
+        with pytest.raises(ValueError, match=r"lm: holds no score head, .*at random.*Train a reward or cost stage"):
+            load(language_model, "score", score_type=score_type, as_stored=True)
+    edit_config(language_model, score_type="reward")  # saying so makes no head
+    with pytest.raises(ValueError, match="holds no score head"):
+        load(language_model, "score", as_stored=True)
+    load(language_model, "score", score_type="reward")  # to be trained
+
+
+@pytest.mark.parametrize("stored", ["reward", "cost", "critic"])
+@pytest.mark.parametrize("used", ["reward", "cost", None])
+def test_scores_of_another_kind_are_not_used_as_they_are(tmp_path, stored, used):
+    folder = hf.save(tmp_path, *make_scorer(stored, ONE))
+    if used in (stored, None):
+        assert load(folder, "score", score_type=used, as_stored=True)[0].score.score_type == stored
+    else:
+        with pytest.raises(ValueError, match=f"score_type is '{stored}', not '{used}'.*\"score_type\": \"{used}\""):
+            load(folder, "score", score_type=used, as_stored=True)
+        assert load(folder, "score", score_type=used)[0].score.score_type == used
+
+
+def test_a_classifier_is_known_by_its_head_where_no_architecture_is_written(classifier):
+    edit_config(classifier, architectures=None)
+    assert load(classifier, "score", as_stored=True)[0].score.score_type == "reward"
+    edit_config(classifier, architectures="LlamaForSequenceClassification")
+    assert load(classifier, "score", as_stored=True)[0].score.score_type == "reward"
+
+
+@pytest.mark.parametrize(("written", "read"), [("Reward", "reward"), (" COST ", "cost"), (None, "reward")])
+def test_the_kind_of_score_is_read_in_any_case(classifier, written, read):
+    edit_config(classifier, score_type=written)
+    assert load(classifier, "score", as_stored=True)[0].score.score_type == read
+
+
+@pytest.mark.parametrize("written", ["preference", "reward_model", 1, ["reward"]])
+def test_a_kind_of_score_that_is_none_is_named(classifier, written):
+    edit_config(classifier, score_type=written)
+    with pytest.raises(ValueError, match=r"classifier: config\.json: score_type .* write one of .*'reward', 'cost'"):
+        load(classifier, "score")
+
+
+@pytest.mark.parametrize("problem", ["regression", None])
+def test_the_problem_type_of_a_classifier_changes_no_score(classifier, problem):
+    batch = right_padded(np.random.default_rng(0), 2, 4, 97)
+    expected = scores(*load(classifier, "score"), *batch)
+    edit_config(classifier, problem_type=problem)
+    np.testing.assert_array_equal(scores(*load(classifier, "score"), *batch), expected)
+
+
+def test_a_padding_token_of_minus_one_is_none(classifier):
+    edit_config(classifier, pad_token_id=-1)
+    assert load(classifier, "score")[0].score.pad_id is None
+
+
+def test_a_head_that_lies_on_its_side_is_named(classifier):
+    path = classifier / hf.WEIGHTS
+    save_file(load_file(path) | {"score.weight": np.zeros((48, 1), np.float32)}, path)
+    with pytest.raises(ValueError, match=r"'score\.weight' has shape \(48, 1\).*\(1, 48\)"):
+        load(classifier, "score")
+
+
+@pytest.fixture
+def normalised(tmp_path):
+    """A reward model whose normaliser stands in config.json alone."""
+    folder = hf.save(tmp_path / "normalised", *make_scorer("reward", ONE, normalize=True))
+    path = folder / hf.WEIGHTS
+    save_file({k: v for k, v in load_file(path).items() if not k.startswith("normalizer")}, path)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("mean", "var", "expected"),
+    [(None, None, (0.0, 1.0)), ([2.0], [4.0], (2.0, 4.0)), (2.0, 4, (2.0, 4.0)), (None, [9.0], (0.0, 9.0))],
+)
+def test_a_normaliser_in_config_is_one_number_each(normalised, mean, var, expected):
+    edit_config(normalised, mean=mean, var=var)
+    stats = load(normalised, "score")[1]["stats"]
+    assert {name: value.shape for name, value in stats.items()} == {"mean": (1,), "var": (1,), "count": (1,)}
+    assert (float(stats["mean"][0]), float(stats["var"][0])) == expected
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *(
+            ("mean", value)
+            for value in ([], [[0.5]], [0.1, 0.2], "0.5", ["0.5"], [None], [float("nan")], True, {"a": 1})
+        ),
+        *(("var", value) for value in ([-1.0], [float("inf")], [])),
+    ],
+    ids=str,
+)
+def test_a_normaliser_that_is_no_number_is_named(normalised, field, value):
+    edit_config(normalised, **{field: value})
+    with pytest.raises(ValueError, match=rf"normalised: config\.json: {field} is "):
+        load(normalised, "score")
+
+
+@pytest.mark.parametrize("value", [np.zeros(0), np.zeros(2), np.array([np.nan]), np.zeros((1, 1))])
+def test_a_stored_normaliser_that_is_no_number_is_named(normalised, value):
+    path = normalised / hf.WEIGHTS
+    save_file(load_file(path) | {"normalizer.mean": value.astype(np.float32)}, path)
+    with pytest.raises(ValueError, match=r"normalised: tensor 'normalizer\.mean' "):
+        load(normalised, "score")
+
+
+def test_a_score_of_several_numbers_is_refused_by_the_name_of_the_field(normalised):
+    edit_config(normalised, score_dim=4)
+    with pytest.raises(ValueError, match=r"config\.json: score_dim has 4 labels"):
+        load(normalised, "score")
+
+
 # --- Out --------------------------------------------------------------------------------------------------------------
 
 

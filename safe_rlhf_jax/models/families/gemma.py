@@ -6,6 +6,7 @@ from typing import Any
 from safe_rlhf_jax.models.config import ModelConfig
 from safe_rlhf_jax.models.families.llama import LLAMA
 from safe_rlhf_jax.models.families.reading import (
+    positive,
     read_common,
     read_rope,
     read_windows,
@@ -86,11 +87,14 @@ def read_gemma3(f: Fields) -> ModelConfig:
     """Reads a Gemma 3: as Gemma 2, with norms of queries and keys, and a rotary base of their own for windows."""
     f.read |= {"_sliding_window_pattern", "sliding_window_pattern"}  # transformers makes layer_types of them
     rope = f["rope_parameters"]
-    local = rope["sliding_attention"]
+    local, whole = rope["sliding_attention"], rope["full_attention"]
     if local["rope_type"] != "default":
         raise unsupported("rope_parameters.sliding_attention", local["rope_type"], ("default",))
-    full = Fields(f.values | {"rope_parameters": rope["full_attention"]}, f.spelling)
-    config = dataclasses.replace(read_gemma2(full), qk_norm=True, local_rope_theta=float(local["rope_theta"]))
+    unread = {name: rope[name] for name in rope.keys() - {"sliding_attention", "full_attention"}}
+    if any(value != whole.get(name) for name, value in unread.items()):
+        raise unsupported("rope_parameters", unread, "under the names sliding_attention and full_attention")
+    full = Fields(f.values | {"rope_parameters": whole}, f.spelling)
+    config = dataclasses.replace(read_gemma2(full), qk_norm=True, local_rope_theta=positive(local, "rope_theta"))
     f.read |= full.read
     return config
 

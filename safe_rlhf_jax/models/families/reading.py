@@ -1,6 +1,7 @@
 """What families read from, and write to, `config.json` alike: sizes, activations, rotary positions, windows."""
 
 import math
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from safe_rlhf_jax.models.config import Activation, ModelConfig, RopeScaling
@@ -35,6 +36,8 @@ def read_common(f: Fields, **switches: Any) -> ModelConfig:
     if "activation" not in switches:
         common["activation"] = read_activation(f)
     config = ModelConfig(**(common | switches))
+    if config.num_heads % config.num_kv_heads:
+        raise unsupported("num_key_value_heads", config.num_kv_heads, f"a divisor of the {heads} heads")
     if config.tie_embeddings and config.lm_head_bias:
         raise unsupported("tie_word_embeddings", True, "False, because the head of this family has a bias")
     return config
@@ -69,18 +72,58 @@ def read_activation(f: Fields) -> Activation:
 
 # --- Rotary positions -------------------------------------------------------------------------------------------------
 
+# What `rope_parameters` may hold where nothing is stretched.
+UNSCALED = ("rope_type", "type", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
+
 
 def read_rope(f: Fields, *, partial: bool = False) -> dict[str, Any]:
     """Reads `rope_parameters` (older: `rope_theta`, `rope_scaling`); `partial`: a part of a head may turn."""
     rope = f["rope_parameters"]
-    switches = {"rope_theta": float(rope["rope_theta"]), "rope_scaling": read_scaling(f, rope)}
-    fraction = rope.get("partial_rotary_factor", 1.0)
+    if nested := sorted(name for name, value in rope.items() if isinstance(value, dict)):
+        raise unsupported("rope_parameters", nested, "one for all layers, as this model_type has it")
+    switches: dict[str, Any] = {"rope_theta": positive(rope, "rope_theta"), "rope_scaling": read_scaling(f, rope)}
+    fraction = 1.0 if rope.get("partial_rotary_factor") is None else positive(rope, "partial_rotary_factor")
+    turned = int(f.get("head_dim", f["hidden_size"] // f["num_attention_heads"]) * fraction)
     if fraction != 1.0:
-        size = int(f.get("head_dim", f["hidden_size"] // f["num_attention_heads"]) * fraction)
-        if not partial or size % 2:
+        if not partial or turned % 2:
             raise unsupported("partial_rotary_factor", fraction, "an even part of a head" if partial else (1.0,))
-        switches["rotary_dim"] = size
+        switches["rotary_dim"] = turned
+    scaling = switches["rope_scaling"]
+    if scaling and scaling.kind == "longrope":
+        for name, factors in (("short_factor", scaling.short_factors), ("long_factor", scaling.long_factors)):
+            if len(factors) != turned // 2:
+                raise unsupported(f"rope_parameters.{name}", f"of length {len(factors)}", f"{turned // 2} numbers")
     return switches
+
+
+def positive(rope: dict[str, Any], name: str) -> float:
+    """Reads a positive number."""
+    value: Any = rope.get(name)
+    if type(value) not in (int, float) or not 0 < value < math.inf:
+        raise unsupported(f"rope_parameters.{name}", value, "a positive number")
+    return float(value)
+
+
+def contradictions(hf: Mapping[str, Any], used: Mapping[str, Any]) -> Iterator[str]:
+    """Yields where the older and the present spelling of rotary positions tell different stories.
+
+    Args:
+        hf: `config.json` as it is stored.
+        used: Its fields as they were understood, in the present spelling.
+    """
+    rope = used.get("rope_parameters", {})
+    rope = rope.get("full_attention", rope)
+    older, given = hf.get("rope_scaling") or {}, hf.get("rope_parameters") or {}
+    stated = [(name, "rope_theta", hf.get(name)) for name in ("rope_theta", "rotary_emb_base")]
+    if older:
+        given = given.get("full_attention") or given
+        stated += [(f"rope_parameters.{name}", name, value) for name, value in given.items()]
+    for field, name, value in stated:
+        if name in rope and value not in (None, rope[name]):
+            yield (
+                f"config.json: {field} is {value!r}, but by another field {rope[name]!r}, which is used, as in "
+                "transformers. Remove the one that is wrong"
+            )
 
 
 def read_scaling(f: Fields, rope: dict[str, Any]) -> RopeScaling | None:
@@ -88,19 +131,27 @@ def read_scaling(f: Fields, rope: dict[str, Any]) -> RopeScaling | None:
     kind = rope.get("rope_type", "default")
     match kind:
         case "default":
+            unread = {k: v for k, v in rope.items() if k not in UNSCALED and v not in (None, 1.0)}
+            if unread:
+                raise unsupported("rope_parameters", unread, "with a rope_type that says what it is")
             return None
         case "linear" | "dynamic":
-            return RopeScaling(kind, float(rope["factor"]))
+            return RopeScaling(kind, positive(rope, "factor"))
         case "llama3":
+            low, high = positive(rope, "low_freq_factor"), positive(rope, "high_freq_factor")
+            if high <= low:
+                raise unsupported("rope_parameters.high_freq_factor", high, f"more than low_freq_factor, {low}")
             return RopeScaling(
                 kind,
-                float(rope["factor"]),
-                original_positions=rope["original_max_position_embeddings"],
-                low_freq_factor=float(rope["low_freq_factor"]),
-                high_freq_factor=float(rope["high_freq_factor"]),
+                positive(rope, "factor"),
+                original_positions=int(positive(rope, "original_max_position_embeddings")),
+                low_freq_factor=low,
+                high_freq_factor=high,
             )
         case "longrope":
-            original = rope["original_max_position_embeddings"]
+            original = int(positive(rope, "original_max_position_embeddings"))
+            if original == 1:
+                raise unsupported("rope_parameters.original_max_position_embeddings", original, "2 or more")
             factor = rope.get("factor") or f["max_position_embeddings"] / original
             usual = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
             return RopeScaling(

@@ -20,6 +20,11 @@ UNUSED = {
     *("resid_dropout", "embed_dropout", "dropout", "layerdrop", "reorder_and_upcast_attn", "summary_type"),
     *("summary_use_proj", "summary_activation", "summary_proj_to_labels", "summary_first_dropout"),
 }
+# Numbers that cannot be zero, by our names.
+SIZES = (
+    *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim"),
+    "query_pre_attn_scalar",
+)
 ACCEPTED: dict[str, tuple[Any, ...]] = {"is_encoder_decoder": (False,), "quantization_config": (None,)}
 
 
@@ -63,7 +68,7 @@ def completed(hf: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     try:
         config = theirs.from_dict(copy.deepcopy(dict(hf)))  # a copy: nested fields are completed in place
     except Exception as error:  # of several unrelated classes
-        raise ValueError(f"config.json: {error}") from error
+        raise ValueError(f"config.json: {' '.join(str(error).split())}") from error
     return config.to_dict(), theirs().to_dict()
 
 
@@ -84,6 +89,11 @@ class Family:
     transposed: bool = False  # linear maps of the layers are stored [in, out]
     head: str = "lm_head"
 
+    @property
+    def embedding(self) -> str:
+        """Stored name of the token embedding, without prefix."""
+        return next(stored for stored, ours in self.names.items() if ours == "embedding")
+
     def config_from_hf(self, hf: Mapping[str, Any]) -> ModelConfig:
         """Reads a `config.json`, in the spelling of any version of transformers.
 
@@ -95,6 +105,10 @@ class Family:
         for field, supported in accepted.items():
             if field in values and values[field] not in supported:
                 raise unsupported(field, values[field], supported)
+        for name in SIZES:
+            theirs = str(self.spelling.get(name, name))
+            if (size := values.get(theirs)) is not None and size < 1:
+                raise unsupported(theirs, size, "a positive number")
         fields = Fields(values, self.spelling)
         config = self.read(fields)
         for field in defaults.keys() - fields.read - accepted.keys() - UNUSED:
