@@ -31,7 +31,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--cost", metavar="MODEL", help="cost model: a folder or a hub id")
     parser.add_argument(
         "--template",
-        help="plain, beaver, alpaca, tokenizer or a .jinja file (default: that of --config, or plain)",
+        help="plain, beaver, alpaca, tokenizer or a .jinja file (default: that of --config, else the tokenizer's own, "
+        "else plain)",
     )
     parser.add_argument("--temperature", type=float, default=1.0, help="0 is greedy (default %(default)s)")
     parser.add_argument("--best-of", type=int, default=1, metavar="N", help="give the best of N answers by the "
@@ -55,6 +56,7 @@ class Speaker:
     """One policy, its conversation so far, and its last answer."""
 
     name: str
+    policy: Any  # a pipeline.Policy
     stream: Callable[..., Iterator[int]]
     max_positions: int  # tokens of prompt + response
     history: list[dict[str, str]] = dataclasses.field(default_factory=list)
@@ -68,8 +70,6 @@ class Chat:
 
     speakers: list[Speaker]
     scorers: dict[str, Any]  # "reward", "cost": a pipeline.Scorer
-    tokenizer: Any
-    template: Any
     temperature: float
     max_tokens: int
     key: Any
@@ -82,7 +82,7 @@ class Chat:
         from safe_rlhf_jax.data.texts import encode
 
         while True:
-            ids = encode(speaker.history, self.template, self.tokenizer).ids
+            ids = encode(speaker.history, speaker.policy.template, speaker.policy.tokenizer).ids
             if len(ids) < speaker.max_positions:
                 return ids
             if len(speaker.history) == 1:
@@ -99,7 +99,7 @@ class Chat:
         from safe_rlhf_jax.inference.sampling import Sampling
 
         speaker.text = speaker.note = ""
-        prompt = self.prompt_ids(speaker)
+        prompt, tokenizer = self.prompt_ids(speaker), speaker.policy.tokenizer
         room = min(self.max_tokens, speaker.max_positions - len(prompt))
         answers: list[list[int]] = []
         key = jax.random.fold_in(self.key, self.turns)
@@ -109,16 +109,17 @@ class Chat:
                 prompt, jax.random.fold_in(key, i) if i else key, sampling=Sampling(self.temperature), max_tokens=room
             ):
                 answers[-1].append(token)
-                speaker.text = self.tokenizer.decode(answers[-1])
+                speaker.text = tokenizer.decode(answers[-1])
                 speaker.note = f"answer {i + 1} of {self.best_of}" if self.best_of > 1 else ""
                 yield
         scores = {
-            signal: [float(scorer.score_tokens([prompt + ids])[0]) for ids in answers]
+            signal: scorer.score_answers(speaker.policy, speaker.history, answers).tolist()
             for signal, scorer in self.scorers.items()
         }
         best = self.choose(scores) if self.best_of > 1 else 0
-        speaker.text = self.tokenizer.decode(answers[best])
-        cut = [] if answers[best][-1] == self.tokenizer.eos_id else ["cut off at the length limit"]
+        speaker.text = tokenizer.decode(answers[best])
+        ended = answers[best][-1] in speaker.policy.template.ends(tokenizer)
+        cut = [] if ended else ["cut off at the length limit"]
         speaker.note = "  ".join([f"{signal} {values[best]:+.2f}" for signal, values in scores.items()] + cut)
         yield
 
@@ -185,29 +186,29 @@ def load_chat(options: argparse.Namespace) -> Chat:
             raise ValueError(f"stage {name!r} of {options.config} is not finished; train it first")
         return run.model_folder(name)
 
-    shared: dict[str, Any] = {"template": options.template or (run.template if run else "plain"),
-                              "dtype": options.dtype, "tokenizer": run.tokenizer if run else None}  # fmt: skip
-    policies = []
-    for name in options.policies:
-        policies.append(load_policy(folder(name), **shared))
-        shared["tokenizer"] = policies[0].tokenizer
+    def read_as(name: str) -> dict[str, Any]:
+        """A stage of the run reads as the run does; another model as its own folder says."""
+        if run is None or name not in stages:
+            return {"template": options.template, "dtype": options.dtype}
+        return {"template": options.template or run.template, "dtype": options.dtype, "tokenizer": run.tokenizer}
+
+    policies = [load_policy(folder(name), **read_as(name)) for name in options.policies]
     scorers = {}
     for signal in ("reward", "cost"):
         trained = [name for name, stage in stages.items() if stage.kind == signal and run and run.result(name)]
         scorer_name = getattr(options, signal) or (trained[-1] if trained else None)
         if scorer_name is not None:
-            scorers[signal] = load_scorer(folder(scorer_name), **shared, score_type=signal)
-    tokenizer = policies[0].tokenizer
+            scorers[signal] = load_scorer(folder(scorer_name), **read_as(scorer_name), score_type=signal)
     rooms = [policy.module.config.generated_length for policy in policies]
     room = min(rooms + [scorer.module.config.max_positions for scorer in scorers.values()])
     speakers = [
-        Speaker(name, Stream(p.module, p.variables["params"], eos_id=tokenizer.eos_id), room)
+        Speaker(name, p, Stream(p.module, p.variables["params"], eos_id=p.template.ends(p.tokenizer)), room)
         for name, p in zip(options.policies, policies, strict=True)
     ]
     if options.best_of > 1 and "reward" not in scorers:
         raise ValueError(f"--best-of {options.best_of}: needs a reward model; name one with --reward")
     return Chat(
-        speakers, scorers, tokenizer, policies[0].template, options.temperature, options.max_tokens,
+        speakers, scorers, options.temperature, options.max_tokens,
         jax.random.key(options.seed), options.best_of, options.cost_limit,
     )  # fmt: skip
 

@@ -77,7 +77,9 @@ class RunConfig(Schema):
     title: str = "Safe RLHF"
     seed: NonNegativeInt = 0
     tokenizer: str = "demo"  # "demo", a folder, or a hub id
-    template: str = "plain"  # "plain", "beaver", "alpaca", "tokenizer" (its own chat template), or a .jinja file
+    # "plain", "beaver", "alpaca", "tokenizer" (its own chat template), or a .jinja file; null: the tokenizer's own,
+    # where it has one, else "plain".
+    template: str | None = None
     template_options: dict[str, Any] = Field(default_factory=dict)  # its variables: {enable_thinking: false}
     template_date: datetime.date = datetime.date(2024, 7, 26)  # what it writes for today; as Llama 3.1's by default
     control_tokens: Literal["text", "tokens"] = "text"  # what control tokens are that stand in a message
@@ -92,9 +94,9 @@ class RunConfig(Schema):
 
     @pydantic.field_validator("template", "templates")
     @classmethod
-    def template_is_known(cls, value: str | dict[str, str]) -> str | dict[str, str]:
+    def template_is_known(cls, value: str | dict[str, str] | None) -> str | dict[str, str] | None:
         """A name, or a Jinja file."""
-        for name in value.values() if isinstance(value, dict) else [value]:
+        for name in value.values() if isinstance(value, dict) else filter(None, [value]):
             if name not in TEMPLATE_NAMES and not name.endswith((".jinja", ".jinja2", ".j2")):
                 hint = did_you_mean(name, TEMPLATE_NAMES)
                 raise ValueError(f"one of {', '.join(map(repr, TEMPLATE_NAMES))}, or the path of a .jinja file{hint}")

@@ -1,5 +1,6 @@
 """Text in, text and scores out: policies and scorers for use from Python, `chat` and scripts."""
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from safe_rlhf_jax.data.formats import Message
-from safe_rlhf_jax.data.templates import Template, load_template
+from safe_rlhf_jax.data.templates import PROBE, Template, default_template, load_template
 from safe_rlhf_jax.data.texts import encode
 from safe_rlhf_jax.data.tokenizer import Tokenizer, load_tokenizer
 from safe_rlhf_jax.inference.generate import generate
@@ -42,16 +43,23 @@ class Network:
     """A module with its variables, tokenizer and template.
 
     Raises:
-        ValueError: If the tokenizer has more tokens than the network embeds.
+        ValueError: If the network embeds too few of the tokenizer's tokens.
     """
 
     def __init__(self, name: str, module: Any, variables: Any, tokenizer: Tokenizer, template: Template):
-        if module.config.vocab_size < tokenizer.vocab_size:
+        rows = module.config.vocab_size
+        if tokenizer.lacking(rows):
             raise ValueError(
-                f"{name}: vocab_size {module.config.vocab_size} is smaller than the tokenizer's "
-                f"{tokenizer.vocab_size}: it was trained with another tokenizer"
+                f"{name}: vocab_size {rows} is smaller than the tokenizer's {tokenizer.vocab_size}: it was trained "
+                "with another tokenizer"
             )
-        self.module, self.variables, self.tokenizer, self.template = module, variables, tokenizer, template
+        self.module = module.clone(config=dataclasses.replace(module.config, unused_rows=tokenizer.holes(rows)))
+        self.variables, self.tokenizer, self.template = variables, tokenizer.for_rows(rows), template
+
+    def reads_as(self, other: "Network") -> bool:
+        """Says whether texts have the same tokens here as in another network."""
+        ours, theirs = (encode(PROBE, network.template, network.tokenizer).ids for network in (self, other))
+        return ours == theirs and not self.tokenizer.differing(other.tokenizer)
 
 
 class Policy(Network):
@@ -93,8 +101,8 @@ class Policy(Network):
         def run(params: Any, prompts: PromptBatch, key: jax.Array, length: int, sampling: Sampling) -> Any:
             tokenizer = self.tokenizer
             rollout = generate(
-                self.module, params, prompts, key, response_length=length, eos_id=tokenizer.eos_id,
-                pad_id=tokenizer.pad_id, sampling=sampling,
+                self.module, params, prompts, key, response_length=length,
+                eos_id=self.template.ends(tokenizer), pad_id=tokenizer.pad_id, sampling=sampling,
             )  # fmt: skip
             return rollout.tokens[:, -length:], rollout.mask[:, -length:]
 
@@ -111,6 +119,15 @@ class Scorer(Network):
             for prompt, response in zip(prompts, responses, strict=True)
         ]
         return self.score_tokens([encode(text, self.template, self.tokenizer).ids for text in texts])
+
+    def score_answers(
+        self, policy: Policy, conversation: Sequence[Message], answers: Sequence[Sequence[int]]
+    ) -> np.ndarray:
+        """Scores tokens that a policy answered to a conversation, f32[B]; as text, where they are others here."""
+        if not self.reads_as(policy):
+            return self([conversation] * len(answers), [policy.tokenizer.decode(ids) for ids in answers])
+        prompt = encode(list(conversation), policy.template, policy.tokenizer).ids
+        return self.score_tokens([[*prompt, *ids] for ids in answers])
 
     def score_tokens(self, rows: Sequence[Sequence[int]]) -> np.ndarray:
         """Scores token ids as they stand, f32[B].
@@ -129,13 +146,14 @@ class Scorer(Network):
         return jax.jit(lambda variables, tokens, mask: sequence_scores(self.module, variables, tokens, mask))
 
 
-def load_policy(path_or_id: str, *, template: str | Template = "plain", dtype: str = "float32",
+def load_policy(path_or_id: str, *, template: str | Template | None = None, dtype: str = "float32",
                 tokenizer: Tokenizer | None = None) -> Policy:  # fmt: skip
     """Opens a language model for use.
 
     Args:
         path_or_id: A folder or a hub id.
-        template: How turns are written: as in `load_template`, or a template.
+        template: How turns are written: as in `load_template`, or a template; by default as the tokenizer's own chat
+            template says, or where there is none "plain".
         dtype: Of parameters and matmuls.
         tokenizer: By default the one beside the model.
 
@@ -146,7 +164,7 @@ def load_policy(path_or_id: str, *, template: str | Template = "plain", dtype: s
     return Policy(path_or_id, *open_network(path_or_id, "lm", template, dtype, tokenizer, None))
 
 
-def load_scorer(path_or_id: str, *, template: str | Template = "plain", dtype: str = "float32",
+def load_scorer(path_or_id: str, *, template: str | Template | None = None, dtype: str = "float32",
                 tokenizer: Tokenizer | None = None, score_type: ScoreType | None = None) -> Scorer:  # fmt: skip
     """Opens a reward or cost model for use; a folder without a score head, or of the other kind, is refused.
 
@@ -164,13 +182,13 @@ def load_scorer(path_or_id: str, *, template: str | Template = "plain", dtype: s
     return Scorer(path_or_id, *open_network(path_or_id, "score", template, dtype, tokenizer, score_type))
 
 
-def open_network(path_or_id: str, head: Any, template: str | Template, dtype: str, tokenizer: Tokenizer | None,
+def open_network(path_or_id: str, head: Any, template: str | Template | None, dtype: str, tokenizer: Tokenizer | None,
                  score_type: ScoreType | None) -> tuple[Any, Any, Tokenizer, Template]:  # fmt: skip
     """Returns module, variables, tokenizer and template."""
     folder = hf.resolve(path_or_id)
     hf.read_config(folder)  # says more than a tokenizer does of a file that another stands for
     tokenizer = tokenizer or load_tokenizer(str(folder))
-    if isinstance(template, str):
-        template = load_template(template, tokenizer)
+    if not isinstance(template, Template):
+        template = load_template(template or default_template(tokenizer), tokenizer)
     module, variables = hf.load(folder, head, dtype, score_type=score_type, as_stored=head == "score")
     return module, variables, tokenizer, template

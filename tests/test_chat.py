@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from safe_rlhf_jax import chat
@@ -108,8 +109,8 @@ def test_the_best_of_several_answers_is_kept_by_reward_within_the_cost_limit(fol
         def __init__(self, values):
             self.values = values
 
-        def score_tokens(self, rows):
-            return [next(self.values)]
+        def score_answers(self, policy, conversation, answers):
+            return np.array([next(self.values) for _ in answers])
 
     def look():
         if speaker.note.startswith("answer") and (not seen or seen[-1][0] != speaker.note):

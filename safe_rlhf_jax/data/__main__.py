@@ -124,7 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     from safe_rlhf_jax import config as cfg
     from safe_rlhf_jax.data.report import show
-    from safe_rlhf_jax.data.templates import load_template
+    from safe_rlhf_jax.data.templates import default_template, load_template
     from safe_rlhf_jax.data.tokenizer import load_tokenizer
     from safe_rlhf_jax.stages.common import described, read_mixture
 
@@ -133,7 +133,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.config is not None:
             run = cfg.load_config(options.config, [*filter(None, [options.name]), *options.overrides])
             tokenizer, max_bad = load_tokenizer(run.tokenizer), run.max_bad_records
-            template, uses = load_template(run.template, tokenizer), list(uses_of(run))
+            template, uses = load_template(run.template or default_template(tokenizer), tokenizer), list(uses_of(run))
         else:
             tokenizer, max_bad = load_tokenizer(options.tokenizer), options.max_bad_records
             template = load_template(options.template, tokenizer)

@@ -143,6 +143,11 @@ TEMPLATES: dict[str, Template] = {
 }
 
 
+def default_template(tokenizer: Tokenizer) -> str:
+    """Returns the name of the template that a tokenizer is used with where nobody says: its own, if it has one."""
+    return "tokenizer" if tokenizer.hf.chat_template else "plain"
+
+
 def load_template(
     name: str,
     tokenizer: Tokenizer,

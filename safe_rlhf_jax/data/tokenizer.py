@@ -44,6 +44,24 @@ class Tokenizer:
         edges = zip([-1, *known], [*known, rows], strict=True)
         return tuple((low + 1, high) for low, high in edges if high > low + 1)
 
+    def lacking(self, rows: int) -> list[int]:
+        """Returns the tokens beyond the rows of an embedding that texts cannot do without.
+
+        They can do without added tokens that neither open nor end them, such as those of images: a text that has one is
+        unusable.
+        """
+        spare = self.hf.added_tokens_decoder.keys() - {self.eos_id, *self.prefix}
+        return sorted(i for i in self.texts if i >= rows and i not in spare)
+
+    def for_rows(self, rows: int) -> "Tokenizer":
+        """Returns the tokenizer of embeddings of so many rows; where they have none for padding, EOS pads."""
+        pad_id = self.pad_id if self.pad_id < rows else self.eos_id
+        return dataclasses.replace(self, rows=rows, pad_id=pad_id)
+
+    def differing(self, other: "Tokenizer") -> list[int]:
+        """Returns the ids that are another token in another tokenizer."""
+        return [i for i in sorted(self.texts.keys() & other.texts.keys()) if self.texts[i] != other.texts[i]]
+
     def encode(self, text: str) -> list[int]:
         """Returns token ids of a text without the special tokens that open or close it."""
         if not self.hf.is_fast:

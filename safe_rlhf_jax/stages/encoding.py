@@ -5,7 +5,7 @@ import pathlib
 from typing import Any
 
 from safe_rlhf_jax import config as cfg
-from safe_rlhf_jax.data.templates import TEMPLATES, Template, load_template
+from safe_rlhf_jax.data.templates import TEMPLATES, Template, default_template, load_template
 from safe_rlhf_jax.data.tokenizer import Tokenizer, load_tokenizer, stored_ends
 from safe_rlhf_jax.models import hf
 
@@ -50,20 +50,13 @@ def open_encodings(config: cfg.RunConfig) -> tuple[dict[str, Encoding], Encoding
     tokenizer = load_tokenizer(config.tokenizer)
     ends = {end for reference, folder in folders.items() if reference not in scorers for end in stored_ends(folder)}
     tokenizer = dataclasses.replace(tokenizer, ends=(*tokenizer.ends, *(ends & tokenizer.texts.keys())))
-    ours = Encoding(tokenizer, run_template(config, config.template, tokenizer, config.template_options))
+    name = config.template or default_template(tokenizer)
+    ours = Encoding(tokenizer, run_template(config, name, tokenizer, config.template_options))
     found = {reference: own_encoding(config, ours, reference) for reference in scorers}
     own = {reference: encoding for reference, encoding in found.items() if encoding is not None}
     sizes = [stored_rows(folder) for reference, folder in folders.items() if reference not in own]
-    rows = min((size for size in sizes if size is not None), default=None)
-    return own, dataclasses.replace(ours, tokenizer=with_rows(tokenizer, rows))
-
-
-def with_rows(tokenizer: Tokenizer, rows: int | None) -> Tokenizer:
-    """Returns a tokenizer for embeddings of so many rows; where they have none for its padding token, EOS pads."""
-    if rows is None or rows >= tokenizer.vocab_size:
-        return tokenizer
-    pad_id = tokenizer.pad_id if tokenizer.pad_id < rows else tokenizer.eos_id
-    return dataclasses.replace(tokenizer, rows=rows, pad_id=pad_id)
+    rows = min((size for size in sizes if size is not None), default=tokenizer.vocab_size)
+    return own, dataclasses.replace(ours, tokenizer=tokenizer.for_rows(rows))
 
 
 def run_template(config: cfg.RunConfig, name: str, tokenizer: Tokenizer, options: dict[str, Any]) -> Template:
@@ -109,23 +102,20 @@ def own_encoding(config: cfg.RunConfig, ours: Encoding, reference: str) -> Encod
     folder, named = model_folder(reference), config.templates.get(reference)
     if folder is None or not any((folder / name).is_file() for name in TOKENIZER_FILES):
         return None
-    theirs = with_rows(load_tokenizer(str(folder)), stored_rows(folder))
-    same = not different_ids(ours.tokenizer, theirs)
+    theirs = load_tokenizer(str(folder))
+    theirs = theirs.for_rows(stored_rows(folder) or theirs.vocab_size)
+    same = not ours.tokenizer.differing(theirs)
     chat = theirs.hf.chat_template
-    if same and (named == config.template or (named is None and chat in (None, exported_template(ours)))):
+    as_ours = chat in (None, exported_template(ours)) if named is None else named == config.template
+    if same and as_ours:
         return None
-    name = named or ("tokenizer" if chat else config.template)
+    name = named or ("tokenizer" if chat else config.template or "tokenizer")
     if name == "tokenizer" and not chat:
         raise cfg.ConfigError(
             f"{reference!r} has a tokenizer of its own, without a chat template; say how its texts are written: "
             f"templates: {{{reference!r}: …}}, one of {', '.join(TEMPLATES)} or a .jinja file"
         )
     return Encoding(theirs, run_template(config, name, theirs, {}))
-
-
-def different_ids(ours: Tokenizer, theirs: Tokenizer) -> list[int]:
-    """Returns the ids that are another token in each of two tokenizers."""
-    return [i for i in sorted(ours.texts.keys() & theirs.texts.keys()) if ours.texts[i] != theirs.texts[i]]
 
 
 def exported_template(encoding: Encoding) -> str:
