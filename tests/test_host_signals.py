@@ -73,7 +73,8 @@ def finished(folders, tmp_path_factory):
     pairs = {"name": "demo/preference", "split": "test", "limit": 16}
     stages.append(
         {"name": "dpo", "kind": "dpo", "init_from": "preset:tiny", "data": pairs, "preference": "lagrangian",
-         "epochs": 1, "batch_size": 8, "max_length": 48} | {name: common[name] for name in ("reward_model", "cost_model")}
+         "epochs": 1, "batch_size": 8, "max_length": 48, "reward_model": common["reward_model"],
+         "cost_model": common["cost_model"]}
     )  # fmt: skip
     tree = {"workdir": str(workdir), "execution": {"scan_layers": False}, "stages": stages}
     file = workdir / "config.yaml"

@@ -8,7 +8,7 @@ import contextlib
 import dataclasses
 import json
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, Literal
 
 import jax
@@ -250,6 +250,7 @@ def save(
     tokenizer: Any = None,
     *,
     layout: Layout | None = None,
+    ends: Collection[int] = (),
     max_file_bytes: int = MAX_FILE_BYTES,
 ) -> pathlib.Path:
     """Writes a folder that transformers' `from_pretrained` opens.
@@ -265,6 +266,8 @@ def save(
         tokenizer: A transformers tokenizer, saved beside the weights with its chat template.
         layout: Of a score model: "beaver", or "sequence_classification", which transformers'
             AutoModelForSequenceClassification opens; by default the one it was loaded from, else "beaver".
+        ends: Tokens that end a response, for generation_config.json; by default the tokenizer's and those it was
+            loaded with.
         max_file_bytes: Size above which weights are split into several files.
 
     Returns:
@@ -303,7 +306,9 @@ def save(
         if not isinstance(module, ScoreModel):
             generation = {k: v for k, v in stored.get("generation_config.json", {}).items() if k not in STALE}
             ids = {name: hf[name] for name in TOKEN_IDS if name in hf}
-            write_json(folder / "generation_config.json", with_token_ids(ids | generation, tokenizer))
+            generation = with_token_ids(ids | generation, tokenizer)
+            several = {"eos_token_id": sorted(ends)} if len(ends) > 1 else {}
+            write_json(folder / "generation_config.json", generation | several)
         write_json(folder / "config.json", hf)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(f"{folder} is written")

@@ -10,17 +10,17 @@ from typing import Any
 from safe_rlhf_jax import config as cfg
 from safe_rlhf_jax.config_errors import ConfigError, nearest_divisors, nearest_multiples
 from safe_rlhf_jax.data import examples
-from safe_rlhf_jax.data.tokenizer import Tokenizer, load_tokenizer
+from safe_rlhf_jax.data.tokenizer import load_tokenizer
 from safe_rlhf_jax.models import hf
 from safe_rlhf_jax.rl.algorithms import ALGORITHMS
 from safe_rlhf_jax.rl.lagrange import combine_signals
 from safe_rlhf_jax.stages.common import Run, model_config
 from safe_rlhf_jax.stages.constraints import Limited, check_groups, constraints_of, load_labelled
+from safe_rlhf_jax.stages.encoding import described, has_tokenizer
 from safe_rlhf_jax.stages.reinforcement import load_prompts, load_ptx
 from safe_rlhf_jax.stages.supervised import load_examples
 
-EXECUTION = ("dtype", "remat", "scan_layers", "initializer_range")  # no part of an architecture
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+EXECUTION = (*cfg.Execution.model_fields, "initializer_range", "unused_rows")  # no part of an architecture
 
 
 def check_run(run: Run) -> None:
@@ -31,6 +31,8 @@ def check_run(run: Run) -> None:
     """
     if run.config.wandb and importlib.util.find_spec("wandb") is None:
         raise ConfigError("wandb: true, but the package is not installed: pip install 'safe_rlhf_jax[wandb]'")
+    for line in described(run):
+        print(line)
     for stage in run.config.stages:
         if run.result(stage.name) is not None:
             continue
@@ -105,31 +107,32 @@ def check_model(run: Run, stage: Any, field: str, reference: str) -> None:
             f"{where} has {room} positions{beyond}, fewer than the {sum(fields.values())} tokens of {terms}; "
             "shorten them"
         )
-    if run.tokenizer.vocab_size > config.vocab_size:
+    tokenizer, name = run.encoding(reference).tokenizer, run.config.tokenizer
+    if missing := tokenizer.lacking(config.vocab_size):
         raise ConfigError(
-            f"{where} embeds {config.vocab_size} tokens, but tokenizer {run.config.tokenizer!r} has "
-            f"{run.tokenizer.vocab_size}; use the model's own tokenizer"
+            f"{where} embeds {config.vocab_size} tokens, but tokenizer {reference if reference in run.own else name!r} "
+            f"has {tokenizer.vocab_size}, such as {tokenizer.quoted(missing[:3])}; use the model's own tokenizer"
         )
     if reference.startswith(("path:", "hf:")):
-        check_folder(run, where, stage, field, hf.resolve(run.model_folder(reference)))
+        check_folder(run, where, stage, field, reference)
 
 
-def check_folder(run: Run, where: str, stage: Any, field: str, folder: pathlib.Path) -> None:
-    """A folder holds the model that it is opened as, and its token ids are the run's."""
+def check_folder(run: Run, where: str, stage: Any, field: str, reference: str) -> None:
+    """A folder holds the model that it is opened as, and its token ids are the run's, unless it only scores."""
+    folder = hf.resolve(run.model_folder(reference))
     try:
         check_stored(stage, field, folder)
     except ValueError as error:
         raise ConfigError(f"{where}: {error}") from error
-    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+    if reference in run.own or not has_tokenizer(folder):
         return
-    theirs, ours = token_of_id(load_tokenizer(str(folder))), token_of_id(run.tokenizer)
-    different = [i for i in sorted(ours.keys() & theirs.keys()) if ours[i] != theirs[i]]
-    if different:
+    theirs = load_tokenizer(str(folder))
+    if different := run.tokenizer.differing(theirs):
         i = different[0]
         raise ConfigError(
             f"{where} has another tokenizer than the run's {run.config.tokenizer!r}: {len(different)} ids differ, such "
-            f"as {i}, {theirs[i]!r} there and {ours[i]!r} here. The compiled step hands the actor's token ids on as"
-            " they are, without decoding them: all models of a run share one tokenizer"
+            f"as {i}, {theirs.texts[i]!r} there and {run.tokenizer.texts[i]!r} here. Policies, and the critics that "
+            "read their tokens, share one tokenizer; only reward and cost models may have one of their own"
         )
 
 
@@ -149,11 +152,6 @@ def check_stored(stage: Any, field: str, folder: pathlib.Path) -> None:
             f'"score_type": "{kind}" there; if it is a language model, train a {kind} stage from it'
         )
     hf.inspect(folder, "score" if kind else "lm", score_type=kind, as_stored=scorer is not None)
-
-
-def token_of_id(tokenizer: Tokenizer) -> dict[int, str]:
-    """Returns {id: token} of a tokenizer."""
-    return {i: token for token, i in tokenizer.hf.get_vocab().items()}
 
 
 def check_same_architecture(run: Run, stage: Any) -> None:

@@ -270,7 +270,7 @@ def optimizer_of(config: cfg.OptimizerConfig, total_steps: int) -> optax.Gradien
 def export(run: Run, folder: pathlib.Path, module: Any, state: TrainState, layout: Layout | None = None) -> None:
     """Writes `export/`, a Hugging Face folder of the network and the tokenizer; `layout` is that of a score model."""
     variables = {"params": state.params} | ({"stats": state.stats} if state.stats else {})
-    hf.save(folder / "export", module, variables, run.tokenizer.hf, layout=layout)
+    hf.save(folder / "export", module, variables, run.tokenizer.hf, layout=layout, ends=run.ends)
 
 
 def oracle_for(data: cfg.Data) -> Callable[[str, str], dict[str, Any]] | None:

@@ -161,5 +161,5 @@ def run_merge(run: Run, stage: cfg.MergeStage, folder: pathlib.Path) -> dict[str
     _, second = open_model(run, stage.other, "lm")
     w = stage.weight
     params = jax.tree.map(lambda a, b: (1 - w) * a + w * b, first["params"], second["params"])
-    hf.save(folder / "export", module, {"params": params}, run.tokenizer.hf)
+    hf.save(folder / "export", module, {"params": params}, run.tokenizer.hf, ends=run.ends)
     return {"metrics": {}}

@@ -81,6 +81,11 @@ def model_folder(reference: str) -> pathlib.Path | None:
         return None
 
 
+def has_tokenizer(folder: pathlib.Path) -> bool:
+    """Says whether there is a tokenizer in a folder."""
+    return any((folder / name).is_file() for name in TOKENIZER_FILES)
+
+
 def stored_rows(folder: pathlib.Path) -> int | None:
     """Returns the rows of the embedding of the model in a folder, None where its config.json does not say."""
     try:
@@ -100,7 +105,7 @@ def own_encoding(config: cfg.RunConfig, ours: Encoding, reference: str) -> Encod
         ConfigError: If nothing says which template it has.
     """
     folder, named = model_folder(reference), config.templates.get(reference)
-    if folder is None or not any((folder / name).is_file() for name in TOKENIZER_FILES):
+    if folder is None or not has_tokenizer(folder):
         return None
     theirs = load_tokenizer(str(folder))
     theirs = theirs.for_rows(stored_rows(folder) or theirs.vocab_size)
@@ -126,14 +131,29 @@ def exported_template(encoding: Encoding) -> str:
     return source if template.opens or not opening else f"{{{{ {opening!r} }}}}{source}"
 
 
-def described_ends(encoding: Encoding) -> str | None:
-    """Returns in words who ends a response with what, None where all agree."""
-    tokenizer, end = encoding.tokenizer, encoding.template.end
-    if len(encoding.ends) == 1:
-        return None
-    others = [i for i in tokenizer.ends if i != tokenizer.eos_id]
-    parts = [f"the tokenizer's eos_token is {tokenizer.quoted([tokenizer.eos_id])}"]
-    parts += [f"generation_config.json names {tokenizer.quoted(others)}"] if others else []
-    parts += [f"the template ends a turn with {tokenizer.quoted([end])}"] if end is not None else []
-    taught = end if end in tokenizer.ends else tokenizer.eos_id
-    return f"{'; '.join(parts)}. Generation stops at each of them, training teaches {tokenizer.quoted([taught])}"  # type: ignore[list-item]
+def described(run: Any) -> list[str]:
+    """Returns what is worth saying once of how a run reads and ends texts."""
+    tokenizer, template, end = run.tokenizer, run.template, run.template.end
+    lines = []
+    if run.config.template is None and template.source is None:
+        lines.append("template: the tokenizer's own chat template")
+    if len(run.ends) > 1 or end not in (None, tokenizer.eos_id):
+        others = [i for i in tokenizer.ends if i != tokenizer.eos_id]
+        parts = [f"the tokenizer's eos_token is {tokenizer.quoted([tokenizer.eos_id])}"]
+        parts += [f"the model's generation_config.json names {tokenizer.quoted(others)}"] if others else []
+        parts += [f"the template ends a turn with {tokenizer.quoted([end])}"] if end is not None else []
+        taught = end if end in tokenizer.ends else tokenizer.eos_id
+        lines.append(
+            f"ends of responses: {'; '.join(parts)}. Generation stops at each, training teaches "
+            f"{tokenizer.quoted([taught])}"
+        )
+    if tokenizer.rows is not None and tokenizer.rows < tokenizer.vocab_size:
+        beyond = [i for i in sorted(tokenizer.texts) if i >= tokenizer.rows]
+        lines.append(
+            f"tokenizer: no row of an embedding for {len(beyond)} tokens, such as {tokenizer.quoted(beyond[:3])}; a text "
+            "that has one cannot be used"
+        )
+    for reference, own in run.own.items():
+        same = "template" if not tokenizer.differing(own.tokenizer) else "tokenizer"
+        lines.append(f"{reference}: has a {same} of its own; responses are decoded, written in it, and scored apart")
+    return lines
