@@ -1,6 +1,7 @@
 """What can be known of stored models before the first stage trains."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +14,7 @@ from safe_rlhf_jax import config as cfg
 from safe_rlhf_jax.data.tokenizer import load_tokenizer
 from safe_rlhf_jax.models import hf
 from safe_rlhf_jax.models.config import ScoreConfig
-from safe_rlhf_jax.stages import Run, check_run
+from safe_rlhf_jax.stages import Run, check_run, reinforcement
 from safe_rlhf_jax.stages.check import check_model, check_stored
 from safe_rlhf_jax.stages.common import model_config, open_model
 from tests.helpers import make_lm, make_scorer, tiny_config
@@ -59,8 +60,36 @@ def test_a_model_with_another_tokenizer_is_refused_with_the_reason(stored, tmp_p
     with pytest.raises(cfg.ConfigError) as error:
         checked(stored, tmp_path, f"stages.ppo_lag.{field}=path:{other}")
     message = str(error.value)
-    parts = ("ppo_lag", field, "another tokenizer than the run's 'demo'", "2 ids differ", "as 10", "one tokenizer")
+    parts = ["ppo_lag", field]
+    if field == "init_from":
+        parts += ["another tokenizer than the run's 'demo'", "2 ids differ", "as 10", "one tokenizer"]
+    else:
+        parts += ["a tokenizer of its own, without a chat template", f"templates: {{'path:{other}'"]
+        checked(stored, tmp_path, f"stages.ppo_lag.{field}=path:{other}", f"templates={{'path:{other}': beaver}}")
     assert all(part in message for part in parts), message
+
+
+def test_a_token_without_a_row_is_said_and_texts_that_have_it_are_unusable(stored, tmp_path, capsys):
+    folder = shutil.copytree(stored / "lm", tmp_path / "lm")
+    tokenizer = load_tokenizer(str(folder)).hf
+    tokenizer.add_tokens([f"<image_{i}>" for i in range(1000 - len(tokenizer) + 2)])
+    tokenizer.save_pretrained(folder)
+    file = tmp_path / "prompts.jsonl"
+    texts = ["how do i bake"] * 30 + [f"what is <image_{1001 - len(load_tokenizer('demo').hf)}>"]
+    file.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
+    data = {"name": str(file)}
+    stage = {"name": "ppo_lag", "kind": "rl", "init_from": f"path:{folder}", "reward_model": f"path:{folder}/../reward"}
+    stage |= {"prompts": data, "max_prompt_length": 24, "max_response_length": 8, "algorithm": {"name": "ppo"}}
+    shutil.copytree(stored / "reward", tmp_path / "reward")
+    config = tmp_path / "config.yaml"
+    config.write_text(json.dumps({"workdir": str(tmp_path / "run"), "tokenizer": str(folder), "stages": [stage]}))
+    run = Run(cfg.load_config(config, []))
+    check_run(run)
+    assert re.search(r"no row of an embedding for 2 tokens, such as '<image_\d+>' \(1000\)", capsys.readouterr().out)
+    loaded = reinforcement.load_prompts(run, run.config.stages[0], run.config.stages[0].prompts)
+    assert len(loaded) == 30
+    assert list(loaded.skipped.values()) == [1]
+    assert "for which a model has no row" in next(iter(loaded.skipped))
 
 
 def test_a_tokenizer_that_is_larger_than_the_embedding_is_refused(stored, tmp_path):

@@ -206,6 +206,11 @@ def model_config(run: Run, reference: str) -> ModelConfig:
     return hf.stored_config(hf.resolve(folder))
 
 
+def read_length(run: Run, reference: str, length: int) -> int:
+    """Returns the tokens that a scorer reads of a text: `length` of the run's; of its own as many as it can."""
+    return model_config(run, reference).max_positions if reference in run.own else length
+
+
 def initializer(module: Any) -> Callable[[jax.Array], Any]:
     """Returns init(key) -> variables with axis boxes."""
     tokens = jnp.zeros((1, 2), jnp.int32)

@@ -11,7 +11,7 @@ from safe_rlhf_jax.optim import schedule
 from safe_rlhf_jax.rl.algorithms import ALGORITHMS
 from safe_rlhf_jax.rl.constraints import MEAN, Constraint, Measure, by_group, rectified, tail
 from safe_rlhf_jax.rl.lagrange import LOG, PROJECTED, Multiplier, pid_multiplier
-from safe_rlhf_jax.stages.common import Run, described, handed_on, open_model, report_data
+from safe_rlhf_jax.stages.common import Run, described, handed_on, open_model, read_length, report_data
 
 LEAST_LOG_MULTIPLIER = 0.01  # where a dual stage finds that no multiplier is needed, log λ starts here
 
@@ -121,7 +121,7 @@ def load_labelled(run: Run, stage: Limited, data: cfg.Data, signal: str) -> exam
         encoding.template,
         encoding.tokenizer,
         safety=True,
-        max_length=stage.max_prompt_length + stage.max_response_length,
+        max_length=read_length(run, stage.scorers[signal], stage.max_prompt_length + stage.max_response_length),
         where=f"{stage.name}: cost_limit {described(data)}",
         max_bad=run.config.max_bad_records,
     )

@@ -21,7 +21,7 @@ from safe_rlhf_jax.evaluation import evaluate
 from safe_rlhf_jax.models import hf
 from safe_rlhf_jax.models.transformer import CausalLM
 from safe_rlhf_jax.optim import gradient_step
-from safe_rlhf_jax.stages.common import Run, open_model
+from safe_rlhf_jax.stages.common import Run, open_model, read_length
 from safe_rlhf_jax.types import Params, PreferenceBatch, TrainState
 
 LEFT_OUT = "both responses are unsafe"
@@ -103,7 +103,7 @@ def as_read_by(run: Run, stage: cfg.DPOStage, model: str, pairs: examples.Exampl
     if model not in run.own:
         return pairs
     encoding, where = run.encoding(model), f"{stage.name}: pairs as {model} reads them"
-    options: dict[str, Any] = {"max_length": stage.max_length, "where": where, "max_bad": 0.0}
+    options: dict[str, Any] = {"max_length": read_length(run, model, stage.max_length), "where": where, "max_bad": 0.0}
     return examples.load_pairs(pairs.records, encoding.template, encoding.tokenizer, safety=False, **options)
 
 

@@ -44,15 +44,19 @@ def open_encodings(config: cfg.RunConfig) -> tuple[dict[str, Encoding], Encoding
     Raises:
         ValueError: If a tokenizer or template cannot be opened.
     """
-    named = [(field, reference) for stage in config.stages for field, reference in cfg.references(stage).items()]
-    folders = {reference: folder for _, reference in named if (folder := model_folder(reference)) is not None}
-    scorers = [reference for field, reference in dict.fromkeys(named) if reference in folders and is_scorer(field)]
+    named = [(stage.name, *reference) for stage in config.stages for reference in cfg.references(stage).items()]
+    folders = {reference: folder for *_, reference in named if (folder := model_folder(reference)) is not None}
+    scorers = {
+        reference: f"{stage}: {field} {reference!r}"
+        for stage, field, reference in reversed(named)
+        if reference in folders and is_scorer(field)
+    }
     tokenizer = load_tokenizer(config.tokenizer)
     ends = {end for reference, folder in folders.items() if reference not in scorers for end in stored_ends(folder)}
     tokenizer = dataclasses.replace(tokenizer, ends=(*tokenizer.ends, *(ends & tokenizer.texts.keys())))
     name = config.template or default_template(tokenizer)
     ours = Encoding(tokenizer, run_template(config, name, tokenizer, config.template_options))
-    found = {reference: own_encoding(config, ours, reference) for reference in scorers}
+    found = {reference: own_encoding(config, ours, reference, where) for reference, where in scorers.items()}
     own = {reference: encoding for reference, encoding in found.items() if encoding is not None}
     sizes = [stored_rows(folder) for reference, folder in folders.items() if reference not in own]
     rows = min((size for size in sizes if size is not None), default=tokenizer.vocab_size)
@@ -95,7 +99,7 @@ def stored_rows(folder: pathlib.Path) -> int | None:
     return rows if isinstance(rows, int) else None
 
 
-def own_encoding(config: cfg.RunConfig, ours: Encoding, reference: str) -> Encoding | None:
+def own_encoding(config: cfg.RunConfig, ours: Encoding, reference: str, where: str) -> Encoding | None:
     """Returns the encoding of a scorer whose texts are written otherwise than the run's, None where they are not.
 
     It has one of its own if `templates` names it, if an id is another token than the run's, or if its tokenizer has
@@ -117,7 +121,7 @@ def own_encoding(config: cfg.RunConfig, ours: Encoding, reference: str) -> Encod
     name = named or ("tokenizer" if chat else config.template or "tokenizer")
     if name == "tokenizer" and not chat:
         raise cfg.ConfigError(
-            f"{reference!r} has a tokenizer of its own, without a chat template; say how its texts are written: "
+            f"{where} has a tokenizer of its own, without a chat template; say how its texts are written: "
             f"templates: {{{reference!r}: …}}, one of {', '.join(TEMPLATES)} or a .jinja file"
         )
     return Encoding(theirs, run_template(config, name, theirs, {}))
@@ -150,8 +154,8 @@ def described(run: Any) -> list[str]:
     if tokenizer.rows is not None and tokenizer.rows < tokenizer.vocab_size:
         beyond = [i for i in sorted(tokenizer.texts) if i >= tokenizer.rows]
         lines.append(
-            f"tokenizer: no row of an embedding for {len(beyond)} tokens, such as {tokenizer.quoted(beyond[:3])}; a text "
-            "that has one cannot be used"
+            f"tokenizer: no row of an embedding for {len(beyond)} tokens, such as {tokenizer.quoted(beyond[:3])}; a "
+            "text that has one cannot be used"
         )
     for reference, own in run.own.items():
         same = "template" if not tokenizer.differing(own.tokenizer) else "tokenizer"
