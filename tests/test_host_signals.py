@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from safe_rlhf_jax import config as cfg
+from safe_rlhf_jax.data.texts import encode
 from safe_rlhf_jax.data.tokenizer import load_tokenizer
 from safe_rlhf_jax.metrics import read_jsonl
 from safe_rlhf_jax.models import hf
@@ -126,11 +127,13 @@ def test_rewards_of_a_rollout_are_those_of_the_decoded_responses(finished, folde
     """The samples of the evaluation, scored once more by the pipeline."""
     _, workdir = finished
     samples = [json.loads(line) for line in (workdir / "evaluate" / "samples.jsonl").read_text().splitlines()]
-    ended = [s for s in samples if not s["truncated"] and s["response"].strip()]
-    assert len(ended) > 3
-    scorer = load_scorer(f"{folders}/own", template="tokenizer")
-    expected = scorer([s["prompt"] for s in ended], [s["response"] for s in ended])
-    np.testing.assert_allclose([s["reward"] for s in ended], expected, rtol=1e-4, atol=1e-4)
+    scorer = load_scorer(f"{folders}/own")
+    rows = []
+    for sample in samples:
+        turns = [{"role": "user", "content": sample["prompt"]}, {"role": "assistant", "content": sample["response"]}]
+        ids = encode(turns, scorer.template, scorer.tokenizer).ids
+        rows.append(ids[:-1] if sample["truncated"] else ids)
+    np.testing.assert_allclose([s["reward"] for s in samples], scorer.score_tokens(rows), rtol=1e-4, atol=1e-4)
     chosen = {(s["policy"], s["prompt"]) for s in samples}
     assert len({policy for policy, _ in chosen}) == 2, "the policy, and the best of two responses"
 
@@ -177,19 +180,10 @@ def test_scorer_without_a_template_asks_for_one(folders, tmp_path):
     hf.save(tmp_path / "own", *make_scorer("reward", tiny_config(vocab_size=tokenizer.vocab_size)), tokenizer.hf)
     stage = COMMON | {"name": "ppo_lag", "kind": "rl", "reward_model": f"path:{tmp_path}/own", "steps": 1}
     stage |= {"cost_model": f"path:{folders}/shared"}
-    chat.write_text(
-        "{% for m in messages %}{{ m.content + '\n' + (eos_token if m.role == 'assistant' else '') }}{% endfor %}"
-    )
-    tree = {
-        "workdir": str(tmp_path / "run"),
-        "stages": [stage],
-        "template": "tokenizer",
-        "tokenizer": str(tmp_path / "demo"),
-    }
-    from safe_rlhf_jax.data.tokenizer import load_tokenizer
-
+    tree = {"workdir": str(tmp_path / "run"), "stages": [stage], "template": "tokenizer"}
+    tree["tokenizer"] = str(tmp_path / "demo")
     demo = load_tokenizer("demo").hf
-    demo.chat_template = chat.read_text()
+    demo.chat_template = "{% for m in messages %}{{ m.content + '\n' + eos_token }}{% endfor %}"
     demo.save_pretrained(tmp_path / "demo")
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
     with pytest.raises(

@@ -66,7 +66,7 @@ class ScorerSignal:
                 f"{self.reference}: warning: a text of {len(ids)} tokens, where the model has {room} positions; texts "
                 "that are longer lose their beginning"
             )
-        return Text(ids[-room:], [])
+        return Text(ids[-room:], [False] * min(len(ids), room))
 
 
 @dataclasses.dataclass(frozen=True)
