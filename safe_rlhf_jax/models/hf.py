@@ -52,7 +52,7 @@ from safe_rlhf_jax.sharding import named_shardings
 __all__ = [
     "INDEX",
     "WEIGHTS",
-    "Stored",
+    "Matched",
     "abstract_variables",
     "inspect",
     "load",
@@ -78,7 +78,7 @@ Variables = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
-class Stored:
+class Matched:
     """A folder that matches the network its config.json describes; its weights have not been read."""
 
     module: CausalLM | ScoreModel
@@ -98,7 +98,7 @@ def inspect(
     score_bias: bool | None = None,
     as_stored: bool = False,
     scan_layers: bool = True,
-) -> Stored:
+) -> Matched:
     """Returns what `load` would open, after all checks that need no weights.
 
     Arguments and errors are those of `load`.
@@ -132,7 +132,7 @@ def inspect(
     match_shapes(tensors, weights, shapes, config)
     with within(folder):
         statistics = read_statistics(hf, tensors) if "stats" in boxed else {}
-    return Stored(module, tensors, weights, shapes, boxed, statistics)
+    return Matched(module, tensors, weights, shapes, boxed, statistics)
 
 
 def load(
@@ -205,6 +205,8 @@ def stored_config(folder: pathlib.Path) -> ModelConfig:
         ValueError: For a field that is not supported, naming it.
     """
     _, config = read_model_config(folder)
+    if not config.tie_embeddings:
+        return config
     try:
         tensors = Tensors(folder)
         respell(tensors, config)

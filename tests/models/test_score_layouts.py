@@ -146,7 +146,7 @@ def language_model(tmp_path):
 
 def test_a_language_model_has_no_scores_to_use_as_they_are(language_model):
     for score_type in (None, "reward", "cost"):
-        with pytest.raises(ValueError, match=r"lm: holds no score head, .*at random.*Train a reward or cost stage"):
+        with pytest.raises(ValueError, match=r"lm: holds no score head .*at random.*Train a reward or cost stage"):
             load(language_model, "score", score_type=score_type, as_stored=True)
     edit_config(language_model, score_type="reward")  # saying so makes no head
     with pytest.raises(ValueError, match="holds no score head"):

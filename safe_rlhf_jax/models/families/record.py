@@ -100,15 +100,14 @@ class Family:
         Raises:
             ValueError: For a switch that is not implemented, naming the field.
         """
+        for name in {*SIZES, *(str(self.spelling.get(name)) for name in SIZES)}:
+            if isinstance(size := hf.get(name), int) and size < 1:
+                raise unsupported(name, size, "a positive number")
         values, defaults = completed(hf)
         accepted = ACCEPTED | dict(self.accepted)
         for field, supported in accepted.items():
             if field in values and values[field] not in supported:
                 raise unsupported(field, values[field], supported)
-        for name in SIZES:
-            theirs = str(self.spelling.get(name, name))
-            if (size := values.get(theirs)) is not None and size < 1:
-                raise unsupported(theirs, size, "a positive number")
         fields = Fields(values, self.spelling)
         config = self.read(fields)
         for field in defaults.keys() - fields.read - accepted.keys() - UNUSED:
