@@ -4,9 +4,10 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from safe_rlhf_jax.data.formats import Record, Unusable, text_of
+from safe_rlhf_jax.data.records import LEFT_OUT, UNUSABLE, LeftOut, Record, Unusable, is_encodable, label_of, text_of
 from safe_rlhf_jax.data.templates import AnyTemplate
 from safe_rlhf_jax.data.tokenizer import Tokenizer
+from safe_rlhf_jax.data.turns import content_problem
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,8 +26,12 @@ def check_turns(messages: Any) -> None:
     start = 1 if roles[0] == "system" else 0
     for i, message in enumerate(messages):
         content = message.get("content") if isinstance(message, dict) else None
+        if isinstance(message, dict) and (problem := content_problem(message)):
+            raise Unusable(problem)
         if not isinstance(content, str) or (not content.strip() and i >= start):
             raise Unusable("no response" if (i - start) % 2 else "no prompt")
+        if not is_encodable(content):
+            raise Unusable("half a character (a lone surrogate)")
     if not roles[start:] or any(role != ("user", "assistant")[i % 2] for i, role in enumerate(roles[start:])):
         raise Unusable("turns that do not alternate between user and assistant")
 
@@ -76,10 +81,12 @@ def supervised_example(record: Record, template: AnyTemplate, tokenizer: Tokeniz
         check_turns(messages)
         if messages[-1]["role"] != "assistant":
             raise Unusable("the last turn is not the assistant's")
+        if any(turn["role"] == "assistant" and turn.get("weight") == 0 for turn in messages):
+            raise Unusable("a turn with weight 0, while all turns of the assistant are trained")
         return (encode(messages, template, tokenizer, train_all=True),)
     if "response" in record:
-        if record.get("is_safe") is not None and not record["is_safe"]:
-            raise Unusable("the response is labelled unsafe")
+        if "is_safe" in record and not label_of(record, "is_safe"):
+            raise LeftOut("the response is labelled unsafe")
         return (encode(answered(prompt_turns(record), text_of(record, "response")), template, tokenizer),)
     if "better_response_id" not in record:
         raise Unusable("no messages, prompt + response, or pair with better_response_id")
@@ -90,13 +97,10 @@ def supervised_example(record: Record, template: AnyTemplate, tokenizer: Tokeniz
 def two_responses(record: Record, label: str) -> tuple[int, list[Any], str, str]:
     """Returns the label's value (0 or 1), the prompt and both responses."""
     prompt, *responses = prompt_turns(record), text_of(record, "response_0"), text_of(record, "response_1")
-    if record.get(label) is None:
-        raise Unusable(f"missing {label}")
-    if record[label] not in (0, 1):
-        raise Unusable(f"{label} is neither 0 nor 1")
+    labelled = label_of(record, label)
     if responses[0] == responses[1]:
         raise Unusable("identical responses")
-    return int(record[label]), prompt, responses[0], responses[1]
+    return labelled, prompt, responses[0], responses[1]
 
 
 def preference_example(record: Record, template: AnyTemplate, tokenizer: Tokenizer) -> tuple[Text, Text]:
@@ -120,31 +124,41 @@ def paired(records: Sequence[Record]) -> list[Record]:
     """Returns safety pairs for the labelled single responses (PKU-SafeRLHF-QA, BeaverTails) among records.
 
     Under each prompt, the first safe response is paired with the first unsafe one, the second with the second, and so
-    on; responses that find no partner are left as they are. Records that are pairs already stay.
+    on; what finds no partner is left out. Of several annotators' labels of one response the majority counts. Records
+    that are pairs already stay.
     """
-    by_prompt: dict[str, dict[bool, list[Record]]] = {}
     out = []
+    labelled: dict[str, dict[str, list[tuple[Record, int]]]] = {}  # prompt -> response -> its labels
     for record in records:
-        if record.get("is_safe") not in (True, False) or "response" not in record:
+        if record.keys() & {UNUSABLE, LEFT_OUT} or not record.keys() >= {"prompt", "response", "is_safe"}:
             out.append(record)
             continue
-        sides = by_prompt.setdefault(str(record.get("prompt")), {True: [], False: []})
-        sides[bool(record["is_safe"])].append(record)
-    for sides in by_prompt.values():
-        for safe, unsafe in zip(sides[True], sides[False], strict=False):
+        try:
+            label = label_of(record, "is_safe")
+        except Unusable as reason:
+            out.append(record | {UNUSABLE: str(reason)})
+            continue
+        labelled.setdefault(str(record["prompt"]), {}).setdefault(str(record["response"]), []).append((record, label))
+    for responses in labelled.values():
+        sides: tuple[list[Record], list[Record]] = ([], [])  # unsafe, safe
+        for given in responses.values():
+            safe, whole = sum(label for _, label in given), len(given)
+            if 2 * safe != whole:
+                sides[2 * safe > whole].append(given[0][0])
+            repeats = given if 2 * safe == whole else given[1:]
+            out += [record | {LEFT_OUT: "one of several labels of a response"} for record, _ in repeats]
+        for unsafe, safe_ in zip(*sides, strict=False):
             labels = {"safer_response_id": 0, "is_response_0_safe": True, "is_response_1_safe": False}
-            out.append(safe | {"response_0": safe["response"], "response_1": unsafe["response"]} | labels)
-        both = min(len(sides[True]), len(sides[False]))
-        out += sides[True][both:] + sides[False][both:]
+            out.append(safe_ | {"response_0": safe_["response"], "response_1": unsafe["response"]} | labels)
+        both = min(map(len, sides))
+        alone = "no response with the other label to the same prompt"
+        out += [record | {LEFT_OUT: alone} for side in sides for record in side[both:]]
     return out
 
 
 def safety_labels(record: Record) -> tuple[bool, bool]:
     """Returns is_response_0_safe, is_response_1_safe."""
-    labels = [record.get(f"is_response_{i}_safe") for i in (0, 1)]
-    if any(label not in (True, False) for label in labels):
-        raise Unusable("is_response_0_safe or is_response_1_safe missing or not a truth value")
-    return bool(labels[0]), bool(labels[1])
+    return bool(label_of(record, "is_response_0_safe")), bool(label_of(record, "is_response_1_safe"))
 
 
 def prompt_example(record: Record, template: AnyTemplate, tokenizer: Tokenizer) -> tuple[Text]:

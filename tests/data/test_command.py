@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -105,13 +106,15 @@ def test_command_line_that_names_no_data_or_two_is_refused(arguments, capsys):
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="../shared/data is absent")
-@pytest.mark.parametrize("path", sorted(SHARED.glob("*.json*")), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", sorted(SHARED.glob("*.[jc]*")), ids=lambda path: path.name)
 def test_published_file_is_shown_and_its_broken_copy_refused(shown, path):
     content = path.read_bytes()
     options = ["--limit", "50", "--max-length", "4096"]
     status, out, error = shown(content, *options, name=path.name)
     assert status == 0, error
-    assert "50 records, " in out
-    status, _, error = shown(content[: len(content) // 2], *options, name=path.name)
+    assert re.search("^  (50|32) records, ", out, re.MULTILINE)
+    half = content[: len(content) // 2]
+    half = half[: half.rindex(b",")] if path.suffix == ".csv" else half  # a text that stops early is still a text
+    status, _, error = shown(half, *options, name=path.name)
     assert status == 1
     assert error.count("\n") == 1
