@@ -86,11 +86,11 @@ class Format:
         """
         if UNUSABLE in raw:
             return raw
-        given = {name: value for name, value in raw.items() if name in self.needs or holds(value)}
-        read = OWN if self.convert is from_own else (*self.needs, *self.also, *OWN)
-        rest = {name: value for name, value in given.items() if name not in read}
+        given = dict.fromkeys(self.needs) | {name: value for name, value in raw.items() if holds(value)}
+        read = OWN if self.convert is from_own else (*self.needs, *self.also)
+        rest = {name: value for name, value in given.items() if name not in (*read, *OWN)}
         try:
-            found = self.convert(read_lists(given))
+            found = self.convert(read_lists(given, read))
         except LeftOut as reason:
             return raw | {LEFT_OUT: str(reason)}
         except Unusable as reason:

@@ -159,7 +159,8 @@ def problem_of(value: Any) -> Problem | None:
     if not isinstance(value, dict):
         return Problem("no JSON object", f" is no JSON object: {brief(value)}", brief(value))
     if taken := set(RESERVED) & value.keys():
-        return Problem(f"a column of the reserved name {min(taken)!r}", f" has a column of the reserved name {taken}")
+        reason = f"a column of the reserved name {min(taken)!r}"
+        return Problem(reason, f" has {reason}")
     return None
 
 
@@ -178,7 +179,8 @@ def objects_of(line: bytes) -> list[Record] | Problem:
 
 def read_json(path: pathlib.Path, content: bytes, kind: str) -> list[Record]:
     """Reads an object per line, or else JSON as a whole."""
-    lines = [] if content.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[") else content.split(b"\n")
+    is_list = kind == ".json" and content.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
+    lines = [] if is_list else content.split(b"\n")
     # Only line feeds end a line: JSON may hold other separators, such as U+2028, as they are.
     found = [(number, objects_of(line)) for number, line in enumerate(lines, 1) if line.strip()]
     problems = [(number, made) for number, made in found if isinstance(made, Problem)]
@@ -205,7 +207,8 @@ def read_whole(path: pathlib.Path, content: bytes, kind: str) -> list[Record]:
     elif len(values) == 1 and isinstance(values[0], dict) and kind == ".json":
         values = held_by(path, values[0])
     elif any(isinstance(value, list) for value in values):
-        raise ValueError(f"data {path}: {len(values)} lists; wanted one list of objects, or an object per line")
+        wanted = "wanted one list of objects, or an object per line"
+        raise ValueError(f"data {path}: {len(values)} values, some of them lists; {wanted}")
     numbered = [(number, value, problem_of(value)) for number, value in enumerate(values, 1)]
     records = [Located(value, f"{path} record ", number) for number, value, problem in numbered if problem is None]
     return with_problems(path, "record", records, [(number, p) for number, _, p in numbered if p is not None])
@@ -301,8 +304,8 @@ def read_parquet(path: pathlib.Path) -> list[Record]:
         if file.read(4) != b"PAR1":
             read_bytes(path)  # says what it is, if that is known
     try:
-        table = pyarrow_parquet().read_table(path)
-        names, rows = table.column_names, table.to_pylist()
+        names = pyarrow_parquet().read_schema(path).names
+        rows = pyarrow_parquet().read_table(path).to_pylist() if len(set(names)) == len(names) else []
     except Exception as error:  # a damaged file raises what it likes
         raise ValueError(f"data {path}: cannot be read as Parquet: {one_line(error)}") from error
     column_names(path, names)

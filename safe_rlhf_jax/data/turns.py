@@ -5,16 +5,16 @@ import contextlib
 import json
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from safe_rlhf_jax.data.records import Message, Record, Unusable, brief
 
 # Fields that hold a list.
 LISTS = ("messages", "conversations", "completions", "turns", "history", "better_votes", "safer_votes")
-TEXTS = ("prompt", "completion", "chosen", "rejected", "response", "response_0", "response_1")  # text, or turns
 WRITTEN_LIST = re.compile(r"\s*(array\()?[\[{]")
-WRITTEN_TURNS = re.compile(r"""\s*(array\()?\[?\s*\{\s*(['"])(role|from|content|value)\2\s*:""")
+WRITTEN_TURN = re.compile(r"""\s*(array\()?\[?\s*\{\s*(['"])(role|from|content|value)\2\s*:""")
+SPEAKER, SPOKEN = ("role", "from"), ("content", "value")  # keys of a turn
 
 TURN = re.compile(r"\n\n(Human|Assistant):")
 ASKED = re.compile(r"\s*Human:.*\n\s*Assistant:|\n\n\s*Human:", re.DOTALL)  # how a prompt begins that is a transcript
@@ -26,25 +26,38 @@ ROLES = {
 }  # fmt: skip
 
 
-def read_lists(record: Record) -> Record:
-    """Returns a record in which lists that were written as text, as in CSV, are lists again."""
-    written = {
-        name: from_text(value, name)
-        for name, value in record.items()
-        if isinstance(value, str)
-        and ((name in LISTS and WRITTEN_LIST.match(value)) or (name in TEXTS and WRITTEN_TURNS.match(value)))
-    }
-    return record | written if written else record
+def read_lists(record: Record, fields: Iterable[str]) -> Record:
+    """Returns a record in which turns and other lists that were written as text, as in CSV, are lists again."""
+    written = {name: record[name] for name in fields if isinstance(record.get(name), str)}
+    return record | {name: list_in(text, name) for name, text in written.items()}
 
 
-def from_text(text: str, field: str) -> Any:
-    """Returns the list or object that a text spells in JSON, or as Python prints it; nothing is run."""
+def list_in(text: str, field: str) -> Any:
+    """Returns the list or the turns that a text spells; a text that is none as it is."""
+    is_list = field in LISTS
+    if not (WRITTEN_LIST if is_list else WRITTEN_TURN).match(text):
+        return text
+    value = literal(text)
+    if value is not None:
+        return value if is_list or are_turns(value) else text
+    if is_list or all(re.search(rf"""(['"])({"|".join(keys)})\1\s*:""", text) for keys in (SPEAKER, SPOKEN)):
+        raise Unusable(f"{field} is a list written as text that cannot be read")
+    return text
+
+
+def literal(text: str) -> Any:
+    """Returns what a text spells in JSON, or as Python prints it, or None; nothing is run."""
+    failures = (ValueError, SyntaxError, TypeError, MemoryError, RecursionError)
     for read in (json.loads, ast.literal_eval):
-        with contextlib.suppress(ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-            with warnings.catch_warnings(action="ignore"):  # about escapes that Python does not know
-                value = read(text)
-            return value
-    raise Unusable(f"{field} is a list written as text that cannot be read")
+        with contextlib.suppress(*failures), warnings.catch_warnings(action="ignore"):  # about escapes
+            return read(text)
+    return None
+
+
+def are_turns(value: Any) -> bool:
+    """Says whether a value is a turn, or a list of turns."""
+    turns = value if isinstance(value, list) else [value]
+    return all(isinstance(turn, dict) and all(turn.keys() & set(keys) for keys in (SPEAKER, SPOKEN)) for turn in turns)
 
 
 def turns_of(value: Any, what: str) -> list[Message]:
@@ -56,7 +69,7 @@ def turns_of(value: Any, what: str) -> list[Message]:
 
 def turn_of(turn: Message) -> Message:
     """Returns a turn with a role of ours, its text in one piece, and what else it holds."""
-    speakers = [turn[name] for name in ("role", "from") if turn.get(name) is not None]
+    speakers = [turn[name] for name in SPEAKER if turn.get(name) is not None]
     if len(speakers) > 1:
         raise Unusable("a turn has both role and from")
     role = ROLES.get(str(speakers[0]).strip().lower()) if speakers else None
@@ -65,7 +78,7 @@ def turn_of(turn: Message) -> Message:
     if role is None:
         raise Unusable(f"a turn is from {brief(speakers[0]) if speakers else 'nobody'}, neither human, gpt nor system")
     content = turn.get("content") if turn.get("content") is not None else turn.get("value")
-    read = ("role", "from", "content", "value")
+    read = (*SPEAKER, *SPOKEN)
     more = {str(name): value for name, value in turn.items() if name not in read and value not in (None, [], {})}
     return more | {"role": role, "content": joined(content)}
 
