@@ -211,13 +211,11 @@ def prefers(format_, raw, better, worse):
     if format_ == "alpaca_eval":
         return better == raw["output_1" if float(raw["preference"]) < 1.5 else "output_2"]
     if format_ == "ultrafeedback":
-        rating = {completion["response"]: completion for completion in raw["completions"]}
         names = ("fine-grained_score", "overall_score", "score")
-        scores = {
-            text: float(next(c[n] for n in names if any(o.get(n) is not None for o in raw["completions"])))
-            for text, c in rating.items()
-        }
-        return all(map(math.isfinite, scores.values())) and scores[better] > scores[worse]
+        name = next(n for n in names if any(completion.get(n) is not None for completion in raw["completions"]))
+        scores = [(float(completion[name]), completion.get("response")) for completion in raw["completions"]]
+        best = max(score for score, text in scores if text == better)
+        return all(math.isfinite(score) for score, _ in scores) and (best, better) == max(scores, key=lambda s: s[0])
     return from_raw(better, set(strings_in(raw["chosen"]))) and from_raw(worse, set(strings_in(raw["rejected"])))
 
 
