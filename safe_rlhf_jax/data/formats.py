@@ -204,15 +204,20 @@ def side_of(record: Record, side: str) -> list[Message]:
     return turns_of([value] if isinstance(value, dict) else value, side)
 
 
+def asked_turns(prompt: Any) -> list[Message]:
+    """Returns the turns of a prompt."""
+    asked = prompt_of(prompt)
+    return asked if isinstance(asked, list) else [{"role": "user", "content": text_of({"prompt": asked}, "prompt")}]
+
+
 def from_trl(record: Record) -> Record:
     """TRL preferences: text or turns, the prompt beside the responses."""
     prompt, chosen, rejected = (record.get(field) for field in ("prompt", "chosen", "rejected"))
     if not isinstance(chosen, str) or not isinstance(rejected, str):
         sides = [side_of(record, side) for side in ("chosen", "rejected")]
         if sides[0][0]["role"] == "assistant":  # otherwise each side is a whole conversation
-            asked = prompt_of(prompt)
-            turns = asked if isinstance(asked, list) else [{"role": "user", "content": text_of(record, "prompt")}]
-            sides = [[*turns, *side] for side in sides]
+            asked = asked_turns(prompt)
+            sides = [[*asked, *side] for side in sides]
         return dialogue_pair(*sides)
     if all(ASKED.match(side) for side in (chosen, rejected)):  # each side is a whole transcript
         if not isinstance(prompt, str) or prompt.strip() not in chosen:
@@ -237,9 +242,7 @@ def from_completion(record: Record) -> Record:
     prompt, completion = record.get("prompt"), record.get("completion")
     if isinstance(completion, str):
         return {"prompt": prompt_of(prompt), "response": response_of(completion, prompt, "completion")}
-    asked = prompt_of(prompt)
-    turns = asked if isinstance(asked, list) else [{"role": "user", "content": text_of(record, "prompt")}]
-    turns = [*turns, *side_of(record, "completion")]
+    turns = [*asked_turns(prompt), *side_of(record, "completion")]
     if turns[-1]["role"] != "assistant":
         raise Unusable("the last turn is not the assistant's")
     return {"prompt": plain(turns[:-1]), "response": turns[-1]["content"]}
