@@ -11,7 +11,18 @@ from typing import Any
 
 import numpy as np
 
-from safe_rlhf_jax.data.records import LEFT_OUT, PART, RESERVED, UNUSABLE, LeftOut, Record, Unusable, label_of, place_of
+from safe_rlhf_jax.data.records import (
+    LEFT_OUT,
+    PART,
+    RESERVED,
+    UNUSABLE,
+    LeftOut,
+    Record,
+    Unusable,
+    label_of,
+    place_of,
+    printable,
+)
 from safe_rlhf_jax.data.templates import AnyTemplate
 from safe_rlhf_jax.data.texts import (
     Text,
@@ -144,7 +155,7 @@ def listed(reasons: Counter[str]) -> str:
 def excerpt(record: Record) -> str:
     """Returns the beginning of a record."""
     read = {name: value for name, value in record.items() if name not in RESERVED}
-    text = json.dumps(read, ensure_ascii=False, default=str).encode(errors="replace").decode()
+    text = printable(json.dumps(read, ensure_ascii=False, default=str))
     return text if len(text) <= MAX_SHOWN else text[:MAX_SHOWN] + " …"
 
 

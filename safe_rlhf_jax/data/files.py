@@ -4,10 +4,11 @@ import pathlib
 import re
 
 from safe_rlhf_jax.data.readers import SUFFIXES, kind_of
+from safe_rlhf_jax.data.records import printable
 
 # A split's name as a whole word: no letter stands before it or behind it.
 SPLIT = re.compile(r"(?<![^\W\d_])(train|test|validation|valid|val|dev|eval)(?![^\W\d_])")
-METADATA = re.compile(r"(dataset_(info|infos|dict)|state|config|croissant|datapackage|(.*[._-])?metadata)\.json")
+METADATA = re.compile(r"(dataset_(info|infos|dict)|croissant|datapackage|(.*[._-])?(metadata|state|config))\.json")
 MAX_NAMED = 5  # files of a kind that are left out
 
 
@@ -33,7 +34,8 @@ def files_of(path: pathlib.Path, split: str) -> list[pathlib.Path]:
     others |= {f"split {name}": files for name, files in splits.items() if name != split}
     if others:
         left_out = "; ".join(f"{kind}: {named(path, files)}" for kind, files in sorted(others.items()))
-        print(f"data {path}: split {split} has {len(splits[split])} of the files; left out are {left_out}")
+        here = f"split {split} has {len(splits[split])} of the files"
+        print(printable(f"data {path}: {here}; left out are {left_out}"))
     return splits[split]
 
 
@@ -41,9 +43,12 @@ def files_in(path: pathlib.Path) -> tuple[dict[str, list[pathlib.Path]], dict[st
     """Returns the data files of a folder by split, and by kind those that are no data."""
     splits: dict[str, list[pathlib.Path]] = {}
     others: dict[str, list[pathlib.Path]] = {}
-    for file in sorted(filter(pathlib.Path.is_file, path.rglob("*"))):
+    for file in sorted(path.rglob("*")):
         inner = file.relative_to(path)
-        if any(part.startswith(".") for part in inner.parts):
+        if file.is_dir():
+            if file.is_symlink():
+                others.setdefault("linked folders", []).append(file)
+        elif any(part.startswith(".") for part in inner.parts):
             others.setdefault("hidden", []).append(file)
         elif not kind_of(file) or METADATA.fullmatch(file.name.lower()):
             others.setdefault("no data", []).append(file)

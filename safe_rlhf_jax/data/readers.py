@@ -14,7 +14,18 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from safe_rlhf_jax.data.formats import FORMATS
-from safe_rlhf_jax.data.records import RESERVED, UNUSABLE, Located, Record, Repeating, brief, flaw, located, one_line
+from safe_rlhf_jax.data.records import (
+    RESERVED,
+    UNUSABLE,
+    Located,
+    Record,
+    Repeating,
+    brief,
+    flaw,
+    located,
+    one_line,
+    printable,
+)
 
 SUFFIXES = (".json", ".jsonl", ".parquet", ".csv")  # each but parquet also with .gz
 MAX_SHOWN = 300  # characters of what is no record
@@ -70,13 +81,22 @@ def read_bytes(path: pathlib.Path) -> bytes:
         content = gzip.decompress(content) if path.suffix.lower() == ".gz" else content
     except (OSError, EOFError, zlib.error) as error:
         raise ValueError(f"data {path}: cannot be read: {error}") from error
-    for beginning, kind in CONTENTS.items():
-        if content.startswith(beginning):
-            raise ValueError(f"data {path}: this is {kind}")
+    check_contents(path, content)
     encoding = json.detect_encoding(content)
     if not encoding.startswith("utf-8"):
         raise ValueError(f"data {path}: this is no UTF-8 text, but perhaps {encoding.upper()}; convert the file")
     return content
+
+
+def check_contents(path: pathlib.Path, content: bytes) -> None:
+    """A file begins as none that its name does not speak of.
+
+    Raises:
+        ValueError: If it does, with what to do.
+    """
+    for beginning, kind in CONTENTS.items():
+        if content.startswith(beginning):
+            raise ValueError(f"data {path}: this is {kind}")
 
 
 def decoded(path: pathlib.Path, content: bytes) -> str:
@@ -232,7 +252,7 @@ def held_by(path: pathlib.Path, value: Record) -> list[Any]:
         if isinstance(part, list) and part and all(isinstance(item, dict) for item in part)
     ]
     if len(lists) == 1:
-        print(f"data {path}: one object; its list {lists[0]!r} is read")
+        print(printable(f"data {path}: one object; its list {lists[0]!r} is read"))
         return list(value[lists[0]])
     keys = brief(", ".join(value))
     wanted = "a list of objects, or an object per line" + " (orient='records' in pandas)" * by_column
@@ -258,7 +278,7 @@ def read_csv(path: pathlib.Path, content: bytes) -> list[Record]:
         return []
     header = column_names(path, rows[0][1])
     if any(value for _, row in rows for name, value in zip(header, row, strict=False) if not name):
-        print(f"data {path}: columns without a name are left out")
+        print(printable(f"data {path}: columns without a name are left out"))
     records = []
     problems = []
     for number, row in rows[1:]:
@@ -300,9 +320,12 @@ def pyarrow_parquet() -> Any:
 
 def read_parquet(path: pathlib.Path) -> list[Record]:
     """Reads a Parquet file."""
-    with path.open("rb") as file:
-        if file.read(4) != b"PAR1":
-            read_bytes(path)  # says what it is, if that is known
+    try:
+        with path.open("rb") as file:
+            beginning = file.read(MAX_SHOWN)
+    except OSError as error:
+        raise ValueError(f"data {path}: cannot be read: {error}") from error
+    check_contents(path, beginning.removeprefix(b"PAR1"))
     try:
         names = pyarrow_parquet().read_schema(path).names
         rows = pyarrow_parquet().read_table(path).to_pylist() if len(set(names)) == len(names) else []

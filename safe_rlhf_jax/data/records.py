@@ -67,7 +67,12 @@ def like(record: Record, fields: Record) -> Record:
 
 def place_of(record: Record) -> str:
     """Returns where a record was read, followed by a colon; nothing where it does not know."""
-    return f"{record.source}{record.number}: " if isinstance(record, Located) else ""
+    return printable(f"{record.source}{record.number}: ") if isinstance(record, Located) else ""
+
+
+def printable(text: str) -> str:
+    """Returns a text that any terminal takes: without halves of characters, which names of files may hold too."""
+    return text.encode(errors="replace").decode()
 
 
 def holds(value: Any) -> bool:
@@ -92,10 +97,11 @@ def brief(value: Any) -> str:
 
 def text_of(record: Record, field: str) -> str:
     """Returns a field that must be text."""
-    if not isinstance(record.get(field), str):
-        raise Unusable(f"{field} is missing or no text")
-    text: str = record[field]
-    return text
+    value = record.get(field)
+    if not isinstance(value, str):
+        kind = "" if value is None else f" ({type(value).__name__})"
+        raise Unusable(f"{field} is missing or no text{kind}")
+    return value
 
 
 def label_of(record: Record, field: str) -> int:

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.text import Text as Styled
 
 from safe_rlhf_jax.data.examples import Examples
-from safe_rlhf_jax.data.records import UNUSABLE, Record, is_true, label_of
+from safe_rlhf_jax.data.records import UNUSABLE, Record, is_true, label_of, printable
 from safe_rlhf_jax.data.sources import prompt_key, record_key
 from safe_rlhf_jax.data.tokenizer import Tokenizer
 
@@ -120,7 +120,7 @@ def values_of(record: Record, what: str) -> list[str]:
             out += [str(name) for name, holds in value.items() if is_true(holds)]
         elif what in field and isinstance(value, str | int):
             out.append(str(value))
-    return [name.encode(errors="replace").decode() for name in out]
+    return list(map(printable, out))
 
 
 def share(part: int, whole: int) -> str:

@@ -18,7 +18,7 @@ from safe_rlhf_jax.data import demo, hubs
 from safe_rlhf_jax.data.files import files_in, files_of
 from safe_rlhf_jax.data.formats import FORMATS, other_formats, recognise
 from safe_rlhf_jax.data.readers import read_file
-from safe_rlhf_jax.data.records import PART, UNUSABLE, Record, columns_of, like, located
+from safe_rlhf_jax.data.records import PART, UNUSABLE, Record, columns_of, like, located, printable
 
 DATASETS: dict[str, Callable[[str], Any]] = {  # name -> (split -> records)
     "demo/sft": demo.sft,
@@ -52,9 +52,17 @@ def read_records(
     Raises:
         ValueError: If there is no such data set, split or file, or it cannot be read; says where.
     """
-    stamps = tuple((str(path), path.stat().st_mtime_ns, path.stat().st_size) for path in data_files(name))
+    stamps = tuple(map(stamp, data_files(name)))
     records = read_all(name, split, test_share, format, tuple((fields or {}).items()), unique, stamps)
     return list(records[:limit])
+
+
+def stamp(path: pathlib.Path) -> tuple[str, int, int]:
+    """Returns what changes when a file does."""
+    try:
+        return str(path), path.stat().st_mtime_ns, path.stat().st_size
+    except OSError as error:
+        raise ValueError(f"data {path}: cannot be read: {error}") from error
 
 
 @functools.lru_cache(maxsize=16)  # stages share data sets
@@ -93,7 +101,8 @@ def in_format(where: str, raw: Sequence[Record], name: str | None) -> list[Recor
     recognised = recognise(raw, name, where)
     others = other_formats(raw, recognised) if name is None else []
     if others:
-        print(f"{where}: read as {recognised}; the columns also fit {', '.join(others)}: `format` names another")
+        said = f"read as {recognised}; the columns also fit {', '.join(others)}: `format` names another"
+        print(printable(f"{where}: {said}"))
     return [FORMATS[recognised].read(record) for record in raw]
 
 
@@ -119,7 +128,7 @@ def read_source(name: str, split: str) -> dict[str, Sequence[Record]]:
         read = {f"data '{file}'": read_file(file) for file in files_of(path, split)}
         empty = [where for where, records in read.items() if not records]
         if empty and len(read) > len(empty):
-            print(f"{', '.join(empty)}: no records")
+            print(printable(f"{', '.join(empty)}: no records"))
         return {where: records for where, records in read.items() if records}
     records = located(read_named(name, path, split), f"{name} record ")
     return {f"data {name!r}": records} if records else {}

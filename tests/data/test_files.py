@@ -1,10 +1,14 @@
 """Folders and files as editors, spreadsheets, pandas and downloads leave them: read as meant, or refused by name."""
 
+import contextlib
 import gzip
+import io
 import json
+import os
 
 import pytest
 
+from safe_rlhf_jax.data.__main__ import main
 from safe_rlhf_jax.data.files import split_of
 from safe_rlhf_jax.data.records import UNUSABLE, place_of
 from safe_rlhf_jax.data.sources import data_files, read_records
@@ -55,13 +59,16 @@ def test_hidden_files_and_metadata_are_no_data_and_what_is_left_out_is_said(fold
             "dataset_dict.json": '{"splits": ["train"]}',
             "state.json": "{}",
             "train.metadata.json": "{}",
+            "trainer_state.json": "{}",
             "README.md": "# Data",
         }
     )
     assert prompts(read_records(str(path))) == ["a", "how 0", "how 1"]
     out = capsys.readouterr().out
     assert "hidden: ._train.jsonl, .cache/huggingface/a.jsonl, .ipynb_checkpoints/train-checkpoint.jsonl;" in out
-    assert "no data: README.md, dataset_dict.json, dataset_infos.json, state.json, train.metadata.json;" in out
+    assert (
+        "no data: README.md, dataset_dict.json, dataset_infos.json, state.json, train.metadata.json and 1 more;" in out
+    )
     assert "split test: test-00000-of-00001.jsonl" in out
     assert out.count("\n") == 1
     assert {file.name for file in data_files(str(path))} == {"train.jsonl", "more.CSV", "test-00000-of-00001.jsonl"}
@@ -101,6 +108,33 @@ def test_files_of_a_folder_have_formats_of_their_own_and_empty_ones_are_said(fol
     assert "c.jsonl': no records" in capsys.readouterr().out
     with pytest.raises(ValueError, match=r"b\.json': format 'demonstrations' needs the columns"):
         read_records(str(path), format="demonstrations")
+
+
+def test_links_are_followed_to_files_and_said_where_they_lead_nowhere_or_to_folders(tmp_path, capsys):
+    elsewhere, path = tmp_path / "elsewhere", tmp_path / "data"
+    for folder_ in (elsewhere, path):
+        folder_.mkdir()
+    (elsewhere / "a.jsonl").write_text(lines(PAIRS[:1]))
+    (path / "a.jsonl").symlink_to(elsewhere / "a.jsonl")
+    (path / "more").symlink_to(elsewhere)
+    assert prompts(read_records(str(path))) == ["how 0"]
+    assert "linked folders: more" in capsys.readouterr().out
+    (path / "b.jsonl").symlink_to(elsewhere / "gone.jsonl")
+    with pytest.raises(ValueError, match=r"b\.jsonl: cannot be read: .*No such file"):
+        read_records(str(path))
+
+
+def test_name_that_is_no_text_stops_nothing(tmp_path):
+    """As disks of other systems have them: a byte that is no UTF-8."""
+    for name in (b"a\xe9.jsonl", b"test\xe9.jsonl", b"b\xe9.csv"):
+        with open(os.path.join(os.fsencode(tmp_path), name), "wb") as file:
+            file.write(
+                b"prompt\nx\n" if name.endswith(b"csv") else (lines(PAIRS[:1]) + "[]\n" + lines(PAIRS[1:])).encode()
+            )
+    with contextlib.redirect_stdout(io.TextIOWrapper(io.BytesIO(), encoding="utf-8")) as out:
+        assert main([str(tmp_path), "--max-bad-records", "0.5"]) == 0
+        out.seek(0)
+        assert "left out are" in out.read()
 
 
 def test_folder_is_a_saved_data_set_only_with_its_tables(folder):

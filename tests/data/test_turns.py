@@ -253,6 +253,12 @@ def test_texts_of_another_type_are_counted(read, tokenizer, value):
     assert len(load("sft", records, tokenizer)) == 1
 
 
+def test_bytes_of_a_table_are_no_text(tmp_path, tokenizer):
+    pandas.DataFrame({"prompt": [b"how", b"why"], "response": ["so .", "no ."]}).to_parquet(tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=r"prompt is missing or no text \(bytes\): 2\)\. First: \S*a\.parquet row 1: "):
+        load("sft", read_records(str(tmp_path / "a.parquet")), tokenizer)
+
+
 def test_control_characters_stay_in_a_text(read, tokenizer):
     (record,) = read([{"prompt": "a\x00b\x1b[0m", "response": "c\x07"}])
     assert record == {"prompt": "a\x00b\x1b[0m", "response": "c\x07"}
