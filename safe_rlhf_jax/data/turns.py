@@ -24,6 +24,7 @@ ROLES = {
     "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant",
     "system": "system", "developer": "system",
 }  # fmt: skip
+SPOKEN_ROLE = re.compile(rf"""(role|from)['"]\s*:\s*['"]({"|".join(ROLES)})['"]""", re.IGNORECASE)
 
 
 def read_lists(record: Record, fields: Iterable[str]) -> Record:
@@ -40,7 +41,7 @@ def list_in(text: str, field: str) -> Any:
     value = literal(text)
     if value is not None:
         return value if is_list or are_turns(value) else text
-    if is_list or all(re.search(rf"""(['"])({"|".join(keys)})\1\s*:""", text) for keys in (SPEAKER, SPOKEN)):
+    if is_list or SPOKEN_ROLE.search(text):
         raise Unusable(f"{field} is a list written as text that cannot be read")
     return text
 
@@ -57,7 +58,13 @@ def literal(text: str) -> Any:
 def are_turns(value: Any) -> bool:
     """Says whether a value is a turn, or a list of turns."""
     turns = value if isinstance(value, list) else [value]
-    return all(isinstance(turn, dict) and all(turn.keys() & set(keys) for keys in (SPEAKER, SPOKEN)) for turn in turns)
+    return all(isinstance(turn, dict) and is_turn(turn) for turn in turns)
+
+
+def is_turn(value: Message) -> bool:
+    """Says whether an object is a turn: someone speaks, be it nothing."""
+    speakers = {str(value.get(name)).strip().lower() for name in SPEAKER}
+    return bool(speakers & ROLES.keys()) or all(value.keys() & set(keys) for keys in (SPEAKER, SPOKEN))
 
 
 def turns_of(value: Any, what: str) -> list[Message]:

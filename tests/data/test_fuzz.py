@@ -4,7 +4,9 @@
 """
 
 import copy
+import csv
 import gzip
+import io
 import itertools
 import json
 import math
@@ -157,13 +159,47 @@ def test_only_what_a_format_allows_is_used(folder, tokenizer, name):
     def check(data):
         raw = [sound | {"tag": 0}, changed(data, sound | {"tag": 1}), sound | {"tag": 2}]
         raw[1]["tag"] = 1
-        read_ = read(folder, ".jsonl", "\n".join(map(json.dumps, raw)).encode())
-        assert read_ is not None, "two of three records are sound"
-        for kind in KINDS:
+        suffix = data.draw(st.sampled_from([".jsonl", ".json", ".csv"]))
+        if suffix == ".csv":
+            spelled_as = data.draw(st.sampled_from([str, json.dumps]))
+            content = table(raw, spelled_as)
+            raw = [{name: in_table(name, value, spelled_as) for name, value in record.items()} for record in raw]
+        else:
+            content = ("\n".join(map(json.dumps, raw)) if suffix == ".jsonl" else json.dumps(raw)).encode()
+        read_ = read(folder, suffix, content)
+        assert read_ is not None or suffix == ".csv", "two of three records are sound"
+        for kind in KINDS if read_ else ():
             for record in used(kind, read_, tokenizer):
-                assert allowed(format_, kind, raw[record["tag"]], record), (kind, raw[record["tag"]], record)
+                told = raw[int(record["tag"])]
+                assert allowed(format_, kind, told, record), (kind, told, record)
 
     check()
+
+
+def in_table(name, value, spelled_as):
+    """What a value is in a table: text, but for turns and for lists in columns that hold nothing else."""
+    if isinstance(value, list | dict):
+        turns = value if isinstance(value, list) else [value]
+        known = ("user", "assistant", "human", "gpt", "system")
+        are_turns = turns and all(
+            isinstance(turn, dict)
+            and (({"role", "from"} & turn.keys() and {"content", "value"} & turn.keys()) or turn.get("role") in known)
+            for turn in turns
+        )
+        return (
+            value if name in ("messages", "conversations", "completions", "turns") or are_turns else spelled_as(value)
+        )
+    return "" if value is None else str(value)
+
+
+def table(records, spelled_as):
+    """CSV of records; what stands in none of the columns of the first is lost."""
+    out = io.StringIO(newline="")
+    writer = csv.DictWriter(out, list(records[0]), extrasaction="ignore")
+    writer.writeheader()
+    for record in records:
+        writer.writerow({k: spelled_as(v) if isinstance(v, list | dict) else v for k, v in record.items()})
+    return out.getvalue().encode(errors="surrogatepass")
 
 
 def allowed(format_, kind, raw, record):
@@ -185,6 +221,9 @@ def allowed(format_, kind, raw, record):
         labelled_unsafe = format_ == "qa" and spelled(raw.get("is_safe")) not in SAFE
         return from_raw(record["response"], strings) and not labelled_unsafe
     responses = [record["response_0"], record["response_1"]]
+    if kind == "sft":
+        better = record["better_response_id"]
+        return from_raw(responses[better], strings) and prefers(format_, raw, responses[better], responses[1 - better])
     if responses[0] == responses[1] or not all(from_raw(response, strings) for response in responses):
         return False
     if kind == "cost":
@@ -216,7 +255,8 @@ def prefers(format_, raw, better, worse):
         scores = [(float(completion[name]), completion.get("response")) for completion in raw["completions"]]
         best = max(score for score, text in scores if text == better)
         return all(math.isfinite(score) for score, _ in scores) and (best, better) == max(scores, key=lambda s: s[0])
-    return from_raw(better, set(strings_in(raw["chosen"]))) and from_raw(worse, set(strings_in(raw["rejected"])))
+    sides = [set(strings_in(raw[side])) for side in ("chosen", "rejected")]
+    return from_raw(better, sides[0]) and (not worse.strip() or from_raw(worse, sides[1]))
 
 
 def spelled(value):
@@ -225,7 +265,7 @@ def spelled(value):
 
 def from_raw(text, strings):
     """Says whether a text that is used stands in the raw record: whole, in a transcript, or joined from parts."""
-    if not text.strip() or re.match(r"""\[\{['"]role|\s*Human:.*Assistant:""", text, re.DOTALL):
+    if not text.strip() or re.match(r"""\[\{['"]role['"]: ['"](u|a)|\s*Human:.*Assistant:""", text, re.DOTALL):
         return False  # nothing, or turns written as text
     text.encode()  # no half of a character
     return any(text in string for string in strings) or all(
