@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 
 from safe_rlhf_jax.data.records import (
-    LEFT_OUT,
     PART,
     RESERVED,
     UNUSABLE,
@@ -115,8 +114,6 @@ def convert(
     first: dict[str, Record] = {}
     for record in records:
         try:
-            if LEFT_OUT in record:
-                raise LeftOut(record[LEFT_OUT])
             if UNUSABLE in record:
                 raise Unusable(record[UNUSABLE])
             converted = example(record)

@@ -24,7 +24,6 @@ from safe_rlhf_jax.data.records import (
     LABELS,
     LEFT_OUT,
     VOTES,
-    LeftOut,
     brief,
     columns_of,
     holds,
@@ -51,7 +50,7 @@ from safe_rlhf_jax.data.turns import (
 
 LOOKED_AT = 100  # records whose contents tell formats with equal columns apart
 RESPONSES = ("response", "response_0", "response_1")
-OWN = ("messages", "prompt", *RESPONSES, *LABELS, *VOTES)  # fields of a record that stages read
+OWN = ("messages", "prompt", *RESPONSES, *LABELS, *VOTES.values())  # fields of a record that stages read
 RATINGS = ("fine-grained_score", "overall_score", "score")  # of a completion, the most trusted first
 ANNOTATOR = re.compile(r"annotator\d+")
 
@@ -91,8 +90,6 @@ class Format:
         rest = {name: value for name, value in given.items() if name not in (*read, *OWN)}
         try:
             found = self.convert(read_lists(given, read))
-        except LeftOut as reason:
-            return raw | {LEFT_OUT: str(reason)}
         except Unusable as reason:
             return raw | {UNUSABLE: str(reason)}
         return like(raw, rest | found | labels_in(found))
@@ -147,12 +144,12 @@ def from_alpaca(record: Record) -> Record:
     return {"prompt": plain(turns), "response": text_of(record, "output")}
 
 
-def compared(record: Record, first: str, second: str, **labels: Any) -> Record:
-    """Returns a pair of two models' responses to an instruction; an empty one is none to learn from."""
+def compared(record: Record, first: str, second: str, label: Record) -> Record:
+    """Returns a pair of two models' responses to an instruction; where one is empty there is nothing to learn."""
     responses = [text_of(record, field) for field in (first, second)]
-    if not all(response.strip() for response in responses):
-        raise LeftOut("a model's response is empty")
-    return {"prompt": instruction_of(record), "response_0": responses[0], "response_1": responses[1], **labels}
+    empty = {} if all(map(str.strip, responses)) else {LEFT_OUT: "a model's response is empty"}
+    pair = {"prompt": instruction_of(record), "response_0": responses[0], "response_1": responses[1]}
+    return pair | label | empty
 
 
 def from_pandalm(record: Record) -> Record:
@@ -162,17 +159,17 @@ def from_pandalm(record: Record) -> Record:
         if number(choice) not in (0, 1, 2):
             raise Unusable(f"an annotator's choice is none of 0, 1 and 2, but {brief(choice)}")
     votes = [int(float(choice)) - 1 for choice in choices if float(choice)]
-    return compared(record, "response1", "response2", better_votes=votes, better_response_id=majority(votes))
+    return compared(record, "response1", "response2", majority("better_response_id", votes))
 
 
 def from_alpaca_eval(record: Record) -> Record:
     """AlpacaEval: the first output (1), the second (2), or between them with a weight; 0 and 1.5 are draws."""
     preferred = number(record["preference"])
-    if preferred in (0, 1.5):
-        raise LeftOut("the preference is a draw")
-    if preferred is None or not 1 <= preferred <= 2:
-        raise Unusable(f"preference is neither 1 nor 2 nor between them, but {brief(record['preference'])}")
-    return compared(record, "output_1", "output_2", better_response_id=int(preferred > 1.5))
+    if preferred is None or not (preferred == 0 or 1 <= preferred <= 2):
+        raise Unusable(f"preference is neither 0, 1 nor 2, but {brief(record['preference'])}")
+    draw = preferred in (0, 1.5)
+    label: Record = {"better_votes": []} if draw else {"better_response_id": int(preferred > 1.5)}
+    return compared(record, "output_1", "output_2", label)
 
 
 def from_questions(record: Record) -> Record:
@@ -218,6 +215,8 @@ def from_trl(record: Record) -> Record:
         if sides[0][0]["role"] == "assistant":  # otherwise each side is a whole conversation
             asked = asked_turns(prompt)
             sides = [[*asked, *side] for side in sides]
+        elif holds(prompt) and not all(turn in sides[0] for turn in asked_turns(prompt)):
+            raise Unusable("chosen is a conversation in which the prompt does not stand")
         return dialogue_pair(*sides)
     if all(ASKED.match(side) for side in (chosen, rejected)):  # each side is a whole transcript
         if not isinstance(prompt, str) or prompt.strip() not in chosen:

@@ -23,7 +23,7 @@ LABELS: dict[str, Mapping[str, int]] = {
     "is_response_0_safe": TRUTHS,
     "is_response_1_safe": TRUTHS,
 }
-VOTES = {"better_votes": "better_response_id", "safer_votes": "safer_response_id"}  # of several annotators
+VOTES = {"better_response_id": "better_votes", "safer_response_id": "safer_votes"}  # of several annotators
 SHOWN_VALUE = 40  # characters of a value in a reason
 
 
@@ -108,6 +108,8 @@ def label_of(record: Record, field: str) -> int:
     """Returns the label in a field, 0 or 1; nothing but the spellings in `LABELS` is one."""
     value = record.get(field)
     if not holds(value) or not str(value).strip():
+        if isinstance(record.get(VOTES.get(field, "")), list):
+            raise LeftOut("as many annotators prefer one response as the other")
         raise Unusable(f"missing {field}")
     label = LABELS[field].get(str(value).strip().lower())
     if label is None:
@@ -131,25 +133,23 @@ def is_true(value: Any) -> bool:
     return TRUTHS.get(str(value).strip().lower()) == 1
 
 
-def majority(votes: Sequence[int]) -> int:
-    """Returns what most annotators prefer."""
-    if 2 * sum(votes) == len(votes):
-        raise LeftOut("as many annotators prefer one response as the other")
-    return int(2 * sum(votes) > len(votes))
+def majority(label: str, votes: Sequence[int]) -> Record:
+    """Returns votes with the label that most of them are for; with none where they are divided."""
+    tied = 2 * sum(votes) == len(votes)
+    return {VOTES[label]: list(votes)} | ({} if tied else {label: int(2 * sum(votes) > len(votes))})
 
 
 def voted(record: Record) -> Record:
     """Returns the votes of a record as 0 and 1, and the labels that they make where it has none."""
     found: Record = {}
-    for field, label in VOTES.items():
-        if not holds(record.get(field)):
+    for label, field in VOTES.items():
+        votes = record.get(field)
+        if not holds(votes):
             continue
-        votes = record[field]
         if not isinstance(votes, list):
             raise Unusable(f"{field} is no list of votes")
-        found[field] = [label_of({label: vote}, label) for vote in votes if holds(vote)]
-        if not holds(record.get(label)):
-            found[label] = majority(found[field])
+        found |= majority(label, [label_of({label: vote}, label) for vote in votes if holds(vote)])
+        found |= {label: record[label]} if holds(record.get(label)) else {}
     return found
 
 

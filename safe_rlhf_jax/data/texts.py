@@ -76,6 +76,8 @@ def encode(messages: list[Any], template: AnyTemplate, tokenizer: Tokenizer, *, 
 
 def supervised_example(record: Record, template: AnyTemplate, tokenizer: Tokenizer) -> tuple[Text]:
     """Returns the text of a demonstration: of a conversation all responses are trained, after a prompt the response."""
+    if LEFT_OUT in record:
+        raise LeftOut(record[LEFT_OUT])
     if "messages" in record:
         messages = record["messages"]
         check_turns(messages)
@@ -88,7 +90,7 @@ def supervised_example(record: Record, template: AnyTemplate, tokenizer: Tokeniz
         if "is_safe" in record and not label_of(record, "is_safe"):
             raise LeftOut("the response is labelled unsafe")
         return (encode(answered(prompt_turns(record), text_of(record, "response")), template, tokenizer),)
-    if "better_response_id" not in record:
+    if not record.keys() & {"better_response_id", "better_votes"}:
         raise Unusable("no messages, prompt + response, or pair with better_response_id")
     better, prompt, *responses = two_responses(record, "better_response_id")
     return (encode(answered(prompt, responses[better]), template, tokenizer),)
@@ -96,6 +98,8 @@ def supervised_example(record: Record, template: AnyTemplate, tokenizer: Tokeniz
 
 def two_responses(record: Record, label: str) -> tuple[int, list[Any], str, str]:
     """Returns the label's value (0 or 1), the prompt and both responses."""
+    if LEFT_OUT in record:
+        raise LeftOut(record[LEFT_OUT])
     prompt, *responses = prompt_turns(record), text_of(record, "response_0"), text_of(record, "response_1")
     labelled = label_of(record, label)
     if responses[0] == responses[1]:

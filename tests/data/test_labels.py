@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from safe_rlhf_jax.data.examples import load_pairs, load_supervised
+from safe_rlhf_jax.data.examples import load_pairs, load_prompts, load_supervised
 from safe_rlhf_jax.data.formats import FORMATS, other_formats, recognise
-from safe_rlhf_jax.data.records import LABELS, LEFT_OUT, UNUSABLE, Unusable, label_of
+from safe_rlhf_jax.data.records import LABELS, LEFT_OUT, UNUSABLE, LeftOut, Unusable, label_of
 from safe_rlhf_jax.data.report import values_of
 from safe_rlhf_jax.data.sources import read_records
 from safe_rlhf_jax.data.templates import TEMPLATES
@@ -148,9 +148,33 @@ def test_pair_on_which_annotators_are_divided_is_left_out(read, tokenizer, votes
     assert len(data) == 1
 
 
+def test_prompt_of_a_pair_that_is_left_out_is_still_a_prompt(tokenizer):
+    records = [
+        FORMATS["pandalm"].read(PANDALM | {"annotator1": 0}),
+        FORMATS["pandalm"].read(PANDALM | {"annotator1": 1, "response2": ""}),
+    ]
+    options = {"max_length": 256, "where": "here", "max_bad": 0.0}
+    assert len(load_prompts(records, TEMPLATES["plain"], tokenizer, **options)) == 2
+
+
+def test_annotators_who_are_divided_on_one_label_leave_the_other_alone(read, tokenizer):
+    records = read([{f: v for f, v in PAIR.items() if f != "better_response_id"} | {"better_votes": [0, 1]}, PAIR])
+    assert len(load("cost", records, tokenizer)) == 2
+    assert load("sft", records, tokenizer).left_out == {"as many annotators prefer one response as the other": 1}
+
+
 @pytest.mark.parametrize("votes", [[2], ["yes"], 1, {"a": 1}])
 def test_votes_that_cannot_be_read_are_counted(read, votes):
     assert UNUSABLE in read([PAIR | {"better_votes": votes}, PAIR])[0]
+
+
+DRAW = object()
+
+
+def is_draw(record):
+    with pytest.raises(LeftOut, match="as many annotators prefer one response as the other"):
+        label_of(record, "better_response_id")
+    return True
 
 
 PANDALM = {"instruction": "how", "input": "", "response1": "so .", "response2": "no ."}
@@ -169,13 +193,14 @@ def test_choices_of_annotators_are_votes_and_ties_are_none(choices, votes, bette
 @pytest.mark.parametrize(
     ("changes", "field"),
     [
-        ({"annotator1": 1, "annotator2": 2}, LEFT_OUT), ({"annotator1": 0}, LEFT_OUT), ({"annotator1": 3}, UNUSABLE),
+        ({"annotator1": 1, "annotator2": 2}, DRAW), ({"annotator1": 0}, DRAW), ({"annotator1": 3}, UNUSABLE),
         ({"annotator1": True}, UNUSABLE), ({"annotator1": "first"}, UNUSABLE),
         ({"annotator1": 1, "response2": " "}, LEFT_OUT), ({"annotator1": 1, "response2": True}, UNUSABLE),
     ],
 )  # fmt: skip
 def test_comparison_without_a_preference_is_left_out_or_counted(changes, field):
-    assert field in FORMATS["pandalm"].read(PANDALM | changes)
+    record = FORMATS["pandalm"].read(PANDALM | changes)
+    assert is_draw(record) if field is DRAW else field in record
 
 
 @pytest.mark.parametrize(
@@ -185,8 +210,8 @@ def test_comparison_without_a_preference_is_left_out_or_counted(changes, field):
         (2, 1),
         (1.2, 0),
         ("1.9", 1),
-        (0, LEFT_OUT),
-        (1.5, LEFT_OUT),
+        (0, DRAW),
+        (1.5, DRAW),
         (3, UNUSABLE),
         (None, UNUSABLE),
         (True, UNUSABLE),
@@ -195,7 +220,7 @@ def test_comparison_without_a_preference_is_left_out_or_counted(changes, field):
 def test_preference_of_alpaca_eval_is_one_or_two(preference, better):
     raw = {"instruction": "how", "output_1": "so .", "output_2": "no .", "preference": preference}
     record = FORMATS["alpaca_eval"].read(raw)
-    assert record.get("better_response_id") == better if isinstance(better, int) else better in record
+    assert is_draw(record) if better is DRAW else better in (record.get("better_response_id"), *record)
 
 
 RATINGS = {

@@ -202,6 +202,12 @@ def test_transcript_of_one_question_is_its_text(read):
     assert read([{"prompt": "\n\nHuman: how"}]) == [{"prompt": "how"}]
 
 
+def test_sides_that_are_whole_conversations_hold_the_prompt(read):
+    raw = {"prompt": "how", "chosen": CHAT, "rejected": [USER, ANSWER | {"content": "no ."}]}
+    assert read([raw]) == [{"prompt": "how", "response_0": "so .", "response_1": "no .", "better_response_id": 0}]
+    assert "the prompt does not stand" in read([raw | {"prompt": "another"}, raw])[0][UNUSABLE]
+
+
 def test_sides_that_are_whole_transcripts_are_read_as_such(read):
     asked = "\n\nHuman: how\n\nAssistant:"
     raw = {"prompt": asked, "chosen": f"{asked} so .", "rejected": f"{asked} no ."}
