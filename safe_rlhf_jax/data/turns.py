@@ -13,7 +13,8 @@ from safe_rlhf_jax.data.records import Message, Record, Unusable, brief
 # Fields that hold a list.
 LISTS = ("messages", "conversations", "completions", "turns", "history", "better_votes", "safer_votes")
 WRITTEN_LIST = re.compile(r"\s*(array\()?[\[{]")
-WRITTEN_TURN = re.compile(r"""\s*(array\()?\[?\s*\{\s*(['"])(role|from|content|value)\2\s*:""")
+WRITTEN_TURN = re.compile(r"""\s*(array\()?\[?\s*\{\s*['"](role|from|content|value)['"]\s*:""")
+SPEAKER_KEY = re.compile(r"""['"](role|from)['"]\s*:""")
 SPEAKER, SPOKEN = ("role", "from"), ("content", "value")  # keys of a turn
 
 TURN = re.compile(r"\n\n(Human|Assistant):")
@@ -36,12 +37,12 @@ def read_lists(record: Record, fields: Iterable[str]) -> Record:
 def list_in(text: str, field: str) -> Any:
     """Returns the list or the turns that a text spells; a text that is none as it is."""
     is_list = field in LISTS
-    if not (WRITTEN_LIST if is_list else WRITTEN_TURN).match(text):
+    if not WRITTEN_LIST.match(text) or not (is_list or SPEAKER_KEY.search(text)):
         return text
     value = literal(text)
     if value is not None:
         return value if is_list or are_turns(value) else text
-    if is_list or SPOKEN_ROLE.search(text):
+    if is_list or (WRITTEN_TURN.match(text) and SPOKEN_ROLE.search(text)):
         raise Unusable(f"{field} is a list written as text that cannot be read")
     return text
 
@@ -56,15 +57,14 @@ def literal(text: str) -> Any:
 
 
 def are_turns(value: Any) -> bool:
-    """Says whether a value is a turn, or a list of turns."""
-    turns = value if isinstance(value, list) else [value]
-    return all(isinstance(turn, dict) and is_turn(turn) for turn in turns)
+    """Says whether a value is a turn, or a list with a turn in it."""
+    return any(isinstance(turn, dict) and is_turn(turn) for turn in (value if isinstance(value, list) else [value]))
 
 
 def is_turn(value: Message) -> bool:
     """Says whether an object is a turn: someone speaks, be it nothing."""
     speakers = {str(value.get(name)).strip().lower() for name in SPEAKER}
-    return bool(speakers & ROLES.keys()) or all(value.keys() & set(keys) for keys in (SPEAKER, SPOKEN))
+    return bool(speakers & ROLES.keys()) or {"role", "content"} <= value.keys()
 
 
 def turns_of(value: Any, what: str) -> list[Message]:

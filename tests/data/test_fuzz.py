@@ -22,6 +22,7 @@ from safe_rlhf_jax.data.templates import TEMPLATES
 from safe_rlhf_jax.data.tokenizer import load_tokenizer
 from tests.data.test_formats import SAMPLES
 
+WRITTEN = re.compile(r"""\[\{['"]role['"]: ['"](user|assistant)""")  # turns written as text
 NUMBERS = itertools.count()
 KINDS = ("sft", "reward", "cost", "prompts")
 SUFFIXES = (".json", ".jsonl", ".csv", ".parquet", ".json.gz", ".jsonl.gz", ".csv.gz")
@@ -181,10 +182,10 @@ def in_table(name, value, spelled_as):
     if isinstance(value, list | dict):
         turns = value if isinstance(value, list) else [value]
         known = ("user", "assistant", "human", "gpt", "system")
-        are_turns = turns and all(
-            isinstance(turn, dict)
-            and (({"role", "from"} & turn.keys() and {"content", "value"} & turn.keys()) or turn.get("role") in known)
+        are_turns = any(
+            {"role", "content"} <= turn.keys() or turn.get("role") in known or turn.get("from") in known
             for turn in turns
+            if isinstance(turn, dict)
         )
         return (
             value if name in ("messages", "conversations", "completions", "turns") or are_turns else spelled_as(value)
@@ -210,6 +211,9 @@ def allowed(format_, kind, raw, record):
     prompt = record["prompt"] if record.get("prompt") is not None else record["messages"]
     turns = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
     spoken = [turn for turn in turns if turn["role"] != "system"]
+    used_texts = [prompt, *(record.get(name) for name in ("response", "response_0", "response_1"))]
+    if any(isinstance(text, str) and text in raw.values() and WRITTEN.match(text) for text in used_texts):
+        return False
     ours = kind == "sft" and "messages" in record
     if any(turn["role"] != ("user", "assistant")[i % 2] for i, turn in enumerate(spoken)) or (ours and len(spoken) % 2):
         return False
@@ -241,7 +245,7 @@ def prefers(format_, raw, better, worse):
     if format_ == "pku":
         i = int(spelled(raw["better_response_id"]) in TRUE)
         known = spelled(raw["better_response_id"]) in TRUE + FALSE
-        return known and {better} <= set(strings_in(raw[f"response_{i}"])) | {raw[f"response_{i}"]}
+        return known and from_raw(better, set(strings_in(raw[f"response_{i}"])))
     if format_ == "pandalm":
         votes = [float(raw[f"annotator{i}"] or 0) for i in (1, 2, 3) if f"annotator{i}" in raw]
         if any(vote not in (0, 1, 2) for vote in votes):
@@ -265,8 +269,8 @@ def spelled(value):
 
 def from_raw(text, strings):
     """Says whether a text that is used stands in the raw record: whole, in a transcript, or joined from parts."""
-    if not text.strip() or re.match(r"""\[\{['"]role['"]: ['"](u|a)|\s*Human:.*Assistant:""", text, re.DOTALL):
-        return False  # nothing, or turns written as text
+    if not text.strip():
+        return False
     text.encode()  # no half of a character
     return any(text in string for string in strings) or all(
         any(word in string for string in strings) for word in text.split(" ")

@@ -149,7 +149,8 @@ def test_turns_of_numpy_have_no_commas_and_are_counted_or_read_but_never_text(re
     "text",
     [
         '{"value": 3, "unit": "m"}', '[{"content": 1}]', '{"role": "admin"}', "[{'a': 1}]", "[1, 2]", "{'role': }",
-        '{"type": "object"}', "[see role: content]", '{"from": "A", "to": "B"}', "import x\n[{'role': 1}]",
+        '{"type": "object"}', "[see role: content]", '[INST] say {"role": "user"}', '{"n": x, "m": [{"role": "user"}]}',
+        '{"from": "A", "to": "B"}', "import x\n[{'role': 1}]",
     ],
 )  # fmt: skip
 def test_texts_that_are_lists_or_objects_of_other_things_stay_texts(read, text):
