@@ -240,6 +240,8 @@ def held_by(path: pathlib.Path, value: Record) -> list[Any]:
     Raises:
         ValueError: If it is neither, with its keys.
     """
+    if isinstance(value, Repeating):
+        raise ValueError(f"data {path}: the key {value.key!r} stands twice in an object")
     parts = list(value.values())
     by_column = all(isinstance(part, dict) for part in parts) or all(
         isinstance(part, list) and not any(isinstance(item, dict) for item in part) for part in parts

@@ -214,6 +214,7 @@ def test_orients_of_pandas_other_than_records_are_refused_with_what_is_wanted(re
         ("a.jsonl", "<!DOCTYPE html>\n<html>\n", "line 1, column 1 is not JSON"),
         ("a.jsonl", '{"unusable": 1, "prompt": "a"}\n', "reserved name .unusable."),
         ("a.json", '{"prompt": "a", "response": "b", "prompt": "c"}', "the key 'prompt' stands twice"),
+        ("a.json", '{"data": [{"prompt": "a"}], "data": [{"prompt": "b"}]}', "the key 'data' stands twice"),
         ("a.jsonl", lines(PAIRS).encode("utf-16"), "no UTF-8 text, but perhaps UTF-16"),
         ("a.csv", "prompt,response\na,b\n".encode("utf-16-le"), "no UTF-8 text, but perhaps UTF-16-LE"),
         ("a.csv", "prompt,response\né,b\n".encode("latin-1"), "line 2 is not UTF-8"),
