@@ -79,7 +79,7 @@ class Chat:
 
     def prompt_ids(self, speaker: Speaker) -> list[int]:
         """Returns the conversation as the policy reads it; the oldest turns go when it grows too long."""
-        from safe_rlhf_jax.data.texts import encode
+        from safe_rlhf_jax.data.conversations import encode
 
         while True:
             ids = encode(speaker.history, speaker.policy.template, speaker.policy.tokenizer).ids

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from safe_rlhf_jax.data.conversations import encode
 from safe_rlhf_jax.data.formats import Message
 from safe_rlhf_jax.data.templates import PROBE, Template, default_template, load_template
-from safe_rlhf_jax.data.texts import encode
 from safe_rlhf_jax.data.tokenizer import Tokenizer, load_tokenizer
 from safe_rlhf_jax.inference.generate import generate
 from safe_rlhf_jax.inference.sampling import Sampling

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from safe_rlhf_jax import config as cfg
-from safe_rlhf_jax.data.texts import encode
+from safe_rlhf_jax.data.conversations import encode
 from safe_rlhf_jax.data.tokenizer import load_tokenizer
 from safe_rlhf_jax.metrics import read_jsonl
 from safe_rlhf_jax.models import hf

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from safe_rlhf_jax.data.conversations import encode
 from safe_rlhf_jax.data.templates import TEMPLATES
-from safe_rlhf_jax.data.texts import encode
 from safe_rlhf_jax.data.tokenizer import load_tokenizer
 from safe_rlhf_jax.inference.sampling import Sampling
 from safe_rlhf_jax.inference.stream import Stream

@@ -33,7 +33,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--format", help="name of the format, where the columns do not tell")
     parser.add_argument("--field", action="append", default=[], metavar="FIELD=COLUMN", help="a column's other name")
     parser.add_argument("--unique", choices=("record", "prompt"), help="leave out repeated records, or prompts")
-    parser.add_argument("--tokenizer", default="demo", help='a folder or hub id; default: "demo", of the small world')
+    parser.add_argument("--tokenizer", default="demo", help="a folder or hub id; default: that of the embedded world, "
+                        "which knows few other words")  # fmt: skip
     parser.add_argument("--template", default="plain", help="plain, beaver, alpaca, tokenizer, or a .jinja file")
     parser.add_argument("--max-length", type=int, default=512, help="tokens of a text (default 512)")
     parser.add_argument("--max-bad-records", type=float, default=0.05, help="share that may be unusable (default 0.05)")
@@ -124,6 +125,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     from safe_rlhf_jax import config as cfg
     from safe_rlhf_jax.data.report import show
+    from safe_rlhf_jax.data.sources import demo_tokenizer_warning
     from safe_rlhf_jax.data.templates import default_template, load_template
     from safe_rlhf_jax.data.tokenizer import load_tokenizer
     from safe_rlhf_jax.stages.common import described, read_mixture
@@ -132,10 +134,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if options.config is not None:
             run = cfg.load_config(options.config, [*filter(None, [options.name]), *options.overrides])
-            tokenizer, max_bad = load_tokenizer(run.tokenizer), run.max_bad_records
+            named, tokenizer, max_bad = run.tokenizer, load_tokenizer(run.tokenizer), run.max_bad_records
             template, uses = load_template(run.template or default_template(tokenizer), tokenizer), list(uses_of(run))
         else:
-            tokenizer, max_bad = load_tokenizer(options.tokenizer), options.max_bad_records
+            named, tokenizer = options.tokenizer, load_tokenizer(options.tokenizer)
+            max_bad = options.max_bad_records
             template = load_template(options.template, tokenizer)
             uses = [use_of(options, tokenizer, template)]
     except ValueError as error:
@@ -144,6 +147,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for use in uses:
         try:
             records = read_mixture(use.data)
+            if warning := demo_tokenizer_warning(named, [part.name for part in cfg.parts_of(use.data)]):
+                console.print(f"warning: {warning}", soft_wrap=True, markup=False)
             data = load(use, records, tokenizer, template, max_bad=max_bad)
         except ValueError as error:
             print(f"error: {error}", file=sys.stderr)

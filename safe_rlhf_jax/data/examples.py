@@ -11,11 +11,21 @@ from typing import Any
 
 import numpy as np
 
-from safe_rlhf_jax.data.formats import PART, UNUSABLE, Message, Record, Unusable
+from safe_rlhf_jax.data.conversations import Text, check_rendered
+from safe_rlhf_jax.data.records import (
+    PART,
+    RESERVED,
+    UNUSABLE,
+    LeftOut,
+    Message,
+    Record,
+    Unusable,
+    label_of,
+    place_of,
+    printable,
+)
 from safe_rlhf_jax.data.templates import Template
 from safe_rlhf_jax.data.texts import (
-    Text,
-    check_rendered,
     paired,
     preference_example,
     prompt_example,
@@ -28,20 +38,23 @@ from safe_rlhf_jax.types import PreferenceBatch, PromptBatch, SafetyBatch, Seque
 
 MAX_SHOWN = 300  # characters of a bad record in an error
 SHOWN_REASONS = 3  # of which an error shows the first bad record
+LISTED_REASONS = 8  # that an error lists
 ROUND = 8  # columns: widths are rounded up to a multiple
 
 
 @dataclasses.dataclass(frozen=True)
 class Examples:
-    """A whole dataset as arrays: a batch type with N rows, the records behind them, and what was left out."""
+    """A whole dataset as arrays: a batch type with N rows, the records behind them, and what is not among them."""
 
     arrays: Any
     records: list[Record]
-    skipped: dict[str, int]  # reason -> records
+    skipped: dict[str, int]  # reason -> records that cannot be used
     truncated: int  # texts
     lengths: tuple[int, ...] = ()  # tokens of every text before it was cut; of pairs, both sides
     turns: tuple[Sequence[Message], ...] = ()  # the conversation of every text; of pairs, both sides
     apart: int = 0  # texts whose prompt and response would share a token, and were tokenised apart
+    left_out: dict[str, int] = dataclasses.field(default_factory=dict)  # reason -> records that are right, but no use
+    places: dict[str, str] = dataclasses.field(default_factory=dict)  # reason -> where its first record was read
 
     def __len__(self) -> int:
         return len(self.records)
@@ -68,6 +81,17 @@ class Examples:
         return float(sum(mask.sum() for mask in self.masks) / len(self))
 
 
+@dataclasses.dataclass(frozen=True)
+class Converted:
+    """The texts of records, and what was not converted."""
+
+    texts: list[tuple[Text, ...]]
+    records: list[Record]  # behind the texts
+    skipped: dict[str, int]  # as in `Examples`
+    left_out: dict[str, int]
+    places: dict[str, str]
+
+
 def convert(
     records: Sequence[Record],
     example: Callable[[Record], tuple[Text, ...]],
@@ -75,20 +99,20 @@ def convert(
     where: str,
     max_bad: float,
     unfit: Callable[[tuple[Text, ...]], str | None] = lambda texts: None,
-) -> tuple[list[tuple[Text, ...]], list[Record], dict[str, int]]:
-    """Converts every record, counting the unusable ones by reason.
+) -> Converted:
+    """Converts every record, counting by reason the unusable ones and those that are left out.
 
     Args:
         records: The records.
         example: A record's texts; raises `Unusable`.
         where: Names the data in errors.
-        max_bad: Share of records that may be unusable.
+        max_bad: Share of records that may be unusable; those that are left out do not count.
         unfit: Why texts cannot be used at this length, or None.
 
     Raises:
-        ValueError: If more than the share `max_bad` is unusable, with the counts and a first example.
+        ValueError: If more than the share `max_bad` is unusable, or none is left, with the counts and the first ones.
     """
-    texts, kept, skipped = [], [], Counter[str]()
+    texts, kept, skipped, left_out = [], [], Counter[str](), Counter[str]()
     first: dict[str, Record] = {}
     for record in records:
         try:
@@ -98,26 +122,39 @@ def convert(
             if problem := unfit(converted):
                 raise Unusable(problem)
         except Unusable as reason:
-            skipped[str(reason)] += 1
+            (left_out if isinstance(reason, LeftOut) else skipped)[str(reason)] += 1
             first.setdefault(str(reason), record)
             continue
         texts.append(converted)
         kept.append(record)
     bad = sum(skipped.values())
     if not kept or bad > max_bad * len(records):
-        ranked = skipped.most_common()
-        reasons = "; ".join(f"{reason}: {count}" for reason, count in ranked)
-        shown = "; ".join(excerpt(first[reason]) for reason, _ in ranked[:SHOWN_REASONS])
+        without = f"; {sum(left_out.values())} are left out ({listed(left_out)})" if left_out else ""
+        shown = "; ".join(place_of(r) + excerpt(r) for r in (first[reason] for reason in most(skipped or left_out)))
         raise ValueError(
-            f"{where}: {bad} of {len(records)} records cannot be used ({reasons}). First: {shown}. "
+            f"{where}: {bad} of {len(records)} records cannot be used ({listed(skipped)}){without}. First: {shown}. "
             + (f"Mend the data, or raise max_bad_records ({max_bad})." if kept else "None is left.")
         )
-    return texts, kept, dict(skipped)
+    places = {reason: place for reason, record in first.items() if (place := place_of(record).removesuffix(": "))}
+    return Converted(texts, kept, dict(skipped), dict(left_out), places)
+
+
+def most(reasons: Counter[str]) -> list[str]:
+    """Returns the reasons that most records have."""
+    return [reason for reason, _ in reasons.most_common(SHOWN_REASONS)]
+
+
+def listed(reasons: Counter[str]) -> str:
+    """Returns reasons with their counts, the first few of many."""
+    found = [f"{reason}: {count}" for reason, count in reasons.most_common(LISTED_REASONS)]
+    more = [f"{len(reasons) - len(found)} more reasons"] if len(reasons) > len(found) else []
+    return "; ".join(found + more)
 
 
 def excerpt(record: Record) -> str:
     """Returns the beginning of a record."""
-    text = json.dumps(record, ensure_ascii=False, default=str)
+    read = {name: value for name, value in record.items() if name not in RESERVED}
+    text = printable(json.dumps(read, ensure_ascii=False, default=str))
     return text if len(text) <= MAX_SHOWN else text[:MAX_SHOWN] + " …"
 
 
@@ -146,13 +183,11 @@ def common_width(texts: Sequence[Text], max_length: int) -> int:
     return min(-(-longest // ROUND) * ROUND, max_length)
 
 
-def finished(
-    arrays: Any, records: list[Record], skipped: dict[str, int], texts: Sequence[Text], max_length: int
-) -> Examples:
+def finished(arrays: Any, made: Converted, texts: Sequence[Text], max_length: int) -> Examples:
     """Returns examples with the lengths of their texts."""
     lengths, turns = tuple(len(text.ids) for text in texts), tuple(text.turns for text in texts)
-    truncated, apart = sum(length > max_length for length in lengths), sum(text.apart for text in texts)
-    return Examples(arrays, records, skipped, truncated, lengths, turns, apart)
+    cut, apart = sum(length > max_length for length in lengths), sum(text.apart for text in texts)
+    return Examples(arrays, made.records, made.skipped, cut, lengths, turns, apart, made.left_out, made.places)
 
 
 def load_supervised(
@@ -165,18 +200,18 @@ def load_supervised(
     max_bad: float,
 ) -> Examples:
     """Returns a `SupervisedBatch` of all records."""
-    texts, kept, skipped = convert(
+    made = convert(
         records,
         lambda r: supervised_example(r, template, tokenizer),
         where=where,
         max_bad=max_bad,
         unfit=lambda t: unfit_texts(t, max_length),
     )
-    rows = [text for (text,) in texts]
+    rows = [text for (text,) in made.texts]
     check_rendered(rows, template, tokenizer, where)
     padded = pad_right(rows, common_width(rows, max_length), tokenizer.pad_id)
     batch = SupervisedBatch(padded["tokens"], padded["mask"], padded["trained"])
-    return finished(batch, kept, skipped, rows, max_length)
+    return finished(batch, made, rows, max_length)
 
 
 def load_sampled(rows: Sequence[Record], *, width: int, pad_id: int) -> Examples:
@@ -191,7 +226,7 @@ def load_sampled(rows: Sequence[Record], *, width: int, pad_id: int) -> Examples
     texts = [Text(prompt + ids, [False] * len(prompt) + [True] * len(ids)) for prompt, ids in parts]
     padded = pad_right(texts, width, pad_id)
     batch = SupervisedBatch(padded["tokens"], padded["mask"], padded["trained"])
-    return finished(batch, list(rows), {}, texts, width)
+    return finished(batch, Converted([], list(rows), {}, {}, {}), texts, width)
 
 
 def load_pairs(
@@ -206,30 +241,30 @@ def load_pairs(
 ) -> Examples:
     """Returns a `SafetyBatch` or a `PreferenceBatch` of all records; both sides have one width."""
     example = safety_example if safety else preference_example
-    texts, kept, skipped = convert(
+    made = convert(
         paired(records) if safety else records,
         lambda r: example(r, template, tokenizer),
         where=where,
         max_bad=max_bad,
         unfit=lambda t: unfit_texts(t, max_length),
     )
-    flat = [text for pair_ in texts for text in pair_]
+    flat = [text for pair_ in made.texts for text in pair_]
     check_rendered(flat, template, tokenizer, where)
     width = common_width(flat, max_length)
 
     def side(i: int) -> Sequences:
-        padded = pad_right([pair_[i] for pair_ in texts], width, tokenizer.pad_id)
+        padded = pad_right([pair_[i] for pair_ in made.texts], width, tokenizer.pad_id)
         return Sequences(padded["tokens"], padded["mask"], padded["trained"])
 
     batch: SafetyBatch | PreferenceBatch
     if safety:
-        safer = np.array([record["safer_response_id"] for record in kept], np.int64)
-        labels: Any = np.array([safety_labels(record) for record in kept], bool)
-        rows = np.arange(len(kept))
+        safer = np.array([label_of(record, "safer_response_id") for record in made.records], np.int64)
+        labels: Any = np.array([safety_labels(record) for record in made.records], bool)
+        rows = np.arange(len(safer))
         batch = SafetyBatch(side(0), side(1), labels[rows, safer], labels[rows, 1 - safer])
     else:
         batch = PreferenceBatch(side(0), side(1))
-    return finished(batch, kept, skipped, flat, max_length)
+    return finished(batch, made, flat, max_length)
 
 
 def load_prompts(
@@ -261,14 +296,14 @@ def load_prompts(
         ValueError: If a record lacks `group_field`.
     """
     drop = long_prompts == "drop"
-    texts, kept, skipped = convert(
+    made = convert(
         records,
         lambda r: prompt_example(r, template, tokenizer),
         where=where,
         max_bad=max_bad,
         unfit=lambda t: "longer than max_prompt_length" if drop and len(t[0].ids) > max_length else None,
     )
-    rows = [text for (text,) in texts]
+    rows, kept = [text for (text,) in made.texts], made.records
     check_rendered(rows, template, tokenizer, where)
     width = common_width(rows, max_length)
     tokens: Any = np.full((len(rows), width), tokenizer.pad_id, np.int32)
@@ -287,7 +322,7 @@ def load_prompts(
         names = list(groups or group_names(kept, group_field))
         group = np.array([names.index(str(record[group_field])) for record in kept], np.int32)
     row: Any = np.arange(len(rows), dtype=np.int32)
-    return finished(PromptBatch(tokens, mask, group, row), kept, skipped, rows, width)
+    return finished(PromptBatch(tokens, mask, group, row), made, rows, width)
 
 
 def group_names(records: Sequence[Record], field: str | None) -> tuple[str, ...]:

@@ -8,36 +8,65 @@ A record is a dictionary with whichever of these fields its file can give; one r
     response_0, response_1                     two responses to the prompt
     better_response_id                         0 or 1: which is more helpful         (reward, DPO; SFT trains on it)
     safer_response_id, is_response_{0,1}_safe  which is less harmful, and labels     (cost)
+    better_votes, safer_votes                  of several annotators, 0 or 1 each; the majority is the label
 
 Every other field stays as it is: harm categories, severity, sources, groups.
 """
 
 import dataclasses
+import math
 import os.path
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-Record = dict[str, Any]
-Message = dict[str, Any]  # {"role": "system" | "user" | "assistant", "content": text}; checked when it is encoded
+from safe_rlhf_jax.data.records import (
+    LABELS,
+    LEFT_OUT,
+    VOTES,
+    brief,
+    columns_of,
+    holds,
+    labels_in,
+    like,
+    majority,
+    text_of,
+    voted,
+)
+from safe_rlhf_jax.data.records import PART as PART  # found here too
+from safe_rlhf_jax.data.records import UNUSABLE as UNUSABLE
+from safe_rlhf_jax.data.records import Message as Message
+from safe_rlhf_jax.data.records import Record as Record
+from safe_rlhf_jax.data.records import Unusable as Unusable
+from safe_rlhf_jax.data.turns import (
+    ASKED,
+    plain,
+    prompt_of,
+    read_lists,
+    response_of,
+    transcript_turns,
+    turns_of,
+)
 
-UNUSABLE = "unusable"  # field that holds why a record of a known format could not be read
-PART = "mixture_part"  # field that holds which part of a weighted mixture a record is of
 LOOKED_AT = 100  # records whose contents tell formats with equal columns apart
-TURN = re.compile(r"\n\n(Human|Assistant):")
-ROLES = {
-    "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant",
-    "system": "system",
-}  # fmt: skip
+RESPONSES = ("response", "response_0", "response_1")
+OWN = ("messages", "prompt", *RESPONSES, *LABELS, *VOTES.values())  # fields of a record that stages read
+RATINGS = ("fine-grained_score", "overall_score", "score")  # of a completion, the most trusted first
+ANNOTATOR = re.compile(r"annotator\d+")
 
 
-class Unusable(Exception):
-    """A record that a stage cannot use; the message is the reason it is counted under."""
-
-
-def as_it_is(record: Record) -> Record:
-    """Returns the fields of a record that has the project's own names."""
-    return record
+def from_own(record: Record) -> Record:
+    """The project's own names, as many of them as there are: turns, texts and labels in one spelling."""
+    found = dict(record)
+    if not holds(found.get("messages")):
+        found.pop("messages", None)
+    else:
+        found["messages"] = turns_of(found["messages"], "messages")
+    if "prompt" in found:
+        found["prompt"] = prompt_of(record["prompt"])
+    for field in found.keys() & set(RESPONSES):
+        found[field] = response_of(record[field], record.get("prompt"), field)
+    return found | voted(record)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,63 +74,30 @@ class Format:
     """How the records of a published data set are recognised, and read."""
 
     needs: tuple[str, ...]  # columns
-    convert: Callable[[Record], Record] = as_it_is  # raises Unusable
+    convert: Callable[[Record], Record] = from_own  # raises Unusable
     also: tuple[str, ...] = ()  # columns that `convert` reads where they exist
     fits: Callable[[Record], bool] = lambda record: True  # tells formats with equal columns apart
 
     def read(self, raw: Record) -> Record:
-        """Returns the record; one that cannot be read keeps its fields and says why."""
-        if self.convert is as_it_is:
+        """Returns the record; one that cannot be read keeps its fields and says why.
+
+        What holds nothing is not there. Of the fields that stages read, a record has those that its format gives.
+        """
+        if UNUSABLE in raw:
             return raw
+        given = dict.fromkeys(self.needs) | {name: value for name, value in raw.items() if holds(value)}
+        read = OWN if self.convert is from_own else (*self.needs, *self.also)
+        rest = {name: value for name, value in given.items() if name not in (*read, *OWN)}
         try:
-            rest = {name: value for name, value in raw.items() if name not in (*self.needs, *self.also)}
-            return rest | self.convert(raw)
+            found = self.convert(read_lists(given, read))
         except Unusable as reason:
             return raw | {UNUSABLE: str(reason)}
-
-
-def text_of(record: Record, field: str) -> str:
-    """Returns a field that must be text."""
-    if not isinstance(record.get(field), str):
-        raise Unusable(f"{field} is missing or no text")
-    text: str = record[field]
-    return text
-
-
-def turns_of(value: Any, what: str) -> list[Message]:
-    """Returns turns [{role, content}], also from ShareGPT's [{from, value}]."""
-    turns = [value] if isinstance(value, dict) else value
-    if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
-        raise Unusable(f"{what} is no list of turns")
-    if "from" not in turns[0]:
-        return turns
-    unknown = [turn.get("from") for turn in turns if turn.get("from") not in ROLES]
-    if unknown:
-        raise Unusable(f"a turn is from {unknown[0]!r}, neither human, gpt nor system")
-    return [{"role": ROLES[turn["from"]], "content": turn.get("value")} for turn in turns]
-
-
-def transcript_turns(text: str) -> list[Message]:
-    r"""Returns the turns of a transcript, `\n\nHuman: … \n\nAssistant: …`."""
-    before, *rest = TURN.split("\n\n" + text.lstrip("\n"))
-    if before.strip() or not rest:
-        raise Unusable("no transcript of Human and Assistant turns")
-    speakers, contents = rest[::2], rest[1::2]
-    return [
-        {"role": ROLES["human" if speaker == "Human" else "gpt"], "content": content.strip()}
-        for speaker, content in zip(speakers, contents, strict=True)
-    ]
-
-
-def prompt_and(turns: Sequence[Message], **fields: Any) -> Record:
-    """Returns a record whose prompt is text where one turn of the user is all of it, else the turns."""
-    plain = len(turns) == 1 and turns[0].get("role") == "user"
-    return {"prompt": turns[0].get("content") if plain else list(turns), **fields}
+        return like(raw, rest | found | labels_in(found))
 
 
 def preference(turns: Sequence[Message], chosen: Any, rejected: Any) -> Record:
     """Returns a pair in which the first response is the better one."""
-    return prompt_and(turns, response_0=chosen, response_1=rejected, better_response_id=0)
+    return {"prompt": plain(turns), "response_0": chosen, "response_1": rejected, "better_response_id": 0}
 
 
 def dialogue_pair(chosen: Sequence[Message], rejected: Sequence[Message]) -> Record:
@@ -118,21 +114,75 @@ def from_transcripts(record: Record) -> Record:
     return dialogue_pair(*(transcript_turns(text_of(record, side)) for side in ("chosen", "rejected")))
 
 
-def is_transcript(record: Record) -> bool:
+def are_transcripts(record: Record) -> bool:
     """Tells HH from TRL's implicit prompts."""
-    return isinstance(record.get("chosen"), str) and "\n\nAssistant:" in record["chosen"]
+    sides = (record.get("chosen"), record.get("rejected"))
+    return all(isinstance(side, str) and "\n\nAssistant:" in side for side in sides)
 
 
 def from_red_team(record: Record) -> Record:
     """Anthropic red-team attempts: the attack's opening is a prompt; the transcript and its ratings stay."""
-    return record | {"prompt": transcript_turns(text_of(record, "transcript"))[0]["content"]}
+    ratings = {name: value for name, value in record.items() if name not in OWN}
+    return ratings | {"prompt": transcript_turns(text_of(record, "transcript"))[0]["content"]}
+
+
+def instruction_of(record: Record) -> str:
+    """Returns Alpaca's prompt: the input follows the instruction after a space, as in the reference."""
+    given = text_of(record, "input") if record.get("input") else ""
+    return " ".join(filter(None, (text_of(record, "instruction"), given)))
 
 
 def from_alpaca(record: Record) -> Record:
-    """Alpaca: the input follows the instruction after a space, as in the reference."""
-    given = text_of(record, "input") if record.get("input") else ""
-    prompt = " ".join(filter(None, (text_of(record, "instruction"), given)))
-    return {"prompt": prompt, "response": text_of(record, "output")}
+    """Alpaca, also with the system message and the earlier turns of LLaMA-Factory."""
+    turns = [{"role": "system", "content": text_of(record, "system")}] if record.get("system") else []
+    earlier = record.get("history") or []
+    if not isinstance(earlier, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in earlier):
+        raise Unusable("history is no list of pairs of texts")
+    for asked, answered in earlier:
+        turns += [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
+    turns += [{"role": "user", "content": instruction_of(record)}]
+    return {"prompt": plain(turns), "response": text_of(record, "output")}
+
+
+def compared(record: Record, first: str, second: str, label: Record) -> Record:
+    """Returns a pair of two models' responses to an instruction; where one is empty there is nothing to learn."""
+    responses = [text_of(record, field) for field in (first, second)]
+    empty = {} if all(map(str.strip, responses)) else {LEFT_OUT: "a model's response is empty"}
+    pair = {"prompt": instruction_of(record), "response_0": responses[0], "response_1": responses[1]}
+    return pair | label | empty
+
+
+def from_pandalm(record: Record) -> Record:
+    """PandaLM: each annotator prefers the first response (1), the second (2) or neither (0)."""
+    choices = [record[name] for name in sorted(record) if ANNOTATOR.fullmatch(name) and holds(record[name])]
+    for choice in choices:
+        if number(choice) not in (0, 1, 2):
+            raise Unusable(f"an annotator's choice is none of 0, 1 and 2, but {brief(choice)}")
+    votes = [int(float(choice)) - 1 for choice in choices if float(choice)]
+    return compared(record, "response1", "response2", majority("better_response_id", votes))
+
+
+def from_alpaca_eval(record: Record) -> Record:
+    """AlpacaEval: the first output (1), the second (2), or between them with a weight; 0 and 1.5 are draws."""
+    preferred = number(record["preference"])
+    if preferred is None or not (preferred == 0 or 1 <= preferred <= 2):
+        raise Unusable(f"preference is neither 0, 1 nor 2, but {brief(record['preference'])}")
+    draw = preferred in (0, 1.5)
+    label: Record = {"better_votes": []} if draw else {"better_response_id": int(preferred > 1.5)}
+    return compared(record, "output_1", "output_2", label)
+
+
+def from_questions(record: Record) -> Record:
+    """MT-bench and Vicuna's questions: the first turn; the second asks about an answer that is not there."""
+    turns = record["turns"]
+    if not isinstance(turns, list) or not turns or not all(isinstance(turn, str) for turn in turns):
+        raise Unusable("turns is no list of texts")
+    return {"prompt": turns[0]}
+
+
+def from_safety_tests(record: Record) -> Record:
+    """SimpleSafetyTests."""
+    return {"prompt": text_of(record, "prompts_final")}
 
 
 def from_sharegpt(record: Record) -> Record:
@@ -140,36 +190,70 @@ def from_sharegpt(record: Record) -> Record:
     turns = turns_of(record.get("conversations"), "conversations")
     if record.get("system"):
         turns = [{"role": "system", "content": text_of(record, "system")}, *turns]
-    if "chosen" not in record:
+    if "chosen" not in record and "rejected" not in record:
         return {"messages": turns}
-    return dialogue_pair(*([*turns, *turns_of(record.get(side), side)] for side in ("chosen", "rejected")))
+    return dialogue_pair(*([*turns, *side_of(record, side)] for side in ("chosen", "rejected")))
+
+
+def side_of(record: Record, side: str) -> list[Message]:
+    """Returns the turns of a preference's side, which may be a single one."""
+    value = record.get(side)
+    return turns_of([value] if isinstance(value, dict) else value, side)
+
+
+def asked_turns(prompt: Any) -> list[Message]:
+    """Returns the turns of a prompt."""
+    asked = prompt_of(prompt)
+    return asked if isinstance(asked, list) else [{"role": "user", "content": text_of({"prompt": asked}, "prompt")}]
 
 
 def from_trl(record: Record) -> Record:
-    """TRL preferences: text or turns, the prompt beside the responses or inside both."""
+    """TRL preferences: text or turns, the prompt beside the responses."""
     prompt, chosen, rejected = (record.get(field) for field in ("prompt", "chosen", "rejected"))
-    if isinstance(chosen, str) and isinstance(rejected, str):
-        if prompt is not None:
-            return {"prompt": prompt, "response_0": chosen, "response_1": rejected, "better_response_id": 0}
-        shared = os.path.commonprefix([chosen, rejected])  # noqa: RUF071 of texts, no paths
-        cut = max(shared.rfind(" "), shared.rfind("\n")) + 1  # no word is cut in two
-        return preference([{"role": "user", "content": shared[:cut].strip()}], chosen[cut:], rejected[cut:])
-    sides = [turns_of(value, name) for name, value in (("chosen", chosen), ("rejected", rejected))]
-    if sides[0][0].get("role") == "assistant":  # otherwise each side is a whole conversation
-        asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else turns_of(prompt, "prompt")
-        sides = [[*asked, *side] for side in sides]
-    return dialogue_pair(*sides)
+    if not isinstance(chosen, str) or not isinstance(rejected, str):
+        sides = [side_of(record, side) for side in ("chosen", "rejected")]
+        if sides[0][0]["role"] == "assistant":  # otherwise each side is a whole conversation
+            asked = asked_turns(prompt)
+            sides = [[*asked, *side] for side in sides]
+        elif holds(prompt) and not all(turn in sides[0] for turn in asked_turns(prompt)):
+            raise Unusable("chosen is a conversation in which the prompt does not stand")
+        return dialogue_pair(*sides)
+    if all(ASKED.match(side) for side in (chosen, rejected)):  # each side is a whole transcript
+        if not isinstance(prompt, str) or prompt.strip() not in chosen:
+            raise Unusable("chosen is a transcript in which the prompt does not stand")
+        return from_transcripts(record)
+    sides = [response_of(side, prompt, name) for name, side in (("chosen", chosen), ("rejected", rejected))]
+    return {"prompt": prompt_of(prompt), "response_0": sides[0], "response_1": sides[1], "better_response_id": 0}
+
+
+def from_implicit(record: Record) -> Record:
+    """TRL preferences with the prompt inside both sides."""
+    chosen, rejected = record.get("chosen"), record.get("rejected")
+    if not isinstance(chosen, str) or not isinstance(rejected, str):
+        return dialogue_pair(*(side_of(record, side) for side in ("chosen", "rejected")))
+    shared = os.path.commonprefix([chosen, rejected])  # noqa: RUF071 of texts, no paths
+    cut = max(shared.rfind(" "), shared.rfind("\n")) + 1  # no word is cut in two
+    return preference([{"role": "user", "content": shared[:cut].strip()}], chosen[cut:], rejected[cut:])
 
 
 def from_completion(record: Record) -> Record:
     """TRL demonstrations: the completion is trained, the prompt is not."""
     prompt, completion = record.get("prompt"), record.get("completion")
     if isinstance(completion, str):
-        return {"prompt": prompt, "response": completion}
-    turns = [*turns_of(prompt, "prompt"), *turns_of(completion, "completion")]
-    if turns[-1].get("role") != "assistant":
+        return {"prompt": prompt_of(prompt), "response": response_of(completion, prompt, "completion")}
+    turns = [*asked_turns(prompt), *side_of(record, "completion")]
+    if turns[-1]["role"] != "assistant":
         raise Unusable("the last turn is not the assistant's")
-    return prompt_and(turns[:-1], response=turns[-1].get("content"))
+    return {"prompt": plain(turns[:-1]), "response": turns[-1]["content"]}
+
+
+def number(value: Any) -> float | None:
+    """Returns a finite number, also one that is written as text; None for anything else."""
+    try:
+        found = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return found if math.isfinite(found) else None
 
 
 def from_ultrafeedback(record: Record) -> Record:
@@ -181,13 +265,12 @@ def from_ultrafeedback(record: Record) -> Record:
     completions = record.get("completions")
     if not isinstance(completions, list) or len(completions) < 2:
         raise Unusable("fewer than two completions")
-    scores = []
-    for completion in completions:
-        found = [completion.get(name) for name in ("fine-grained_score", "overall_score", "score")]
-        try:
-            scores.append(float(next(score for score in found if score is not None)))
-        except (StopIteration, TypeError, ValueError):
-            raise Unusable("a completion without a score") from None
+    if not all(isinstance(completion, dict) for completion in completions):
+        raise Unusable("a completion is no object with a response and a score")
+    rating = next((name for name in RATINGS if any(completion.get(name) is not None for completion in completions)), "")
+    scores = [score for completion in completions if (score := number(completion.get(rating))) is not None]
+    if len(scores) < len(completions):
+        raise Unusable("a completion without a score")
     best, worst = scores.index(max(scores)), scores.index(min(scores))
     if scores[best] == scores[worst]:
         raise Unusable("all completions have one score")
@@ -202,14 +285,18 @@ FORMATS: dict[str, Format] = {
     "hh_red_team": Format(("transcript", "min_harmlessness_score_transcript"), from_red_team),
     "sharegpt": Format(("conversations",), from_sharegpt, also=("chosen", "rejected", "system")),
     "ultrafeedback": Format(("instruction", "completions"), from_ultrafeedback),
-    "alpaca": Format(("instruction", "output"), from_alpaca, also=("input",)),
+    "pandalm": Format(("instruction", "response1", "response2", "annotator1"), from_pandalm, also=("input",)),
+    "alpaca_eval": Format(("instruction", "output_1", "output_2", "preference"), from_alpaca_eval, also=("input",)),
+    "alpaca": Format(("instruction", "output"), from_alpaca, also=("input", "system", "history")),
     "trl_preference": Format(("prompt", "chosen", "rejected"), from_trl),
-    "hh": Format(("chosen", "rejected"), from_transcripts, fits=is_transcript),
-    "trl_implicit": Format(("chosen", "rejected"), from_trl),
+    "hh": Format(("chosen", "rejected"), from_transcripts, fits=are_transcripts),
+    "trl_implicit": Format(("chosen", "rejected"), from_implicit),
     "trl_completion": Format(("prompt", "completion"), from_completion, fits=lambda record: "label" not in record),
     "messages": Format(("messages",)),
     "demonstrations": Format(("prompt", "response")),
     "prompts": Format(("prompt",)),
+    "questions": Format(("question_id", "turns"), from_questions),
+    "safety_tests": Format(("prompts_final",), from_safety_tests),
 }
 
 
@@ -218,13 +305,13 @@ def recognise(raw: Sequence[Record], name: str | None, where: str) -> str:
 
     Args:
         raw: As read.
-        name: Of the format; None recognises it by its columns.
+        name: Of the format; None recognises it by the columns that hold something.
         where: Names the data in errors.
 
     Raises:
         ValueError: If the columns fit no format, or not the one that is named; lists both.
     """
-    columns = {column for record in raw for column in record}
+    columns = columns_of(raw)
     known = "; ".join(f"{key} ({', '.join(format_.needs)})" for key, format_ in FORMATS.items())
     if name is not None and name not in FORMATS:
         raise ValueError(f"{where}: format {name!r} is unknown. Formats: {known}")
@@ -239,3 +326,14 @@ def recognise(raw: Sequence[Record], name: str | None, where: str) -> str:
         f"{where}: the columns {sorted(columns)} fit no known format; rename them with `fields`, such as "
         f"{{prompt: question}}. Formats: {known}"
     )
+
+
+def other_formats(raw: Sequence[Record], key: str) -> list[str]:
+    """Returns the formats that records also fit, by columns that the recognised one does not read."""
+    columns, own = columns_of(raw), FORMATS[key].convert is from_own
+    read = OWN if own else (*FORMATS[key].needs, *FORMATS[key].also)
+    return [
+        other
+        for other, format_ in FORMATS.items()
+        if columns.issuperset(format_.needs) and not set(read).issuperset(format_.needs)
+    ]

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from safe_rlhf_jax.data.formats import Record
+from safe_rlhf_jax.data.records import Record, one_line
 
 
 def read_hub(name: str, split: str) -> Sequence[Record]:
@@ -28,13 +28,15 @@ def read_hub(name: str, split: str) -> Sequence[Record]:
             f"data 'hf:{name}': split {split!r} cannot be loaded: {one_line(error)}. Check the name, the network and "
             "HF_HUB_OFFLINE; a private data set needs `hf auth login`; a downloaded folder can be named by its path."
         ) from error
-    records: Sequence[Record] = table.to_list()
-    return records
+    return rows_of(table)
 
 
 def is_saved(path: pathlib.Path) -> bool:
-    """Says whether a folder was written by `save_to_disk`."""
-    return any((path / name).is_file() for name in ("dataset_dict.json", "state.json"))
+    """Says whether a folder was written by `save_to_disk`, one data set or several."""
+    return any(
+        (path / name).is_file() and any(path.glob(table))
+        for name, table in (("state.json", "*.arrow"), ("dataset_dict.json", "*/*.arrow"))
+    )
 
 
 def read_saved(path: pathlib.Path, split: str) -> Sequence[Record]:
@@ -52,8 +54,24 @@ def read_saved(path: pathlib.Path, split: str) -> Sequence[Record]:
     splits = table if isinstance(table, datasets.DatasetDict) else {"train": table}
     if split not in splits:
         raise ValueError(f"data {path}: split {split!r}: the folder has {', '.join(splits)}")
-    records: Sequence[Record] = splits[split].to_list()
-    return records
+    return rows_of(splits[split])
+
+
+def rows_of(table: Any) -> list[Record]:
+    """Returns the rows of a data set; for a class its name stands: its number says nothing by itself."""
+    import datasets
+
+    rows: list[Record] = table.to_list()
+    for column, feature in table.features.items():
+        if isinstance(feature, datasets.ClassLabel):
+            for row in rows:
+                row[column] = name_of_class(feature, row[column])
+    return rows
+
+
+def name_of_class(feature: Any, number: int | None) -> str | None:
+    """Returns the name of a class, None where there is none (-1)."""
+    return None if number is None or number < 0 else str(feature.int2str(number))
 
 
 def read_tfds(name: str, split: str) -> Sequence[Record]:
@@ -70,7 +88,16 @@ def read_tfds(name: str, split: str) -> Sequence[Record]:
         source = tfds.data_source(name, split=split)
     except Exception as error:
         raise ValueError(f"data 'tfds:{name}': split {split!r} cannot be loaded: {one_line(error)}") from error
-    return [{field: plain(value) for field, value in source[i].items()} for i in range(len(source))]
+    features = source.dataset_info.features
+    return [
+        {
+            field: name_of_class(features[field], int(value))
+            if isinstance(features[field], tfds.features.ClassLabel)
+            else plain(value)
+            for field, value in source[i].items()
+        }
+        for i in range(len(source))
+    ]
 
 
 def plain(value: Any) -> Any:
@@ -86,11 +113,6 @@ def plain(value: Any) -> Any:
     if isinstance(value, bytes):
         return value.decode("utf-8")
     return [plain(item) for item in value] if isinstance(value, list) else value
-
-
-def one_line(error: Exception) -> str:
-    """Returns the first line of an error."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 HUBS: dict[str, Callable[[str, str], Sequence[Record]]] = {"hf": read_hub, "tfds": read_tfds}

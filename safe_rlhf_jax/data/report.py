@@ -10,13 +10,14 @@ from rich.console import Console
 from rich.text import Text as Styled
 
 from safe_rlhf_jax.data.examples import Examples
-from safe_rlhf_jax.data.formats import Record
+from safe_rlhf_jax.data.records import UNUSABLE, Record, is_true, label_of, printable
 from safe_rlhf_jax.data.sources import prompt_key, record_key
 from safe_rlhf_jax.data.tokenizer import Tokenizer
 
 BINS = 10  # of the histogram
 BAR = 40  # characters of its longest bar
 SHOWN_CATEGORIES = 20
+SHOWN_REASONS = 20
 SIDES = ("chosen", "rejected", "safer", "unsafer")
 
 
@@ -42,7 +43,8 @@ def show(
         shown: How many records are written out.
     """
     lines = [Styled(title, "bold")]
-    lines += [Styled(f"  {line}") for line in (*counts(records, data), *lengths(data, max_length), *labels(data))]
+    facts = (*counts(records, data), *lengths(data, max_length), *unknown(data, tokenizer), *labels(data))
+    lines += [Styled(f"  {line}") for line in facts]
     for i in range(min(shown, len(data))):
         for name, tokens, mask, trained in rows_of(data, i):
             lines += [Styled(f"  record {i + 1}, {name}:", "bold")]
@@ -54,10 +56,16 @@ def show(
 
 def counts(records: Sequence[Record], data: Examples) -> list[str]:
     """Returns how many records there are, can be used, are skipped and repeat each other."""
-    total = len(data) + sum(data.skipped.values())
+    total = len(data) + sum(data.skipped.values()) + sum(data.left_out.values())
     out = [f"{total} records, {len(data)} can be used"]
-    out += [f"  skipped {count}: {reason}" for reason, count in Counter(data.skipped).most_common()]
-    repeats, prompts = (len(records) - len({key(record) for record in records}) for key in (record_key, prompt_key))
+    for how, reasons in (("skipped", data.skipped), ("left out", data.left_out)):
+        for reason, count in Counter(reasons).most_common(SHOWN_REASONS):
+            first = f" (first: {data.places[reason]})" if reason in data.places else ""
+            out.append(f"  {how} {count}: {reason}{first}")
+        if len(reasons) > SHOWN_REASONS:
+            out.append(f"  {how} for {len(reasons) - SHOWN_REASONS} more reasons")
+    read = [record for record in records if UNUSABLE not in record]
+    repeats, prompts = (len(read) - len({key(record) for record in read}) for key in (record_key, prompt_key))
     return [*out, f"duplicates: {repeats} records, {prompts} prompts"]
 
 
@@ -72,15 +80,25 @@ def lengths(data: Examples, max_length: int) -> list[str]:
         bar = "█" * -(-BAR * int(number) // int(numbers.max()))
         out.append(f"  {i * size:>6} to {(i + 1) * size - 1:<6} {number:>8} {bar}")
     cut = f"cut to {max_length} tokens: {data.truncated} of {len(values)} texts ({data.truncated / len(values):.1%})"
-    return [*out, cut]
+    apart = f"prompt and response would share a token, and are tokenised apart: {data.apart} texts"
+    return [*out, cut, *([apart] if data.apart else [])]
+
+
+def unknown(data: Examples, tokenizer: Tokenizer) -> list[str]:
+    """Returns a line with the share of tokens that stand for what the tokenizer does not know, where there are any."""
+    sides = [getattr(data.arrays, name) for name in SIDES if hasattr(data.arrays, name)] or [data.arrays]
+    tokens = np.concatenate([side.tokens[side.mask] for side in sides])
+    found = float((tokens == tokenizer.hf.unk_token_id).mean())
+    is_told = found and tokenizer.hf.unk_token_id != tokenizer.eos_id  # as in GPT-2, whose every text ends with it
+    return [f"unknown to the tokenizer: {found:.1%} of the tokens"] if is_told else []
 
 
 def labels(data: Examples) -> list[str]:
     """Returns how labels, harm categories and severities are distributed over the usable records."""
     out = []
-    better = Counter(record.get("better_response_id") for record in data.records)
     if hasattr(data.arrays, "chosen"):
-        out.append(f"better response: {share(better[0], better.total())} the first")
+        second = sum(label_of(record, "better_response_id") for record in data.records)
+        out.append(f"better response: {share(len(data) - second, len(data))} the first")
     if hasattr(data.arrays, "safer"):
         safe = np.stack([data.arrays.safer_is_safe, data.arrays.unsafer_is_safe])
         out.append(f"labelled safe: {share(int(safe.sum()), safe.size)} of the responses")
@@ -100,10 +118,10 @@ def values_of(record: Record, what: str) -> list[str]:
     out: list[str] = []
     for field, value in record.items():
         if what in field and isinstance(value, dict):
-            out += [name for name, holds in value.items() if holds]
+            out += [str(name) for name, holds in value.items() if is_true(holds)]
         elif what in field and isinstance(value, str | int):
             out.append(str(value))
-    return out
+    return list(map(printable, out))
 
 
 def share(part: int, whole: int) -> str:

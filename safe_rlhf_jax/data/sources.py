@@ -15,8 +15,10 @@ from typing import Any
 import numpy as np
 
 from safe_rlhf_jax.data import demo, hubs
-from safe_rlhf_jax.data.files import files_of, read_file
-from safe_rlhf_jax.data.formats import FORMATS, PART, Record, recognise
+from safe_rlhf_jax.data.files import files_in, files_of
+from safe_rlhf_jax.data.formats import FORMATS, other_formats, recognise
+from safe_rlhf_jax.data.readers import read_file
+from safe_rlhf_jax.data.records import PART, UNUSABLE, Record, columns_of, like, located, printable
 
 DATASETS: dict[str, Callable[[str], Any]] = {  # name -> (split -> records)
     "demo/sft": demo.sft,
@@ -44,15 +46,23 @@ def read_records(
         limit: Takes the first records only.
         test_share: Makes the splits "train" and "test" by a hash of the prompt: none is on both sides.
         format: A key of `FORMATS`; None recognises it by the columns.
-        fields: {field: column} renames columns before anything else.
+        fields: {field: column} renames columns before anything else; no two columns become one.
         unique: "record" leaves out records that repeat an earlier one, "prompt" those that repeat its prompt.
 
     Raises:
         ValueError: If there is no such data set, split or file, or it cannot be read; says where.
     """
-    stamps = tuple((str(path), path.stat().st_mtime_ns, path.stat().st_size) for path in data_files(name))
-    records, _ = read_all(name, split, test_share, format, tuple((fields or {}).items()), unique, stamps)
+    stamps = tuple(map(stamp, data_files(name)))
+    records = read_all(name, split, test_share, format, tuple((fields or {}).items()), unique, stamps)
     return list(records[:limit])
+
+
+def stamp(path: pathlib.Path) -> tuple[str, int, int]:
+    """Returns what changes when a file does."""
+    try:
+        return str(path), path.stat().st_mtime_ns, path.stat().st_size
+    except OSError as error:
+        raise ValueError(f"data {path}: cannot be read: {error}") from error
 
 
 @functools.lru_cache(maxsize=16)  # stages share data sets
@@ -64,19 +74,18 @@ def read_all(
     fields: tuple[tuple[str, str], ...],
     unique: str | None,
     stamps: tuple[tuple[str, int, int], ...],
-) -> tuple[tuple[Record, ...], str]:
-    """Returns all records of `read_records`, and which format they had; `stamps` tell whether files have changed."""
+) -> tuple[Record, ...]:
+    """Returns all records of `read_records`; `stamps` tell whether files have changed."""
     del stamps
     source, share = split_share(name)
     where = f"data {name!r}"
     if test_share is not None and split not in ("train", "test"):
         raise ValueError(f"{where}: split {split!r}: with test_share there are 'train' and 'test'")
-    raw = read_source(source, "train" if test_share is not None else split)
-    if not raw:
+    found = read_source(source, "train" if test_share is not None else split)
+    if not found:
         raise ValueError(f"{where}: split {split!r} has no records")
-    raw = renamed(raw, fields, where)
-    recognised = recognise(raw, format, where)
-    records = [FORMATS[recognised].read(record) for record in raw]
+    tables = renamed(found, fields, where)
+    records = [record for place, raw in tables.items() for record in in_format(place, raw, format)]
     if test_share is not None:
         records = [record for record in records if in_test(record, test_share) == (split == "test")]
     if unique is not None:
@@ -84,7 +93,17 @@ def read_all(
     records = take_share(records, share)
     if not records:
         raise ValueError(f"{where}: split {split!r} has no records left after test_share, unique and share")
-    return tuple(records), recognised
+    return tuple(records)
+
+
+def in_format(where: str, raw: Sequence[Record], name: str | None) -> list[Record]:
+    """Returns the records of one table in the fields of `formats`; a format that was not the only choice is printed."""
+    recognised = recognise(raw, name, where)
+    others = other_formats(raw, recognised) if name is None else []
+    if others:
+        said = f"read as {recognised}; the columns also fit {', '.join(others)}: `format` names another"
+        print(printable(f"{where}: {said}"))
+    return [FORMATS[recognised].read(record) for record in raw]
 
 
 def split_share(name: str) -> tuple[str, float]:
@@ -102,8 +121,23 @@ def split_share(name: str) -> tuple[str, float]:
     return found[1], share
 
 
-def read_source(name: str, split: str) -> Sequence[Record]:
-    """Returns the records of a source as they stand."""
+def read_source(name: str, split: str) -> dict[str, Sequence[Record]]:
+    """Returns the records of a source as they stand, by the place they are read from: of a folder, each file."""
+    path = local_path(name)
+    if path is not None and not hubs.is_saved(path):
+        read = {f"data '{file}'": read_file(file) for file in files_of(path, split)}
+        empty = [where for where, records in read.items() if not records]
+        if empty and len(read) > len(empty):
+            print(printable(f"{', '.join(empty)}: no records"))
+        return {where: records for where, records in read.items() if records}
+    records = located(read_named(name, path, split), f"{name} record ")
+    return {f"data {name!r}": records} if records else {}
+
+
+def read_named(name: str, path: pathlib.Path | None, split: str) -> Sequence[Record]:
+    """Returns the records of a data set that is no file: of `DATASETS`, a hub, or a folder that `datasets` saved."""
+    if path is not None:
+        return hubs.read_saved(path, split)
     if name in DATASETS:
         try:
             records: Sequence[Record] = DATASETS[name](split)
@@ -113,14 +147,26 @@ def read_source(name: str, split: str) -> Sequence[Record]:
     prefix, _, rest = name.partition(":")
     if rest and prefix in hubs.HUBS:
         return hubs.HUBS[prefix](rest, split)
-    path = local_path(name)
-    if path is None:
-        nearest = difflib.get_close_matches(name, DATASETS, 1)
-        hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
-        raise ValueError(f"data {name!r}: no such file, and no dataset of this name ({', '.join(DATASETS)}){hint}")
-    if hubs.is_saved(path):
-        return hubs.read_saved(path, split)
-    return [record for file in files_of(path, split) for record in read_file(file)]
+    nearest = difflib.get_close_matches(name, DATASETS, 1)
+    hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+    raise ValueError(f"data {name!r}: no such file, and no dataset of this name ({', '.join(DATASETS)}){hint}")
+
+
+def demo_tokenizer_warning(tokenizer: str, names: Sequence[str]) -> str | None:
+    """Returns a warning where data of others meets the tokenizer of the embedded world, else None.
+
+    Args:
+        tokenizer: As the config or the command line names it.
+        names: Of the data sets.
+    """
+    others = [name for name in names if not name.startswith("demo/")]
+    if tokenizer != "demo" or not others:
+        return None
+    return (
+        f"data {others[0]!r} is read with the tokenizer 'demo' of the embedded world: it knows the words of that world,"
+        " cuts others into small letters and loses the rest. Lengths and texts are not those of a real model; name the "
+        "tokenizer of yours"
+    )
 
 
 def local_path(name: str) -> pathlib.Path | None:
@@ -132,27 +178,42 @@ def local_path(name: str) -> pathlib.Path | None:
 def data_files(name: str) -> list[pathlib.Path]:
     """Returns the local files behind a name, those of all splits."""
     path = local_path(name)
-    return sorted(path.rglob("*")) if path is not None and path.is_dir() else [path] if path is not None else []
+    if path is None or path.is_file():
+        return [path] if path is not None else []
+    if hubs.is_saved(path):
+        return sorted(path.rglob("*"))
+    return sorted(file for files in files_in(path)[0].values() for file in files)
 
 
-def renamed(records: Sequence[Record], fields: Sequence[tuple[str, str]], where: str) -> Sequence[Record]:
+def renamed(
+    tables: Mapping[str, Sequence[Record]], fields: Sequence[tuple[str, str]], where: str
+) -> Mapping[str, Sequence[Record]]:
     """Returns records with columns under the names of fields.
 
     Raises:
-        ValueError: If no record has a column.
+        ValueError: If no record has a column, or two columns would have one name, or one column two.
     """
     if not fields:
-        return records
-    columns = {column for record in records for column in record}
-    missing = [column for _, column in fields if column not in columns]
-    if missing:
-        raise ValueError(f"{where}: fields names the columns {missing}; there are {sorted(columns)}")
+        return tables
+    column_of = dict(fields)
     field_of = {column: field for field, column in fields}
-    hidden = set(field_of.values())  # a column in the place of a field that is renamed
-    return [
-        {field_of.get(name, name): value for name, value in record.items() if name in field_of or name not in hidden}
-        for record in records
-    ]
+    columns = set().union(*(columns_of(records) for records in tables.values()))
+    if missing := [column for column in field_of if column not in columns]:
+        raise ValueError(f"{where}: fields names the columns {missing}; there are {sorted(columns)}")
+    if len(field_of) < len(fields):
+        twice = next(column for column in field_of if list(column_of.values()).count(column) > 1)
+        raise ValueError(f"{where}: fields reads the column {twice!r} as {[f for f, c in fields if c == twice]}")
+    if taken := [field for field, column in fields if field in columns - field_of.keys()]:
+        raise ValueError(
+            f"{where}: fields reads {column_of[taken[0]]!r} as {taken[0]!r}, and there is a column {taken[0]!r}; give "
+            f"that another name, such as {{other: {taken[0]}}}"
+        )
+
+    def under_fields(record: Record) -> Record:
+        hidden = column_of.keys() - field_of.keys()  # columns that hold nothing
+        return like(record, {field_of.get(name, name): value for name, value in record.items() if name not in hidden})
+
+    return {place: [under_fields(record) for record in records] for place, records in tables.items()}
 
 
 def opening(record: Record) -> str:
@@ -166,27 +227,31 @@ def opening(record: Record) -> str:
 
 def in_test(record: Record, share: float) -> bool:
     """Says whether a record is held out: a function of how its conversation opens, the same in every file."""
-    digest = hashlib.blake2b(opening(record).encode(), digest_size=8).digest()
+    digest = hashlib.blake2b(opening(record).encode(errors="surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest, "big") < share * 2**64
 
 
 def prompt_key(record: Record) -> str:
     """Returns what two records with one prompt have in common."""
-    turns = record.get("prompt") or (record.get("messages") or [])[:-1]
-    return json.dumps(turns, sort_keys=True, default=str)
+    turns, messages = record.get("prompt"), record.get("messages")
+    return written(turns or (messages[:-1] if isinstance(messages, list) else messages))
 
 
 def record_key(record: Record) -> str:
     """Returns what two records with one text have in common."""
-    texts = [record.get(field) for field in ("messages", "prompt", "response", "response_0", "response_1")]
-    return json.dumps(texts, sort_keys=True, default=str)
+    return written([record.get(field) for field in ("messages", "prompt", "response", "response_0", "response_1")])
+
+
+def written(value: Any) -> str:
+    """Returns a value as text, the same for equal values."""
+    return json.dumps(value, sort_keys=True, default=str)
 
 
 def without_repeats(records: Sequence[Record], key: Callable[[Record], str]) -> list[Record]:
-    """Returns the first record of every key."""
+    """Returns the first record of every key, and all that could not be read, which are counted later."""
     first: dict[str, Record] = {}
-    for record in records:
-        first.setdefault(key(record), record)
+    for i, record in enumerate(records):
+        first.setdefault(f"unusable {i}" if UNUSABLE in record else key(record), record)
     return list(first.values())
 
 

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from transformers.utils.chat_template_utils import encode_marked_chat, mark_control_tokens
 
-from safe_rlhf_jax.data.formats import Message
+from safe_rlhf_jax.data.records import Message
 from safe_rlhf_jax.data.tokenizer import Tokenizer
 
 DATE = "2024-07-26"  # what Llama 3.1's template writes where it is told no date

@@ -1,40 +1,12 @@
-"""Step 3 of the line, first half: a record becomes token ids, and which of them are trained."""
+"""Step 2 of the line: which conversations a record holds, for each kind of stage."""
 
-import dataclasses
-import functools
-import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from safe_rlhf_jax.data.formats import Record, Unusable, text_of
+from safe_rlhf_jax.data.conversations import Text, check_turns, encode
+from safe_rlhf_jax.data.records import LEFT_OUT, UNUSABLE, LeftOut, Record, Unusable, label_of, text_of
 from safe_rlhf_jax.data.templates import Template
 from safe_rlhf_jax.data.tokenizer import Tokenizer
-
-CHECKED = 16  # texts of a data set whose tokens are compared with those of transformers
-
-
-@dataclasses.dataclass(frozen=True)
-class Text:
-    """Token ids, and which of them are the assistant's (the end of the turn included)."""
-
-    ids: list[int]
-    trained: list[bool]
-    turns: Sequence[Any] = ()  # that were written
-    apart: bool = False  # prompt and response would share a token, and were tokenised apart
-
-
-def check_turns(messages: Any) -> None:
-    """Checks that turns alternate from the user on, after at most one system message, and that all have text."""
-    if not isinstance(messages, list) or not messages:
-        raise Unusable("messages is no list of turns")
-    roles = [message.get("role") if isinstance(message, dict) else None for message in messages]
-    start = 1 if roles[0] == "system" else 0
-    for i, message in enumerate(messages):
-        content = message.get("content") if isinstance(message, dict) else None
-        if not isinstance(content, str) or (not content.strip() and i >= start):
-            raise Unusable("no response" if (i - start) % 2 else "no prompt")
-    if not roles[start:] or any(role != ("user", "assistant")[i % 2] for i, role in enumerate(roles[start:])):
-        raise Unusable("turns that do not alternate between user and assistant")
 
 
 def prompt_turns(record: Record) -> list[Any]:
@@ -52,157 +24,23 @@ def answered(prompt: list[Any], response: str) -> list[Any]:
     return [*prompt, {"role": "assistant", "content": response}]
 
 
-def encode(messages: list[Any], template: Template, tokenizer: Tokenizer, *, train_all: bool = False) -> Text:
-    """Tokenises a conversation as the template writes it, and marks what the assistant says.
-
-    A response goes from the end of the generation prompt to the first token that ends a turn. Behind the last one
-    nothing is kept. Where the template ends it with no token, EOS does; and EOS stands in the place of a token that
-    neither the tokenizer nor the model names as an end, since nothing else would stop there.
-
-    Args:
-        messages: The turns.
-        template: Of the run.
-        tokenizer: Of the run.
-        train_all: Trains every response, not only the last one.
-
-    Raises:
-        Unusable: If the turns cannot be written so, or hold a token that a model has no row for.
-    """
-    check_turns(messages)
-    try:
-        text = written(messages, template, tokenizer, train_all)
-    except ValueError as error:
-        raise Unusable(str(error)) from error
-    unknown = next((i for i in text.ids if tokenizer.rows is not None and i >= tokenizer.rows), None)
-    if unknown is not None:
-        raise Unusable(f"token {tokenizer.quoted([unknown])}, for which a model has no row")
-    return text
-
-
-def written(messages: list[Any], template: Template, tokenizer: Tokenizer, train_all: bool) -> Text:
-    """Returns the text of a conversation."""
-    if messages[-1]["role"] == "user":
-        ids = template.ids(tokenizer, messages, True)
-        return Text(ids, [False] * len(ids), messages)
-    places = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    places = places if train_all else places[-1:]
-    ids = template.ids(tokenizer, messages, False)
-    asked = [template.ids(tokenizer, messages[:i], True) for i in places]
-    apart = any(common(prompt, ids) < len(prompt) for prompt in asked)
-    if apart:
-        ids, spans = tokenised_apart(messages, places, template, tokenizer)
-    else:
-        render = functools.partial(template.ids, tokenizer)
-        starts = [len(prompt) for prompt in asked]
-        spans = [(start, stop_of(i, start, render, messages, ids)) for i, start in zip(places, starts, strict=True)]
-    ends, trained = template.ends(tokenizer), [False] * len(ids)
-    for start, stop in spans:
-        found = next((j for j in range(start, stop) if ids[j] in ends), stop - 1)
-        trained[start : found + 1] = [True] * (found + 1 - start)
-    stop = found + 1
-    if ids[found] not in ends or not trained[found]:
-        return Text([*ids, tokenizer.eos_id], [*trained, True], messages, apart)
-    if ids[found] not in tokenizer.ends:
-        ids[found] = tokenizer.eos_id
-    return Text(ids[:stop], trained[:stop], messages, apart)
-
-
-def tokenised_apart(
-    messages: list[Any], places: Sequence[int], template: Template, tokenizer: Tokenizer
-) -> tuple[list[int], list[tuple[int, int]]]:
-    """Returns the ids of a conversation whose prompts and responses share no token, and where each response stands.
-
-    Where the generation prompt ends with a space, say, most tokenizers join it with the response's first word. But
-    generation goes on from the tokens of the prompt, so these count.
-
-    Raises:
-        ValueError: If the conversation does not begin with a generation prompt, or has control tokens as text.
-    """
-    text = template.render(tokenizer, messages, False)
-    if template.marked(tokenizer, messages) != messages:
-        raise ValueError("a response that shares its first token with the prompt, beside control tokens as text")
-    starts, stops = [], []
-    for i in places:
-        asked = template.render(tokenizer, messages[:i], True)
-        if not text.startswith(asked):
-            raise ValueError("the template's generation prompt is not the beginning of the conversation")
-        starts.append(len(asked))
-        stops.append(stop_of(i, len(asked), functools.partial(template.render, tokenizer), messages, text))
-
-    def ids(stop: int) -> list[int]:
-        cuts = [0, *(start for start in starts if start < stop), stop]
-        first, *others = (text[start:end] for start, end in itertools.pairwise(cuts))
-        opening = [] if template.opens else list(tokenizer.prefix)
-        return opening + tokenizer.encode(first) + [i for piece in others for i in tokenizer.continuation(piece)]
-
-    return ids(len(text)), [(len(ids(start)), len(ids(stop))) for start, stop in zip(starts, stops, strict=True)]
-
-
-def stop_of(
-    i: int, start: int, render: Callable[[list[Any], bool], Sequence[Any]], messages: list[Any], whole: Sequence[Any]
-) -> int:
-    """Returns where response i ends at the latest in a whole conversation: a token's index, or a character's.
-
-    Behind an earlier response the conversation goes on otherwise than one that ends there. A template that writes the
-    last response in another way shows it where another message follows.
-
-    Args:
-        i: Which turn the response is.
-        start: Where it begins.
-        render: (turns, with the generation prompt) -> tokens, or text.
-        messages: The turns.
-        whole: What `render` makes of them.
-    """
-    if i + 1 == len(messages):
-        return len(whole)
-    here = common(render(messages[: i + 1], False), whole)
-    if here > start:
-        return here
-    other = "1" if messages[i + 1]["content"].startswith("0") else "0"
-    return common(render([*messages[: i + 1], {"role": "user", "content": other}], False), whole)
-
-
-def check_rendered(texts: Sequence[Text], template: Template, tokenizer: Tokenizer, where: str) -> None:
-    """Checks on the first texts that their tokens are those that transformers makes of the conversations.
-
-    What ends the last response is ours to choose, and control tokens in a message are text, so neither counts.
-
-    Raises:
-        ValueError: With the two texts, where they differ.
-    """
-    opening = 0 if template.opens else len(tokenizer.prefix)
-    for text in texts[:CHECKED]:
-        turns = list(text.turns)
-        if not turns or text.apart or template.marked(tokenizer, turns) != turns:
-            continue
-        ask = turns[-1]["role"] == "user"
-        theirs, ours = template.theirs(tokenizer, turns, ask), text.ids[opening : None if ask else -1]
-        if theirs[: len(ours)] != ours or (ask and len(theirs) != len(ours)):
-            raise ValueError(
-                f"{where}: the tokens of a conversation are not those of the tokenizer's apply_chat_template: "
-                f"{tokenizer.hf.decode(ours)!r}, and {tokenizer.hf.decode(theirs)!r}"
-            )
-
-
-def common(first: Sequence[Any], second: Sequence[Any]) -> int:
-    """Returns how many tokens, or characters, two texts begin with in common."""
-    pairs = enumerate(zip(first, second, strict=False))
-    return next((i for i, (a, b) in pairs if a != b), min(len(first), len(second)))
-
-
 def supervised_example(record: Record, template: Template, tokenizer: Tokenizer) -> tuple[Text]:
     """Returns the text of a demonstration: of a conversation all responses are trained, after a prompt the response."""
+    if LEFT_OUT in record:
+        raise LeftOut(record[LEFT_OUT])
     if "messages" in record:
         messages = record["messages"]
         check_turns(messages)
         if messages[-1]["role"] != "assistant":
             raise Unusable("the last turn is not the assistant's")
+        if any(turn["role"] == "assistant" and turn.get("weight") == 0 for turn in messages):
+            raise Unusable("a turn with weight 0, while all turns of the assistant are trained")
         return (encode(messages, template, tokenizer, train_all=True),)
     if "response" in record:
-        if record.get("is_safe") is not None and not record["is_safe"]:
-            raise Unusable("the response is labelled unsafe")
+        if "is_safe" in record and not label_of(record, "is_safe"):
+            raise LeftOut("the response is labelled unsafe")
         return (encode(answered(prompt_turns(record), text_of(record, "response")), template, tokenizer),)
-    if "better_response_id" not in record:
+    if not record.keys() & {"better_response_id", "better_votes"}:
         raise Unusable("no messages, prompt + response, or pair with better_response_id")
     better, prompt, *responses = two_responses(record, "better_response_id")
     return (encode(answered(prompt, responses[better]), template, tokenizer),)
@@ -210,14 +48,13 @@ def supervised_example(record: Record, template: Template, tokenizer: Tokenizer)
 
 def two_responses(record: Record, label: str) -> tuple[int, list[Any], str, str]:
     """Returns the label's value (0 or 1), the prompt and both responses."""
+    if LEFT_OUT in record:
+        raise LeftOut(record[LEFT_OUT])
     prompt, *responses = prompt_turns(record), text_of(record, "response_0"), text_of(record, "response_1")
-    if record.get(label) is None:
-        raise Unusable(f"missing {label}")
-    if record[label] not in (0, 1):
-        raise Unusable(f"{label} is neither 0 nor 1")
+    labelled = label_of(record, label)
     if responses[0] == responses[1]:
         raise Unusable("identical responses")
-    return int(record[label]), prompt, responses[0], responses[1]
+    return labelled, prompt, responses[0], responses[1]
 
 
 def preference_example(record: Record, template: Template, tokenizer: Tokenizer) -> tuple[Text, Text]:
@@ -241,31 +78,41 @@ def paired(records: Sequence[Record]) -> list[Record]:
     """Returns safety pairs for the labelled single responses (PKU-SafeRLHF-QA, BeaverTails) among records.
 
     Under each prompt, the first safe response is paired with the first unsafe one, the second with the second, and so
-    on; responses that find no partner are left as they are. Records that are pairs already stay.
+    on; what finds no partner is left out. Of several annotators' labels of one response the majority counts. Records
+    that are pairs already stay.
     """
-    by_prompt: dict[str, dict[bool, list[Record]]] = {}
     out = []
+    labelled: dict[str, dict[str, list[tuple[Record, int]]]] = {}  # prompt -> response -> its labels
     for record in records:
-        if record.get("is_safe") not in (True, False) or "response" not in record:
+        if record.keys() & {UNUSABLE, LEFT_OUT} or not record.keys() >= {"prompt", "response", "is_safe"}:
             out.append(record)
             continue
-        sides = by_prompt.setdefault(str(record.get("prompt")), {True: [], False: []})
-        sides[bool(record["is_safe"])].append(record)
-    for sides in by_prompt.values():
-        for safe, unsafe in zip(sides[True], sides[False], strict=False):
+        try:
+            label = label_of(record, "is_safe")
+        except Unusable as reason:
+            out.append(record | {UNUSABLE: str(reason)})
+            continue
+        labelled.setdefault(str(record["prompt"]), {}).setdefault(str(record["response"]), []).append((record, label))
+    for responses in labelled.values():
+        sides: tuple[list[Record], list[Record]] = ([], [])  # unsafe, safe
+        for given in responses.values():
+            safe, whole = sum(label for _, label in given), len(given)
+            if 2 * safe != whole:
+                sides[2 * safe > whole].append(given[0][0])
+            repeats = given if 2 * safe == whole else given[1:]
+            out += [record | {LEFT_OUT: "one of several labels of a response"} for record, _ in repeats]
+        for unsafe, safe_ in zip(*sides, strict=False):
             labels = {"safer_response_id": 0, "is_response_0_safe": True, "is_response_1_safe": False}
-            out.append(safe | {"response_0": safe["response"], "response_1": unsafe["response"]} | labels)
-        both = min(len(sides[True]), len(sides[False]))
-        out += sides[True][both:] + sides[False][both:]
+            out.append(safe_ | {"response_0": safe_["response"], "response_1": unsafe["response"]} | labels)
+        both = min(map(len, sides))
+        alone = "no response with the other label to the same prompt"
+        out += [record | {LEFT_OUT: alone} for side in sides for record in side[both:]]
     return out
 
 
 def safety_labels(record: Record) -> tuple[bool, bool]:
     """Returns is_response_0_safe, is_response_1_safe."""
-    labels = [record.get(f"is_response_{i}_safe") for i in (0, 1)]
-    if any(label not in (True, False) for label in labels):
-        raise Unusable("is_response_0_safe or is_response_1_safe missing or not a truth value")
-    return bool(labels[0]), bool(labels[1])
+    return bool(label_of(record, "is_response_0_safe")), bool(label_of(record, "is_response_1_safe"))
 
 
 def prompt_example(record: Record, template: Template, tokenizer: Tokenizer) -> tuple[Text]:

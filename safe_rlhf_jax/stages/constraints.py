@@ -137,13 +137,13 @@ def constrained_records(run: Run, stage: Limited, lagrange: cfg.Lagrange, data: 
     groups = lagrange.named
     if groups and any(field in record for record in records):
         records = [record for record in records if str(record.get(field)) in groups]
-    labels = {record.get(f"is_response_{i}_safe") for record in records for i in (0, 1)}
-    if not {True, False} <= labels:
+    labels = {str(record.get(f"is_response_{i}_safe")) for record in records for i in (0, 1)}
+    if not labels >= {"True", "False"}:
         on = f" on {', '.join(groups)} prompts" if groups else ""
         raise cfg.ConfigError(
             f"{stage.name}: {field_of(stage, 'cost_limit')}: data {data.name} ({data.split}) needs responses labelled "
             f"safe and responses labelled unsafe{on}; is_response_0_safe and is_response_1_safe hold "
-            f"{sorted(map(str, labels))}"
+            f"{sorted(labels)}"
         )
     return records
 

@@ -41,8 +41,8 @@ def load_direct(run: Run, stage: cfg.DPOStage, data: cfg.Mixture, shared: dict[s
     if stage.safety_margin:
         unsafe = np.array([sum(safety_labels(record)) == 1 for record in pairs.records])
         arrays = dataclasses.replace(arrays, margin=(stage.safety_margin * unsafe).astype(np.float32))
-    skipped = pairs.skipped | ({LEFT_OUT: left_out} if left_out else {})
-    return dataclasses.replace(pairs, arrays=arrays, skipped=skipped)
+    gone = pairs.left_out | ({LEFT_OUT: left_out} if left_out else {})
+    return dataclasses.replace(pairs, arrays=arrays, left_out=gone)
 
 
 def safe_first(records: Sequence[Record]) -> tuple[list[Record], int]:
@@ -52,6 +52,9 @@ def safe_first(records: Sequence[Record]) -> tuple[list[Record], int]:
     """
     out, left_out = [], 0
     for record in records:
+        if UNUSABLE in record:
+            out.append(record)
+            continue
         try:
             safe = safety_labels(record)
         except Unusable as reason:

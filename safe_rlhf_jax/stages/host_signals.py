@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from safe_rlhf_jax.data.conversations import Text, written
 from safe_rlhf_jax.data.examples import Examples, pad_right
 from safe_rlhf_jax.data.formats import Message
-from safe_rlhf_jax.data.texts import Text, written
 from safe_rlhf_jax.evaluation.evaluate import make_score
 from safe_rlhf_jax.inference.stream import columns
 from safe_rlhf_jax.stages.common import Run, only_read, open_model

@@ -280,16 +280,18 @@ BAD_SUPERVISED = {
     "prompt is missing or no text": {"prompt": None, "response": "b"},
     "no prompt": {"prompt": "", "response": "b"},
     "response is missing or no text": {"prompt": "a", "response": 3},
-    "the response is labelled unsafe": {"prompt": "a", "response": "b", "is_safe": False},
+    "missing is_safe": {"prompt": "a", "response": "b", "is_safe": None},
+    "is_safe is neither true nor false, but 'maybe'": {"prompt": "a", "response": "b", "is_safe": "maybe"},
     "missing better_response_id": pair_record(better_response_id=None),
 }
 BAD_PAIRS = {
     "response_1 is missing or no text": pair_record(response_1=None),
     "missing safer_response_id": {k: v for k, v in pair_record().items() if k != "safer_response_id"},
-    "safer_response_id is neither 0 nor 1": pair_record(safer_response_id="1"),
+    "safer_response_id is neither 0 nor 1": pair_record(safer_response_id="one"),
     "identical responses": pair_record(response_0=ANSWERS[1]),
     "the safer response is labelled unsafe": pair_record(safer_response_id=0),
-    "is_response_0_safe or is_response_1_safe missing": pair_record(is_response_0_safe=None),
+    "missing is_response_0_safe": pair_record(is_response_0_safe=None),
+    "is_response_1_safe is neither true nor false, but 2": pair_record(is_response_1_safe=2),
     "no response": pair_record(response_0=""),
     "prompt is missing or no text": pair_record(prompt=3),
 }

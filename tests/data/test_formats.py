@@ -137,11 +137,59 @@ SAMPLES = {
         },
         {"reward": ("so .", "no ."), "sft": ("so .",)},
     ),
+    "PandaLM": (
+        "pandalm",
+        {
+            "idx": 0,
+            "cmp_key": "a_b",
+            "instruction": "how",
+            "input": "to",
+            "response1": "so .",
+            "response2": "no .",
+            "annotator1": 1,
+            "annotator2": 0,
+            "annotator3": 1,
+        },
+        {"reward": ("so .", "no ."), "sft": ("so .",)},
+    ),
+    "AlpacaEval": (
+        "alpaca_eval",
+        {
+            "instruction": "how",
+            "output_1": "so .",
+            "output_2": "no .",
+            "generator_1": "a",
+            "generator_2": "b",
+            "preference": 2,
+            "annotator": "c",
+        },
+        {"reward": ("no .", "so ."), "sft": ("no .",)},
+    ),
+    "AlpacaEval outputs": (
+        "alpaca",
+        {"instruction": "how", "dataset": "d", "output": "so .", "generator": "g"},
+        {"sft": ("so .",)},
+    ),
+    "Alpaca, earlier turns": (
+        "alpaca",
+        {"instruction": "how", "input": "", "output": "so .", "system": "", "history": [["hi", "yes ?"]]},
+        {"sft": ("so .",)},
+    ),
+    "Vicuna's questions": ("questions", {"question_id": 1, "category": "generic", "turns": ["how", "why"]}, {}),
+    "SimpleSafetyTests": (
+        "safety_tests",
+        {"id": "sst_001", "harm_area": "x", "category": "y", "prompts_final": "how"},
+        {},
+    ),
+    "XSTest": ("prompts", {"id": "1", "prompt": "how", "type": "homonyms", "label": "safe", "focus": "kill"}, {}),
+    "Do-Not-Answer": ("prompts", {"risk_area": "x", "prompt": "how", "intents": ["y"]}, {}),
+    "OpenAI moderation": ("prompts", {"prompt": "how", "S": 0, "SH": 1, "S3": 0}, {}),
     "own": ("demonstrations", {"prompt": "how", "response": "so ."}, {"sft": ("so .",)}),
 }
 PROMPTS = {
-    "Alpaca, input": "how to", "TRL implicit, text": "how do i",
+    **dict.fromkeys(("Alpaca, input", "PandaLM"), "how to"), "TRL implicit, text": "how do i",
     **dict.fromkeys(("HH", "TRL preference, turns", "TRL implicit, turns", "TRL completion, turns"), DIALOGUE),
+    "Alpaca, earlier turns": DIALOGUE,
 }  # fmt: skip
 
 
@@ -242,7 +290,8 @@ def test_safe_and_unsafe_answers_to_one_prompt_become_safety_pairs(tokenizer):
     options = {"max_length": 64, "where": "here", "max_bad": 1.0}
     data = load_pairs(records, PLAIN, tokenizer, safety=True, **options)
     assert len(data) == 1
-    assert data.skipped == {"response_0 is missing or no text": 2}
+    assert data.skipped == {}
+    assert data.left_out == {"no response with the other label to the same prompt": 2}
     assert texts(data.arrays.safer, tokenizer)[1] == "fine .</s>"
     assert texts(data.arrays.unsafer, tokenizer)[1] == "bad .</s>"
     assert data.arrays.safer_is_safe.tolist() == [True]
@@ -271,7 +320,7 @@ BAD = {
     "identical responses": {"prompt": "a", "chosen": "b", "rejected": "b"},
     "response_1 is missing or no text": {"prompt": "a", "response_0": "b", "response_1": 3, "better_response_id": 0},
     "better_response_id is neither 0 nor 1": PKU | {"better_response_id": 2},
-    "chosen is no list of turns": {"prompt": "a", "chosen": None, "rejected": "c"},
+    "chosen is no list of turns": {"prompt": "a", "chosen": 3, "rejected": "c"},
     "a turn is from 'tool'": {
         "conversations": [turn("tool", "a", "from", "value")], "chosen": GPT, "rejected": GPT | {"value": "no"},
     },
@@ -309,9 +358,24 @@ def test_format_or_column_that_is_not_there_is_named(written, options, message):
 
 
 def test_columns_can_be_renamed(written):
-    name = written({"question": "a", "answer": "b", "prompt": "hidden"})
-    renamed = read_records(name, fields={"prompt": "question", "response": "answer"})
-    assert renamed == [{"prompt": "a", "response": "b"}]
+    name = written({"question": "a", "answer": "b", "prompt": None, "response": "old"})
+    renamed = read_records(name, fields={"prompt": "question", "response": "answer", "answer": "response"})
+    assert renamed == [{"prompt": "a", "response": "b", "answer": "old"}]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"prompt": "question", "response": "question"}, r"reads the column 'question' as \['prompt', 'response'\]"),
+        (
+            {"response": "question"},
+            r"reads 'question' as 'response', and there is a column 'response'; .*\{other: response",
+        ),
+    ],
+)
+def test_column_of_several_meanings_is_refused(written, fields, message):
+    with pytest.raises(ValueError, match=message):
+        read_records(written({"question": "a", "response": "b"}), fields=fields)
 
 
 def test_named_format_wins_over_the_recognised_one(written):

@@ -156,7 +156,7 @@ def test_data_set_of_tensorflow_datasets_is_read_without_tensorflow(tmp_path, mo
     Builder(data_dir=tmp_path / "data", file_format="array_record").download_and_prepare()
     tfds.core.add_data_dir(tmp_path / "data")
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    assert read_records("tfds:answers", "train") == [{"messages": turns, "severity": 2}] * 3
+    assert read_records("tfds:answers", "train") == [{"messages": turns, "severity": 2, "kind": "b"}] * 3
     assert "tensorflow" not in sys.modules
     with pytest.raises(ValueError, match="data 'tfds:no_such': split 'train' cannot be loaded"):
         read_records("tfds:no_such")
@@ -172,6 +172,7 @@ class Builder(tfds.core.GeneratorBasedBuilder):
     def _info(self):
         turn = {"role": tfds.features.Text(), "content": tfds.features.Text()}
         features = {"messages": tfds.features.Sequence(turn), "severity": tfds.features.Scalar(dtype=np.int64)}
+        features["kind"] = tfds.features.ClassLabel(names=["a", "b"])
         return self.dataset_info_from_configs(features=tfds.features.FeaturesDict(features))
 
     def _split_generators(self, _):
@@ -180,7 +181,7 @@ class Builder(tfds.core.GeneratorBasedBuilder):
     def _generate_examples(self):
         turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
         for i in range(3):
-            yield i, {"messages": turns, "severity": 2}
+            yield i, {"messages": turns, "severity": 2, "kind": "b"}
 """
 
 

@@ -6,10 +6,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from safe_rlhf_jax.data.conversations import encode
 from safe_rlhf_jax.data.examples import load_pairs, load_prompts, load_supervised
 from safe_rlhf_jax.data.formats import Unusable
 from safe_rlhf_jax.data.templates import TEMPLATES, load_template
-from safe_rlhf_jax.data.texts import encode, prompt_example, supervised_example
+from safe_rlhf_jax.data.texts import prompt_example, supervised_example
 from safe_rlhf_jax.data.tokenizer import load_tokenizer
 from tests.tokenizers import make_tokenizer
 

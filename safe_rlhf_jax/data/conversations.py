@@ -1,0 +1,180 @@
+"""Step 3 of the line, first half: a conversation becomes token ids, and which of them are trained."""
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from safe_rlhf_jax.data.records import Unusable, is_encodable
+from safe_rlhf_jax.data.templates import Template
+from safe_rlhf_jax.data.tokenizer import Tokenizer
+from safe_rlhf_jax.data.turns import content_problem
+
+CHECKED = 16  # texts of a data set whose tokens are compared with those of transformers
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+    """Token ids, and which of them are the assistant's (the end of the turn included)."""
+
+    ids: list[int]
+    trained: list[bool]
+    turns: Sequence[Any] = ()  # that were written
+    apart: bool = False  # prompt and response would share a token, and were tokenised apart
+
+
+def check_turns(messages: Any) -> None:
+    """Checks that turns alternate from the user on, after at most one system message, and that all have text."""
+    if not isinstance(messages, list) or not messages:
+        raise Unusable("messages is no list of turns")
+    roles = [message.get("role") if isinstance(message, dict) else None for message in messages]
+    start = 1 if roles[0] == "system" else 0
+    for i, message in enumerate(messages):
+        content = message.get("content") if isinstance(message, dict) else None
+        if isinstance(message, dict) and (problem := content_problem(message)):
+            raise Unusable(problem)
+        if not isinstance(content, str) or (not content.strip() and i >= start):
+            raise Unusable("no response" if (i - start) % 2 else "no prompt")
+        if not is_encodable(content):
+            raise Unusable("half a character (a lone surrogate)")
+    if not roles[start:] or any(role != ("user", "assistant")[i % 2] for i, role in enumerate(roles[start:])):
+        raise Unusable("turns that do not alternate between user and assistant")
+
+
+def encode(messages: list[Any], template: Template, tokenizer: Tokenizer, *, train_all: bool = False) -> Text:
+    """Tokenises a conversation as the template writes it, and marks what the assistant says.
+
+    A response goes from the end of the generation prompt to the first token that ends a turn. Behind the last one
+    nothing is kept. Where the template ends it with no token, EOS does; and EOS stands in the place of a token that
+    neither the tokenizer nor the model names as an end, since nothing else would stop there.
+
+    Args:
+        messages: The turns.
+        template: Of the run.
+        tokenizer: Of the run.
+        train_all: Trains every response, not only the last one.
+
+    Raises:
+        Unusable: If the turns cannot be written so, or hold a token that a model has no row for.
+    """
+    check_turns(messages)
+    try:
+        text = written(messages, template, tokenizer, train_all)
+    except ValueError as error:
+        raise Unusable(str(error)) from error
+    unknown = next((i for i in text.ids if tokenizer.rows is not None and i >= tokenizer.rows), None)
+    if unknown is not None:
+        raise Unusable(f"token {tokenizer.quoted([unknown])}, for which a model has no row")
+    return text
+
+
+def written(messages: list[Any], template: Template, tokenizer: Tokenizer, train_all: bool) -> Text:
+    """Returns the text of a conversation."""
+    if messages[-1]["role"] == "user":
+        ids = template.ids(tokenizer, messages, True)
+        return Text(ids, [False] * len(ids), messages)
+    places = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    places = places if train_all else places[-1:]
+    ids = template.ids(tokenizer, messages, False)
+    asked = [template.ids(tokenizer, messages[:i], True) for i in places]
+    apart = any(common(prompt, ids) < len(prompt) for prompt in asked)
+    if apart:
+        ids, spans = tokenised_apart(messages, places, template, tokenizer)
+    else:
+        render = functools.partial(template.ids, tokenizer)
+        starts = [len(prompt) for prompt in asked]
+        spans = [(start, stop_of(i, start, render, messages, ids)) for i, start in zip(places, starts, strict=True)]
+    ends, trained = template.ends(tokenizer), [False] * len(ids)
+    for start, stop in spans:
+        found = next((j for j in range(start, stop) if ids[j] in ends), stop - 1)
+        trained[start : found + 1] = [True] * (found + 1 - start)
+    stop = found + 1
+    if ids[found] not in ends or not trained[found]:
+        return Text([*ids, tokenizer.eos_id], [*trained, True], messages, apart)
+    if ids[found] not in tokenizer.ends:
+        ids[found] = tokenizer.eos_id
+    return Text(ids[:stop], trained[:stop], messages, apart)
+
+
+def tokenised_apart(
+    messages: list[Any], places: Sequence[int], template: Template, tokenizer: Tokenizer
+) -> tuple[list[int], list[tuple[int, int]]]:
+    """Returns the ids of a conversation whose prompts and responses share no token, and where each response stands.
+
+    Where the generation prompt ends with a space, say, most tokenizers join it with the response's first word. But
+    generation goes on from the tokens of the prompt, so these count.
+
+    Raises:
+        ValueError: If the conversation does not begin with a generation prompt, or has control tokens as text.
+    """
+    text = template.render(tokenizer, messages, False)
+    if template.marked(tokenizer, messages) != messages:
+        raise ValueError("a response that shares its first token with the prompt, beside control tokens as text")
+    starts, stops = [], []
+    for i in places:
+        asked = template.render(tokenizer, messages[:i], True)
+        if not text.startswith(asked):
+            raise ValueError("the template's generation prompt is not the beginning of the conversation")
+        starts.append(len(asked))
+        stops.append(stop_of(i, len(asked), functools.partial(template.render, tokenizer), messages, text))
+
+    def ids(stop: int) -> list[int]:
+        cuts = [0, *(start for start in starts if start < stop), stop]
+        first, *others = (text[start:end] for start, end in itertools.pairwise(cuts))
+        opening = [] if template.opens else list(tokenizer.prefix)
+        return opening + tokenizer.encode(first) + [i for piece in others for i in tokenizer.continuation(piece)]
+
+    return ids(len(text)), [(len(ids(start)), len(ids(stop))) for start, stop in zip(starts, stops, strict=True)]
+
+
+def stop_of(
+    i: int, start: int, render: Callable[[list[Any], bool], Sequence[Any]], messages: list[Any], whole: Sequence[Any]
+) -> int:
+    """Returns where response i ends at the latest in a whole conversation: a token's index, or a character's.
+
+    Behind an earlier response the conversation goes on otherwise than one that ends there. A template that writes the
+    last response in another way shows it where another message follows.
+
+    Args:
+        i: Which turn the response is.
+        start: Where it begins.
+        render: (turns, with the generation prompt) -> tokens, or text.
+        messages: The turns.
+        whole: What `render` makes of them.
+    """
+    if i + 1 == len(messages):
+        return len(whole)
+    here = common(render(messages[: i + 1], False), whole)
+    if here > start:
+        return here
+    other = "1" if messages[i + 1]["content"].startswith("0") else "0"
+    return common(render([*messages[: i + 1], {"role": "user", "content": other}], False), whole)
+
+
+def check_rendered(texts: Sequence[Text], template: Template, tokenizer: Tokenizer, where: str) -> None:
+    """Checks on the first texts that their tokens are those that transformers makes of the conversations.
+
+    What ends the last response is ours to choose, and control tokens in a message are text, so neither counts.
+
+    Raises:
+        ValueError: With the two texts, where they differ.
+    """
+    opening = 0 if template.opens else len(tokenizer.prefix)
+    for text in texts[:CHECKED]:
+        turns = list(text.turns)
+        if not turns or text.apart or template.marked(tokenizer, turns) != turns:
+            continue
+        ask = turns[-1]["role"] == "user"
+        theirs, ours = template.theirs(tokenizer, turns, ask), text.ids[opening : None if ask else -1]
+        if theirs[: len(ours)] != ours or (ask and len(theirs) != len(ours)):
+            raise ValueError(
+                f"{where}: the tokens of a conversation are not those of the tokenizer's apply_chat_template: "
+                f"{tokenizer.hf.decode(ours)!r}, and {tokenizer.hf.decode(theirs)!r}"
+            )
+
+
+def common(first: Sequence[Any], second: Sequence[Any]) -> int:
+    """Returns how many tokens, or characters, two texts begin with in common."""
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(first), len(second)))

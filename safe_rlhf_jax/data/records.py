@@ -1,0 +1,199 @@
+"""A record, the place where it was read, and its labels; what makes one unusable."""
+
+import contextlib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+Record = dict[str, Any]
+Message = dict[str, Any]  # {"role": "system" | "user" | "assistant", "content": text}; checked when it is encoded
+
+UNUSABLE = "unusable"  # field that holds why a record could not be read
+LEFT_OUT = "left_out"  # field that holds why no stage takes a record that has been read
+PART = "mixture_part"  # field that holds which part of a weighted mixture a record is of
+RESERVED = (UNUSABLE, LEFT_OUT, PART)
+
+IDS = {"0": 0, "1": 1, "0.0": 0, "1.0": 1, "false": 0, "true": 1}
+TRUTHS = IDS | {"no": 0, "yes": 1, "unsafe": 0, "safe": 1}
+# All spellings of a label; case and surrounding space do not count.
+LABELS: dict[str, Mapping[str, int]] = {
+    "better_response_id": IDS,
+    "safer_response_id": IDS,
+    "is_safe": TRUTHS,
+    "is_response_0_safe": TRUTHS,
+    "is_response_1_safe": TRUTHS,
+}
+VOTES = {"better_response_id": "better_votes", "safer_response_id": "safer_votes"}  # of several annotators
+SHOWN_VALUE = 40  # characters of a value in a reason
+
+
+class Unusable(Exception):
+    """A record that a stage cannot use; the message is the reason it is counted under."""
+
+
+class LeftOut(Unusable):
+    """A record that is right, and of no use to a stage: it does not count as a bad one."""
+
+
+class Located(Record):
+    """A record that knows where it was read; equal to any other with the same fields."""
+
+    __slots__ = ("number", "source")
+
+    def __init__(self, fields: Mapping[str, Any], source: str, number: int):
+        super().__init__(fields)
+        self.source, self.number = source, number  # "pairs.jsonl:", 18
+
+    def __or__(self, other: Mapping[str, Any]) -> "Located":  # type: ignore[override]
+        return Located({**self, **other}, self.source, self.number)
+
+
+def located(records: Sequence[Record], source: str) -> list[Record]:
+    """Returns records that know their numbers in a source.
+
+    Raises:
+        ValueError: If one has a column of a reserved name.
+    """
+    for taken in RESERVED:
+        if any(taken in record for record in records):
+            raise ValueError(f"data {source.rstrip()}: there is a column of the reserved name {taken!r}; rename it")
+    return [Located(record, source, number) for number, record in enumerate(records, 1)]
+
+
+def like(record: Record, fields: Record) -> Record:
+    """Returns fields as a record that was read where another was."""
+    return Located(fields, record.source, record.number) if isinstance(record, Located) else fields
+
+
+def place_of(record: Record) -> str:
+    """Returns where a record was read, followed by a colon; nothing where it does not know."""
+    return printable(f"{record.source}{record.number}: ") if isinstance(record, Located) else ""
+
+
+def printable(text: str) -> str:
+    """Returns a text that any terminal takes: without halves of characters, which names of files may hold too."""
+    return text.encode(errors="replace").decode()
+
+
+def holds(value: Any) -> bool:
+    """Says whether a column holds something in a record: neither null nor NaN, as which null comes out of pandas."""
+    return value is not None and not (isinstance(value, float) and math.isnan(value))
+
+
+def columns_of(records: Sequence[Record]) -> set[str]:
+    """Returns the columns that hold something in a record that could be read."""
+    found: set[str] = set()
+    for record in records:
+        if UNUSABLE not in record:
+            found.update(name for name, value in record.items() if name not in found and holds(value))
+    return found
+
+
+def brief(value: Any) -> str:
+    """Returns a value for a reason or an error, cut to a line's part."""
+    text = repr(value)
+    return text if len(text) <= SHOWN_VALUE else text[:SHOWN_VALUE] + "…"
+
+
+def text_of(record: Record, field: str) -> str:
+    """Returns a field that must be text."""
+    value = record.get(field)
+    if not isinstance(value, str):
+        kind = "" if value is None else f" ({type(value).__name__})"
+        raise Unusable(f"{field} is missing or no text{kind}")
+    return value
+
+
+def label_of(record: Record, field: str) -> int:
+    """Returns the label in a field, 0 or 1; nothing but the spellings in `LABELS` is one."""
+    value = record.get(field)
+    if not holds(value) or not str(value).strip():
+        if isinstance(record.get(VOTES.get(field, "")), list):
+            raise LeftOut("as many annotators prefer one response as the other")
+        raise Unusable(f"missing {field}")
+    label = LABELS[field].get(str(value).strip().lower())
+    if label is None:
+        allowed = "0 nor 1" if LABELS[field] is IDS else "true nor false"
+        raise Unusable(f"{field} is neither {allowed}, but {brief(value)}")
+    return label
+
+
+def labels_in(record: Record) -> Record:
+    """Returns the labels of a record that can be read: ids as 0 and 1, the others as truth values."""
+    found: Record = {}
+    for field in LABELS.keys() & record.keys():
+        with contextlib.suppress(Unusable):
+            label = label_of(record, field)
+            found[field] = label if LABELS[field] is IDS else bool(label)
+    return found
+
+
+def is_true(value: Any) -> bool:
+    """Says whether a value is one of the spellings of true."""
+    return TRUTHS.get(str(value).strip().lower()) == 1
+
+
+def majority(label: str, votes: Sequence[int]) -> Record:
+    """Returns votes with the label that most of them are for; with none where they are divided."""
+    tied = 2 * sum(votes) == len(votes)
+    return {VOTES[label]: list(votes)} | ({} if tied else {label: int(2 * sum(votes) > len(votes))})
+
+
+def voted(record: Record) -> Record:
+    """Returns the votes of a record as 0 and 1, and the labels that they make where it has none."""
+    found: Record = {}
+    for label, field in VOTES.items():
+        votes = record.get(field)
+        if not holds(votes):
+            continue
+        if not isinstance(votes, list):
+            raise Unusable(f"{field} is no list of votes")
+        found |= majority(label, [label_of({label: vote}, label) for vote in votes if holds(vote)])
+        found |= {label: record[label]} if holds(record.get(label)) else {}
+    return found
+
+
+def flaw(value: Any, deepest: int = 50) -> str | None:
+    """Returns why nothing can be made of a value as it was read, at any depth, or None."""
+    level = [value]
+    for _ in range(deepest):
+        if not level:
+            return None
+        for item in level:
+            if isinstance(item, Repeating):
+                return f"the key {brief(item.key)} stands twice in an object"
+            if isinstance(item, str) and not item.isascii() and not is_encodable(item):
+                return "half a character (a lone surrogate)"
+        level = [inner for item in level for inner in inside(item)]
+    return f"nested more than {deepest} deep"
+
+
+def one_line(error: Exception) -> str:
+    """Returns the first line of an error."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def inside(value: Any) -> Iterator[Any]:
+    """Yields what a list or an object holds, keys included."""
+    if isinstance(value, dict):
+        yield from value
+        yield from value.values()
+    elif isinstance(value, list):
+        yield from value
+
+
+def is_encodable(text: str) -> bool:
+    """Says whether a text has no lone surrogate, half of a character that needs two."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+class Repeating(Record):
+    """An object of JSON in which a key stands twice."""
+
+    def __init__(self, fields: Record, key: str):
+        super().__init__(fields)
+        self.key = key
