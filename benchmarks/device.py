@@ -8,17 +8,20 @@ something, so that a kill loses nothing. Needs nothing but Python; the steps the
 import argparse
 import concurrent.futures
 import dataclasses
+import importlib.metadata
 import itertools
 import json
 import os
 import pathlib
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
 from typing import Any
+from urllib.parse import unquote
 
 ROOT = pathlib.Path(__file__).parent.parent
 LEAST = 10.0  # seconds; with less left no step is started
@@ -94,7 +97,7 @@ class Session:
             unnamed = self.path
             self.results.setdefault(name, {}).update(result)
             facts = self.results.get("facts", {})
-            order = [step.name for step in self.steps if step.name in self.results]
+            order = [name for name in ("install", *(step.name for step in self.steps)) if name in self.results]
             content = {
                 "commit": facts.get("commit"),
                 "device": facts.get("device"),
@@ -109,6 +112,14 @@ class Session:
             scratch.replace(self.path)
             if unnamed != self.path:
                 unnamed.unlink(missing_ok=True)
+
+    def install(self, wheels: pathlib.Path) -> None:
+        """Installs what is missing, for this process and those it starts."""
+        started, site = time.monotonic(), (self.options.work / "site").resolve()
+        result = install(wheels, site)
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(site), os.environ.get("PYTHONPATH"))))
+        self.report("install", **result, seconds=time.monotonic() - started)
+        print(row("install", self.results["install"]), flush=True)
 
     def run(self, step: Step) -> None:
         """Runs a step to its end or its limit."""
@@ -165,6 +176,42 @@ class Session:
         os._exit(143)
 
 
+def install(wheels: pathlib.Path, site: pathlib.Path) -> dict[str, Any]:
+    """Installs into a folder those wheels that are missing or too old beside what is installed; JAX stays as it is.
+
+    pip says which they are; where it finds no answer, those are taken of which there is no version.
+
+    Returns:
+        `status`, and the names of the `packages`.
+    """
+    shutil.rmtree(site, ignore_errors=True)
+    site.mkdir(parents=True)
+    pip = [sys.executable, "-m", "pip", "install", "--no-index"]
+    installed = {canonical(one.name): one.version for one in importlib.metadata.distributions()}
+    found, report = site / "found.txt", site / "report.json"
+    found.write_text("".join(f"{name}=={installed[name]}\n" for name in ("jax", "jaxlib") if name in installed))
+    asked = subprocess.run(
+        [*pip, "--dry-run", f"--find-links={wheels}", f"--constraint={found}", f"--report={report}",
+         f"--requirement={wheels / 'requirements.txt'}"], capture_output=True, text=True,
+    )  # fmt: skip
+    if asked.returncode == 0:
+        chosen = [one["download_info"]["url"] for one in json.loads(report.read_text())["install"]]
+        files = [wheels / unquote(url.rpartition("/")[2]) for url in chosen]
+    else:
+        files = [path for path in wheels.glob("*.whl") if canonical(path.name.split("-")[0]) not in installed]
+    put = [*pip, "--quiet", "--no-deps", "--no-compile", f"--target={site}", *map(str, files)]
+    failed = [asked] * (asked.returncode != 0)
+    if files and (done := subprocess.run(put, capture_output=True, text=True)).returncode:
+        failed.append(done)
+    result = {"status": "failed" if failed else "passed", "packages": sorted(path.name.split("-")[0] for path in files)}
+    return result | {"summary": f"{len(files)} packages", "output": "".join(one.stderr for one in failed)[-TAIL:]}
+
+
+def canonical(name: str) -> str:
+    """A package's name as it is compared."""
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
 def end(process: subprocess.Popen) -> None:
     """Stops a process and what it started: asks first."""
     for how, patience in ((signal.SIGTERM, GRACE), (signal.SIGKILL, None)):
@@ -201,6 +248,8 @@ def main() -> int:
     """Command line."""
     names = [step.name for step in STEPS]
     parser = argparse.ArgumentParser(prog="benchmarks/device.sh", description=__doc__.partition("\n\n")[0])
+    parser.add_argument("--wheels", type=pathlib.Path, metavar="FOLDER", help="packages of `make wheels`: what is "
+                        "missing here is installed into the folder of work, without network")  # fmt: skip
     parser.add_argument("--budget", type=float, default=480, help="seconds in all (default %(default)s)")
     parser.add_argument("--out", type=pathlib.Path, default=ROOT / "benchmarks" / "results", help="folder of the JSON "
                         "file, which is named after the device (default benchmarks/results)")  # fmt: skip
@@ -215,6 +264,8 @@ def main() -> int:
     session = Session(options, tuple(step for step in STEPS if step.name in options.only))
     signal.signal(signal.SIGTERM, session.terminate)
     signal.signal(signal.SIGINT, session.terminate)
+    if options.wheels:
+        session.install(options.wheels)
     session.run_all()
     print(f"\n{session.path}: {time.monotonic() - session.started:.0f} s")
     for name, result in session.results.items():

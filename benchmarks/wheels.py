@@ -45,17 +45,20 @@ def needed(requirements: list[Requirement], there: dict[str, str], markers: dict
 
     What a package needs is said by the one that is installed here.
     """
-    found: set[str] = set()
+    found: set[tuple[str, str]] = set()  # name and extra
     pending = list(requirements)
     while pending:
         one = pending.pop()
         name = canonicalize_name(one.name)
         enough = name in there and (not there[name] or there[name] in one.specifier)
-        if name in found | FOUND or enough or (one.marker and not one.marker.evaluate(markers)):
+        new = {(name, extra) for extra in ("", *one.extras)} - found
+        if name in FOUND or enough or not new:
             continue
-        found.add(name)
-        pending += map(Requirement, importlib.metadata.requires(name) or ())
-    return found
+        found |= new
+        for more in map(Requirement, importlib.metadata.requires(name) or ()):
+            if not more.marker or any(more.marker.evaluate(markers | {"extra": extra}) for _, extra in new):
+                pending.append(more)
+    return {name for name, _ in found}
 
 
 def locked(names: set[str], markers: dict[str, str]) -> str:
@@ -71,7 +74,7 @@ def locked(names: set[str], markers: dict[str, str]) -> str:
 def target(python: str) -> dict[str, str]:
     """Environment markers of that Python on Linux."""
     return {"python_version": python, "python_full_version": f"{python}.0", "sys_platform": "linux", "os_name": "posix",
-            "platform_system": "Linux", "platform_machine": "x86_64", "extra": ""}  # fmt: skip
+            "platform_system": "Linux", "platform_machine": "x86_64"}  # fmt: skip
 
 
 def main() -> None:
