@@ -26,6 +26,7 @@ from urllib.parse import unquote
 ROOT = pathlib.Path(__file__).parent.parent
 LEAST = 10.0  # seconds; with less left no step is started
 GRACE = 10.0  # seconds between SIGTERM and SIGKILL
+PATIENCE = 6  # times the limit of a step that a CPU has, where a GPU's machine has more and faster cores
 TAIL = 3000  # characters of the output of a step that failed
 TRUE_FLOAT32 = {"JAX_DEFAULT_MATMUL_PRECISION": "float32"}
 
@@ -123,7 +124,7 @@ class Session:
 
     def run(self, step: Step) -> None:
         """Runs a step to its end or its limit."""
-        limit = min(step.seconds, self.left)
+        limit = min(step.seconds * (PATIENCE if self.options.small else 1), self.left)
         if limit < LEAST:
             self.report(step.name, status="skipped", reason=f"{max(self.left, 0):.0f} s of the budget were left")
             return
@@ -131,6 +132,7 @@ class Session:
         work.mkdir(parents=True, exist_ok=True)
         out, log = work / f"{step.name}.jsonl", work / f"{step.name}.log"
         out.write_text("")
+        self.report(step.name, status="running")
         # Several processes share the device's memory; one alone may have nearly all of it.
         memory = {"MEM_FRACTION": "0.92"} if step.alone else {"PREALLOCATE": "false"}
         environment = os.environ | {f"XLA_PYTHON_CLIENT_{k}": v for k, v in memory.items()} | step.environment
@@ -255,7 +257,8 @@ def main() -> int:
                         "file, which is named after the device (default benchmarks/results)")  # fmt: skip
     parser.add_argument("--work", type=pathlib.Path, default=ROOT / "build" / "device", help="folder of logs and runs "
                         "(default build/device)")  # fmt: skip
-    parser.add_argument("--small", action="store_true", help="small sizes: a rehearsal on a CPU")
+    parser.add_argument("--small", action="store_true", help="small sizes and more patience: a rehearsal on "
+                        "a CPU")  # fmt: skip
     parser.add_argument("--only", nargs="+", metavar="STEP", choices=names, default=names, help=", ".join(names))
     cores = len(os.sched_getaffinity(0))
     parser.add_argument("--jobs", type=int, default=max(1, min(6, cores // 2 - 1)), help="steps side by side where "

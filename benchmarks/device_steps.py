@@ -290,9 +290,11 @@ def rl(options: argparse.Namespace, config: str, repeats: int) -> Found:
     for part in rl_step.measure(spec, repeats, recompute=True):
         result |= part
         yield part
-    peak, said = result["peak_memory_bytes"] / 2**30, result["compiler"]["memory"]["total"] / 2**30
-    rate = f"MFU {result['mfu']:.1%}" if "mfu" in result else f"{result['share_of_matmul_peak']:.0%} of a product's"
-    yield {"summary": f"{result['seconds']['iteration']:.3f} s, {rate}, peak {peak:.1f} GiB, compiler {said:.1f} GiB"}
+        if part.keys() & {"seconds", "mfu"}:
+            seconds = ", ".join(f"{phase} {value:.3g} s" for phase, value in result["seconds"].items())
+            peak, said = (x / 2**30 for x in (result["peak_memory_bytes"], result["compiler"]["memory"]["total"]))
+            rate = f"MFU {result['mfu']:.1%}; " if "mfu" in result else ""
+            yield {"summary": f"{rate}{seconds}; {peak:.1f} GiB at the peak, {said:.1f} by the compiler"}
 
 
 def sampler_gap(options: argparse.Namespace) -> Found:

@@ -29,7 +29,7 @@ from flax import linen as nn
 
 from safe_rlhf_jax.analysis.chips import chip_of
 from safe_rlhf_jax.analysis.flops import iteration_flops
-from safe_rlhf_jax.analysis.report import analyse
+from safe_rlhf_jax.analysis.report import analyse, memory_of
 from safe_rlhf_jax.models.config import ModelConfig, ScoreConfig
 from safe_rlhf_jax.models.transformer import CausalLM, ScoreModel
 from safe_rlhf_jax.optim import init_state, make_optimizer, multiplied
@@ -118,7 +118,9 @@ def measure(spec: dict[str, Any], repeats: int, recompute: bool) -> Iterator[dic
     step = jax.jit(make_step(networks, algorithm, hp), donate_argnums=0)
     start = time.perf_counter()
     compiled = step.lower(state, frozen, prompts, key).compile()
-    yield {"compile_seconds": time.perf_counter() - start}
+    chip = chip_of(jax.devices()[0])
+    memory = memory_of(compiled, chip.hbm if chip else None)
+    yield {"compile_seconds": time.perf_counter() - start, "compiler": {"memory": memory}}
     box = [state]
     del state  # donated
 
@@ -169,7 +171,6 @@ def measure(spec: dict[str, Any], repeats: int, recompute: bool) -> Iterator[dic
         },
         "share_of_matmul_peak": total / iteration / peak,
     }
-    chip = chip_of(jax.devices()[0])
     if chip and config.dtype == "bfloat16":  # what the peak in the data sheet is for
         yield {"mfu": total / iteration / chip.flops}
     executed = flops | {"update": flops["update"] * (4 / 3 if config.remat == "full" else 1)}

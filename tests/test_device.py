@@ -28,7 +28,7 @@ def run(monkeypatch, tmp_path):
 
         monkeypatch.setattr(device, "command", command)
         steps = tuple(Step(name, limit, "", alone=name in alone) for name in programs)
-        options = argparse.Namespace(budget=budget, out=tmp_path, work=tmp_path, jobs=jobs, small=True)
+        options = argparse.Namespace(budget=budget, out=tmp_path, work=tmp_path, jobs=jobs, small=False)
         Session(options, steps).run_all()
         (path,) = tmp_path.glob("device_*.json")
         return json.loads(path.read_text())["steps"], path.name
