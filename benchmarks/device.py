@@ -116,7 +116,7 @@ class Session:
 
     def install(self, wheels: pathlib.Path) -> None:
         """Installs what is missing, for this process and those it starts."""
-        started, site = time.monotonic(), (self.options.work / "site").resolve()
+        started, site = time.monotonic(), self.options.work / "site"
         result = install(wheels, site)
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(site), os.environ.get("PYTHONPATH"))))
         self.report("install", **result, seconds=time.monotonic() - started)
@@ -246,16 +246,21 @@ def row(name: str, result: dict[str, Any]) -> str:
     return f"{name:22s} {result['status']:8s} {seconds}  {result.get('summary') or result.get('reason', '')}"
 
 
+def folder(text: str) -> pathlib.Path:
+    """A folder of the command line; steps run in another one."""
+    return pathlib.Path(text).resolve()
+
+
 def main() -> int:
     """Command line."""
     names = [step.name for step in STEPS]
     parser = argparse.ArgumentParser(prog="benchmarks/device.sh", description=__doc__.partition("\n\n")[0])
-    parser.add_argument("--wheels", type=pathlib.Path, metavar="FOLDER", help="packages of `make wheels`: what is "
+    parser.add_argument("--wheels", type=folder, metavar="FOLDER", help="packages of `make wheels`: what is "
                         "missing here is installed into the folder of work, without network")  # fmt: skip
     parser.add_argument("--budget", type=float, default=480, help="seconds in all (default %(default)s)")
-    parser.add_argument("--out", type=pathlib.Path, default=ROOT / "benchmarks" / "results", help="folder of the JSON "
+    parser.add_argument("--out", type=folder, default=ROOT / "benchmarks" / "results", help="folder of the JSON "
                         "file, which is named after the device (default benchmarks/results)")  # fmt: skip
-    parser.add_argument("--work", type=pathlib.Path, default=ROOT / "build" / "device", help="folder of logs and runs "
+    parser.add_argument("--work", type=folder, default=ROOT / "build" / "device", help="folder of logs and runs "
                         "(default build/device)")  # fmt: skip
     parser.add_argument("--small", action="store_true", help="small sizes and more patience: a rehearsal on "
                         "a CPU")  # fmt: skip

@@ -433,7 +433,6 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=600, help="that this step has (default %(default)s)")
     parser.add_argument("--small", action="store_true", help="small sizes")
     options = parser.parse_args()
-    options.work = options.work.resolve()
     (step,) = (step for step in STEPS if step.name == options.name)
     with (options.work / f"{options.name}.jsonl").open("a") as out:
 
