@@ -87,9 +87,14 @@ class Session:
         return self.options.budget - (time.monotonic() - self.started)
 
     @property
+    def facts(self) -> dict[str, Any]:
+        """What the step of that name has found so far."""
+        return self.results.get("facts", {}).get("found", {})
+
+    @property
     def path(self) -> pathlib.Path:
         """The file, named after the device as soon as that is known."""
-        kind = self.results.get("facts", {}).get("device", "unknown device")
+        kind = self.facts.get("device", "unknown device")
         return self.options.out / f"device_{re.sub(r'[^a-z0-9]+', '_', kind.lower())}.json"
 
     def report(self, name: str, **result: Any) -> None:
@@ -97,11 +102,10 @@ class Session:
         with self.lock:
             unnamed = self.path
             self.results.setdefault(name, {}).update(result)
-            facts = self.results.get("facts", {})
             order = [name for name in ("install", *(step.name for step in self.steps)) if name in self.results]
             content = {
-                "commit": facts.get("commit"),
-                "device": facts.get("device"),
+                "commit": self.facts.get("commit"),
+                "device": self.facts.get("device"),
                 "small": self.options.small,
                 "budget_seconds": self.options.budget,
                 "seconds": time.monotonic() - self.started,
@@ -148,21 +152,20 @@ class Session:
                 time.sleep(0.2)
                 if (now := out.read_text()) != said:
                     said = now
-                    self.report(step.name, status="running", **parsed(said))
+                    self.report(step.name, found=parsed(said))
                 if not stopped and time.monotonic() - started > limit:
                     stopped = True
                     end(process)
             del self.running[step.name]
-        result = parsed(out.read_text()) | {"seconds": time.monotonic() - started}
+        found = parsed(out.read_text())
+        result: dict[str, Any] = {"status": "passed"}
         if stopped:
-            result |= {"status": "stopped", "reason": f"after {limit:.0f} s", "output": tail(log)}
+            result = {"status": "stopped", "reason": f"after {limit:.0f} s", "output": tail(log)}
         elif process.returncode:
-            result |= {"status": "failed", "exit_status": process.returncode, "output": tail(log)}
-        elif "skip" in result:
-            result |= {"status": "skipped", "reason": result.pop("skip")}
-        else:
-            result |= {"status": "passed"}
-        self.report(step.name, **result)
+            result = {"status": "failed", "exit_status": process.returncode, "output": tail(log)}
+        elif "skip" in found:
+            result = {"status": "skipped", "reason": found["skip"]}
+        self.report(step.name, **result, seconds=time.monotonic() - started, found=found)
         print(row(step.name, self.results[step.name]), flush=True)
 
     def run_all(self) -> None:
@@ -184,7 +187,7 @@ def install(wheels: pathlib.Path, site: pathlib.Path) -> dict[str, Any]:
     pip says which they are; where it finds no answer, those are taken of which there is no version.
 
     Returns:
-        `status`, and the names of the `packages`.
+        The result of a step: its `status`, and as `found` the names of the `packages`.
     """
     shutil.rmtree(site, ignore_errors=True)
     site.mkdir(parents=True)
@@ -205,8 +208,9 @@ def install(wheels: pathlib.Path, site: pathlib.Path) -> dict[str, Any]:
     failed = [asked] * (asked.returncode != 0)
     if files and (done := subprocess.run(put, capture_output=True, text=True)).returncode:
         failed.append(done)
-    result = {"status": "failed" if failed else "passed", "packages": sorted(path.name.split("-")[0] for path in files)}
-    return result | {"summary": f"{len(files)} packages", "output": "".join(one.stderr for one in failed)[-TAIL:]}
+    names = sorted(path.name.split("-")[0] for path in files)
+    result = {"status": "passed", "found": {"packages": names, "summary": f"{len(names)} packages"}}
+    return result | ({"status": "failed", "output": "".join(one.stderr for one in failed)[-TAIL:]} if failed else {})
 
 
 def canonical(name: str) -> str:
@@ -243,7 +247,8 @@ def tail(log: pathlib.Path) -> str:
 def row(name: str, result: dict[str, Any]) -> str:
     """A step in one line."""
     seconds = f"{result['seconds']:6.0f} s" if "seconds" in result else " " * 8
-    return f"{name:22s} {result['status']:8s} {seconds}  {result.get('summary') or result.get('reason', '')}"
+    said = result.get("reason") or result.get("found", {}).get("summary", "")
+    return f"{name:22s} {result['status']:8s} {seconds}  {said}"
 
 
 def folder(text: str) -> pathlib.Path:

@@ -40,21 +40,22 @@ def run(monkeypatch, tmp_path):
 def test_a_step_that_fails_is_reported_with_its_output_and_the_rest_goes_on(run):
     steps, name = run({
         "facts": 'print(\'{"device": "NVIDIA H100 80GB HBM3"}\', file=out)',
-        "bad": 'print(\'{"found": 1}\', file=out); raise ValueError("no such kernel")',
-        "good": 'print(\'{"found": 2, "summary": "two"}\', file=out)',
+        "bad": 'print(\'{"seconds": 1}\', file=out); raise ValueError("no such kernel")',
+        "good": 'print(\'{"rate": 2, "summary": "two"}\', file=out)',
     })  # fmt: skip
     assert name == "device_nvidia_h100_80gb_hbm3.json"
     assert [step["status"] for step in steps.values()] == ["passed", "failed", "passed"]
-    assert steps["bad"]["found"] == 1
+    assert steps["bad"]["found"] == {"seconds": 1}  # of its own
+    assert steps["bad"]["seconds"] != 1
     assert "ValueError: no such kernel" in steps["bad"]["output"]
-    assert (steps["good"]["found"], steps["good"]["summary"]) == (2, "two")
+    assert steps["good"]["found"] == {"rate": 2, "summary": "two"}
 
 
 def test_a_step_is_stopped_at_its_limit_and_keeps_what_it_said(run, monkeypatch):
     monkeypatch.setattr(device, "LEAST", 0.0)
-    steps, _ = run({"hangs": "print('{\"found\": 1}', file=out)\nimport time\ntime.sleep(600)", "next": ""}, limit=2.0)
+    steps, _ = run({"hangs": "print('{\"rate\": 1}', file=out)\nimport time\ntime.sleep(600)", "next": ""}, limit=2.0)
     assert steps["hangs"]["status"] == "stopped"
-    assert steps["hangs"]["found"] == 1
+    assert steps["hangs"]["found"] == {"rate": 1}
     assert steps["next"]["status"] == "passed"
 
 
@@ -155,7 +156,7 @@ def test_what_is_missing_is_installed_and_the_jax_that_is_found_stays(tmp_path):
     (tmp_path / "requirements.txt").write_text("absent>=2\nnumpy>=1\n")
     result = device.install(tmp_path, tmp_path / "site")
     assert result["status"] == "passed", result
-    assert result["packages"] == ["absent", "needed"]
+    assert result["found"]["packages"] == ["absent", "needed"]
     assert installed(tmp_path / "site") == {"absent", "needed"}
 
 
