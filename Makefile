@@ -11,7 +11,7 @@ COMPILE := $(UV) pip compile pyproject.toml --quiet --universal --python-version
              --no-emit-index-url --no-annotate --custom-compile-command 'make lock'
 
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart test test-fast test-distributed test-reference test-tpu lint format types lock clean
+.PHONY: help venv quickstart test test-fast test-distributed test-reference test-tpu lint format types wheels lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -56,6 +56,9 @@ format: venv ## ruff: fix and format
 
 types: venv ## mypy --strict on the package
 	$(BIN)/mypy
+
+wheels: venv ## gather in build/wheels what benchmarks/device.sh may install without network (ARGS="--python 3.12 --present FILE")
+	$(BIN)/python benchmarks/wheels.py build/wheels $(ARGS)
 
 lock: ## resolve the requirements anew (needs uv)
 	$(COMPILE) $(UPGRADE) -o requirements.lock

@@ -3,19 +3,22 @@
     python benchmarks/rl_step.py --config benchmarks/configs/rl_step_tiny.yaml [--json benchmarks/results/NAME.json]
 
 Every response runs to its full length (no token ends it). Phases are timed as programs of their own; `iteration` is the
-fused program that training runs. FLOPs are counted analytically, a multiply-add as two.
+fused program that training runs. FLOPs are counted analytically, a multiply-add as two. `compiler` is what
+`python -m safe_rlhf_jax.compile` says of the same program.
 """
 
 import argparse
+import functools
 import json
 import os
 import pathlib
 import platform
 import resource
+import shutil
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -24,10 +27,12 @@ import numpy as np
 import yaml
 from flax import linen as nn
 
+from safe_rlhf_jax.analysis.chips import chip_of
 from safe_rlhf_jax.analysis.flops import iteration_flops
+from safe_rlhf_jax.analysis.report import analyse, memory_of
 from safe_rlhf_jax.models.config import ModelConfig, ScoreConfig
 from safe_rlhf_jax.models.transformer import CausalLM, ScoreModel
-from safe_rlhf_jax.optim import init_state, make_optimizer
+from safe_rlhf_jax.optim import init_state, make_optimizer, multiplied
 from safe_rlhf_jax.rl.algorithms import ALGORITHMS
 from safe_rlhf_jax.rl.constraints import Constraint, init_constraint
 from safe_rlhf_jax.rl.rollout import Networks, score_rollout
@@ -66,8 +71,15 @@ def build(spec: dict[str, Any], recompute: bool) -> tuple[Networks, Hyperparamet
     batch, prompt = spec["batch_size"], spec["prompt_length"]
     tokens = jnp.asarray(np.random.default_rng(0).integers(3, config.vocab_size, (batch, prompt)), jnp.int32)
 
+    @functools.partial(jax.jit, static_argnums=0)
+    def random(module: Any, key: jax.Array) -> Any:
+        return nn.unbox(module.init(key, tokens[:1], tokens[:1] > 0))
+
     def variables(module: Any, seed: int) -> Any:
-        return jax.jit(lambda key: nn.unbox(module.init(key, tokens[:1], tokens[:1] > 0)))(jax.random.key(seed))
+        return random(module, jax.random.key(seed, impl="unsafe_rbg"))  # compiles several times faster than the default
+
+    def only_read(variables: Any) -> Any:
+        return variables | {"params": multiplied(variables["params"], config.dtype)}
 
     networks = Networks(policy, scorers, dict.fromkeys(scorers, critic), optimizer, dict.fromkeys(scorers, optimizer))
     hp = Hyperparameters(
@@ -86,34 +98,48 @@ def build(spec: dict[str, Any], recompute: bool) -> tuple[Networks, Hyperparamet
         critics={s: init_state(variables(critic, i + 1)["params"], optimizer) for i, s in enumerate(scorers)},
         constraints={"cost": init_constraint(Constraint(), multiplier=1.0, window=128)},
     )
-    frozen = Frozen(variables(policy, 0)["params"], {s: variables(scorers[s], i + 3) for i, s in enumerate(scorers)})
+    frozen = Frozen(
+        only_read(variables(policy, 0))["params"],
+        {s: only_read(variables(scorers[s], i + 3)) for i, s in enumerate(scorers)},
+    )
     return networks, hp, state, frozen, PromptBatch(tokens, tokens > 0, jnp.zeros((batch,), jnp.int32))
 
 
-def measure(spec: dict[str, Any], repeats: int, recompute: bool) -> dict[str, Any]:
-    """Compiles and times one configuration."""
+def measure(spec: dict[str, Any], repeats: int, recompute: bool) -> Iterator[dict[str, Any]]:
+    """Compiles and times one configuration; yields what there is of the result as soon as it is there."""
     networks, hp, state, frozen, prompts = build(spec, recompute)
-    algorithm, key = ALGORITHMS["ppo_lag"], jax.random.key(0)
+    algorithm, key, config = ALGORITHMS["ppo_lag"], jax.random.key(0), networks.policy.config
     options = {"prompt_length": hp.prompt_length, "temperature": 1.0, "recompute_log_probs": recompute,
                "slices": hp.minibatches * hp.microbatches}  # fmt: skip
+    flops = iteration_flops(config, prompts.tokens.shape[0], hp.prompt_length, hp.response_length, recompute)
+    total = sum(flops.values())
+    yield {"old_log_probs": "recomputed" if recompute else "sampled", "flops": {**flops, "iteration": total}}
 
     step = jax.jit(make_step(networks, algorithm, hp), donate_argnums=0)
     start = time.perf_counter()
     compiled = step.lower(state, frozen, prompts, key).compile()
-    compile_seconds = time.perf_counter() - start
-    box = [jax.tree.map(jnp.copy, state)]
+    chip = chip_of(jax.devices()[0])
+    memory = memory_of(compiled, chip.hbm if chip else None)
+    yield {"compile_seconds": time.perf_counter() - start, "compiler": {"memory": memory}}
+    box = [state]
+    del state  # donated
 
     def run_step() -> Any:
         box[0], metrics = compiled(box[0], frozen, prompts, key)
         return metrics
 
+    first = {name: float(value) for name, value in run_step().items()}
     iteration = seconds(run_step, repeats)
-    box.clear()
+    yield {
+        "peak_memory_bytes": peak_memory(),
+        "first_step": {name: first[f"train/{name}"] for name in ("sampler_gap", "first_ratio_gap", "actor_loss")},
+        "seconds": {"iteration": iteration},
+    }
 
     generate = jax.jit(lambda params: collect(networks, hp, params, prompts, key))
     score = jax.jit(lambda state, rollout: score_rollout(networks, state, frozen, rollout, **options))
-    rollout = generate(state.actor.params)
-    scored = score(state, rollout)
+    rollout = generate(box[0].actor.params)
+    scored = score(box[0], rollout)
     update = jax.jit(
         lambda state, scored: update_networks(
             networks, algorithm, hp, state, estimate_advantages(algorithm, hp, state, scored)[0], None, key
@@ -121,36 +147,34 @@ def measure(spec: dict[str, Any], repeats: int, recompute: bool) -> dict[str, An
         donate_argnums=0,
     )
     phases = {
-        "generation": seconds(lambda: generate(state.actor.params), repeats),
-        "scoring": seconds(lambda: score(state, rollout), repeats),
+        "generation": seconds(lambda: generate(box[0].actor.params), repeats),
+        "scoring": seconds(lambda: score(box[0], rollout), repeats),
     }
-    box = [jax.tree.map(jnp.copy, state)]
 
     def run_update() -> Any:
         box[0], metrics = update(box[0], scored)
         return metrics
 
     phases["update"] = seconds(run_update, repeats)
-    flops = iteration_flops(
-        networks.policy.config, prompts.tokens.shape[0], hp.prompt_length, hp.response_length, recompute
-    )
-    peak = matmul_peak(networks.policy.config.dtype)
-    generated = prompts.tokens.shape[0] * hp.response_length
-    total = prompts.tokens.shape[0] * (hp.prompt_length + hp.response_length)
-    return {
-        "old_log_probs": "recomputed" if recompute else "sampled",
-        "compile_seconds": compile_seconds,
+    peak = matmul_peak(config.dtype)
+    rows = prompts.tokens.shape[0]
+    yield {
         "seconds": {"iteration": iteration, **phases},
-        "tokens_per_second": {"generated": generated / phases["generation"], "total": total / iteration},
-        "flops": {**flops, "iteration": sum(flops.values())},
+        "tokens_per_second": {
+            "generated": rows * hp.response_length / phases["generation"],
+            "total": rows * (hp.prompt_length + hp.response_length) / iteration,
+        },
         "flops_per_second": {
             "matmul_peak": peak,
-            "iteration": sum(flops.values()) / iteration,
+            "iteration": total / iteration,
             **{name: flops[name] / phases[name] for name in phases},
         },
-        "share_of_matmul_peak": sum(flops.values()) / iteration / peak,
-        "peak_memory_bytes": peak_memory(),
+        "share_of_matmul_peak": total / iteration / peak,
     }
+    if chip and config.dtype == "bfloat16":  # what the peak in the data sheet is for
+        yield {"mfu": total / iteration / chip.flops}
+    executed = flops | {"update": flops["update"] * (4 / 3 if config.remat == "full" else 1)}
+    yield {"compiler": analyse(compiled, mesh_shape={}, devices=jax.devices()[:1], chip=chip, flops=executed)}
 
 
 def peak_memory() -> int:
@@ -160,12 +184,13 @@ def peak_memory() -> int:
 
 
 def environment() -> dict[str, Any]:
-    """Commit, versions and hardware."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    """Commit (that of the environment's COMMIT, where the files are a copy without git), versions and hardware."""
+    describe = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    git = shutil.which("git") and subprocess.run(describe, capture_output=True, text=True, check=False).stdout.strip()
     lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
     cpu = next((line.split(":")[1].strip() for line in lines if "model name" in line), platform.machine())
     return {
-        "commit": commit,
+        "commit": os.environ.get("COMMIT") or git or "unknown",
         "jax": jax.__version__,
         "device": jax.devices()[0].device_kind,
         "cpu": cpu,
@@ -184,7 +209,8 @@ def main() -> None:
     keep_freed_memory()
     spec = yaml.safe_load(pathlib.Path(options.config).read_text())
     result = {"config": spec, "environment": environment()}
-    result |= measure(spec, options.repeats, options.old_log_probs == "recomputed")
+    for part in measure(spec, options.repeats, options.old_log_probs == "recomputed"):
+        result |= part
     for name, value in result["seconds"].items():
         print(f"{name:12s} {value:9.3f} s   {result['flops'][name] / 1e9:10.1f} GFLOP   "
               f"{result['flops_per_second'][name] / 1e9:8.1f} GFLOP/s")  # fmt: skip

@@ -22,7 +22,9 @@ class Chip:
 
 # Source: cloud.google.com/tpu/docs (v4, v5e, v5p, v6e, tpu7x) as of 2025; link rates are the stated bandwidth per chip
 # over its links (4 in a 2D torus, 6 in a 3D torus) and both directions. HBM of v5e, v5p and v6e is what libtpu 0.0.42
-# leaves of 16, 96 and 32 GiB, as it says when memory is exhausted.
+# leaves of 16, 96 and 32 GiB, as it says when memory is exhausted. GPUs: NVIDIA's data sheets of the H100 SXM and the
+# H200 SXM, dense bfloat16 (half of what they state with sparsity), memory as stated there, NVLink's 900 GB/s over both
+# directions. JAX takes three quarters of a GPU's memory unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise.
 CHIPS = {
     "TPU v4": Chip("TPU v4", 275e12, 32 * GIB, 1.23e12, 45e9, 4),
     "TPU v5 lite": Chip("TPU v5e", 197e12, 63 * GIB // 4, 0.82e12, 45e9, 16),

@@ -15,10 +15,9 @@ from tests.helpers import make_lm, make_scorer, tiny_config
 ROOT = Path(__file__).parent.parent.parent
 
 
-@pytest.fixture(scope="session")
-def models(tmp_path_factory):
+def saved_models(folder):
     """Overrides of rl.yaml: an actor, a reward and a cost model with eight heads, in folders."""
-    tokenizer, folder = load_tokenizer("demo"), tmp_path_factory.mktemp("models")
+    tokenizer = load_tokenizer("demo")
     config = tiny_config(
         vocab_size=-(-tokenizer.vocab_size // 8) * 8, hidden_size=32, intermediate_size=64, num_layers=1, num_heads=8,
         num_kv_heads=8, head_dim=4, max_positions=32,
@@ -28,6 +27,12 @@ def models(tmp_path_factory):
     for field, (module, variables) in made.items():
         hf.save(folder / field, module, variables, tokenizer.hf)
     return [f"stages.ppo_lag.{field}=path:{folder / field}" for field in made]
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory):
+    """What `saved_models` returns."""
+    return saved_models(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture(scope="session")

@@ -46,7 +46,7 @@ def our_logits(name, scan_layers):
 
 
 def assert_close(actual, expected, tolerance):
-    assert np.abs(np.asarray(actual) - expected).max() <= tolerance * np.abs(expected).max()
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance * np.abs(expected).max(), equal_nan=False)
 
 
 # --- transformers -----------------------------------------------------------------------------------------------------
