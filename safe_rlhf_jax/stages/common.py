@@ -299,7 +299,8 @@ def report_data(name: str, data: Examples) -> None:
     """Says what was left out of a dataset."""
     notes = [f"{count} skipped: {reason}" for reason, count in data.skipped.items()]
     notes += [f"{count} left out: {reason}" for reason, count in data.left_out.items()]
-    notes += [f"{data.apart} texts whose prompt and response would share a token: tokenised apart"] if data.apart else []
+    apart = f"{data.apart} texts whose prompt and response would share a token: tokenised apart"
+    notes += [apart] if data.apart else []
     notes += [f"{data.truncated} texts cut to the length limit"] if data.truncated else []
     print(f"{name}: {len(data)} records" + "".join(f"; {note}" for note in notes))
 

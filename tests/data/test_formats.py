@@ -301,7 +301,7 @@ def test_safe_and_unsafe_answers_to_one_prompt_become_safety_pairs(tokenizer):
 def test_system_message_is_written_where_the_template_has_a_place(tokenizer):
     record = {"messages": [turn("system", "be short"), USER, ANSWER]}
     assert texts(load("sft", [record], tokenizer).arrays, tokenizer)[0].startswith("be short\nhow\n")
-    with pytest.raises(ValueError, match="a system message, for which the template has no place: 1"):
+    with pytest.raises(ValueError, match="the template refuses: it has no place for a system message: 1"):
         load("sft", [record], tokenizer, BEAVER)
 
 

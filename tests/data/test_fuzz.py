@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from safe_rlhf_jax.data.examples import load_pairs, load_prompts, load_supervised
 from safe_rlhf_jax.data.sources import read_records
 from safe_rlhf_jax.data.templates import TEMPLATES
+from safe_rlhf_jax.data.texts import shown
 from safe_rlhf_jax.data.tokenizer import load_tokenizer
 from tests.data.test_formats import SAMPLES
 
@@ -80,7 +81,8 @@ def used(kind, records, tokenizer):
         if kind == "sft":
             return load_supervised(records, TEMPLATES["plain"], tokenizer, **options).records
         if kind == "prompts":
-            return load_prompts(records, TEMPLATES["plain"], tokenizer, **options).records
+            data = load_prompts(records, TEMPLATES["plain"], tokenizer, **options)
+            return [record | {"prompt": shown(turns)} for record, turns in zip(data.records, data.turns, strict=True)]
         return load_pairs(records, TEMPLATES["plain"], tokenizer, safety=kind == "cost", **options).records
     except ValueError as error:
         problem = str(error)

@@ -308,5 +308,5 @@ def test_published_conversations_become_batches(tokenizer):
     options = {"max_length": 8192, "where": "dpo", "max_bad": 0.05}
     pairs = load_pairs(records, TEMPLATES["plain"], tokenizer, safety=False, **options)
     assert len(pairs) >= 290
-    with pytest.raises(ValueError, match="a system message, for which the template has no place: 80"):
+    with pytest.raises(ValueError, match="the template refuses: it has no place for a system message: 80"):
         load_pairs(records, TEMPLATES["beaver"], tokenizer, safety=False, **options)
