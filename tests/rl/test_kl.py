@@ -9,8 +9,8 @@ import pytest
 
 from safe_rlhf_jax.rl.advantages import whiten
 from safe_rlhf_jax.rl.kl import KLControl, adapt, k2, k3, move_reference, start_reference
-from safe_rlhf_jax.rl.losses import clipped_surrogate, negative_entropy
-from safe_rlhf_jax.rl.update import kl_coefficient
+from safe_rlhf_jax.rl.losses import clipped_surrogate, negative_entropy, policy_ratio
+from safe_rlhf_jax.rl.update import distance_terms, kl_coefficient, response_mask, rollout_log_probs
 from tests.rl.test_step import KEY, run_learn
 from tests.rl.world import fresh, make_rollout, make_world
 
@@ -148,15 +148,44 @@ def test_moving_reference_is_donated_logged_and_used(following):
 # --- switches of the update, each off unless set
 
 
-def test_updates_end_once_the_policy_is_too_far_from_the_sampler():
+def kl_after(epochs, **settings):
+    """KL of the sampler from the policy after so many updates with a rollout, nats per token, and the state there."""
+    world = make_world(epochs=epochs, **settings)
+    state, _ = run_learn(world)
+    rollout, old = make_rollout(), world.state.actor.params
+    mask = response_mask(world.hp, rollout)
+    log_probs = [rollout_log_probs(world.networks, world.hp, params, rollout) for params in (state.actor.params, old)]
+    return float(distance_terms(policy_ratio(*log_probs, mask), mask).mean()), state
+
+
+@pytest.mark.parametrize("kept", [0, 1, 2])
+@pytest.mark.parametrize("microbatches", [1, 4])
+def test_the_update_that_goes_too_far_is_undone_and_ends_the_updates(kept, microbatches):
+    settings = {"optimizer": optax.adam(3e-3), "microbatches": microbatches}
+    before, expected = kl_after(kept, **settings) if kept else (0.0, make_world(**settings).state)
+    after, _ = kl_after(kept + 1, **settings)
+    assert before < after
+    state, metrics = run_learn(make_world(stop_kl=(before + after) / 2, epochs=4, **settings))
+    assert int(metrics["train/updates"]) == kept == int(state.actor.step)
+    chex.assert_trees_all_close(state.actor.params, expected.actor.params, atol=1e-6)
+    chex.assert_trees_all_close(
+        {k: v.params for k, v in state.critics.items()}, {k: v.params for k, v in expected.critics.items()}, atol=1e-6
+    )
+    # What is reported is measured before each update that was tried, the one that was undone included.
+    _, tried = run_learn(make_world(epochs=kept + 1, **settings))
+    np.testing.assert_allclose(metrics["train/actor_loss"], tried["train/actor_loss"], rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(metrics["train/approx_kl"], tried["train/approx_kl"], rtol=1e-3, atol=1e-7)
+
+
+def test_one_update_for_a_rollout_is_undone_too():
     settings = {"optimizer": optax.adam(3e-2)}
-    near, metrics = run_learn(make_world(stop_kl=1e-3, epochs=4, **settings))
-    updates = int(metrics["train/updates"])
-    assert 1 <= updates < 4
-    assert int(near.actor.step) == updates
-    until, expected = run_learn(make_world(epochs=updates, **settings))
-    chex.assert_trees_all_close(near.actor.params, until.actor.params, atol=1e-6)
-    np.testing.assert_allclose(metrics["train/actor_loss"], expected["train/actor_loss"], rtol=1e-4, atol=1e-6)
+    near, metrics = run_learn(make_world(stop_kl=1e-6, **settings))
+    assert int(metrics["train/updates"]) == 0
+    chex.assert_trees_all_equal(near.actor.params, make_world(**settings).state.actor.params)
+    assert int(near.step) == 1
+    far, metrics = run_learn(make_world(stop_kl=1e6, **settings))
+    assert int(metrics["train/updates"]) == 1
+    assert changed(near, far) > 1e-3
 
 
 def test_dual_clip_bounds_the_loss_of_negative_advantages_only():
