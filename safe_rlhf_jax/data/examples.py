@@ -29,6 +29,12 @@ from safe_rlhf_jax.types import PreferenceBatch, PromptBatch, SafetyBatch, Seque
 MAX_SHOWN = 300  # characters of a bad record in an error
 SHOWN_REASONS = 3  # of which an error shows the first bad record
 ROUND = 8  # columns: widths are rounded up to a multiple
+ALIKE = "responses that are identical within max_length"
+FIXES = {  # what most records are left out for -> what it means
+    ALIKE: "What tells the responses apart is cut off: raise max_length",
+    "the prompt fills max_length": "There is no room for the response: raise max_length",
+    "longer than max_prompt_length": "Raise max_prompt_length, or set long_prompts: truncate_left",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,6 +115,7 @@ def convert(
         raise ValueError(
             f"{where}: {bad} of {len(records)} records cannot be used ({reasons}). First: {shown}. "
             + (f"Mend the data, or raise max_bad_records ({max_bad})." if kept else "None is left.")
+            + (f" {FIXES[ranked[0][0]]}." if ranked and ranked[0][0] in FIXES else "")
         )
     return texts, kept, dict(skipped)
 
@@ -124,7 +131,7 @@ def unfit_texts(texts: tuple[Text, ...], max_length: int) -> str | None:
     if not all(any(text.trained[:max_length]) for text in texts):
         return "the prompt fills max_length"
     if len(texts) > 1 and texts[0].ids[:max_length] == texts[1].ids[:max_length]:
-        return "responses that are identical within max_length"
+        return ALIKE
     return None
 
 

@@ -52,6 +52,7 @@ class Run:
         self.tokenizer: Tokenizer = load_tokenizer(config.tokenizer)
         self.template = load_template(config.template, self.tokenizer)
         self.mesh = make_mesh((config.mesh.data, config.mesh.fsdp, config.mesh.tensor))
+        self.warnings: dict[str, list[str]] = {}  # by stage, said before it starts
         self.loaded: dict[tuple[str, ...], Examples] = {}  # by the check, waiting for their stages
         self.hashes: dict[str, str] = {}
         template = digests([pathlib.Path(config.template).expanduser()]) or config.template
@@ -85,6 +86,13 @@ class Run:
     def records(self, data: cfg.Mixture) -> list[Record]:
         """Returns the records of a data set, or of all parts of a mixture."""
         return read_mixture(data)
+
+    def warn(self, name: str, text: str) -> None:
+        """Says what speaks against a stage, once; `result.json` keeps it."""
+        said = self.warnings.setdefault(name, [])
+        if text not in said:
+            said.append(text)
+            print(f"{name}: warning: {text}")
 
     def seed(self, stage: Any) -> int:
         """Returns the seed of a stage."""
