@@ -1,7 +1,9 @@
 """Step 10 of the line: the whole state of a stage, saved and restored by Orbax."""
 
 import contextlib
+import functools
 import json
+import logging
 import math
 import pathlib
 import shutil
@@ -16,6 +18,22 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, L
 from safe_rlhf_jax import processes
 
 
+@functools.cache
+def hush_writers() -> None:
+    """Keeps the threads that write from printing a traceback for every array that they could not write.
+
+    `Checkpoints.write_errors` says it once, with what to do; a log that ends in hundreds of lines hides it.
+    """
+    logging.getLogger("absl").addFilter(lambda record: not (record.exc_info and "orbax" in record.pathname))
+    show = sys.unraisablehook
+
+    def unraisablehook(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":  # what TensorStore's threads find after a failure
+            show(unraisable)
+
+    sys.unraisablehook = unraisablehook
+
+
 class Checkpoints:
     """The checkpoints of one stage; each is written beside the others and becomes visible when it is complete.
 
@@ -28,6 +46,7 @@ class Checkpoints:
     def __init__(self, folder: str | pathlib.Path, *, keep: int = 2, best: str | None = None):
         self.folder = pathlib.Path(folder).absolute()
         self.best = best
+        hush_writers()
         if best is not None:  # the manager would fail at the first metrics that it cannot read
             self.set_aside(self.broken_metrics())
         rank = (lambda metrics: metrics["rank"]) if best else None

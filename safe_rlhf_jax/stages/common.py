@@ -1,11 +1,12 @@
 """What stages share: the run, opening networks, making states, compiling steps, exporting."""
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import json
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import jax
@@ -301,7 +302,24 @@ def optimizer_of(config: cfg.OptimizerConfig, total_steps: int) -> optax.Gradien
 def export(run: Run, folder: pathlib.Path, module: Any, state: TrainState, layout: Layout | None = None) -> None:
     """Writes `export/`, a Hugging Face folder of the network and the tokenizer; `layout` is that of a score model."""
     variables = {"params": state.params} | ({"stats": state.stats} if state.stats else {})
-    hf.save(folder / "export", module, variables, run.tokenizer.hf, layout=layout)
+    with export_errors(folder / "export"):
+        hf.save(folder / "export", module, variables, run.tokenizer.hf, layout=layout)
+
+
+@contextlib.contextmanager
+def export_errors(folder: pathlib.Path) -> Iterator[None]:
+    """Turns what the system says of a file that cannot be written into one clear error that names it."""
+    try:
+        yield
+    except Exception as error:
+        if not isinstance(error, OSError) and "os error" not in str(error):  # as `tokenizers` reports one
+            raise
+        written = sorted(folder.glob("*"), key=lambda path: path.stat().st_mtime_ns)
+        where = getattr(error, "filename", None) or (written[-1] if written else folder)
+        reason = getattr(error, "strerror", None) or error
+        raise OSError(
+            f"{where} could not be written: {reason}. Make room if the disk is full, then run the same command again"
+        ) from error
 
 
 def oracle_for(data: cfg.Data) -> Callable[[str, str], dict[str, Any]] | None:
