@@ -129,20 +129,24 @@ def labelled_data(run: Run, stage: Limited, signal: str) -> examples.Examples | 
     data: Any = getattr(lagrange.cost_limit, "data", None) or getattr(cost, "eval_data", None)
     if data is None or (lagrange.measure == "rectified" and not calibrated):
         return None
-    found = labels_of(paired(named_records(run, stage, signal, data)))
-    if len(found) == 2:
+    records = paired(named_records(run, stage, signal, data))
+    if len(labels_of(records, "is_response_0_safe", "is_response_1_safe")) == 2:
         pairs = load_labelled(run, stage, data, signal)
-        found = {bool(label) for label in (*pairs.arrays.safer_is_safe, *pairs.arrays.unsafer_is_safe)}
-        if len(found) == 2:
+        if len({*pairs.arrays.safer_is_safe.tolist(), *pairs.arrays.unsafer_is_safe.tolist()}) == 2:
             return pairs
     on = f" on {', '.join(lagrange.named)} prompts" if lagrange.named else ""
-    has = f"has only responses labelled {'safe' if found == {True} else 'unsafe'}" if found else "has no labelled ones"
+    found = labels_of(records, "is_response_0_safe", "is_response_1_safe", "is_safe")
+    has = {0: "has no labels", 1: f"has only {'safe' if found == {True} else 'unsafe'} ones", 2: "has no such pair"}
     if calibrated:
         raise cfg.ConfigError(
             f"{stage.name}: {limit_of}: {described(data)} needs responses labelled safe and responses labelled unsafe"
-            f"{on}, in pairs or under one prompt; it {has}"
+            f"{on}, in pairs or under one prompt; it {has[len(found)]}"
         )
-    run.warn(stage.name, f"whether {limit_of} can be reached is not checked: eval_data of {cost.name}{on} {has}")  # type: ignore[union-attr]
+    run.warn(
+        stage.name,
+        f"whether {limit_of} can be reached is not checked: that takes responses labelled safe and responses labelled "
+        f"unsafe{on}, and eval_data of {stage.scorers[signal]} {has[len(found)]}",
+    )
     return None
 
 
@@ -173,9 +177,9 @@ def named_records(run: Run, stage: Limited, signal: str, data: cfg.Mixture) -> l
     return records
 
 
-def labels_of(pairs: Sequence[Any]) -> set[bool]:
-    """Returns which safety labels the responses of pairs have."""
-    labels = (pair.get(f"is_response_{i}_safe") for pair in pairs for i in (0, 1))
+def labels_of(records: Sequence[Any], *fields: str) -> set[bool]:
+    """Returns which safety labels stand in fields of records."""
+    labels = (record.get(field) for record in records for field in fields)
     return {bool(label) for label in labels if label in (True, False)}
 
 

@@ -49,7 +49,7 @@ def fewer_than_a_batch(stage: Any, field: str, data: Examples) -> str | None:
     much += f"{rows / available:.1f} times"
     if isinstance(stage, cfg.SupervisedStage):
         steps = max(int(stage.epochs * available) // rows, 1)
-        much += f", and {steps} such steps stand for the {stage.epochs:g} epochs that are asked for"
+        much += f", and epochs: {stage.epochs:g} makes {steps} of them"
     return f"{much}. Lower batch_size to {max(available // factor, 1)} or less, or add records"
 
 
