@@ -10,7 +10,7 @@ import pydantic
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 
 from safe_rlhf_jax.config_algorithm import CalibratedLimit, Lagrange
-from safe_rlhf_jax.config_data import Mixture, Schema, Single, parts_of, source
+from safe_rlhf_jax.config_data import Mixture, ReadOnce, Schema, Single, parts_of, source
 from safe_rlhf_jax.config_errors import did_you_mean
 
 OTHER_DISTRIBUTION = dict.fromkeys(
@@ -83,6 +83,7 @@ class Rounds(SampledPrompts):
 class DualFields(SampledPrompts):
     """One-shot dual: λ* from samples of the reference."""
 
+    prompts: ReadOnce
     cost_model: str
     init_from: str  # the reference: as in other stages
     responses_per_prompt: PositiveInt = 16  # n
@@ -138,8 +139,13 @@ def problems(dual: Any, stage: Any, cost_model: str | None, lagrange: Lagrange) 
 
 
 def prompt_sources(stage: Any) -> list[tuple[Any, ...]]:
-    """Returns which parts of which sources the prompts of a stage are, whatever number of them it takes."""
-    return [(source(p.name), p.split, p.test_share, p.format, p.fields, p.weight) for p in parts_of(stage.prompts)]
+    """Returns which parts of which sources the prompts of a stage are.
+
+    Whatever number of them it takes, unless there are several: then the numbers are their proportions.
+    """
+    parts = parts_of(stage.prompts)
+    found = [(source(part.name), part.split, part.test_share, part.format, part.fields, part.weight) for part in parts]
+    return found if len(parts) == 1 else [(part.name, part.limit, *one) for part, one in zip(parts, found, strict=True)]
 
 
 def check_best_of(where: str, stage: Any) -> None:

@@ -1,7 +1,9 @@
 """What is known before the first stage trains is said then: of limits, groups, held-out data, small data, metrics."""
 
 import json
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -15,6 +17,7 @@ from safe_rlhf_jax.stages.constraints import cost_limits, labelled_data
 from safe_rlhf_jax.stages.held_out import warn_of_overlap
 from safe_rlhf_jax.stages.metric_names import evaluation_metrics, training_metrics
 from safe_rlhf_jax.stages.reinforcement import load_prompts
+from safe_rlhf_jax.stages.room import check_room
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted([*ROOT.glob("configs/**/*.yaml"), *ROOT.glob("tests/configs/*.yaml")])
@@ -246,6 +249,11 @@ START = {"kind": "rl", "algorithm": {"lagrange": {"init": "dual"}}}
         ({"long_prompts": "truncate_left"}, {}, "long_prompts is 'truncate_left'"),
         ({"prompts": {"name": "demo/prompts", "split": "test"}}, {}, "prompts is [('demo/prompts', 'test'"),
         ({}, {"prompts": [{"name": "demo/prompts"}, {"name": "demo/sft"}]}, "prompts is [('demo/prompts', 'train'"),
+        (
+            {"prompts": [{"name": "demo/prompts", "limit": 9}, {"name": "demo/sft"}]},
+            {"prompts": [{"name": "demo/prompts"}, {"name": "demo/sft"}]},
+            "prompts is [('demo/prompts', 9,",
+        ),
         ({"cost_limit": 1.0}, {}, "cost_limit is 1.0, but here it is 0.0"),
         ({"kl_coeff": 0.1}, {}, "kl_coeff is 0.1, but here it is 0.01"),
         ({"cost_model": "other"}, {}, "cost_model is 'other', but here it is 'cost'"),
@@ -470,6 +478,34 @@ def test_part_of_a_weighted_mixture_without_a_usable_record_is_refused(run, tmp_
     mixture = [{"name": "demo/sft", "limit": 64, "weight": 3.0}, empty]
     with pytest.raises(cfg.ConfigError, match=r"sft: data\.1 has a weight, but none of its records can be used"):
         check_run(run({"kind": "sft", "data": mixture}))
+
+
+# --- Room
+
+
+def test_disk_that_is_too_small_for_checkpoints_is_said_before_the_run(run, monkeypatch):
+    rl = {"kind": "rl", "algorithm": {"name": "ppo"}, "keep_best": "train/reward"}
+    made = run({"kind": "sft"}, REWARD, COST, rl)
+    check_room(made)
+    assert not made.warnings
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=100e6))
+    check_room(made)
+    # Half a million parameters of 12 bytes: three checkpoints of each stage before it, then four of two networks.
+    (said,) = made.warnings["rl"]
+    assert "a checkpoint takes about 0.012 GB, and the stages up to here 0.11 GB" in said
+    assert "0.1 GB are free in workdir" in said
+    (Path(made.config.workdir) / "rl" / "checkpoints").mkdir(parents=True)
+    resumed = run({"kind": "sft"}, REWARD, COST, rl)
+    check_room(resumed)
+    assert not resumed.warnings
+
+
+def test_folder_that_cannot_be_written_is_refused_before_the_run(run, tmp_path):
+    made = run({"kind": "sft"})
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "sft").write_text("a file")
+    with pytest.raises(cfg.ConfigError, match=r"sft: .*/run/sft cannot be written to"):
+        check_run(made)
 
 
 # --- keep_best

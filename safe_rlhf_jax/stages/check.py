@@ -20,6 +20,7 @@ from safe_rlhf_jax.stages.constraints import Limited, check_groups, constraints_
 from safe_rlhf_jax.stages.held_out import warn_of_overlap
 from safe_rlhf_jax.stages.metric_names import check_keep_best
 from safe_rlhf_jax.stages.reinforcement import load_prompts, load_ptx
+from safe_rlhf_jax.stages.room import check_room
 from safe_rlhf_jax.stages.small_data import data_warnings
 from safe_rlhf_jax.stages.supervised import load_examples
 
@@ -51,6 +52,7 @@ def check_run(run: Run) -> None:
             check_constraints(run, stage, loaded)
         check_keep_best(run, stage, loaded)
         warn_of_overlap(run, stage)
+    check_room(run)
 
 
 def load_all(run: Run, stage: Any) -> dict[str, examples.Examples]:

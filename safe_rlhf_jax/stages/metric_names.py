@@ -1,6 +1,5 @@
 """Which metrics a stage has, known before it trains: what `keep_best` may name."""
 
-import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,7 +12,7 @@ from safe_rlhf_jax.data.examples import Examples, group_names
 from safe_rlhf_jax.data.loader import in_order
 from safe_rlhf_jax.evaluation.evaluate import collect_samples
 from safe_rlhf_jax.evaluation.statistics import summarize
-from safe_rlhf_jax.stages.abstract import programs
+from safe_rlhf_jax.stages.abstract import abstract_twin, programs
 from safe_rlhf_jax.stages.common import Run, oracle_for
 
 SCORES = ("mean", "std", "accuracy", "calibration_error")
@@ -74,10 +73,8 @@ def evaluation_metrics(run: Run, stage: Any, loaded: Mapping[str, Examples]) -> 
 
 def training_metrics(run: Run, stage: Any, loaded: Mapping[str, Examples]) -> set[str]:
     """Returns the names of the metrics of a step, from its shapes alone."""
-    twin = copy.copy(run)
-    twin.abstract = True
     with jax.set_mesh(run.mesh):
-        *_, last = programs(twin, stage)
+        *_, last = programs(abstract_twin(run), stage)
         names = set(jax.eval_shape(last.function, *last.arguments)[1])
     groups = group_names(loaded["prompts"].records, stage.group_field) if isinstance(stage, cfg.RLStage) else ()
     shares = [name for name in names if name.startswith("train/unsafe_share")]
