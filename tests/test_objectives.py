@@ -209,7 +209,7 @@ def test_perplexity_is_that_of_the_batch_however_it_is_cut(microbatches):
     np.testing.assert_allclose(metrics["train/perplexity"], np.exp(metrics["train/loss"]), rtol=1e-5)
 
 
-@pytest.mark.parametrize("microbatches", [1, 4, 16])
+@pytest.mark.parametrize("microbatches", [1, 4])
 def test_scores_of_pairs_are_normalised_alike_however_the_batch_is_cut(microbatches):
     import optax
 

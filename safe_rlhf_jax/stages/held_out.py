@@ -39,8 +39,8 @@ def warn_of_overlap(run: Run, stage: Any) -> None:
 def held_out(run: Run, stage: Any) -> Iterator[tuple[str, cfg.Mixture]]:
     """Yields (setting, data) of what a stage measures on.
 
-    A limit is calibrated on what its cost model was trained on only where that model went over it more than once: in
-    the first pass it scores what it has not seen (docs/results.md).
+    Data that a limit is calibrated on counts where its cost model goes over its own data more than once: from the
+    second pass on, pairs are learned by heart (docs/results.md).
     """
     for field in ("eval_data", "eval_prompts"):
         if getattr(stage, field, None) is not None:

@@ -62,11 +62,10 @@ def test_first_ratio_differs_from_one_with_the_samplers_log_probs():
     assert float(metrics["train/first_ratio_gap"]) > 1e-3
 
 
-@pytest.mark.parametrize("microbatches", [2, 8])
-def test_metrics_are_those_of_the_whole_minibatch_however_it_is_cut(microbatches):
+def test_metrics_are_those_of_the_whole_minibatch_however_it_is_cut():
     settings = {"recompute_log_probs": False, "kl": KLControl(loss=k2), "dual_clip": 3.0}
     _, whole = run_learn(make_world(**settings))
-    _, cut = run_learn(make_world(microbatches=microbatches, **settings))
+    _, cut = run_learn(make_world(microbatches=4, **settings))
     assert whole.keys() == cut.keys()
     for name in whole:
         np.testing.assert_allclose(whole[name], cut[name], rtol=1e-4, atol=1e-5, err_msg=name)
