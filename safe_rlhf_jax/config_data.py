@@ -69,11 +69,8 @@ class Data(Schema):
 
 
 def weights_agree(parts: "Data | tuple[Data, ...]") -> "Data | tuple[Data, ...]":
-    """Either every part of a mixture has a weight, or none; a single data set has none."""
-    given = [part.weight is not None for part in parts_of(parts)]
-    if len(given) == 1 and given[0]:
-        raise ValueError("weight does nothing: there is only one data set; leave it out")
-    if any(given) and not all(given):
+    """Either every part of a mixture has a weight, or none."""
+    if len({part.weight is None for part in parts_of(parts)}) > 1:
         raise ValueError("some parts of the mixture have a weight and some have none; give one to each, or to none")
     return parts
 

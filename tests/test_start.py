@@ -176,7 +176,6 @@ def test_groups_are_those_of_the_prompts_that_are_left(run, tmp_path, kind):
         ({"algorithm": {"name": "p3o_lag", "dual_clip": 3.0}, "responses_per_prompt": 2}, "algorithm.dual_clip does"),
         ({"ptx": {"name": "demo/sft"}}, "ptx does nothing: algorithm.ptx_coeff is 0"),
         ({"eval_every": 5}, "eval_every does nothing: there is no eval_prompts"),
-        ({"prompts": {"name": "demo/prompts", "weight": 2.0}}, "weight does nothing: there is only one data set"),
         ({"eval_prompts": {"name": "demo/prompts", "split": "test", "weight": 2.0}}, "weight does nothing: every"),
         ({"cost_model": None, "algorithm": {"name": "ppo_lag", "lagrange": {}}}, "it limits the cost of cost_model"),
     ],
