@@ -534,6 +534,15 @@ def test_metric_of_rl_is_known_before_training(run):
     check_run(run(REWARD, COST, {"kind": "rl", "keep_best": "-eval/cost_mean", "eval_prompts": test}))
 
 
+def test_what_was_said_of_the_data_stands_in_the_results_and_in_the_report(mini_run):
+    cost = json.loads((mini_run[0] / "cost" / "result.json").read_text())
+    assert any("16 of 16 records (100%)" in text for text in cost["warnings"])
+    assert f"cost: warning: {cost['warnings'][0]}" in mini_run[1].stdout.partition("done in")[0]
+    report = (mini_run[0] / "evaluate" / "report.html").read_text()
+    assert "cost: eval_data: 16 of 16 records (100%)" in report
+    assert "evaluate: prompts.0: 32 of 32 records (100%)" in report
+
+
 def measured(folder, prefix):
     records = read_jsonl(folder / "metrics.jsonl")
     return {name for record in records for name in record if name.startswith(prefix)}
