@@ -115,9 +115,14 @@ def convert(
         raise ValueError(
             f"{where}: {bad} of {len(records)} records cannot be used ({reasons}). First: {shown}. "
             + (f"Mend the data, or raise max_bad_records ({max_bad})." if kept else "None is left.")
-            + (f" {FIXES[ranked[0][0]]}." if ranked and ranked[0][0] in FIXES else "")
+            + meaning(skipped)
         )
     return texts, kept, dict(skipped)
+
+
+def meaning(skipped: Counter[str]) -> str:
+    """Returns what it means that most records are left out for a reason, where that is known."""
+    return "".join(f" {FIXES[reason]}." for reason, _ in skipped.most_common(1) if reason in FIXES)
 
 
 def excerpt(record: Record) -> str:

@@ -50,26 +50,9 @@ def read_records(
     Raises:
         ValueError: If there is no such data set, split or file, or it cannot be read; says where.
     """
-    records, _ = read_all(name, split, test_share, format, tuple((fields or {}).items()), unique, stamps(name))
+    stamps = tuple((str(path), path.stat().st_mtime_ns, path.stat().st_size) for path in data_files(name))
+    records, _ = read_all(name, split, test_share, format, tuple((fields or {}).items()), unique, stamps)
     return list(records[:limit])
-
-
-def format_of(
-    name: str,
-    split: str = "train",
-    *,
-    test_share: float | None = None,
-    format: str | None = None,
-    fields: Mapping[str, str] | None = None,
-    unique: str | None = None,
-) -> str:
-    """Returns the key of `FORMATS` that a data set was read as; arguments as of `read_records`."""
-    return read_all(name, split, test_share, format, tuple((fields or {}).items()), unique, stamps(name))[1]
-
-
-def stamps(name: str) -> tuple[tuple[str, int, int], ...]:
-    """Returns (path, time of the last change, size) of the local files behind a name."""
-    return tuple((str(path), path.stat().st_mtime_ns, path.stat().st_size) for path in data_files(name))
 
 
 @functools.lru_cache(maxsize=16)  # stages share data sets
@@ -80,10 +63,10 @@ def read_all(
     format: str | None,
     fields: tuple[tuple[str, str], ...],
     unique: str | None,
-    files: tuple[tuple[str, int, int], ...],
+    stamps: tuple[tuple[str, int, int], ...],
 ) -> tuple[tuple[Record, ...], str]:
-    """Returns all records of `read_records`, and which format they had; the `stamps` of `files` tell of changes."""
-    del files
+    """Returns all records of `read_records`, and which format they had; `stamps` tell whether files have changed."""
+    del stamps
     source, share = split_share(name)
     where = f"data {name!r}"
     if test_share is not None and split not in ("train", "test"):

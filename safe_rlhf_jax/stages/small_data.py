@@ -9,7 +9,7 @@ import numpy as np
 
 from safe_rlhf_jax import config as cfg
 from safe_rlhf_jax.data.examples import ALIKE, Examples
-from safe_rlhf_jax.data.sources import format_of
+from safe_rlhf_jax.data.sources import read_records
 
 FEW = 30  # records that are measured on, or responses with a label: below, a share is known to ± 18 points at best
 SEVERAL = 8  # records with one label; fewer may have it by chance
@@ -101,10 +101,9 @@ def constant_choice(stage: Any, field: str, setting: cfg.Mixture, data: Examples
     """The preferred response stands at one place in all records of a file that says which it is."""
     by_safety = stage.kind == "cost" or getattr(stage, "preference", None) == "harmlessness"
     label = "safer_response_id" if by_safety else "better_response_id"
-    values = {record.get(label) for record in data.records}
-    # Other formats have the chosen response first by construction, and pairs made of single answers the safe one.
     ranked = stage.kind in ("reward", "cost", "dpo") and len(data) >= SEVERAL
-    if not ranked or len(values) > 1 or {format_of(**reading(part)) for part in cfg.parts_of(setting)} != {"pku"}:
+    values = {str(record.get(label)) for record in data.records}
+    if not ranked or len(values) > 1 or values == {"None"} or not all(map(has_labels, cfg.parts_of(setting))):
         return []
     return [
         f"{field}: {label} is {values.pop()} in all {len(data)} records: right if the preferred response always stands "
@@ -112,6 +111,13 @@ def constant_choice(stage: Any, field: str, setting: cfg.Mixture, data: Examples
     ]
 
 
-def reading(part: cfg.Data) -> dict[str, Any]:
-    """Returns what says how a data set is read."""
-    return part.model_dump(exclude={"weight", "limit"})
+def has_labels(part: cfg.Data) -> bool:
+    """Says whether a data set holds pairs with labels.
+
+    Other formats put the chosen response first by construction, and pairs made of single answers the safe one.
+    """
+    try:
+        read_records(**part.model_dump(exclude={"weight", "format"}), format="pku")
+    except ValueError:  # other columns
+        return False
+    return True
