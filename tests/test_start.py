@@ -342,8 +342,10 @@ def test_limit_calibrated_on_what_the_cost_model_has_seen_more_than_once_is_said
     data = {"name": jsonl(tmp_path / "a.jsonl", pairs())}
     rl = {"kind": "rl", "algorithm": {"lagrange": {"cost_limit": {"data": data}}}}
     assert not overlap(run, REWARD, {"kind": "cost", "data": data, "epochs": 1}, rl)
-    (said,) = overlap(run, REWARD, {"kind": "cost", "data": data, "epochs": 2}, rl)
+    (said,) = overlap(run, REWARD, {"kind": "cost", "data": data, "epochs": 2}, rl | {"prompts": data})
     assert "rl: cost_limit.data: 40 of 40 records" in said
+    assert "open with a prompt of cost.data:" in said
+    assert not overlap(run, REWARD, {"kind": "cost", "epochs": 2}, rl | {"prompts": data})
 
 
 @pytest.mark.parametrize(
@@ -468,8 +470,12 @@ def test_pairs_that_are_alike_when_cut_are_said_with_what_to_do(run, tmp_path):
     with pytest.raises(ValueError, match=r"identical within max_length: 30\).* Raise|raise max_length"):
         check_run(run({"kind": "reward", "data": data}))
     found = warnings(run({"kind": "reward", "data": data}, max_bad_records=0.6))
-    said = "data: 30 of 60 pairs are left out, whose responses are identical within max_length 48"
+    said = "data: 30 of 60 pairs are left out, whose responses are identical where max_length 48 cuts them"
     assert any(said in text and "Raise max_length" in text for text in found), found
+    limit = {"algorithm": {"lagrange": {"cost_limit": {"data": data}}}}
+    found = warnings(run(REWARD, COST, {"kind": "rl"} | limit, max_bad_records=0.6))
+    said = "cost_limit.data: 30 of 60 pairs are left out, whose responses are identical where max_response_length 24"
+    assert any(said in text for text in found), found
 
 
 def test_part_of_a_weighted_mixture_without_a_usable_record_is_refused(run, tmp_path):

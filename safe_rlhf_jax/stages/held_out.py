@@ -18,48 +18,45 @@ TRAINED = ("data", "prompts", "ptx")  # settings that hold what a stage is train
 
 def warn_of_overlap(run: Run, stage: Any) -> None:
     """Says how much of what a stage measures on opens with a prompt that it, or a stage it is built on, trains on."""
-    trained: dict[str, set[str]] = {}
-    for field, data in held_out(run, stage):
-        if not trained:
-            trained = {where: openings(run, data) for where, data in training_data(run, stage)}
-        measured = [opening(record) for record in run.records(data)]
-        found = {where: sum(prompt in seen for prompt in measured if prompt) for where, seen in trained.items()}
-        every = set().union(*trained.values())
-        shared = sum(prompt in every for prompt in measured if prompt)
+    known: dict[str, set[str]] = {}  # how the conversations of a data set open
+    for field, data, (model, stages) in held_out(run, stage):
+        trained = training_data(stages, model)
+        known |= {repr(part): openings(run, part) for _, part in trained if repr(part) not in known}
+        prompts = [opening(record) for record in run.records(data)]
+        every = set().union(*(known[repr(part)] for _, part in trained))
+        shared = sum(prompt in every for prompt in prompts)
         if shared:
-            where = ", ".join(where for where, count in found.items() if count)
+            where = ", ".join(where for where, part in trained if not known[repr(part)].isdisjoint(prompts))
             run.warn(
                 stage.name,
-                f"{field}: {shared} of {len(measured)} records ({shared / len(measured):.0%}) of {described(data)} "
-                f"open with a prompt of {where}: there, what was trained on is measured. One test_share in all stages "
-                "keeps every prompt on one side",
+                f"{field}: {shared} of {len(prompts)} records ({shared / len(prompts):.0%}) of {described(data)} open "
+                f"with a prompt of {where}: there, what was trained on is measured. One test_share in all stages keeps "
+                "every prompt on one side",
             )
 
 
-def held_out(run: Run, stage: Any) -> Iterator[tuple[str, cfg.Mixture]]:
-    """Yields (setting, data) of what a stage measures on.
+def held_out(run: Run, stage: Any) -> Iterator[tuple[str, cfg.Mixture, tuple[Any, Sequence[Any]]]]:
+    """Yields (setting, data, the stage whose training it must not meet and those of its run) of what a stage measures.
 
     Data that a limit is calibrated on counts where its cost model goes over its own data more than once: from the
     second pass on, pairs are learned by heart (docs/results.md).
     """
-    for field in ("eval_data", "eval_prompts"):
-        if getattr(stage, field, None) is not None:
-            yield field, getattr(stage, field)
+    stages = run.config.stages
+    measured = {field: getattr(stage, field, None) for field in ("eval_data", "eval_prompts")}
     if isinstance(stage, cfg.EvaluateStage):
-        yield from ((f"prompts.{i}", data) for i, data in enumerate(stage.prompts))
+        measured |= {f"prompts.{i}": data for i, data in enumerate(stage.prompts)}
+    yield from ((field, data, (stage, stages)) for field, data in measured.items() if data is not None)
     for signal, lagrange in getattr(stage, "limits", {}).items():
-        cost, _ = origin(run.config.stages, stage.scorers[signal])
-        if isinstance(lagrange.cost_limit, cfg.CalibratedLimit) and cost is not None and cost.epochs > 1:
-            yield "cost_limit.data", lagrange.cost_limit.data
+        cost, others = origin(stages, stage.scorers[signal])
+        if isinstance(lagrange.cost_limit, cfg.CalibratedLimit) and getattr(cost, "epochs", 0) > 1:
+            yield "cost_limit.data", lagrange.cost_limit.data, (cost, others)
 
 
-def training_data(run: Run, stage: Any) -> Iterator[tuple[str, cfg.Mixture]]:
-    """Yields (stage and setting, data) of what a stage and all that it is built on are trained on."""
-    for other in lineage(run.config.stages, stage):
-        for field in TRAINED if isinstance(other, cfg.TrainingStage) else ():
-            data = getattr(other, field, None)
-            if data is not None:
-                yield f"{other.name}.{field}", data
+def training_data(stages: Sequence[Any], stage: Any) -> list[tuple[str, cfg.Mixture]]:
+    """Returns (stage and setting, data) of what a stage of a run, and all that it is built on, are trained on."""
+    trained = [one for one in lineage(stages, stage) if isinstance(one, cfg.TrainingStage)]
+    found = [(f"{one.name}.{field}", getattr(one, field, None)) for one in trained for field in TRAINED]
+    return [(where, data) for where, data in found if data is not None]
 
 
 def lineage(stages: Sequence[Any], stage: Any) -> list[Any]:
@@ -89,5 +86,5 @@ def origin(stages: Sequence[Any], reference: str) -> tuple[Any, Sequence[Any]]:
 def openings(run: Run, data: cfg.Mixture) -> set[str]:
     """Returns how the conversations of a data set open; nothing where it is gone, which only a finished stage's is."""
     with contextlib.suppress(ValueError):
-        return {opening(record) for record in run.records(data)}
+        return {opening(record) for record in run.records(data)} - {""}
     return set()

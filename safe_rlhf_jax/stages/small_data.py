@@ -70,9 +70,10 @@ def alike_when_cut(stage: Any, field: str, data: Examples) -> str | None:
     left_out, total = data.skipped.get(ALIKE, 0), len(data) + sum(data.skipped.values())
     if left_out <= MANY * total:
         return None
+    setting = "max_length" if hasattr(stage, "max_length") else "max_response_length"
     return (
-        f"{field}: {left_out} of {total} pairs are left out, whose responses are identical within max_length "
-        f"{stage.max_length}: what tells them apart is cut off. Raise max_length"
+        f"{field}: {left_out} of {total} pairs are left out, whose responses are identical where {setting} "
+        f"{getattr(stage, setting)} cuts them: what tells them apart is gone. Raise {setting}"
     )
 
 
