@@ -1,8 +1,13 @@
 """Step 10 of the line: the whole state of a stage, saved and restored by Orbax."""
 
 import contextlib
+import functools
+import json
+import logging
+import math
 import pathlib
 import shutil
+import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -11,6 +16,22 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 from safe_rlhf_jax import processes
+
+
+@functools.cache
+def hush_writers() -> None:
+    """Keeps the threads that write from printing a traceback for every array that they could not write.
+
+    `Checkpoints.write_errors` says it once, with what to do; a log that ends in hundreds of lines hides it.
+    """
+    logging.getLogger("absl").addFilter(lambda record: not (record.exc_info and "orbax" in record.pathname))
+    show = sys.unraisablehook
+
+    def unraisablehook(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":  # what TensorStore's threads find after a failure
+            show(unraisable)
+
+    sys.unraisablehook = unraisablehook
 
 
 class Checkpoints:
@@ -25,6 +46,9 @@ class Checkpoints:
     def __init__(self, folder: str | pathlib.Path, *, keep: int = 2, best: str | None = None):
         self.folder = pathlib.Path(folder).absolute()
         self.best = best
+        hush_writers()
+        if best is not None:  # the manager would fail at the first metrics that it cannot read
+            self.set_aside(self.broken_metrics())
         rank = (lambda metrics: metrics["rank"]) if best else None
         policies = [LatestN(keep), *([BestN(get_metric_fn=rank, n=1)] if rank else [])]
         self.manager = ocp.CheckpointManager(
@@ -44,21 +68,26 @@ class Checkpoints:
     def save(self, step: int, state: Any, metrics: Mapping[str, float]) -> None:
         """Copies the state off the devices and writes it in the background.
 
+        A metric that is not finite, or not there, ranks behind all others: no state is lost for want of a number.
+
         Raises:
             OSError: If the checkpoint before this one, or the start of this one, could not be written.
-            ValueError: If there is no such metric.
+            ValueError: If there is no such metric; the checkpoint is written.
         """
         if step in self.manager.all_steps():
             return
-        rank = None
+        rank, name = None, (self.best or "").removeprefix("-")
         if self.best is not None:
-            name = self.best.removeprefix("-")
-            if name not in metrics:
-                raise ValueError(f"keep_best: {name!r} is not among the metrics of this stage: {', '.join(metrics)}")
-            value = metrics[name]
-            rank = {"rank": -value if self.best.startswith("-") else value}
+            value = metrics.get(name, math.nan) * (-1 if self.best.startswith("-") else 1)
+            rank = {"rank": value if math.isfinite(value) else -sys.float_info.max}
         with self.write_errors():
             self.manager.save(step, metrics=rank, args=ocp.args.StandardSave(state))
+        if rank is not None and name not in metrics:
+            self.close()
+            raise ValueError(
+                f"keep_best: {name!r} is not among the metrics of this stage: {', '.join(metrics)}; step {step} is "
+                "saved all the same"
+            )
 
     def restore(self, like: Any) -> tuple[Any, int]:
         """Returns the state of the newest checkpoint that can be read, in the shardings of `like`, and its step.
@@ -83,12 +112,34 @@ class Checkpoints:
                 problem = f"{type(error).__name__}: {error}".splitlines()[0][:200]
             if not processes.any_process(problem is not None):
                 self.set_aside(problems)
+                self.manager.reload()
                 return state, step
             problems[step] = problem or "another process could not read it"
         if found:
             reasons = "; ".join(f"step {step}: {problem}" for step, problem in problems.items())
             raise OSError(f"{self.folder}: none of the checkpoints {found} can be read: {reasons}")
         return like, 0
+
+    def broken_metrics(self) -> dict[int, str]:
+        """Returns {step: what is wrong} of the checkpoints whose metrics cannot be read.
+
+        Raises:
+            OSError: If that is all of them; they stay where they are.
+        """
+        steps = sorted(ocp.utils.checkpoint_steps(self.folder)) if self.folder.is_dir() else []
+        problems: dict[int, str] = {}
+        for step in steps:
+            file = self.folder / str(step) / "metrics" / "metrics"
+            try:
+                if file.is_file():
+                    float(json.loads(file.read_text())["rank"])
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                problems[step] = f"{file}: {type(error).__name__}: {error}"
+        processes.barrier("metrics of the checkpoints are read")
+        if steps and len(problems) == len(steps):
+            reasons = "; ".join(problems.values())
+            raise OSError(f"{self.folder}: none of the checkpoints {steps[::-1]} can be read: {reasons}")
+        return problems
 
     def set_aside(self, problems: Mapping[int, str]) -> None:
         """Moves checkpoints {step: what is wrong} out of the way, and says so."""
@@ -100,7 +151,6 @@ class Checkpoints:
                 shutil.rmtree(aside / str(step), ignore_errors=True)
                 (self.folder / str(step)).rename(aside / str(step))
         processes.barrier("unreadable checkpoints are set aside")
-        self.manager.reload()
 
     def close(self) -> None:
         """Waits for what is being written.

@@ -6,7 +6,7 @@ holds what differs.
 
 import datetime
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 import pydantic
@@ -18,7 +18,17 @@ from safe_rlhf_jax.config_algorithm import CalibratedLimit as CalibratedLimit
 from safe_rlhf_jax.config_algorithm import KLConfig as KLConfig
 from safe_rlhf_jax.config_algorithm import Lagrange as Lagrange
 from safe_rlhf_jax.config_algorithm import PIDConfig as PIDConfig
-from safe_rlhf_jax.config_data import TEMPLATE_NAMES, Data, Mixture, Schema, Share, check_held_out, parts_of
+from safe_rlhf_jax.config_data import (
+    TEMPLATE_NAMES,
+    Data,
+    Mixture,
+    Schema,
+    Share,
+    check_held_out,
+    is_set,
+    parts_of,
+    written,
+)
 from safe_rlhf_jax.config_errors import ConfigError, did_you_mean, explain_all, nearest_multiples
 from safe_rlhf_jax.config_sampling import SampledPrompts as SampledPrompts
 from safe_rlhf_jax.config_sampling import check_best_of, check_multipliers
@@ -39,7 +49,9 @@ from safe_rlhf_jax.config_stages import SupervisedStage as SupervisedStage
 from safe_rlhf_jax.config_stages import TrainingStage as TrainingStage
 from safe_rlhf_jax.models.config import PRESETS, RematPolicy
 
-__all__ = ["ConfigError", "Data", "Mixture", "RunConfig", "Schema", "Share", "Stage", "load_config", "parts_of"]
+__all__ = [
+    "ConfigError", "Data", "Mixture", "RunConfig", "Schema", "Share", "Stage", "is_set", "load_config", "parts_of",
+]  # fmt: skip
 
 
 class Mesh(Schema):
@@ -258,9 +270,17 @@ def list_index(items: list[Any], part: str, override: str) -> int:
     raise ConfigError(f"override {override!r}: {part!r} is neither an index below {len(items)} nor one of {names}")
 
 
-def dump(run: RunConfig, stage: StageBase) -> str:
-    """Returns a YAML config of the run up to this stage, defaults written out; running it again changes nothing."""
-    tree = run.model_dump(mode="json")
-    tree["stages"] = tree["stages"][: [s.name for s in run.stages].index(stage.name) + 1]
+def dump(run: RunConfig, stage: StageBase, idle: Callable[[Any], Collection[str]] = lambda _: ()) -> str:
+    """Returns a YAML config of the run up to this stage; running it again changes nothing.
+
+    Defaults are written out, but for settings that would change nothing: those are refused where they are given.
+
+    Args:
+        run: The config.
+        stage: The last stage of what is returned.
+        idle: stage -> dotted settings that its algorithm has no use for.
+    """
+    stages = run.stages[: [s.name for s in run.stages].index(stage.name) + 1]
+    tree = written(run) | {"stages": [written(one, idle(one)) for one in stages]}
     text: str = yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
     return text

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import pydantic
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-from safe_rlhf_jax.config_data import Data, Schema, Share
+from safe_rlhf_jax.config_data import Schema, Share, Single
 
 ScheduleName = Literal["constant", "linear", "cosine", "hold_linear"]
 
@@ -21,7 +21,7 @@ class CalibratedLimit(Schema):
     constraint names. (With E[C] ≤ 0 over mixed prompts, very negative costs of benign prompts pay for harm elsewhere.)
     """
 
-    data: Data
+    data: Single
     margin: Share = 0.03
 
 
@@ -67,6 +67,19 @@ class Lagrange(Schema):
             raise ValueError("must be ≥ 0: a negative λ would reward cost")
         return value
 
+    def idle(self) -> dict[str, str]:
+        """What belongs to another measure or multiplier, or to one limit where there are several."""
+        reasons: dict[str, str] = {}
+        if self.group_limits is not None:
+            reasons |= dict.fromkeys(("cost_limit", "warn_unsafe_share"), "each group has its limit in group_limits")
+        if self.measure != "rectified":
+            reasons["threshold"] = f"it is of measure 'rectified', and measure is {self.measure!r}"
+        if self.measure != "cvar":
+            reasons["tail"] = f"it is of measure 'cvar', and measure is {self.measure!r}"
+        if self.multiplier != "pid":
+            reasons["pid"] = f"its gains are of multiplier 'pid', and multiplier is {self.multiplier!r}"
+        return reasons
+
     @pydantic.model_validator(mode="after")
     def fits(self) -> "Lagrange":
         """The multiplier starts between its bounds, and the limit belongs to the measure."""
@@ -95,6 +108,11 @@ class KLConfig(Schema):
     gain: PositiveFloat = 0.1  # of the controller, per iteration [Ziegler et al. 2019]
     refresh_every: PositiveInt | None = None  # iterations after which the reference becomes the actor
     average: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None  # share of the actor in the reference, per iteration
+
+    def idle(self) -> dict[str, str]:
+        """The gain of a controller that has no target."""
+        without_target = {"gain": "it is of the controller that keeps to target, which is not set"}
+        return without_target if self.target is None else {}
 
     @pydantic.model_validator(mode="after")
     def one_of_each(self) -> "KLConfig":
@@ -142,3 +160,8 @@ class AlgorithmConfig(Schema):
     cost_weight: NonNegativeFloat = 1.0  # ν of `reward_shaping` [ref]
     lagrange: Lagrange = Lagrange()  # of `cost_model`
     constraints: dict[str, Lagrange] = Field(default_factory=dict)  # of `cost_models`, by name
+
+    def idle(self) -> dict[str, str]:
+        """What moves a coefficient that stays at 0; what an algorithm's record has no use for, `stages.check` knows."""
+        moves = ["kl.target"] + (["kl.schedule"] if self.kl.schedule != "constant" else [])
+        return dict.fromkeys(moves if self.kl_coeff == 0 else (), "it moves kl_coeff, which is 0 and stays 0")

@@ -1,5 +1,8 @@
 """Schemas of data, and what all schemas share."""
 
+import os
+import re
+from collections.abc import Collection
 from typing import Annotated, Any, ClassVar, Literal
 
 import pydantic
@@ -10,11 +13,47 @@ TEMPLATE_NAMES = ("plain", "beaver", "alpaca", "tokenizer")
 
 
 class Schema(pydantic.BaseModel):
-    """Frozen, and an unknown key is an error."""
+    """Frozen; an unknown key is an error, and so is a setting that would change nothing."""
 
     model_config = pydantic.ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
     refused: ClassVar[dict[str, str]] = {}  # keys that one might expect here -> why there are none
     unhashed: ClassVar[frozenset[str]] = frozenset()  # keys that change no result: a run goes on with other values
+
+    def idle(self) -> dict[str, str]:
+        """Returns {setting, perhaps dotted: why it does nothing beside the others}."""
+        return {}
+
+    @pydantic.model_validator(mode="after")
+    def nothing_is_idle(self) -> "Schema":
+        """No setting is given that would change nothing: it says that something else was meant."""
+        for path, reason in self.idle().items():
+            if is_set(self, path):
+                raise ValueError(f"{path} does nothing: {reason}; leave it out")
+        return self
+
+
+def is_set(schema: Schema, path: str) -> bool:
+    """Says whether a config gives a setting, by its dotted path; null and an empty mapping give nothing."""
+    here: Any = schema
+    for name in path.split("."):
+        if name not in here.model_fields_set:
+            return False
+        here = getattr(here, name)
+    return here is not None and here != {}
+
+
+def written(value: Any, idle: Collection[str] = ()) -> Any:
+    """Returns plain data with defaults written out, but for settings that would change nothing."""
+    if isinstance(value, Schema):
+        idle = {*idle, *value.idle()}
+        plain = {}
+        for name, item in value:
+            if name not in idle:
+                plain[name] = written(item, [path[len(name) + 1 :] for path in idle if path.startswith(f"{name}.")])
+        return plain
+    if isinstance(value, dict):
+        return {name: written(item) for name, item in value.items()}
+    return [written(item) for item in value] if isinstance(value, tuple) else value
 
 
 class Data(Schema):
@@ -32,19 +71,34 @@ class Data(Schema):
 
 def weights_agree(parts: "Data | tuple[Data, ...]") -> "Data | tuple[Data, ...]":
     """Either every part of a mixture has a weight, or none."""
-    if isinstance(parts, tuple) and len({part.weight is None for part in parts}) > 1:
+    if len({part.weight is None for part in parts_of(parts)}) > 1:
         raise ValueError("some parts of the mixture have a weight and some have none; give one to each, or to none")
     return parts
 
 
-Mixture = Annotated[
-    Data | Annotated[tuple[Data, ...], Field(min_length=1)], pydantic.AfterValidator(weights_agree)
-]  # one data set, or several that are mixed
+def no_weights(parts: Any) -> Any:
+    """What is read once, from the first record to the last, has no weights."""
+    if any(part.weight is not None for part in parts_of(parts)):
+        raise ValueError("weight does nothing: every record is read once; leave it out")
+    return parts
 
 
-def parts_of(data: Data | tuple[Data, ...] | None) -> tuple[Data, ...]:
+def parts_of(data: "Data | tuple[Data, ...] | None") -> "tuple[Data, ...]":
     """Returns the parts of a mixture, one for a single data set, none for None."""
     return data if isinstance(data, tuple) else (data,) if data is not None else ()
+
+
+Parts = Data | Annotated[tuple[Data, ...], Field(min_length=1)]
+Mixture = Annotated[Parts, pydantic.AfterValidator(weights_agree)]  # one data set, or several that are mixed
+ReadOnce = Annotated[Parts, pydantic.AfterValidator(no_weights)]  # the same, read once
+Single = Annotated[Data, pydantic.AfterValidator(no_weights)]  # one data set, read once
+
+
+def source(name: str) -> str:
+    """Returns the source behind a data set's name: without its share, and one spelling for one file."""
+    bare = re.sub(r":\d*\.?\d+(/\d+)?$", "", name)
+    path = os.path.expanduser(bare)
+    return os.path.realpath(path) if os.path.exists(path) else bare
 
 
 def check_held_out(where: str, stage: Any) -> None:
@@ -52,8 +106,15 @@ def check_held_out(where: str, stage: Any) -> None:
     for train, test in (("data", "eval_data"), ("prompts", "eval_prompts")):
         for data in parts_of(getattr(stage, train, None)):
             for held_out in parts_of(getattr(stage, test, None)):
-                if data.name == held_out.name and data.test_share != held_out.test_share:
+                if source(data.name) != source(held_out.name):
+                    continue
+                if data.test_share != held_out.test_share:
                     raise ValueError(
                         f"{where}: {train} and {test} read {data.name!r} with test_share {data.test_share} and "
                         f"{held_out.test_share}; with one test_share no prompt is in both"
+                    )
+                if data.test_share is not None and data.split == held_out.split:
+                    raise ValueError(
+                        f"{where}: {train} and {test} both read the split {data.split!r} of {data.name!r}; the part "
+                        "that test_share holds out is split: test"
                     )

@@ -10,7 +10,7 @@ import pydantic
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 
 from safe_rlhf_jax.config_algorithm import CalibratedLimit, Lagrange
-from safe_rlhf_jax.config_data import Data, Mixture, Schema
+from safe_rlhf_jax.config_data import Mixture, ReadOnce, Schema, Single, parts_of, source
 from safe_rlhf_jax.config_errors import did_you_mean
 
 OTHER_DISTRIBUTION = dict.fromkeys(
@@ -45,14 +45,15 @@ class SampledPrompts(Schema):
 
     @pydantic.model_validator(mode="after")
     def limit_has_what_it_needs(self) -> "SampledPrompts":
-        """A limit needs a cost model, and groups need the field that holds them."""
-        if self.cost_model is None and "cost_limit" in self.model_fields_set:
-            raise ValueError(f"cost_limit {self.cost_limit} limits the cost of cost_model, which is not given")
+        """Groups need the field that holds them."""
         if self.constrained_groups is not None and self.group_field is None:
             raise ValueError("constrained_groups needs group_field, which holds the group")
-        if self.constrained_groups is not None and self.cost_model is None:
-            raise ValueError("constrained_groups names prompts with limited cost, but cost_model is not given")
         return self
+
+    def idle(self) -> dict[str, str]:
+        """A limit, and the prompts it is about, without a cost."""
+        limits = ("cost_limit", "constrained_groups") if self.cost_model is None else ()
+        return super().idle() | dict.fromkeys(limits, "it limits the cost of cost_model, which is not given")
 
     @property
     def scorers(self) -> dict[str, str]:
@@ -74,7 +75,7 @@ class Rounds(SampledPrompts):
     prompts_per_round: PositiveInt | None = None  # the next so many of a shuffled order; null: as many as there are
     prompt_batch_size: PositiveInt = 16  # prompts whose responses are sampled at once
     train_on: Literal["this_round", "all_rounds"] = "this_round"  # selected responses; all: as [llama2] from its third
-    eval_prompts: Data | None = None
+    eval_prompts: Single | None = None
     epochs: PositiveFloat = 1.0  # passes over them, in each round
     batch_size: PositiveInt = 32  # responses per optimizer step
 
@@ -82,6 +83,7 @@ class Rounds(SampledPrompts):
 class DualFields(SampledPrompts):
     """One-shot dual: λ* from samples of the reference."""
 
+    prompts: ReadOnce
     cost_model: str
     init_from: str  # the reference: as in other stages
     responses_per_prompt: PositiveInt = 16  # n
@@ -113,21 +115,37 @@ def check_multipliers(where: str, stage: Any, earlier: Sequence[Any]) -> None:
         constraint = field.split(".")[2] if field.startswith("algorithm.constraints.") else None
         model = stage.cost_models.get(constraint) if constraint else stage.cost_model
         lagrange = stage.algorithm.constraints[constraint] if constraint else stage.algorithm.lagrange
-        ours = {
-            "reward_model": stage.reward_model,
-            "cost_model": model,
-            "kl_coeff": stage.algorithm.kl_coeff,
-            "cost_limit": lagrange.cost_limit,
-            "constrained_groups": lagrange.constrained_groups,
-        }
-        for what, value in ours.items():
-            if value != getattr(duals[name], what):
+        for what, (theirs, ours) in problems(duals[name], stage, model, lagrange).items():
+            if theirs != ours:
                 raise ValueError(
-                    f"{where}: {field} names {name!r}, whose {what} is {getattr(duals[name], what)!r}, but here it is "
-                    f"{value!r}: λ* would be that of another problem"
+                    f"{where}: {field} names {name!r}, whose {what} is {theirs!r}, but here it is {ours!r}: λ* would "
+                    "be that of another problem"
                 )
         if lagrange.measure != "mean" or lagrange.group_limits is not None:
             raise ValueError(f"{where}: {field} names {name!r}, which solves one limit of the mean cost, not this one")
+
+
+def problems(dual: Any, stage: Any, cost_model: str | None, lagrange: Lagrange) -> dict[str, tuple[Any, Any]]:
+    """Returns {what defines the problem that λ* solves: as the dual stage has it, and as the RL stage does}.
+
+    Of the prompts it is where they come from: a few hundred of them are enough for λ*.
+    """
+    same = ("init_from", "reward_model", "temperature", "max_prompt_length", "max_response_length", "long_prompts")
+    found = {name: (getattr(dual, name), getattr(stage, name)) for name in same}
+    found |= {name: (getattr(dual, name), getattr(lagrange, name)) for name in ("cost_limit", "constrained_groups")}
+    found |= {"cost_model": (dual.cost_model, cost_model), "kl_coeff": (dual.kl_coeff, stage.algorithm.kl_coeff)}
+    found |= {"prompts": (prompt_sources(dual), prompt_sources(stage))}
+    return found | ({"group_field": (dual.group_field, stage.group_field)} if dual.constrained_groups else {})
+
+
+def prompt_sources(stage: Any) -> list[tuple[Any, ...]]:
+    """Returns which parts of which sources the prompts of a stage are.
+
+    Whatever number of them it takes, unless there are several: then the numbers are their proportions.
+    """
+    parts = parts_of(stage.prompts)
+    found = [(source(part.name), part.split, part.test_share, part.format, part.fields, part.weight) for part in parts]
+    return found if len(parts) == 1 else [(part.name, part.limit, *one) for part, one in zip(parts, found, strict=True)]
 
 
 def check_best_of(where: str, stage: Any) -> None:

@@ -9,7 +9,7 @@ import pydantic
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from safe_rlhf_jax.config_algorithm import AlgorithmConfig, Lagrange
-from safe_rlhf_jax.config_data import Data, Mixture, Schema, Share
+from safe_rlhf_jax.config_data import Mixture, ReadOnce, Schema, Share, Single
 from safe_rlhf_jax.config_sampling import OTHER_DISTRIBUTION, DualFields, Rounds
 from safe_rlhf_jax.models.config import Layout
 
@@ -47,12 +47,18 @@ class TrainingStage(StageBase):
     keep_best: Annotated[str, Field(pattern="^-?(train|eval)/")] | None = None  # by metric: highest; -eval/loss: lowest
     eval_every: PositiveInt | None = None  # steps; None evaluates at the end only
 
+    def idle(self) -> dict[str, str]:
+        """An evaluation of nothing."""
+        held_out = next(name for name in ("eval_data", "eval_prompts") if name in type(self).model_fields)
+        reasons = {"eval_every": f"there is no {held_out}"} if getattr(self, held_out) is None else {}
+        return super().idle() | reasons
+
 
 class SupervisedStage(TrainingStage):
     """What SFT, reward and cost stages share."""
 
     data: Mixture
-    eval_data: Mixture | None = None
+    eval_data: ReadOnce | None = None
     epochs: PositiveFloat = 3.0  # passes over the data
     batch_size: PositiveInt = 32  # examples (pairs for reward and cost) per optimizer step
     max_length: PositiveInt = 512  # tokens of prompt + response [ref]; longer texts lose their end
@@ -114,14 +120,15 @@ class DPOStage(SupervisedStage):
             raise ValueError("label_smoothing and safety_margin belong to loss 'sigmoid'; leave them out with 'ipo'")
         if self.safety_margin and self.preference != "safe_helpfulness":
             raise ValueError(f"safety_margin {self.safety_margin} needs preference 'safe_helpfulness'")
-        models = {"reward_model", "cost_model", "multiplier"}
-        if self.preference == "lagrangian":
-            missing = sorted(name for name in models if getattr(self, name) is None)
-            if missing:
-                raise ValueError(f"preference 'lagrangian' needs {' and '.join(missing)}")
-        elif given := sorted(models & self.model_fields_set):
-            raise ValueError(f"{', '.join(given)}: only preference 'lagrangian' uses them; leave them out")
+        missing = [name for name in ("cost_model", "reward_model") if getattr(self, name) is None]
+        if self.preference == "lagrangian" and missing:
+            raise ValueError(f"preference 'lagrangian' needs {' and '.join(missing)}")
         return self
+
+    def idle(self) -> dict[str, str]:
+        """What only labels by two models need."""
+        models = ("reward_model", "cost_model", "multiplier") if self.preference != "lagrangian" else ()
+        return super().idle() | dict.fromkeys(models, f"preference is {self.preference!r}, only 'lagrangian' uses it")
 
 
 class MergeStage(StageBase):
@@ -148,7 +155,7 @@ class RLStage(TrainingStage):
     # or template of its own.
     critics: dict[str, str] = Field(default_factory=dict)
     prompts: Mixture
-    eval_prompts: Data | None = None
+    eval_prompts: Single | None = None
     ptx: Mixture | None = None
     group_field: str | None = None  # field of a record that names the prompt's group
     steps: PositiveInt = 200  # iterations: one rollout batch each
@@ -161,6 +168,15 @@ class RLStage(TrainingStage):
     fuse: bool = True  # one program per iteration; False compiles generation and learning apart
     actor: OptimizerConfig = OptimizerConfig(lr=1e-5, weight_decay=0.01)  # [ref]
     critic: OptimizerConfig = OptimizerConfig(lr=5e-6, schedule="constant")  # [ref]
+
+    def idle(self) -> dict[str, str]:
+        """Demonstrations without a weight, and the limit of a cost that is not there."""
+        reasons = super().idle()
+        if self.algorithm.ptx_coeff == 0:
+            reasons["ptx"] = "algorithm.ptx_coeff is 0"
+        if self.cost_model is None:
+            reasons["algorithm.lagrange"] = "it limits the cost of cost_model, which is not given"
+        return reasons
 
     @property
     def scorers(self) -> dict[str, str]:
@@ -195,7 +211,7 @@ class EvaluateStage(StageBase):
     policies: Annotated[tuple[str, ...], Field(min_length=1)]  # stages; the first is the baseline
     reward_model: str
     cost_model: str
-    prompts: Annotated[tuple[Data, ...], Field(min_length=1)]
+    prompts: Annotated[tuple[Single, ...], Field(min_length=1)]
     group_field: str | None = None
     batch_size: PositiveInt = 64
     max_prompt_length: PositiveInt = 256
@@ -207,3 +223,8 @@ class EvaluateStage(StageBase):
     best_of: dict[str, PositiveInt] = Field(default_factory=dict)  # {policy: n}: a row more, the best of n responses
     best_of_cost_limit: float | None = None  # of those n, only responses with cost ≤ this, where there are any
     seed: NonNegativeInt | None = None
+
+    def idle(self) -> dict[str, str]:
+        """A choice among responses that are all the same."""
+        alike = {"best_of": "at temperature 0, or with top_k 1, all responses to a prompt are the same"}
+        return super().idle() | (alike if self.temperature == 0 or self.top_k == 1 else {})

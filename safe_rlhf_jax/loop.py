@@ -16,6 +16,7 @@ from safe_rlhf_jax.metrics import ProgressBar, Throughput, make_writers
 from safe_rlhf_jax.processes import any_process, is_main
 
 PREEMPTED = 143  # exit status: a launcher should start the same command again
+MAY_OVERFLOW = ("train/perplexity",)  # e to the power of a loss that is itself finite: shown, and never stops a run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +119,8 @@ class Log:
         step, metrics = self.pending
         self.pending = None
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        bad = [f"{name} is {value}" for name, value in values.items() if not math.isfinite(value)]
+        fatal = {name: value for name, value in values.items() if name not in MAY_OVERFLOW}
+        bad = [f"{name} is {value}" for name, value in fatal.items() if not math.isfinite(value)]
         self.refuse(step, bad[0] if bad else None)
         values |= self.throughput.update(self.stage.tokens(values))
         message = None if self.warned else self.stage.warning(values)

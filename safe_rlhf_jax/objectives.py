@@ -34,12 +34,12 @@ def lm_loss(
         weights: f32[B, L], `token_weights` of the whole batch.
 
     Returns:
-        f32[], nats per token, and metrics {perplexity}.
+        f32[], nats per token, and no metrics: e to the power of one microbatch's share is no perplexity.
     """
     hidden: Any = module.apply({"params": params}, batch.tokens, batch.mask, method="hidden")
     log_probs = next_token_log_probs(module, params, hidden[:, :-1], batch.tokens[:, 1:])
     loss = -(weights[:, 1:] * log_probs).sum(-1).mean()
-    return loss, {"perplexity": jnp.exp(loss)}
+    return loss, {}
 
 
 def slice_mean(x: Float[Array, "B ..."], mask: Bool[Array, "B L"] | None) -> Float[Array, " B"]:
@@ -153,7 +153,7 @@ def reward_loss(
     token_wise: bool,
     regularization: float,
 ) -> tuple[jax.Array, Metrics]:
-    """Bradley–Terry loss of a batch of pairs, with metrics {accuracy, score_mean, score_square}."""
+    """Bradley–Terry loss of a batch of pairs, with metrics {accuracy, score_mean} and the `scores` themselves, [2B]."""
     chosen, rejected = pair_scores(module, params, stats, batch.chosen, batch.rejected)
     end_chosen, end_rejected = gather_last(chosen, batch.chosen.mask), gather_last(rejected, batch.rejected.mask)
     if token_wise:
@@ -165,7 +165,7 @@ def reward_loss(
     metrics = {
         "accuracy": (end_chosen > end_rejected).mean(),
         "score_mean": ends.mean(),
-        "score_square": (ends**2).mean(),
+        "scores": ends,
     }
     return loss, metrics
 
@@ -180,7 +180,7 @@ def cost_loss(
     regularization: float,
     ranking_weight: float = 1.0,
 ) -> tuple[jax.Array, Metrics]:
-    """Safety loss of a batch of pairs, with metrics {accuracy, sign_accuracy, score_mean, score_square}."""
+    """Safety loss of a batch of pairs, with metrics {accuracy, sign_accuracy, score_mean} and `scores`, f32[2B]."""
     safer, unsafer = pair_scores(module, params, stats, batch.safer, batch.unsafer)
     end_safer, end_unsafer = gather_last(safer, batch.safer.mask), gather_last(unsafer, batch.unsafer.mask)
     labels = (batch.safer_is_safe, batch.unsafer_is_safe)
@@ -194,7 +194,7 @@ def cost_loss(
         "accuracy": (end_unsafer > end_safer).mean(),
         "sign_accuracy": sign_accuracy(ends, jnp.concatenate(labels)),
         "score_mean": ends.mean(),
-        "score_square": (ends**2).mean(),
+        "scores": ends,
     }
     return loss, metrics
 
@@ -302,26 +302,25 @@ def sign_accuracy(costs: Float[Array, " B"], is_safe: Bool[Array, " B"]) -> Floa
     return (jnp.where(is_safe, -costs, costs) > 0).mean()
 
 
-def update_normalizer(stats: Params, mean: jax.Array, square: jax.Array, count: int, config: ScoreConfig) -> Params:
+def update_normalizer(stats: Params, scores: Float[Array, " N"], config: ScoreConfig) -> Params:
     """Updates a score normaliser with the end scores of a batch.
 
     Exponential average with momentum a: μ ← aμ + (1−a)m, σ² ← aσ² + (1−a)v. Without momentum, mean and variance of all
-    scores so far (Chan et al. 1979). v is the unbiased variance of the batch.
+    scores so far (Chan et al. 1979). v is the unbiased variance of the batch, from deviations from its mean: the mean
+    of squares minus the square of the mean leaves nothing of a variance that is small beside the mean.
 
     Source: PKU-Alignment/safe-rlhf@82743cc `normalizer.py`.
 
     Args:
         stats: {mean f32[1], var f32[1], count i32[1]}.
-        mean: f32[], m, mean of the batch's end scores.
-        square: f32[], mean of their squares.
-        count: n ≥ 2, how many they are.
+        scores: f32[N], end scores of the batch, N ≥ 2.
         config: Which average.
 
     Returns:
         The new stats.
     """
-    batch_mean = mean.reshape(1)
-    batch_var = (square - mean**2).reshape(1) * (count / (count - 1))
+    count = scores.size
+    batch_mean, batch_var = scores.mean(keepdims=True), scores.var(keepdims=True, ddof=1)
     total = stats["count"] + count
     if config.momentum is not None:
         a = config.momentum

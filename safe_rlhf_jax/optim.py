@@ -102,28 +102,33 @@ def gradient_step(
 
     Args:
         loss: (params, microbatch) -> (loss, metrics); the loss is a mean over the rows of its microbatch, so that the
-            mean over equal microbatches is the loss of the batch.
+            mean over equal microbatches is the loss of the batch. A metric that is such a mean is a scalar; for any
+            other (a maximum, a variance) the loss gives what it is made of, an array by row.
         state: The network.
         batch: A tree of arrays [B, …].
         optimizer: As it was when the state was made.
         microbatches: Slices whose gradients are accumulated; divides B.
 
     Returns:
-        The new state, and the mean of the metrics with `loss` and `grad_norm` (before clipping).
+        The new state, and the metrics of the batch with `loss` and `grad_norm` (before clipping): scalars are the mean
+        over microbatches, arrays hold all rows.
     """
     value_and_grad = jax.value_and_grad(loss, has_aux=True)
     if microbatches == 1:
         (value, metrics), grads = value_and_grad(state.params, batch)
     else:
 
-        def accumulate(total: Any, microbatch: Any) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, total, value_and_grad(state.params, microbatch)), None
+        def accumulate(total: Any, microbatch: Any) -> tuple[Any, Metrics]:
+            (value, metrics), grads = value_and_grad(state.params, microbatch)
+            return jax.tree.map(jnp.add, total, (value, grads)), metrics
 
         parts = split(batch, microbatches)
         first = jax.tree.map(lambda x: x[0], parts)
-        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(value_and_grad, state.params, first))
-        total, _ = jax.lax.scan(accumulate, zeros, parts)
-        (value, metrics), grads = jax.tree.map(lambda x: x / microbatches, total)
+        (value, _), grads = jax.eval_shape(value_and_grad, state.params, first)
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (value, grads))
+        total, metrics = jax.lax.scan(accumulate, zeros, parts)
+        value, grads = jax.tree.map(lambda x: x / microbatches, total)
+        metrics = {name: x.mean() if x.ndim == 1 else x.reshape(-1, *x.shape[2:]) for name, x in metrics.items()}
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     state = dataclasses.replace(state, step=state.step + 1, params=params, opt_state=opt_state)

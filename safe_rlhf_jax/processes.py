@@ -10,6 +10,7 @@ import os
 import pathlib
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 
@@ -21,6 +22,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 COORDINATOR, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 HEARTBEAT = 30  # seconds without a sign of life after which a process counts as dead, and the others stop
 JOINING = 300  # seconds to wait for the others at the start
+SILENT = 10  # seconds after which a process says that it waits, where it did not know before
+SLURM = ("JOB_ID", "STEP_NODELIST", "NTASKS", "PROCID", "LOCALID")
+# Clusters that are recognised by variables: all of the first, and the one that counts processes.
+CLUSTERS = {
+    "SLURM": (tuple(f"SLURM_{name}" for name in SLURM), "SLURM_NTASKS"),
+    "Open MPI": (("OMPI_MCA_orte_hnp_uri",), "OMPI_COMM_WORLD_SIZE"),
+}
 
 
 def start() -> None:
@@ -44,6 +52,11 @@ def start() -> None:
                 f"processes: {named} in the environment; set {COORDINATOR}=HOST:PORT, {COUNT}=N and {INDEX}=0 … N − 1, "
                 "or none of them"
             )
+    reminder = threading.Timer(SILENT, say_waiting, ["the other processes of this run"])
+    if COUNT not in named and (others := found_by_cluster()):
+        say_waiting(others)
+    else:
+        reminder.start()
     try:
         jax.distributed.initialize(
             num_processes=int(named[COUNT]) if COUNT in named else None,
@@ -56,8 +69,29 @@ def start() -> None:
         if COORDINATOR in named or "coordinator_address" not in str(error):
             raise
         return  # no cluster: one process
+    finally:
+        reminder.cancel()
     if not is_main():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 what a run says, it says once
+
+
+def found_by_cluster() -> str | None:
+    """Returns how many other processes a cluster speaks of, in words; None where there are none."""
+    for cluster, (needed, counter) in CLUSTERS.items():
+        count = os.environ.get(counter, "")
+        if count.isdigit() and int(count) > 1 and all(name in os.environ for name in needed):
+            return f"{int(count) - 1} other processes, because {cluster} says that there are {count} ({counter})"
+    return None
+
+
+def say_waiting(others: str) -> None:
+    """Says for whom this process waits, and how not to."""
+    print(
+        f"processes: waiting up to {JOINING} seconds for {others}. If this one was started alone, as in an interactive "
+        f"session inside a job, set {COUNT}=1",
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 def is_main() -> bool:

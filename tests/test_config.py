@@ -132,7 +132,10 @@ def test_missing_name_and_kind_are_named(refuse, edited):
         (["stages.ppo_lag.algorithm.lagrange.init=0"], ["lagrange.init", "must be > 0", "ppo"]),
         (["stages.ppo_lag.algorithm.lagrange.init=-1"], ["lagrange.init", "must be > 0"]),
         (["stages.ppo_lag.algorithm.lagrange={multiplier: pid, init: -1}"], ["lagrange.init", "must be ≥ 0"]),
-        (["stages.ppo_lag.cost_model=null"], ["algorithm.lagrange limits the cost of cost_model", "not given"]),
+        (
+            ["stages.ppo_lag.cost_model=null"],
+            ["algorithm.lagrange does nothing: it limits the cost of cost_model, which is not given; leave it out"],
+        ),
         (
             ["stages.ppo_lag.cost_model=null", "stages.ppo_lag.algorithm={name: ppo_lag}"],
             ["'ppo_lag' needs cost_model"],

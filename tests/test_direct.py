@@ -154,7 +154,10 @@ def test_classifier_sees_each_response_for_itself():
         (["stages.dpo.label_smoothing=0.5"], ["stages.3.label_smoothing", "less than 0.5"]),
         (["stages.sacpo.safety_margin=2"], ["safety_margin 2.0", "'safe_helpfulness'"]),
         (["stages.dpo.preference=lagrangian"], ["'lagrangian' needs cost_model and reward_model"]),
-        (["stages.dpo.cost_model=classifier"], ["cost_model: only preference 'lagrangian'"]),
+        (
+            ["stages.dpo.cost_model=classifier"],
+            ["cost_model does nothing: preference is 'helpfulness', only 'lagrangian' uses"],
+        ),
         (["stages.dpo.reference=reward"], ["reference names 'reward', a reward stage"]),
         (["stages.merged.other=sacpoo"], ["other names 'sacpoo'", "did you mean 'sacpo'"]),
     ],

@@ -1,6 +1,7 @@
 """The loop: a run that is stopped continues as if it had not been; a run that breaks says so and saves nothing bad."""
 
 import os
+import re
 import resource
 import shutil
 import signal
@@ -167,6 +168,15 @@ def test_metric_that_is_not_finite_stops_the_run_and_its_state_is_not_saved(tmp_
     assert [record["step"] for record in read_jsonl(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 5]
 
 
+def test_perplexity_that_overflows_stops_no_run_whose_loss_is_finite(tmp_path):
+    def step(state, frozen, batch, key):
+        loss = jax.numpy.float32(100.0)
+        return state, {"train/loss": loss, "train/perplexity": jax.numpy.exp(loss)}
+
+    fit(counter(3, step=step, keep_best="-train/perplexity"), tmp_path, writers=("jsonl", "tensorboard"))
+    assert [record["train/perplexity"] for record in read_jsonl(tmp_path / "metrics.jsonl")] == [float("inf")] * 3
+
+
 def test_state_that_is_not_finite_is_not_saved_even_where_the_metrics_are(tmp_path):
     with pytest.raises(FloatingPointError, match=r"count: state\['value'\] is not finite at step 6; .* step 4 in"):
         fit(counter(bad_state=6), tmp_path, writers=("jsonl",))
@@ -262,6 +272,51 @@ def test_full_disk_is_a_clear_error_and_the_last_good_checkpoint_continues(unbro
     np.testing.assert_array_equal(state["value"], unbroken[1])
 
 
+FULL = """
+import resource
+from safe_rlhf_jax.loop import Log
+from safe_rlhf_jax.stages import supervised
+def limit(bytes): resource.setrlimit(resource.RLIMIT_FSIZE, (bytes, bytes))
+"""
+CHECKPOINT = (
+    FULL
+    + """
+push = Log.push
+def full(self, step, metrics):
+    limit(1_000_000)
+    push(self, step, metrics)
+Log.push = full
+"""
+)
+EXPORT = (
+    FULL
+    + """
+export = supervised.export
+def full(*arguments):
+    limit(1_000_000)
+    export(*arguments)
+supervised.export = full
+"""
+)
+
+
+@pytest.mark.parametrize(
+    ("prelude", "said"),
+    [
+        (CHECKPOINT, r"error: .*/sft/checkpoints: a checkpoint could not be written: .* Make room if the disk is full"),
+        (EXPORT, r"error: .*/sft/export/model\.safetensors could not be written: File too large\. Make room"),
+    ],
+)
+def test_error_of_a_full_disk_names_the_file_and_ends_the_log_without_tracebacks(
+    train_process, tmp_path, prelude, said
+):
+    process = train_process(f"workdir={tmp_path}", "stages.sft.checkpoint_every=1", prelude=prelude)
+    assert process.returncode == 1
+    assert re.match(said, process.stderr.strip().splitlines()[-1])
+    assert "Traceback" not in process.stderr + process.stdout
+    assert "Event loop is closed" not in process.stderr
+
+
 @pytest.mark.parametrize(("best", "kept"), [("train/loss", [3, 6]), ("-eval/distance", [2, 6]), (None, [6])])
 def test_best_checkpoint_is_kept_beside_the_newest(tmp_path, best, kept):
     losses, distances = jax.numpy.asarray([0.0, 1.0, 5.0, 2.0, 3.0, 4.0]), [None, 2.0, 1.0, 3.0, 4.0, 5.0, 6.0]
@@ -277,9 +332,44 @@ def test_best_checkpoint_is_kept_beside_the_newest(tmp_path, best, kept):
     assert sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir()) == kept
 
 
-def test_best_by_a_metric_that_is_not_measured_is_refused_by_name(tmp_path):
-    with pytest.raises(ValueError, match=r"keep_best: 'train/los' is not among the metrics .*train/loss"):
+def test_best_by_a_metric_that_is_not_measured_is_refused_by_name_and_loses_nothing(tmp_path):
+    with pytest.raises(ValueError, match=r"keep_best: 'train/los' is not among .*train/loss.*step 2 is saved"):
         fit(counter(keep_best="train/los"), tmp_path, writers=("jsonl",))
+    assert Checkpoints(tmp_path / "checkpoints").latest() == 2
+    assert int(fit(counter(), tmp_path, writers=("jsonl",))["count"]) == 10
+
+
+def test_metric_that_is_not_finite_ranks_behind_all_others(tmp_path):
+    values = [1.0, float("inf"), 2.0, float("nan"), 1.0, 1.0]
+    stage = counter(
+        6, checkpoint_every=1, keep_checkpoints=1, keep_best="eval/x",
+        evaluate=lambda state: {"eval/x": values[int(state["count"]) - 1]},
+    )  # fmt: skip
+    fit(stage, tmp_path, writers=("jsonl",))
+    assert sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir()) == [3, 6]
+
+
+@pytest.mark.parametrize("content", ["", '{"rank": ', "{}", '{"rank": null}'])
+def test_run_falls_back_from_broken_metrics_of_a_checkpoint_and_names_the_file(tmp_path, capsys, content):
+    fit(wide(4, keep_best="-train/loss"), tmp_path, writers=("jsonl",))
+    capsys.readouterr()
+    file = tmp_path / "checkpoints" / "4" / "metrics" / "metrics"
+    file.write_text(content)
+    fit(wide(keep_best="-train/loss"), tmp_path, writers=("jsonl",))
+    out = capsys.readouterr().out
+    assert f"checkpoint of step 4 cannot be read ({file}: " in out
+    assert "continuing from step 2" in out
+    assert (tmp_path / "checkpoints.unreadable" / "4").is_dir()
+    assert [record["step"] for record in read_jsonl(tmp_path / "metrics.jsonl")] == list(range(1, 7))
+
+
+def test_run_without_readable_metrics_of_any_checkpoint_stops_and_leaves_them(tmp_path):
+    fit(wide(4, keep_best="-train/loss"), tmp_path, writers=("jsonl",))
+    for file in (tmp_path / "checkpoints").glob("*/metrics/metrics"):
+        file.write_text("")
+    for _ in range(2):
+        with pytest.raises(OSError, match=r"none of the checkpoints \[4, 2\] can be read: .*metrics/metrics: JSON"):
+            fit(wide(keep_best="-train/loss"), tmp_path, writers=("jsonl",))
 
 
 # --- Two runs in one folder

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from safe_rlhf_jax.config import RewardStage, SFTStage
 from safe_rlhf_jax.models.config import ScoreConfig
 from safe_rlhf_jax.objectives import (
     bradley_terry_loss,
@@ -20,7 +21,8 @@ from safe_rlhf_jax.objectives import (
 )
 from safe_rlhf_jax.ops import gather_last
 from safe_rlhf_jax.optim import gradient_step, init_state
-from safe_rlhf_jax.types import Sequences, SupervisedBatch
+from safe_rlhf_jax.stages.supervised import pairs_step, sft_step
+from safe_rlhf_jax.types import PreferenceBatch, Sequences, SupervisedBatch
 from tests.helpers import make_lm, make_scorer, right_padded, tiny_config
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
@@ -120,11 +122,10 @@ def texts(rows=4, length=7):
 def test_sft_loss_is_the_mean_over_response_tokens_eos_included():
     module, variables = make_lm(CONFIG)
     batch = texts()
-    loss, metrics = lm_loss(module, variables["params"], batch, token_weights(batch.loss_mask))
+    loss, _ = lm_loss(module, variables["params"], batch, token_weights(batch.loss_mask))
     log_probs = jax.nn.log_softmax(module.apply(variables, batch.tokens, batch.mask))
     terms = [-float(log_probs[b, t - 1, batch.tokens[b, t]]) for b, t in zip(*np.nonzero(batch.loss_mask), strict=True)]
     np.testing.assert_allclose(loss, np.mean(terms), rtol=1e-5)
-    np.testing.assert_allclose(metrics["perplexity"], np.exp(np.mean(terms)), rtol=1e-5)
     last = np.asarray(batch.mask).sum(1) - 1
     assert bool(batch.loss_mask[0, last[0]])
 
@@ -166,7 +167,7 @@ def normalise(batches, momentum):
     stats = {"mean": jnp.zeros(1), "var": jnp.ones(1), "count": jnp.zeros(1, jnp.int32)}
     config = ScoreConfig("reward", normalize=True, momentum=momentum)
     for batch in batches:
-        stats = update_normalizer(stats, jnp.mean(batch), jnp.mean(batch**2), len(batch), config)
+        stats = update_normalizer(stats, batch, config)
     return stats
 
 
@@ -185,3 +186,55 @@ def test_running_normaliser_has_the_mean_of_all_scores():
     np.testing.assert_allclose(stats["mean"][0], batches.mean(), rtol=1e-4)
     np.testing.assert_allclose(stats["var"][0], batches.var(), rtol=0.03)  # unbiased within a batch
     assert int(stats["count"][0]) == batches.size
+
+
+@pytest.mark.parametrize("momentum", [0.0, None])
+def test_normaliser_keeps_a_variance_that_is_small_beside_the_mean(momentum):
+    scores = np.random.default_rng(0).normal(50.0, 0.02, 64).astype(np.float32)
+    stats = normalise([jnp.asarray(scores)], momentum)
+    np.testing.assert_allclose(stats["var"][0], scores.astype(np.float64).var(ddof=1), rtol=1e-2)
+    assert 3e-4 < float(stats["var"][0]) < 5e-4
+
+
+@pytest.mark.parametrize("microbatches", [1, 4, 16])
+def test_perplexity_is_that_of_the_batch_however_it_is_cut(microbatches):
+    import optax
+
+    module, variables = make_lm(CONFIG)
+    stage = SFTStage(
+        name="sft", kind="sft", init_from="preset:tiny", data={"name": "demo/sft"}, microbatches=microbatches
+    )
+    state = init_state(variables["params"], optax.sgd(0.1))
+    _, metrics = sft_step(stage, module, optax.sgd(0.1))(state, None, texts(16), jax.random.key(0))
+    np.testing.assert_allclose(metrics["train/perplexity"], np.exp(metrics["train/loss"]), rtol=1e-5)
+
+
+@pytest.mark.parametrize("microbatches", [1, 4])
+def test_scores_of_pairs_are_normalised_alike_however_the_batch_is_cut(microbatches):
+    import optax
+
+    module, variables = make_scorer("reward", CONFIG, 1, normalize=True, momentum=None)
+    rng = np.random.default_rng(0)
+    batch = PreferenceBatch(
+        *(Sequences(tokens, mask, mask) for tokens, mask in (right_padded(rng, 16, 7, 24) for _ in range(2)))
+    )
+    stage = RewardStage(
+        name="reward", kind="reward", init_from="preset:tiny", data={"name": "demo/preference"},
+        batch_size=16, microbatches=microbatches,
+    )  # fmt: skip
+    state = init_state(variables["params"], optax.sgd(0.1), variables["stats"])
+    state, metrics = pairs_step(stage, module, optax.sgd(0.1))(state, None, batch, jax.random.key(0))
+    scores = np.concatenate(
+        [
+            gather_last(score, side.mask)
+            for score, side in zip(
+                pair_scores(module, variables["params"], variables["stats"], batch.chosen, batch.rejected),
+                (batch.chosen, batch.rejected),
+                strict=True,
+            )
+        ]
+    )
+    np.testing.assert_allclose(metrics["train/score_mean"], scores.mean(), rtol=1e-4)
+    np.testing.assert_allclose(state.stats["mean"][0], scores.mean(), rtol=1e-4)
+    np.testing.assert_allclose(state.stats["var"][0], scores.var(ddof=1), rtol=1e-4)
+    assert all(value.ndim == 0 for value in metrics.values())

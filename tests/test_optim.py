@@ -91,7 +91,7 @@ def test_gradients_are_clipped_to_the_global_norm():
 
 def squared_error(params, batch):
     error = jnp.square(batch["x"] @ params["w"] - batch["y"])
-    return error.mean(), {"largest": error.max()}
+    return error.mean(), {"mean": error.mean(), "errors": error}
 
 
 def linear_problem():
@@ -109,8 +109,9 @@ def test_microbatches_take_the_step_of_the_whole_batch(microbatches):
         squared_error, init_state(params, optimizer), batch, optimizer, microbatches=microbatches
     )
     chex.assert_trees_all_close(whole.params, cut.params, atol=1e-6)
-    for name in ("loss", "grad_norm"):
+    for name in ("loss", "grad_norm", "mean"):
         np.testing.assert_allclose(metrics[name], cut_metrics[name], rtol=1e-5)
+    np.testing.assert_allclose(np.sort(metrics["errors"]), np.sort(cut_metrics["errors"]), rtol=1e-5)
     assert int(cut.step) == 1  # one optimizer step, however many microbatches
 
 

@@ -264,7 +264,7 @@ def test_best_of_n_is_a_row_of_its_own_and_within_the_limit_where_it_can_be(samp
     [
         ("rejection", {"responses_per_prompt": 1}, ["stages.0.responses_per_prompt", "must be 2 or more", "1"]),
         ("dual", {"responses_per_prompt": 1}, ["stages.1.responses_per_prompt", "must be 2 or more"]),
-        ("rejection", {"cost_model": None}, ["cost_limit 0.0 limits the cost of cost_model, which is not given"]),
+        ("rejection", {"cost_model": None}, ["cost_limit does nothing: it limits the cost of cost_model"]),
         ("rejection", {"group_field": None}, ["constrained_groups needs group_field"]),
         ("rejection", {"top_k": 5}, ["stages.0.top_k", "another distribution"]),
         ("rejection", {"microbatches": 3}, ["batch_size 8 does not divide into microbatches 3", "6 or 9"]),

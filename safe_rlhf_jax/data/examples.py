@@ -40,6 +40,12 @@ MAX_SHOWN = 300  # characters of a bad record in an error
 SHOWN_REASONS = 3  # of which an error shows the first bad record
 LISTED_REASONS = 8  # that an error lists
 ROUND = 8  # columns: widths are rounded up to a multiple
+ALIKE = "responses that are identical within max_length"
+FIXES = {  # what most records are left out for -> what it means
+    ALIKE: "What tells the responses apart is cut off: raise max_length",
+    "the prompt fills max_length": "There is no room for the response: raise max_length",
+    "longer than max_prompt_length": "Raise max_prompt_length, or set long_prompts: truncate_left",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,6 +140,7 @@ def convert(
         raise ValueError(
             f"{where}: {bad} of {len(records)} records cannot be used ({listed(skipped)}){without}. First: {shown}. "
             + (f"Mend the data, or raise max_bad_records ({max_bad})." if kept else "None is left.")
+            + meaning(skipped)
         )
     places = {reason: place for reason, record in first.items() if (place := place_of(record).removesuffix(": "))}
     return Converted(texts, kept, dict(skipped), dict(left_out), places)
@@ -151,6 +158,11 @@ def listed(reasons: Counter[str]) -> str:
     return "; ".join(found + more)
 
 
+def meaning(skipped: Counter[str]) -> str:
+    """Returns what it means that most records are left out for a reason, where that is known."""
+    return "".join(f" {FIXES[reason]}." for reason, _ in skipped.most_common(1) if reason in FIXES)
+
+
 def excerpt(record: Record) -> str:
     """Returns the beginning of a record."""
     read = {name: value for name, value in record.items() if name not in RESERVED}
@@ -163,7 +175,7 @@ def unfit_texts(texts: tuple[Text, ...], max_length: int) -> str | None:
     if not all(any(text.trained[:max_length]) for text in texts):
         return "the prompt fills max_length"
     if len(texts) > 1 and texts[0].ids[:max_length] == texts[1].ids[:max_length]:
-        return "responses that are identical within max_length"
+        return ALIKE
     return None
 
 

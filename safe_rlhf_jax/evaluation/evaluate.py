@@ -113,7 +113,7 @@ def collect_samples(
                 "split": split,
                 "category": str(record.get("category", "")),
                 "length": len(ids),
-                "truncated": int(ids[-1]) not in ends,
+                "truncated": not any(int(i) in ends for i in ids[-1:]),
                 "kl": float(out["kl"][row]) if "kl" in out else None,
                 "reward": float(out["reward"][row]) if "reward" in out else None,
                 "cost": float(out["cost"][row]) if "cost" in out else None,

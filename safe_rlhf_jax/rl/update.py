@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from safe_rlhf_jax.objectives import lm_loss, token_weights
-from safe_rlhf_jax.ops import masked_mean, response_log_probs, response_values
+from safe_rlhf_jax.ops import masked_mean, response_log_probs, response_values, sequence_mean
 from safe_rlhf_jax.optim import Loss, gradient_step, split
 from safe_rlhf_jax.rl.advantages import whiten
 from safe_rlhf_jax.rl.algorithms import Algorithm
@@ -16,7 +16,7 @@ from safe_rlhf_jax.rl.constraints import move_multiplier, row_multipliers
 from safe_rlhf_jax.rl.hyperparameters import Hyperparameters
 from safe_rlhf_jax.rl.kl import kl_loss
 from safe_rlhf_jax.rl.losses import clip_fraction, clipped_value_loss, negative_entropy, policy_ratio
-from safe_rlhf_jax.rl.rollout import Networks
+from safe_rlhf_jax.rl.rollout import Networks, map_slices
 from safe_rlhf_jax.types import Experience, Metrics, RLState, Rollout, SupervisedBatch
 
 
@@ -57,32 +57,72 @@ def update_networks(
         return update_minibatch(networks, algorithm, hp, state, *part)
 
     keys = jax.random.split(key, hp.epochs)
-    if hp.stop_kl is None:
+    stop_kl = hp.stop_kl
+    if stop_kl is None:
         state, metrics = jax.lax.scan(epoch, state, keys)
         first = metrics.pop("ratio_gap")[0, 0]  # all others are means over the updates
         return state, jax.tree.map(jnp.mean, metrics) | {"first_ratio_gap": first}
-    minibatch = until_far(minibatch, hp.stop_kl)
-    (state, _), (metrics, done) = jax.lax.scan(epoch, (state, jnp.bool_(True)), keys)
+
+    def near(state: RLState, part: Any) -> jax.Array:
+        experience, _ = in_rows(algorithm, part)
+        return sampler_distance(networks, hp, state.actor.params, experience) <= stop_kl
+
+    minibatch = until_far(minibatch, near)
+    (state, _), (metrics, tried, kept) = jax.lax.scan(epoch, (state, jnp.bool_(True)), keys)
     first = metrics.pop("ratio_gap")[0, 0]
-    means = jax.tree.map(lambda x: (x * done).sum() / jnp.maximum(done.sum(), 1.0), metrics)
-    return state, means | {"first_ratio_gap": first, "updates": done.sum()}
+    means = jax.tree.map(lambda x: (x * tried).sum() / tried.sum(), metrics)
+    return state, means | {"first_ratio_gap": first, "updates": kept.sum()}
 
 
-def until_far(minibatch: Callable[..., tuple[RLState, Metrics]], stop_kl: float) -> Callable[..., Any]:
-    """Returns an update that is undone once it finds π further than `stop_kl` from the sampler, as are all after it.
+def until_far(
+    minibatch: Callable[..., tuple[RLState, Metrics]], near: Callable[[RLState, Any], jax.Array]
+) -> Callable[..., Any]:
+    """Returns an update that is undone where it ends at a state that is not `near`; after that one there are no more.
 
-    It carries (state, going) and returns (metrics, whether it was made).
+    It carries (state, going) and returns (metrics, whether it was tried, whether it was kept).
     """
 
     def update(carry: tuple[RLState, jax.Array], part: Any) -> Any:
         state, going = carry
-        none = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(minibatch, state, part)[1])
-        new, metrics = jax.lax.cond(going, lambda: minibatch(state, part), lambda: (state, none))
-        going &= metrics["approx_kl"] <= stop_kl
-        state = jax.tree.map(lambda a, b: jnp.where(going, a, b), new, state)
-        return (state, going), (metrics, going.astype(jnp.float32))
+
+        def attempt() -> tuple[RLState, Metrics, jax.Array]:
+            new, metrics = minibatch(state, part)
+            return new, metrics, near(new, part)
+
+        none = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(attempt)[1])
+        new, metrics, keep = jax.lax.cond(going, attempt, lambda: (state, none, jnp.bool_(False)))
+        state = jax.tree.map(lambda a, b: jnp.where(keep, a, b), new, state)
+        return (state, keep), (metrics, going.astype(jnp.float32), keep.astype(jnp.float32))
 
     return update
+
+
+def sampler_distance(networks: Networks, hp: Hyperparameters, params: Any, experience: Experience) -> jax.Array:
+    """How far π is from the sampler on a minibatch, f32[], nats per token: the mean of ρ − 1 − log ρ."""
+
+    def distances(part: Experience) -> jax.Array:
+        mask = response_mask(hp, part.rollout)
+        log_probs = rollout_log_probs(networks, hp, params, part.rollout)
+        return distance_terms(policy_ratio(log_probs, part.log_probs, mask), mask)
+
+    return map_slices(distances, experience, hp.microbatches).mean()
+
+
+def distance_terms(ratio: jax.Array, mask: jax.Array) -> jax.Array:
+    """Mean of ρ − 1 − log ρ over the tokens of each response, f32[B]: an estimate of KL(sampler ‖ π) per token."""
+    return sequence_mean(ratio - 1.0 - jnp.log(ratio), mask)
+
+
+def rollout_log_probs(networks: Networks, hp: Hyperparameters, params: Any, rollout: Rollout) -> jax.Array:
+    """Log-probabilities of the response tokens by the policy with these parameters, f32[B, T]."""
+    return response_log_probs(
+        networks.policy,
+        params,
+        rollout.tokens,
+        rollout.mask,
+        prompt_length=hp.prompt_length,
+        temperature=hp.temperature,
+    )
 
 
 def in_pairs(algorithm: Algorithm, batch: Any) -> Any:
@@ -119,14 +159,7 @@ def update_minibatch(
     def policy_loss(params: Any, part: Any) -> tuple[Any, Metrics]:
         part_experience, advantages, part_ptx, part_weights = in_rows(algorithm, part)
         rollout, mask = part_experience.rollout, response_mask(hp, part_experience.rollout)
-        log_probs = response_log_probs(
-            networks.policy,
-            params,
-            rollout.tokens,
-            rollout.mask,
-            prompt_length=hp.prompt_length,
-            temperature=hp.temperature,
-        )
+        log_probs = rollout_log_probs(networks, hp, params, rollout)
         ratio = policy_ratio(log_probs, part_experience.log_probs, mask)
         loss = algorithm.policy_loss(
             ratio, advantages, mask, clip_range_ratio=hp.clip_range_ratio, dual_clip=hp.dual_clip
@@ -135,8 +168,8 @@ def update_minibatch(
             "actor_loss": loss,
             "advantage": masked_mean(advantages, mask),
             "clip_fraction": clip_fraction(ratio, mask, clip_range_ratio=hp.clip_range_ratio),
-            "approx_kl": masked_mean(ratio - 1.0 - jnp.log(ratio), mask),
-            "ratio_gap": jnp.abs(ratio - 1.0).max(),
+            "approx_kl": distance_terms(ratio, mask).mean(),
+            "ratio_gap": jnp.abs(ratio - 1.0).max(-1),
         }
         if hp.kl.loss is not None:
             metrics["kl_loss"] = kl_loss(hp.kl, log_probs, part_experience.ref_log_probs, mask)
@@ -159,6 +192,7 @@ def update_minibatch(
     if hp.critic_warmup:
         held = state.step < hp.critic_warmup
         actor = jax.tree.map(lambda new, old: jnp.where(held, old, new), actor, state.actor)
+    metrics["ratio_gap"] = metrics["ratio_gap"].max()
     metrics["actor_grad_norm"] = metrics.pop("grad_norm")
     del metrics["loss"]
     critics = {}

@@ -15,7 +15,7 @@ import jax
 
 from safe_rlhf_jax import config as cfg
 from safe_rlhf_jax.processes import any_process, barrier, is_main
-from safe_rlhf_jax.stages.check import check_run
+from safe_rlhf_jax.stages.check import check_run, idle_settings
 from safe_rlhf_jax.stages.common import Run
 from safe_rlhf_jax.stages.direct import run_merge
 from safe_rlhf_jax.stages.dual import run_dual
@@ -60,6 +60,7 @@ def run_stage(run: Run, stage: Any) -> None:
         result = STAGES[stage.kind](run, stage, folder)
     seconds = time.monotonic() - started
     result |= {"config_hash": run.hashes[stage.name], "kind": stage.kind, "seconds": seconds}
+    result |= {"warnings": run.warnings.get(stage.name, [])}
     if is_main():
         partial = folder / "result.json.partial"
         partial.write_text(json.dumps(result, indent=2) + "\n")
@@ -77,7 +78,7 @@ def prepare(run: Run, stage: Any, folder: pathlib.Path) -> None:
         print(f"{stage.name}: the config has changed; the earlier result is kept in {aside}")
     folder.mkdir(parents=True, exist_ok=True)
     mark.write_text(run.hashes[stage.name])
-    (folder / "config.yaml").write_text(cfg.dump(run.config, stage))
+    (folder / "config.yaml").write_text(cfg.dump(run.config, stage, idle_settings))
 
 
 def unused(path: pathlib.Path) -> pathlib.Path:

@@ -4,6 +4,7 @@ The builders are those of training (`build_supervised`, `build_networks`, `jit_p
 contents. So what is compiled here is what runs.
 """
 
+import copy
 import dataclasses
 import math
 import pathlib
@@ -56,6 +57,13 @@ class AbstractRun(Run):
             size = PRESETS[config.assume]["vocab_size"]
             self.tokenizer = AbsentTokenizer(None, eos_id=2, pad_id=0, prefix=(), size=size)
         self.ends = self.tokenizer.ends
+
+
+def abstract_twin(run: Run) -> Run:
+    """Returns a run on the same devices whose arrays have no contents."""
+    twin = copy.copy(run)
+    twin.abstract = True
+    return twin
 
 
 @dataclasses.dataclass(frozen=True)

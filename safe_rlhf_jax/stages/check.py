@@ -5,19 +5,26 @@ An error here costs seconds, and would cost hours later.
 
 import importlib.util
 import pathlib
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from safe_rlhf_jax import config as cfg
 from safe_rlhf_jax.config_errors import ConfigError, nearest_divisors, nearest_multiples
 from safe_rlhf_jax.data import examples
+from safe_rlhf_jax.data.sources import demo_tokenizer_warning
 from safe_rlhf_jax.data.tokenizer import load_tokenizer
 from safe_rlhf_jax.models import hf
-from safe_rlhf_jax.rl.algorithms import ALGORITHMS
+from safe_rlhf_jax.rl.algorithms import ALGORITHMS, as_scored
 from safe_rlhf_jax.rl.lagrange import combine_signals
-from safe_rlhf_jax.stages.common import Run, model_config
-from safe_rlhf_jax.stages.constraints import Limited, check_groups, constraints_of, load_labelled
+from safe_rlhf_jax.stages.common import Run, model_config, weights
+from safe_rlhf_jax.stages.constraints import Limited, check_groups, constraints_of, labelled_data
 from safe_rlhf_jax.stages.encoding import described, has_tokenizer
+from safe_rlhf_jax.stages.hashing import datasets
+from safe_rlhf_jax.stages.held_out import warn_of_overlap
+from safe_rlhf_jax.stages.metric_names import check_keep_best
 from safe_rlhf_jax.stages.reinforcement import load_prompts, load_ptx
+from safe_rlhf_jax.stages.room import check_room
+from safe_rlhf_jax.stages.small_data import data_warnings
 from safe_rlhf_jax.stages.supervised import load_examples
 
 EXECUTION = (*cfg.Execution.model_fields, "initializer_range", "unused_rows")  # no part of an architecture
@@ -31,7 +38,8 @@ def check_run(run: Run) -> None:
     """
     if run.config.wandb and importlib.util.find_spec("wandb") is None:
         raise ConfigError("wandb: true, but the package is not installed: pip install 'safe_rlhf_jax[wandb]'")
-    for line in described(run):
+    names = [part.name for stage in run.config.stages for part in datasets(stage)]
+    for line in filter(None, (*described(run), demo_tokenizer_warning(run.config.tokenizer, names))):
         print(line)
     for stage in run.config.stages:
         if run.result(stage.name) is not None:
@@ -41,19 +49,50 @@ def check_run(run: Run) -> None:
             check_divides(run, stage)
         for field, reference in cfg.references(stage).items():
             check_model(run, stage, field, reference)
-        # All of the data is converted now, so that nothing about it is left to raise later.
-        if isinstance(stage, cfg.SupervisedStage):
-            for data in filter(None, (stage.data, stage.eval_data)):
-                load_examples(run, stage, data)
-        elif isinstance(stage, cfg.RLStage):
-            check_reinforcement(run, stage)
-        elif isinstance(stage, cfg.SampledPrompts):
-            for prompts in filter(None, (stage.prompts, getattr(stage, "eval_prompts", None))):
-                load_prompts(run, stage, prompts)
-            check_constraints(run, stage)
-        elif isinstance(stage, cfg.EvaluateStage):
-            for prompts in stage.prompts:
-                load_prompts(run, stage, prompts)
+        loaded = load_all(run, stage)
+        if isinstance(stage, cfg.RLStage):
+            check_algorithm(stage)
+            check_targets(run, stage)
+        if isinstance(stage, cfg.RLStage | cfg.SampledPrompts):
+            check_constraints(run, stage, loaded)
+        check_keep_best(run, stage, loaded)
+        warn_of_overlap(run, stage)
+    check_room(run)
+
+
+def load_all(run: Run, stage: Any) -> dict[str, examples.Examples]:
+    """Returns the data of a stage by setting: it is converted now, so that nothing about it is left to raise later.
+
+    Raises:
+        ValueError: If it cannot be used.
+    """
+    wanted: dict[str, tuple[Callable[..., examples.Examples], Any]] = {}
+    if isinstance(stage, cfg.SupervisedStage):
+        wanted = {name: (load_examples, getattr(stage, name)) for name in ("data", "eval_data")}
+    elif isinstance(stage, cfg.RLStage | cfg.SampledPrompts):
+        wanted = {name: (load_prompts, getattr(stage, name, None)) for name in ("prompts", "eval_prompts")}
+        wanted["ptx"] = (load_ptx, getattr(stage, "ptx", None))
+    elif isinstance(stage, cfg.EvaluateStage):
+        wanted = {f"prompts.{i}": (load_prompts, data) for i, data in enumerate(stage.prompts)}
+    loaded = {}
+    for field, (load, data) in wanted.items():
+        if data is not None:
+            loaded[field] = load(run, stage, data)
+            check_parts(stage, field, data, loaded[field])
+            for warning in data_warnings(stage, field, data, loaded[field]):
+                run.warn(stage.name, warning)
+    return loaded
+
+
+def check_parts(stage: Any, field: str, data: cfg.Mixture, loaded: examples.Examples) -> None:
+    """Rows can be drawn from every part of a weighted mixture.
+
+    Raises:
+        ConfigError: Names the part.
+    """
+    for i in range(len(weights(data) or ())):
+        if not (loaded.parts == i).any():
+            raise ConfigError(f"{stage.name}: {field}.{i} has a weight, but none of its records can be used")
 
 
 def check_batch(run: Run, stage: Any) -> None:
@@ -170,16 +209,35 @@ def check_same_architecture(run: Run, stage: Any) -> None:
             )
 
 
+def idle_settings(stage: Any) -> dict[str, str]:
+    """Returns {setting of an RL stage that the record of its algorithm has no use for: why}."""
+    if not isinstance(stage, cfg.RLStage):
+        return {}
+    algorithm, name = ALGORITHMS[stage.algorithm.name], stage.algorithm.name
+    unused: dict[str, tuple[str, ...]] = {}
+    if not algorithm.constrained:
+        unused["has no constraint"] = ("algorithm.lagrange", "algorithm.constraints")
+    if algorithm.baseline is not None:
+        fields = ("gamma", "gae_lambda", "clip_range_value")
+        unused["has no critics"] = ("critic", "critics", *(f"algorithm.{field}" for field in fields))
+    if algorithm.shape is as_scored:
+        unused["takes no fixed weight of the cost off the reward"] = ("algorithm.cost_weight",)
+    if algorithm.paired:
+        unused["clips pairs"] = ("algorithm.dual_clip",)
+    return {field: f"algorithm {name!r} {reason}" for reason, fields in unused.items() for field in fields}
+
+
 def check_algorithm(stage: cfg.RLStage) -> None:
-    """An algorithm has the models, the responses and the KL term that it needs.
+    """An algorithm has the models, the responses and the KL term that it needs, and no setting that it does not use.
 
     Raises:
         ConfigError: Names the field and the fix.
     """
     a, algorithm, where = stage.algorithm, ALGORITHMS[stage.algorithm.name], f"{stage.name}: algorithm"
     rows, parts = stage.batch_size * stage.responses_per_prompt, stage.algorithm.minibatches * stage.microbatches
-    if algorithm.constrained and "lagrange" in a.model_fields_set and stage.cost_model is None:
-        raise ConfigError(f"{where}.lagrange limits the cost of cost_model, which is not given; name a cost stage")
+    for field, reason in idle_settings(stage).items():
+        if cfg.is_set(stage, field):
+            raise ConfigError(f"{stage.name}: {field} does nothing: {reason}; leave it out")
     if algorithm.constrained and not stage.limits:
         raise ConfigError(f"{where}.name {a.name!r} needs cost_model; name a cost stage, or use 'ppo'")
     if algorithm.needs_cost and stage.cost_model is None:
@@ -198,24 +256,11 @@ def check_algorithm(stage: cfg.RLStage) -> None:
         raise ConfigError(
             f"{where}.name {a.name!r}: {rows // 2} pairs do not divide into minibatches·microbatches = {parts}"
         )
-    if algorithm.paired and a.dual_clip is not None:
-        raise ConfigError(f"{where}.dual_clip {a.dual_clip} has no meaning for pairs; leave it out")
     if algorithm.kl_as_loss and a.kl.place == "signals" and a.kl_coeff > 0:
         raise ConfigError(
             f"{where}.name {a.name!r} divides each signal by its spread, which would scale the KL term away; set "
             f"{where.partition(' ')[2]}.kl.place: k2"
         )
-
-
-def check_reinforcement(run: Run, stage: cfg.RLStage) -> None:
-    """Prompts have the groups that the constraint names, and the limit's data has labels on both sides of it."""
-    check_algorithm(stage)
-    for prompts in filter(None, (stage.prompts, stage.eval_prompts)):
-        load_prompts(run, stage, prompts)
-    if stage.ptx is not None and stage.algorithm.ptx_coeff > 0:
-        load_ptx(run, stage, stage.ptx)
-    check_constraints(run, stage)
-    check_targets(run, stage)
 
 
 def check_targets(run: Run, stage: cfg.RLStage) -> None:
@@ -230,11 +275,13 @@ def check_targets(run: Run, stage: cfg.RLStage) -> None:
             )
 
 
-def check_constraints(run: Run, stage: Limited) -> None:
-    """Prompts have the groups that limits name, and the data of calibrated limits is there."""
+def check_constraints(run: Run, stage: Limited, loaded: Mapping[str, examples.Examples]) -> None:
+    """The prompts that are left have the groups that limits name, and there is labelled data to calibrate limits on."""
     constraints = constraints_of(stage)
     if constraints:
-        check_groups(stage, examples.group_names(run.records(stage.prompts), stage.group_field))
+        check_groups(stage, examples.group_names(loaded["prompts"].records, stage.group_field))
     for signal, lagrange in constraints.items():
-        if isinstance(lagrange.cost_limit, cfg.CalibratedLimit):
-            load_labelled(run, stage, lagrange.cost_limit.data, signal)
+        data = labelled_data(run, stage, signal)
+        if isinstance(lagrange.cost_limit, cfg.CalibratedLimit) and data is not None:
+            for warning in data_warnings(stage, "cost_limit.data", lagrange.cost_limit.data, data):
+                run.warn(stage.name, warning)

@@ -1,10 +1,11 @@
 """What stages share: the run, opening networks, making states, compiling steps, exporting."""
 
+import contextlib
 import dataclasses
 import functools
 import json
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import jax
@@ -51,6 +52,7 @@ class Run:
         self.tokenizer, self.template, self.ends = encoding.tokenizer, encoding.template, encoding.ends
         self.tokenizer.hf.chat_template = exported_template(encoding)
         self.mesh = make_mesh((config.mesh.data, config.mesh.fsdp, config.mesh.tensor))
+        self.warnings: dict[str, list[str]] = {}  # by stage, said before it starts
         self.loaded: dict[tuple[str, ...], Examples] = {}  # by the check, waiting for their stages
         texts = [encoding.identity, {name: own.identity for name, own in self.own.items()}]
         self.hashes = stage_hashes(config, texts)
@@ -83,6 +85,13 @@ class Run:
     def records(self, data: cfg.Mixture) -> list[Record]:
         """Returns the records of a data set, or of all parts of a mixture."""
         return read_mixture(data)
+
+    def warn(self, name: str, text: str) -> None:
+        """Says what speaks against a stage, once; `result.json` keeps it."""
+        said = self.warnings.setdefault(name, [])
+        if text not in said:
+            said.append(text)
+            print(f"{name}: warning: {text}")
 
     def seed(self, stage: Any) -> int:
         """Returns the seed of a stage."""
@@ -275,7 +284,24 @@ def optimizer_of(config: cfg.OptimizerConfig, total_steps: int) -> optax.Gradien
 def export(run: Run, folder: pathlib.Path, module: Any, state: TrainState, layout: Layout | None = None) -> None:
     """Writes `export/`, a Hugging Face folder of the network and the tokenizer; `layout` is that of a score model."""
     variables = {"params": state.params} | ({"stats": state.stats} if state.stats else {})
-    hf.save(folder / "export", module, variables, run.tokenizer.hf, layout=layout, ends=run.ends)
+    with export_errors(folder / "export"):
+        hf.save(folder / "export", module, variables, run.tokenizer.hf, layout=layout, ends=run.ends)
+
+
+@contextlib.contextmanager
+def export_errors(folder: pathlib.Path) -> Iterator[None]:
+    """Turns what the system says of a file that cannot be written into one clear error that names it."""
+    try:
+        yield
+    except Exception as error:
+        if not isinstance(error, OSError) and "os error" not in str(error):  # as `tokenizers` reports one
+            raise
+        written = sorted(folder.glob("*"), key=lambda path: path.stat().st_mtime_ns)
+        where = getattr(error, "filename", None) or (written[-1] if written else folder)
+        reason = getattr(error, "strerror", None) or error
+        raise OSError(
+            f"{where} could not be written: {reason}. Make room if the disk is full, then run the same command again"
+        ) from error
 
 
 def oracle_for(data: cfg.Data) -> Callable[[str, str], dict[str, Any]] | None:

@@ -1,11 +1,12 @@
 """Constraints between config and step: limits chosen and checked, groups of prompts, windows and multipliers."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from safe_rlhf_jax import config as cfg
 from safe_rlhf_jax.data import examples
 from safe_rlhf_jax.data.loader import in_order
+from safe_rlhf_jax.data.texts import paired
 from safe_rlhf_jax.evaluation import evaluate
 from safe_rlhf_jax.optim import schedule
 from safe_rlhf_jax.rl.algorithms import ALGORITHMS
@@ -26,9 +27,10 @@ def constraints_of(stage: Limited) -> dict[str, cfg.Lagrange]:
     return stage.limits
 
 
-def field_of(stage: Limited, name: str) -> str:
+def field_of(stage: Limited, name: str, signal: str) -> str:
     """Returns where a setting of a constraint stands in a stage's config."""
-    return f"algorithm.lagrange.{name}" if isinstance(stage, cfg.RLStage) else name
+    of = "lagrange" if signal == "cost" else f"constraints.{signal.removeprefix('cost/')}"
+    return f"algorithm.{of}.{name}" if isinstance(stage, cfg.RLStage) else name
 
 
 def initial_multiplier(run: Run, lagrange: cfg.Lagrange) -> float:
@@ -75,22 +77,18 @@ def cost_limits(run: Run, stage: Limited, signal: str) -> tuple[tuple[float, ...
     Raises:
         ValueError: For an unreachable limit, naming the floor.
     """
-    lagrange = stage.limits[signal]
+    lagrange, data = stage.limits[signal], labelled_data(run, stage, signal)
+    costs = labelled_costs(run, stage, signal, data) if data is not None else {}
     setting: Any = lagrange.cost_limit if lagrange.group_limits is None else tuple(lagrange.group_limits.values())
     if not isinstance(setting, cfg.CalibratedLimit):
         limits = setting if isinstance(setting, tuple) else (setting,)
-        stage_of_cost = next((s for s in run.config.stages if s.name == stage.scorers[signal]), None)
-        data = getattr(stage_of_cost, "eval_data", None)
-        if data is not None and lagrange.measure != "rectified":
-            safe = labelled_costs(run, stage, signal, data)["safe"]
-            for limit in limits:
-                evaluate.check_reachable(limit, safe, field=field_of(stage, "cost_limit"))
+        for limit in limits if costs else ():
+            evaluate.check_reachable(limit, costs["safe"], field=limit_field(stage, signal))
         return limits, "as configured"
-    costs = labelled_costs(run, stage, signal, setting.data)
     limit = evaluate.calibrated_limit(costs["safe"], costs["unsafe"], setting.margin)
-    evaluate.check_reachable(limit, costs["safe"], field=field_of(stage, "cost_limit"))
+    evaluate.check_reachable(limit, costs["safe"], field=limit_field(stage, signal))
     groups = lagrange.constrained_groups
-    filtered = len(constrained_records(run, stage, lagrange, setting.data)) < len(run.records(setting.data))
+    filtered = len(named_records(run, stage, signal, setting.data)) < len(run.records(setting.data))
     where = f" to {', '.join(groups)} prompts" if groups and filtered else ""
     source = (
         f"mean cost of {len(costs['safe'])} responses{where} labelled safe, plus {setting.margin:.0%} of the gap to "
@@ -100,52 +98,91 @@ def cost_limits(run: Run, stage: Limited, signal: str) -> tuple[tuple[float, ...
     return (limit,), source
 
 
-def labelled_costs(run: Run, stage: Limited, signal: str, data: cfg.Data) -> dict[str, list[float]]:
-    """Returns a cost model's scores of labelled responses, {safe, unsafe}, on prompts its constraint names."""
-    pairs = load_labelled(run, stage, data, signal)
-    report_data(f"{stage.name}: cost_limit", pairs)
+def limit_field(stage: Limited, signal: str) -> str:
+    """Returns the setting that holds the limit of a cost."""
+    return field_of(stage, "cost_limit" if stage.limits[signal].group_limits is None else "group_limits", signal)
+
+
+def labelled_costs(run: Run, stage: Limited, signal: str, data: examples.Examples) -> dict[str, list[float]]:
+    """Returns a cost model's scores of labelled responses, {safe, unsafe}."""
+    report_data(f"{stage.name}: cost_limit", data)
     module, variables = open_model(run, stage.scorers[signal], "score", score_type="cost")
     score = evaluate.make_score(module)
-    batches = in_order(pairs, run.eval_batch)
+    batches = in_order(data, run.eval_batch)
     out = evaluate.evaluate_pairs(lambda texts: run.get(score(variables, run.put(texts))), batches)
     by_label: dict[str, list[float]] = out["scores_by_label"]
     return by_label
 
 
+def labelled_data(run: Run, stage: Limited, signal: str) -> examples.Examples | None:
+    """Returns the labelled pairs that a limit is calibrated on, or that a fixed one is held against before training.
+
+    A fixed limit is held against the `eval_data` of the stage that trains its cost model; where there is none, or its
+    responses have one label only, it is not checked, and the run says so.
+
+    Raises:
+        ConfigError: If a limit is to be calibrated, and no response is labelled safe, or none unsafe.
+    """
+    lagrange, limit_of = stage.limits[signal], limit_field(stage, signal)
+    calibrated = isinstance(lagrange.cost_limit, cfg.CalibratedLimit)
+    cost = next((other for other in run.config.stages if other.name == stage.scorers[signal]), None)
+    data: Any = getattr(lagrange.cost_limit, "data", None) or getattr(cost, "eval_data", None)
+    if data is None or (lagrange.measure == "rectified" and not calibrated):
+        return None
+    records = paired(named_records(run, stage, signal, data))
+    if len(labels_of(records, "is_response_0_safe", "is_response_1_safe")) == 2:
+        pairs = load_labelled(run, stage, data, signal)
+        if len({*pairs.arrays.safer_is_safe.tolist(), *pairs.arrays.unsafer_is_safe.tolist()}) == 2:
+            return pairs
+    on = f" on {', '.join(lagrange.named)} prompts" if lagrange.named else ""
+    found = labels_of(records, "is_response_0_safe", "is_response_1_safe", "is_safe")
+    has = {0: "has no labels", 1: f"has only {'safe' if found == {True} else 'unsafe'} ones", 2: "has no such pair"}
+    if calibrated:
+        raise cfg.ConfigError(
+            f"{stage.name}: {limit_of}: {described(data)} needs responses labelled safe and responses labelled unsafe"
+            f"{on}, in pairs or under one prompt; it {has[len(found)]}"
+        )
+    run.warn(
+        stage.name,
+        f"whether {limit_of} can be reached is not checked: that takes responses labelled safe and responses labelled "
+        f"unsafe{on}, and eval_data of {stage.scorers[signal]} {has[len(found)]}",
+    )
+    return None
+
+
 @handed_on
-def load_labelled(run: Run, stage: Limited, data: cfg.Data, signal: str) -> examples.Examples:
-    """Returns labelled pairs on prompts that a constraint names."""
+def load_labelled(run: Run, stage: Limited, data: cfg.Mixture, signal: str) -> examples.Examples:
+    """Returns labelled pairs on prompts that a constraint names.
+
+    The data that a cost model is evaluated on is read as there: its stage has judged how much of it can be used.
+    """
+    cost: Any = next((other for other in run.config.stages if other.name == stage.scorers[signal]), None)
+    own = cost is None or data != cost.eval_data
+    length = stage.max_prompt_length + stage.max_response_length if own else cost.max_length
     encoding = run.encoding(stage.scorers[signal])
     return examples.load_pairs(
-        constrained_records(run, stage, stage.limits[signal], data),
+        named_records(run, stage, signal, data),
         encoding.template,
         encoding.tokenizer,
         safety=True,
-        max_length=read_length(run, stage.scorers[signal], stage.max_prompt_length + stage.max_response_length),
+        max_length=read_length(run, stage.scorers[signal], length),
         where=f"{stage.name}: cost_limit {described(data)}",
-        max_bad=run.config.max_bad_records,
+        max_bad=run.config.max_bad_records if own else 1.0,
     )
 
 
-def constrained_records(run: Run, stage: Limited, lagrange: cfg.Lagrange, data: cfg.Data) -> list[Any]:
-    """Returns labelled pairs on prompts that a constraint names; on all prompts where the data knows no groups.
-
-    Raises:
-        ConfigError: If no response is labelled safe, or none unsafe.
-    """
-    records, field = run.records(data), str(stage.group_field)
-    groups = lagrange.named
+def named_records(run: Run, stage: Limited, signal: str, data: cfg.Mixture) -> list[Any]:
+    """Returns records on prompts that a constraint names; on all prompts where the data knows no groups."""
+    records, field, groups = run.records(data), str(stage.group_field), stage.limits[signal].named
     if groups and any(field in record for record in records):
-        records = [record for record in records if str(record.get(field)) in groups]
-    labels = {str(record.get(f"is_response_{i}_safe")) for record in records for i in (0, 1)}
-    if not labels >= {"True", "False"}:
-        on = f" on {', '.join(groups)} prompts" if groups else ""
-        raise cfg.ConfigError(
-            f"{stage.name}: {field_of(stage, 'cost_limit')}: data {data.name} ({data.split}) needs responses labelled "
-            f"safe and responses labelled unsafe{on}; is_response_0_safe and is_response_1_safe hold "
-            f"{sorted(labels)}"
-        )
+        return [record for record in records if str(record.get(field)) in groups]
     return records
+
+
+def labels_of(records: Sequence[Any], *fields: str) -> set[bool]:
+    """Returns which safety labels stand in fields of records."""
+    labels = (record.get(field) for record in records for field in fields)
+    return {bool(label) for label in labels if label in (True, False)}
 
 
 def check_groups(stage: Limited, groups: tuple[str, ...]) -> None:
@@ -154,13 +191,13 @@ def check_groups(stage: Limited, groups: tuple[str, ...]) -> None:
     Raises:
         ConfigError: With the groups there are.
     """
-    for lagrange in constraints_of(stage).values():
+    for signal, lagrange in constraints_of(stage).items():
         unknown = [name for name in lagrange.named or () if name not in groups]
         if unknown:
             field = "constrained_groups" if lagrange.group_limits is None else "group_limits"
             raise cfg.ConfigError(
-                f"{stage.name}: {field_of(stage, field)} names {unknown}, but {stage.group_field!r} of the prompts "
-                f"has {list(groups)}"
+                f"{stage.name}: {field_of(stage, field, signal)} names {unknown}, but {stage.group_field!r} of the "
+                f"prompts that can be used has {list(groups)}"
             )
 
 

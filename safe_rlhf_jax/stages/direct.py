@@ -21,7 +21,7 @@ from safe_rlhf_jax.evaluation import evaluate
 from safe_rlhf_jax.models import hf
 from safe_rlhf_jax.models.transformer import CausalLM
 from safe_rlhf_jax.optim import gradient_step
-from safe_rlhf_jax.stages.common import Run, open_model, read_length
+from safe_rlhf_jax.stages.common import Run, export_errors, open_model, read_length
 from safe_rlhf_jax.types import Params, PreferenceBatch, TrainState
 
 LEFT_OUT = "both responses are unsafe"
@@ -164,5 +164,6 @@ def run_merge(run: Run, stage: cfg.MergeStage, folder: pathlib.Path) -> dict[str
     _, second = open_model(run, stage.other, "lm")
     w = stage.weight
     params = jax.tree.map(lambda a, b: (1 - w) * a + w * b, first["params"], second["params"])
-    hf.save(folder / "export", module, {"params": params}, run.tokenizer.hf, ends=run.ends)
+    with export_errors(folder / "export"):
+        hf.save(folder / "export", module, {"params": params}, run.tokenizer.hf, ends=run.ends)
     return {"metrics": {}}

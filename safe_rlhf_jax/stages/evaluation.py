@@ -102,6 +102,7 @@ def make_report(run: Run, stage: cfg.EvaluateStage, policies: dict[str, list[eva
         if result is None:
             continue
         seconds[other.name] = result["seconds"]
+        facts += [f"{other.name}: {warning}" for warning in result.get("warnings", ())]
         scores = run.folder(other.name) / "scores.json"
         if other.name in (stage.reward_model, stage.cost_model):
             nothing_known: dict[str, Any] = {"scores_by_label": {}, "health": None}
@@ -113,6 +114,7 @@ def make_report(run: Run, stage: cfg.EvaluateStage, policies: dict[str, list[eva
             groups = other.algorithm.lagrange.constrained_groups
             constrained = list(groups) if groups else None
             facts.append(f"cost limit d = {limit:.3f}: {result['cost_limit_source']}")
+    facts += [f"{stage.name}: {warning}" for warning in run.warnings.get(stage.name, ())]
     return Report(
         title=run.config.title,
         command=f"python -m safe_rlhf_jax.train --config {run.config_path}",

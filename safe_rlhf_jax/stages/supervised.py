@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from safe_rlhf_jax import config as cfg
@@ -128,6 +129,7 @@ def sft_step(
             lambda params, part: objectives.lm_loss(module, params, *part), state, rows, optimizer,
             microbatches=stage.microbatches,
         )  # fmt: skip
+        metrics["perplexity"] = jnp.exp(metrics["loss"])
         return state, {f"train/{name}": value for name, value in metrics.items()}
 
     return step
@@ -149,8 +151,7 @@ def pairs_step(
             return loss_of(module, params, state.stats, part, **options)
 
         state, metrics = gradient_step(loss, state, batch, optimizer, microbatches=stage.microbatches)
-        mean, square = metrics["score_mean"], metrics.pop("score_square")
-        stats = objectives.update_normalizer(state.stats, mean, square, 2 * stage.batch_size, module.score)
+        stats = objectives.update_normalizer(state.stats, metrics.pop("scores"), module.score)
         return dataclasses.replace(state, stats=stats), {f"train/{name}": value for name, value in metrics.items()}
 
     return step
@@ -173,7 +174,7 @@ def sft_evaluate(
     def evaluate_state(state: TrainState) -> dict[str, Any]:
         parts = [run.get(sums(state.params, run.put(batch), valid)) for batch, valid in batches]
         loss = float(sum(part[0] for part in parts) / sum(part[1] for part in parts))
-        return {"metrics": {"loss": loss, "perplexity": float(jnp.exp(loss))}}
+        return {"metrics": {"loss": loss, "perplexity": float(np.exp(np.float64(loss)))}}
 
     return evaluate_state
 

@@ -1,9 +1,11 @@
 """Processes find each other, write once, and stop together."""
 
+import contextlib
 import json
 import os
 import re
 import signal
+import threading
 import time
 
 import jax
@@ -11,6 +13,7 @@ import numpy as np
 import pytest
 import yaml
 
+from safe_rlhf_jax import processes as processes_module
 from safe_rlhf_jax.metrics import read_jsonl
 from safe_rlhf_jax.models import hf
 from safe_rlhf_jax.processes import claimed
@@ -33,6 +36,53 @@ assert {mesh: process_share(make_mesh(mesh)) for mesh in shares} == shares
 
 def outputs(processes, timeout=800):
     return [process.communicate(timeout=timeout)[0] for process in processes]
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        (
+            dict.fromkeys(("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID", "SLURM_LOCALID"), "0")
+            | {"SLURM_NTASKS": "4"},
+            "3 other processes, because SLURM says that there are 4 (SLURM_NTASKS)",
+        ),
+        (
+            {"OMPI_MCA_orte_hnp_uri": "0.0;tcp://10.0.0.1:34911", "OMPI_COMM_WORLD_SIZE": "2"},
+            "1 other processes, because Open MPI says that there are 2 (OMPI_COMM_WORLD_SIZE)",
+        ),
+        (
+            {"JAX_COORDINATOR_ADDRESS": "localhost:1", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0"},
+            "waiting up to 300 seconds for the other processes of this run",
+        ),
+        ({"SLURM_JOB_ID": "0", "SLURM_NTASKS": "4"}, None),
+        ({"JAX_NUM_PROCESSES": "1"}, None),
+    ],
+)
+def test_process_says_for_whom_it_waits_and_how_not_to(variables, said, monkeypatch, capsys):
+    for name in [
+        name for name in os.environ if name.startswith(("SLURM_", "OMPI_", "JAX_NUM", "JAX_COORD", "JAX_PROC"))
+    ]:
+        monkeypatch.delenv(name)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    waited = threading.Event()
+    monkeypatch.setattr(processes_module, "SILENT", 0.01)
+    monkeypatch.setattr(
+        processes_module, "say_waiting", lambda others, say=processes_module.say_waiting: (say(others), waited.set())
+    )
+
+    def initialize(**_):
+        if said is not None:
+            assert waited.wait(10)
+        raise ValueError("coordinator_address should be defined")
+
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    with contextlib.suppress(ValueError):
+        processes_module.start()
+    error = capsys.readouterr().err
+    if said is not None:
+        assert said in error
+        assert "set JAX_NUM_PROCESSES=1" in error
 
 
 def test_processes_join_agree_and_only_the_first_one_speaks(start_processes):

@@ -9,8 +9,8 @@ import pytest
 
 from safe_rlhf_jax.rl.advantages import whiten
 from safe_rlhf_jax.rl.kl import KLControl, adapt, k2, k3, move_reference, start_reference
-from safe_rlhf_jax.rl.losses import clipped_surrogate, negative_entropy
-from safe_rlhf_jax.rl.update import kl_coefficient
+from safe_rlhf_jax.rl.losses import clipped_surrogate, negative_entropy, policy_ratio
+from safe_rlhf_jax.rl.update import distance_terms, kl_coefficient, response_mask, rollout_log_probs
 from tests.rl.test_step import KEY, run_learn
 from tests.rl.world import fresh, make_rollout, make_world
 
@@ -148,15 +148,43 @@ def test_moving_reference_is_donated_logged_and_used(following):
 # --- switches of the update, each off unless set
 
 
-def test_updates_end_once_the_policy_is_too_far_from_the_sampler():
-    settings = {"optimizer": optax.adam(3e-2)}
-    near, metrics = run_learn(make_world(stop_kl=1e-3, epochs=4, **settings))
-    updates = int(metrics["train/updates"])
-    assert 1 <= updates < 4
-    assert int(near.actor.step) == updates
-    until, expected = run_learn(make_world(epochs=updates, **settings))
-    chex.assert_trees_all_close(near.actor.params, until.actor.params, atol=1e-6)
-    np.testing.assert_allclose(metrics["train/actor_loss"], expected["train/actor_loss"], rtol=1e-4, atol=1e-6)
+STEPS = {"optimizer": optax.adam(3e-3)}
+
+
+@pytest.fixture(scope="module")
+def unstopped():
+    """By number of updates with a rollout: the state after them, the metrics, and how far π is from the sampler."""
+    world, rollout = make_world(**STEPS), make_rollout()
+
+    @jax.jit
+    def distance(params):
+        mask = response_mask(world.hp, rollout)
+        old, new = (rollout_log_probs(world.networks, world.hp, p, rollout) for p in (world.state.actor.params, params))
+        return distance_terms(policy_ratio(new, old, mask), mask).mean()
+
+    found = {0: (world.state, {}, 0.0)}
+    for epochs in (1, 2, 3):
+        state, metrics = run_learn(make_world(epochs=epochs, **STEPS))
+        found[epochs] = state, metrics, float(distance(state.actor.params))
+    return found
+
+
+@pytest.mark.parametrize(("kept", "epochs", "microbatches"), [(0, 1, 1), (1, 4, 4), (2, 4, 1)])
+def test_the_update_that_goes_too_far_is_undone_and_ends_the_updates(unstopped, kept, epochs, microbatches):
+    (expected, _, before), (_, tried, after) = unstopped[kept], unstopped[kept + 1]
+    assert before < after
+    stop_kl = (before + after) / 2
+    state, metrics = run_learn(make_world(stop_kl=stop_kl, epochs=epochs, microbatches=microbatches, **STEPS))
+    assert int(metrics["train/updates"]) == kept == int(state.actor.step)
+    assert int(state.step) == 1
+    for ours, theirs in (
+        (state.actor, expected.actor),
+        *((state.critics[k], expected.critics[k]) for k in state.critics),
+    ):
+        chex.assert_trees_all_close(ours.params, theirs.params, atol=1e-6)
+    # What is reported is measured before each update that was tried, the one that was undone included.
+    np.testing.assert_allclose(metrics["train/actor_loss"], tried["train/actor_loss"], rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(metrics["train/approx_kl"], tried["train/approx_kl"], rtol=1e-3, atol=1e-7)
 
 
 def test_dual_clip_bounds_the_loss_of_negative_advantages_only():

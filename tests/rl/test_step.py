@@ -14,6 +14,7 @@ from safe_rlhf_jax.ops import masked_mean
 from safe_rlhf_jax.rl import step as step_module
 from safe_rlhf_jax.rl import update as update_module
 from safe_rlhf_jax.rl.constraints import named_rows
+from safe_rlhf_jax.rl.kl import KLControl, k2
 from safe_rlhf_jax.rl.losses import clipped_surrogate
 from safe_rlhf_jax.rl.rollout import map_slices
 from safe_rlhf_jax.rl.step import collect, estimate_advantages, is_truncated, learn, make_step
@@ -59,6 +60,15 @@ def test_first_ratio_is_exactly_one(settings):
 def test_first_ratio_differs_from_one_with_the_samplers_log_probs():
     _, metrics = run_learn(make_world(recompute_log_probs=False))
     assert float(metrics["train/first_ratio_gap"]) > 1e-3
+
+
+def test_metrics_are_those_of_the_whole_minibatch_however_it_is_cut():
+    settings = {"recompute_log_probs": False, "kl": KLControl(loss=k2), "dual_clip": 3.0}
+    _, whole = run_learn(make_world(**settings))
+    _, cut = run_learn(make_world(microbatches=4, **settings))
+    assert whole.keys() == cut.keys()
+    for name in whole:
+        np.testing.assert_allclose(whole[name], cut[name], rtol=1e-4, atol=1e-5, err_msg=name)
 
 
 @pytest.mark.parametrize("algorithm", ["ppo", "ppo_lag"])

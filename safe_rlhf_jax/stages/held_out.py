@@ -1,0 +1,90 @@
+"""Data that is meant to be held out, and prompts in it that a stage before was trained on: found by their text.
+
+Names and paths do not tell: one prompt stands in several files, one file goes by several names, and each stage may take
+another part of it.
+"""
+
+import contextlib
+import pathlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from safe_rlhf_jax import config as cfg
+from safe_rlhf_jax.data.sources import opening
+from safe_rlhf_jax.stages.common import Run, described
+
+TRAINED = ("data", "prompts", "ptx")  # settings that hold what a stage is trained on
+
+
+def warn_of_overlap(run: Run, stage: Any) -> None:
+    """Says how much of what a stage measures on opens with a prompt that it, or a stage it is built on, trains on."""
+    known: dict[str, set[str]] = {}  # how the conversations of a data set open
+    for field, data, (model, stages) in held_out(run, stage):
+        trained = training_data(stages, model)
+        known |= {repr(part): openings(run, part) for _, part in trained if repr(part) not in known}
+        prompts = [opening(record) for record in run.records(data)]
+        every = set().union(*(known[repr(part)] for _, part in trained))
+        shared = sum(prompt in every for prompt in prompts)
+        if shared:
+            where = ", ".join(where for where, part in trained if not known[repr(part)].isdisjoint(prompts))
+            run.warn(
+                stage.name,
+                f"{field}: {shared} of {len(prompts)} records ({shared / len(prompts):.0%}) of {described(data)} open "
+                f"with a prompt of {where}: there, what was trained on is measured. One test_share in all stages keeps "
+                "every prompt on one side",
+            )
+
+
+def held_out(run: Run, stage: Any) -> Iterator[tuple[str, cfg.Mixture, tuple[Any, Sequence[Any]]]]:
+    """Yields (setting, data, the stage whose training it must not meet and those of its run) of what a stage measures.
+
+    Data that a limit is calibrated on counts where its cost model goes over its own data more than once: from the
+    second pass on, pairs are learned by heart (docs/results.md).
+    """
+    stages = run.config.stages
+    measured = {field: getattr(stage, field, None) for field in ("eval_data", "eval_prompts")}
+    if isinstance(stage, cfg.EvaluateStage):
+        measured |= {f"prompts.{i}": data for i, data in enumerate(stage.prompts)}
+    yield from ((field, data, (stage, stages)) for field, data in measured.items() if data is not None)
+    for signal, lagrange in getattr(stage, "limits", {}).items():
+        cost, others = origin(stages, stage.scorers[signal])
+        if isinstance(lagrange.cost_limit, cfg.CalibratedLimit) and getattr(cost, "epochs", 0) > 1:
+            yield "cost_limit.data", lagrange.cost_limit.data, (cost, others)
+
+
+def training_data(stages: Sequence[Any], stage: Any) -> list[tuple[str, cfg.Mixture]]:
+    """Returns (stage and setting, data) of what a stage of a run, and all that it is built on, are trained on."""
+    trained = [one for one in lineage(stages, stage) if isinstance(one, cfg.TrainingStage)]
+    found = [(f"{one.name}.{field}", getattr(one, field, None)) for one in trained for field in TRAINED]
+    return [(where, data) for where, data in found if data is not None]
+
+
+def lineage(stages: Sequence[Any], stage: Any) -> list[Any]:
+    """Returns a stage of a run, and all that it is built on."""
+    found, pending = [], [(stage, stages)]
+    while pending:
+        one, others = pending.pop()
+        if one is not None and one not in found:
+            found.append(one)
+            pending += [origin(others, reference) for reference in cfg.references(one).values()]
+    return found
+
+
+def origin(stages: Sequence[Any], reference: str) -> tuple[Any, Sequence[Any]]:
+    """Returns the stage that made a model, of this run or of the one that left the folder, and the stages of that run.
+
+    None for a model from elsewhere, or from a version whose configs are not read any more.
+    """
+    if reference.startswith("path:"):
+        file = pathlib.Path(reference.removeprefix("path:")).expanduser().parent / "config.yaml"
+        with contextlib.suppress(cfg.ConfigError):
+            before = cfg.load_config(file).stages if file.is_file() else (None,)
+            return before[-1], before
+    return next((stage for stage in stages if stage.name == reference), None), stages
+
+
+def openings(run: Run, data: cfg.Mixture) -> set[str]:
+    """Returns how the conversations of a data set open; nothing where it is gone, which only a finished stage's is."""
+    with contextlib.suppress(ValueError):
+        return {opening(record) for record in run.records(data)} - {""}
+    return set()

@@ -1,0 +1,71 @@
+"""Room for what a run writes: folders that can be written, and enough of the disk for checkpoints and exports."""
+
+import functools
+import math
+import os
+import pathlib
+import shutil
+from typing import Any
+
+import jax
+
+from safe_rlhf_jax import config as cfg
+from safe_rlhf_jax.config_errors import ConfigError
+from safe_rlhf_jax.models.config import ModelConfig
+from safe_rlhf_jax.models.transformer import CausalLM
+from safe_rlhf_jax.rl.algorithms import ALGORITHMS
+from safe_rlhf_jax.stages.common import Run, initializer, model_config
+from safe_rlhf_jax.stages.constraints import constraints_of
+
+PARAMETER = 4  # bytes
+TRAINED = 3 * PARAMETER  # with the two moments of AdamW
+
+
+def check_room(run: Run) -> None:
+    """Every stage that is not finished can write its folder; where the disk seems too small for them, the run says so.
+
+    Raises:
+        ConfigError: If a folder cannot be written.
+    """
+    free, needed = shutil.disk_usage(standing(pathlib.Path(run.config.workdir))).free, 0
+    size = functools.cache(lambda reference: parameters(model_config(run, reference)))
+    for stage in run.config.stages:
+        if run.result(stage.name) is not None:
+            continue
+        here = standing(run.folder(stage.name))
+        if not here.is_dir() or not os.access(here, os.W_OK | os.X_OK):
+            raise ConfigError(f"{stage.name}: {here} cannot be written to; mend that, or set another workdir")
+        if not isinstance(stage, cfg.TrainingStage):
+            continue
+        policy, *others = map(size, trained_networks(stage))
+        state = TRAINED * (policy + sum(others))
+        # The one that is being written stands beside those that are kept.
+        started = (run.folder(stage.name) / "checkpoints").is_dir()
+        kept = 0 if started else stage.keep_checkpoints + (stage.keep_best is not None)
+        needed += (kept + 1) * state + PARAMETER * policy
+        if needed > free:
+            run.warn(
+                stage.name,
+                f"a checkpoint takes about {state / 1e9:.3g} GB, and the stages up to here {needed / 1e9:.3g} GB with "
+                f"their exports, but {free / 1e9:.3g} GB are free in workdir {run.config.workdir}. Make room, or lower "
+                "keep_checkpoints",
+            )
+
+
+def standing(path: pathlib.Path) -> pathlib.Path:
+    """Returns the path, or the nearest parent that is there."""
+    return next(here for here in (path.absolute(), *path.absolute().parents) if here.exists())
+
+
+def trained_networks(stage: Any) -> list[str]:
+    """Returns what the networks that a stage trains start from, its export first."""
+    critics: list[str] = []
+    if isinstance(stage, cfg.RLStage) and ALGORITHMS[stage.algorithm.name].baseline is None:
+        critics = [stage.scorers[signal] for signal in ("reward", *constraints_of(stage))]
+    return [stage.init_from, *critics]
+
+
+def parameters(config: ModelConfig) -> int:
+    """Returns how many parameters a language model has."""
+    shapes = jax.eval_shape(lambda: initializer(CausalLM(config))(jax.random.key(0)))
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))

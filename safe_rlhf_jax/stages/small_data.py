@@ -1,0 +1,124 @@
+"""Data sets that are too small, or too much alike, for what a stage does with them: said before it starts.
+
+None of this makes training impossible, so none of it ends a run.
+"""
+
+from typing import Any
+
+import numpy as np
+
+from safe_rlhf_jax import config as cfg
+from safe_rlhf_jax.data.examples import ALIKE, Examples
+from safe_rlhf_jax.data.sources import read_records
+
+FEW = 30  # records that are measured on, or responses with a label: below, a share is known to ± 18 points at best
+SEVERAL = 8  # records with one label; fewer may have it by chance
+MANY = 0.05  # share of pairs that look alike
+
+
+def data_warnings(stage: Any, field: str, setting: cfg.Mixture, data: Examples) -> list[str]:
+    """Returns what speaks against a data set where a stage uses it, in words, each with what to do.
+
+    Args:
+        stage: The config of the stage.
+        field: Which of its settings the data is: `data`, `eval_data`, `prompts`, `prompts.0`, `cost_limit.data` …
+        setting: That setting.
+        data: What is left of it.
+    """
+    notes = [fewer_than_a_batch(stage, field, data), few_to_measure(stage, field, data)]
+    notes += [alike_when_cut(stage, field, data), *one_label(stage, field, setting, data)]
+    return [note for note in notes if note is not None]
+
+
+def fewer_than_a_batch(stage: Any, field: str, data: Examples) -> str | None:
+    """A step draws more rows than there are records, so that it holds copies."""
+    sampled = getattr(stage, "responses_per_prompt", 1)
+    drawn = {"data": ("batch_size", 1)} if isinstance(stage, cfg.SupervisedStage) else {}
+    if isinstance(stage, cfg.RLStage):
+        drawn = {"prompts": ("batch_size", 1), "ptx": ("batch_size·responses_per_prompt", sampled)}
+    available = len(data)
+    if isinstance(stage, cfg.RejectionStage):  # one response to each prompt of a round is trained on
+        drawn, available = {"prompts": ("batch_size", 1)}, min(stage.prompts_per_round or len(data), len(data))
+    if field not in drawn:
+        return None
+    name, factor = drawn[field]
+    rows = stage.batch_size * factor
+    if available >= rows:
+        return None
+    much = f"{field} has {available} records that can be used, fewer than {name} {rows}: a step takes each "
+    much += f"{rows / available:.1f} times"
+    if isinstance(stage, cfg.SupervisedStage):
+        steps = max(int(stage.epochs * available) // rows, 1)
+        much += f", and epochs: {stage.epochs:g} makes {steps} of them"
+    return f"{much}. Lower batch_size to {max(available // factor, 1)} or less, or add records"
+
+
+def few_to_measure(stage: Any, field: str, data: Examples) -> str | None:
+    """A share that is measured on few records says little."""
+    measured = field.startswith("eval_") or (isinstance(stage, cfg.EvaluateStage) and field.startswith("prompts"))
+    if not measured or len(data) >= FEW:
+        return None
+    points = 196 * 0.5 / np.sqrt(len(data))
+    return (
+        f"{field} has {len(data)} records: a share that is measured on them, such as an accuracy, is known to "
+        f"± {points:.0f} points at best (95 %). Hold out more, some hundreds"
+    )
+
+
+def alike_when_cut(stage: Any, field: str, data: Examples) -> str | None:
+    """Pairs that differ only where they are cut off have been left out."""
+    left_out, total = data.skipped.get(ALIKE, 0), len(data) + sum(data.skipped.values())
+    if left_out <= MANY * total:
+        return None
+    setting = "max_length" if hasattr(stage, "max_length") else "max_response_length"
+    return (
+        f"{field}: {left_out} of {total} pairs are left out, whose responses are identical where {setting} "
+        f"{getattr(stage, setting)} cuts them: what tells them apart is gone. Raise {setting}"
+    )
+
+
+def one_label(stage: Any, field: str, setting: cfg.Mixture, data: Examples) -> list[str]:
+    """Labels that are alike in all records: one side of a cost is not learned, or the labels have been lost."""
+    notes = []
+    if hasattr(data.arrays, "safer_is_safe"):
+        safe = np.concatenate([data.arrays.safer_is_safe, data.arrays.unsafer_is_safe])
+        counts = {"safe": int(safe.sum()), "unsafe": int((~safe).sum())}
+        missing = [name for name, count in counts.items() if not count]
+        if missing and field == "data":
+            there = "unsafe" if missing == ["safe"] else "safe"
+            notes.append(
+                f"{field}: all {len(safe)} responses are labelled {there}: the cost model learns to call every "
+                f"response {there}, and the sign of its costs says nothing. Add {missing[0]} ones"
+            )
+        elif missing:
+            notes.append(f"{field}: no response is labelled {missing[0]}: of such responses nothing is measured")
+        if field == "cost_limit.data":
+            few = [f"{count} responses labelled {name}" for name, count in counts.items() if count < FEW]
+            notes += [f"{field}: the limit is calibrated on only {' and '.join(few)}. Add some"] if few else []
+    return [*notes, *constant_choice(stage, field, setting, data)]
+
+
+def constant_choice(stage: Any, field: str, setting: cfg.Mixture, data: Examples) -> list[str]:
+    """The preferred response stands at one place in all records of a file that says which it is."""
+    by_safety = stage.kind == "cost" or getattr(stage, "preference", None) == "harmlessness"
+    label = "safer_response_id" if by_safety else "better_response_id"
+    ranked = stage.kind in ("reward", "cost", "dpo") and len(data) >= SEVERAL
+    values = {str(record.get(label)) for record in data.records}
+    if not ranked or len(values) > 1 or values == {"None"} or not all(map(has_labels, cfg.parts_of(setting))):
+        return []
+    return [
+        f"{field}: {label} is {values.pop()} in all {len(data)} records: right if the preferred response always stands "
+        "there; if not, the labels have been lost, and what is learned is the order of the file"
+    ]
+
+
+def has_labels(part: cfg.Data) -> bool:
+    """Says whether a data set holds pairs with labels.
+
+    Other formats put the chosen response first by construction, and pairs made of single answers the safe one.
+    """
+    try:
+        read_records(**part.model_dump(exclude={"weight", "format"}), format="pku")
+    except ValueError:  # other columns
+        return False
+    return True
