@@ -11,6 +11,7 @@ from safe_rlhf_jax.data.templates import Template
 from safe_rlhf_jax.data.tokenizer import Tokenizer
 from safe_rlhf_jax.data.turns import content_problem
 
+CONTEXT = 40  # characters around the place where two texts part
 CHECKED = 16  # texts of a data set whose tokens are compared with those of transformers
 
 
@@ -106,7 +107,8 @@ def tokenised_apart(
     generation goes on from the tokens of the prompt, so these count.
 
     Raises:
-        ValueError: If the conversation does not begin with a generation prompt, or has control tokens as text.
+        Unusable: If the conversation does not begin with the generation prompt of a response.
+        ValueError: If it has control tokens as text.
     """
     text = template.render(tokenizer, messages, False)
     if template.marked(tokenizer, messages) != messages:
@@ -115,7 +117,11 @@ def tokenised_apart(
     for i in places:
         asked = template.render(tokenizer, messages[:i], True)
         if not text.startswith(asked):
-            raise ValueError("the template's generation prompt is not the beginning of the conversation")
+            around = slice(max(common(asked, text) - CONTEXT, 0), common(asked, text) + CONTEXT)
+            raise Unusable(
+                "the template's generation prompt is not the beginning of the conversation",
+                f"{asked[around]!r} there, {text[around]!r} here",
+            )
         starts.append(len(asked))
         stops.append(stop_of(i, len(asked), functools.partial(template.render, tokenizer), messages, text))
 

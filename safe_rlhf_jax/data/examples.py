@@ -119,7 +119,7 @@ def convert(
         ValueError: If more than the share `max_bad` is unusable, or none is left, with the counts and the first ones.
     """
     texts, kept, skipped, left_out = [], [], Counter[str](), Counter[str]()
-    first: dict[str, Record] = {}
+    first: dict[str, tuple[Record, str]] = {}
     for record in records:
         try:
             if UNUSABLE in record:
@@ -129,20 +129,23 @@ def convert(
                 raise Unusable(problem)
         except Unusable as reason:
             (left_out if isinstance(reason, LeftOut) else skipped)[str(reason)] += 1
-            first.setdefault(str(reason), record)
+            first.setdefault(str(reason), (record, reason.detail))
             continue
         texts.append(converted)
         kept.append(record)
     bad = sum(skipped.values())
     if not kept or bad > max_bad * len(records):
         without = f"; {sum(left_out.values())} are left out ({listed(left_out)})" if left_out else ""
-        shown = "; ".join(place_of(r) + excerpt(r) for r in (first[reason] for reason in most(skipped or left_out)))
+        shown = "; ".join(
+            place_of(record) + excerpt(record) + (f" ({detail})" if detail else "")
+            for record, detail in (first[reason] for reason in most(skipped or left_out))
+        )
         raise ValueError(
             f"{where}: {bad} of {len(records)} records cannot be used ({listed(skipped)}){without}. First: {shown}. "
             + (f"Mend the data, or raise max_bad_records ({max_bad})." if kept else "None is left.")
             + meaning(skipped)
         )
-    places = {reason: place for reason, record in first.items() if (place := place_of(record).removesuffix(": "))}
+    places = {reason: place for reason, (record, _) in first.items() if (place := place_of(record).removesuffix(": "))}
     return Converted(texts, kept, dict(skipped), dict(left_out), places)
 
 

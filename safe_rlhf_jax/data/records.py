@@ -28,7 +28,11 @@ SHOWN_VALUE = 40  # characters of a value in a reason
 
 
 class Unusable(Exception):
-    """A record that a stage cannot use; the message is the reason it is counted under."""
+    """A record that a stage cannot use; the message is the reason it is counted under, the detail is this record's."""
+
+    def __init__(self, reason: str, detail: str = ""):
+        super().__init__(reason)
+        self.detail = detail
 
 
 class LeftOut(Unusable):

@@ -299,8 +299,15 @@ def test_turn_that_does_not_follow_from_its_prompt_makes_the_record_unusable(tok
     (tmp_path / "late.jinja").write_text(late, encoding="utf-8")
     template = load_template(str(tmp_path / "late.jinja"), tokenizer)
     supervised_example({"messages": dialogue("how", "so .")}, template, tokenizer)
-    with pytest.raises(Unusable, match="generation prompt is not the beginning of the conversation"):
-        supervised_example({"messages": dialogue("how", "so .", "and", "yes .")}, template, tokenizer)
+    records = [{"messages": dialogue("how", "so .", "and", "yes .")}]
+    with pytest.raises(Unusable, match="generation prompt is not the beginning of the conversation") as error:
+        supervised_example(records[0], template, tokenizer)
+    assert (
+        error.value.detail
+        == "'<|user|>\\nhow</s>\\n<|assistant|>\\n' there, '[user|>\\nhow</s>\\n[assistant|>\\nso .</s>\\n[us' here"
+    )
+    with pytest.raises(ValueError, match=r"generation prompt .* conversation: 1\)\. First: .* \('<\|user\|>.* here\)"):
+        load_supervised(records, template, tokenizer, **OPTIONS)
 
 
 @pytest.mark.parametrize(
