@@ -302,10 +302,9 @@ def test_turn_that_does_not_follow_from_its_prompt_makes_the_record_unusable(tok
     records = [{"messages": dialogue("how", "so .", "and", "yes .")}]
     with pytest.raises(Unusable, match="generation prompt is not the beginning of the conversation") as error:
         supervised_example(records[0], template, tokenizer)
-    assert (
-        error.value.detail
-        == "'<|user|>\\nhow</s>\\n<|assistant|>\\n' there, '[user|>\\nhow</s>\\n[assistant|>\\nso .</s>\\n[us' here"
-    )
+    there, here = error.value.detail.split(" there, ")
+    assert there.startswith("'<|user|>")
+    assert here.startswith("'[user|>")
     with pytest.raises(ValueError, match=r"generation prompt .* conversation: 1\)\. First: .* \('<\|user\|>.* here\)"):
         load_supervised(records, template, tokenizer, **OPTIONS)
 
