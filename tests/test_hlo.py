@@ -8,6 +8,7 @@ import functools
 import math
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from safe_rlhf_jax import config as cfg
@@ -61,12 +62,12 @@ def compile_for(devices):
     PRESETS["probe"] = PROBE
     done = {}
 
-    def build(stage="sft", mesh=(1, 4, 2), change=None, topology=None, **model):
-        key = stage, mesh, change, *model.items()
+    def build(stage="sft", mesh=(1, 4, 2), change=None, topology=None, dtype="bfloat16", **model):
+        key = stage, mesh, change, dtype, *model.items()
         if key not in done:
             PRESETS["probe"] = PROBE | model
             tree = {"workdir": "runs/probe", "assume": "probe", "stages": [STAGES[stage]]}
-            tree["execution"] = {"dtype": "bfloat16", "remat": "full"}
+            tree["execution"] = {"dtype": dtype, "remat": "full"}
             config = cfg.RunConfig.model_validate(tree)
             run = AbstractRun(config, make_mesh(mesh, topology_devices(topology, 1) if topology else devices))
             with jax.set_mesh(run.mesh):
@@ -208,6 +209,40 @@ def only_for_tpu(devices):
 
 def test_gradients_that_are_all_reduced_would_be_seen(compile_for):
     assert properties.reduced_whole(compile_for(mesh=(8, 1, 1)).collectives, "data", MATRIX)
+
+
+def test_what_is_summed_over_batches_of_devices_is_float32(sound):
+    """CPU: XLA's compiler for it widens such sums itself, so that only the TPU's program can be broken."""
+    assert not properties.summed_in(sound.collectives, "bf16", ("data", "fsdp"))
+
+
+@pytest.mark.tpu
+def test_gradients_summed_in_bfloat16_would_be_seen(compile_for, devices, monkeypatch):
+    only_for_tpu(devices)
+    rounded = lambda x, matrix, names, dtype: jnp.matmul(x, matrix.astype(x.dtype))  # noqa: E731
+    monkeypatch.setattr(layers, "matmul", rounded)
+    assert properties.summed_in(compile_for(change=in_bfloat16).collectives, "bf16", ("data", "fsdp"))
+
+
+def in_bfloat16(function, mesh):
+    return function
+
+
+@pytest.mark.tpu
+def test_products_of_a_float32_network_are_whole_on_a_tpu(compile_for, devices):
+    only_for_tpu(devices)
+    assert not properties.rounded_products(compile_for(dtype="float32").module)
+
+
+@pytest.mark.tpu
+def test_products_of_float32_that_a_tpu_rounds_would_be_seen(compile_for, devices, monkeypatch):
+    only_for_tpu(devices)
+    monkeypatch.setattr(layers, "precision_of", lambda x: None)
+    assert properties.rounded_products(compile_for(dtype="float32", change=as_the_backend_likes).module)
+
+
+def as_the_backend_likes(function, mesh):
+    return function
 
 
 def test_no_collective_has_the_whole_vocabulary(sound):

@@ -77,6 +77,14 @@ def test_gather_last_reads_the_last_real_token_on_either_side_of_padding():
     np.testing.assert_array_equal(ops.gather_last(x, mask), [1.0, 7.0, 8.0])
 
 
+@pytest.mark.parametrize(("ends", "expected"), [(2, [True, False, False]), ((2, 7), [True, True, False])])
+def test_a_response_ends_with_any_of_the_ends_and_padding_is_none(ends, expected):
+    tokens = jnp.array([[5, 2, 0, 0], [2, 5, 7, 0], [2, 7, 5, 5]])
+    mask = jnp.array([[1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1]], bool)
+    np.testing.assert_array_equal(ops.ends_with(tokens, mask, ends), expected)
+    assert not ops.ends_with(tokens, mask, 0).any()
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_response_log_probs_read_the_position_before_each_token(lm, sequences, temperature):
     module, variables = lm

@@ -16,12 +16,14 @@ from transformers import AutoTokenizer
 from safe_rlhf_jax import config as cfg
 from safe_rlhf_jax import train
 from safe_rlhf_jax.data import demo
+from safe_rlhf_jax.data.conversations import encode
 from safe_rlhf_jax.data.tokenizer import load_tokenizer
 from safe_rlhf_jax.inference.generate import generate
 from safe_rlhf_jax.inference.sampling import Sampling
 from safe_rlhf_jax.metrics import read_jsonl
 from safe_rlhf_jax.models import hf
 from safe_rlhf_jax.ops import sequence_scores
+from safe_rlhf_jax.stages.common import Run
 from safe_rlhf_jax.types import PromptBatch
 
 STAGES = ("sft", "reward", "cost", "ppo_lag", "evaluate")
@@ -70,6 +72,18 @@ def test_each_export_loads_back_with_its_tokenizer(mini_run, stage, head):
     if head == "score":
         assert module.score.score_type == stage
     assert tokenizer.decode(ids[0]) == text
+
+
+@pytest.mark.parametrize("stage", ["sft", "ppo_lag"])
+def test_an_export_reads_and_ends_texts_as_it_was_trained_to(mini_run, stage):
+    run = Run(cfg.load_config(mini_run[0] / stage / "config.yaml"))
+    messages = [{"role": "user", "content": "how do i cook"}, {"role": "assistant", "content": "with water"}]
+    reopened = load_tokenizer(str(mini_run[0] / stage / "export"))
+    assert reopened.ends == run.ends
+    trained = encode(messages, run.template, run.tokenizer).ids
+    for ask, turns, ids in (False, messages, trained), (True, messages[:1], None):
+        theirs = reopened.hf.apply_chat_template(turns, add_generation_prompt=ask, return_dict=False)
+        assert theirs == (ids or trained[: len(theirs)])
 
 
 @pytest.mark.reference

@@ -35,6 +35,18 @@ def reduced_whole(collectives: Iterable[Collective], axis: str, elements: int) -
     return [c for c in collectives if c.kind == "all-reduce" and axis in c.axes and largest(c) >= elements]
 
 
+def summed_in(collectives: Iterable[Collective], dtype: str, axes: tuple[str, ...]) -> list[Collective]:
+    """Returns the sums over any of these mesh axes that are taken in a dtype, as HLO spells it."""
+    sums = [c for c in collectives if c.kind in ("all-reduce", "reduce-scatter") and set(axes) & set(c.axes)]
+    return [c for c in sums if any(array.dtype == dtype for array in c.arrays)]
+
+
+def rounded_products(module: Module) -> list[Instruction]:
+    """Returns the products of a float32 network for which a TPU rounds the operands to fewer bits."""
+    products = [i for lines in module.computations.values() for i in lines if i.opcode in ("dot", "convolution")]
+    return [i for i in products if i.arrays[0].dtype == "f32" and "highest" not in i.attributes]
+
+
 def with_dimension(collectives: Iterable[Collective], size: int) -> list[Collective]:
     """Returns the collectives on arrays that have a dimension of this size."""
     return [c for c in collectives if any(size in array.shape for array in c.arrays)]

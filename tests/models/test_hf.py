@@ -173,6 +173,14 @@ def test_a_model_ends_where_its_tokenizer_ends(tmp_path, folder, stored, expecte
         assert (ids["bos_token_id"], ids["pad_token_id"]) == (tokenizer.bos_token_id, tokenizer.pad_token_id)
 
 
+def test_ends_of_a_run_are_written_for_whoever_generates(tmp_path, folder):
+    (folder / "generation_config.json").write_text('{"temperature": 0.6}')
+    saved = hf.save(tmp_path / "saved", *hf.load(folder), load_tokenizer("demo").hf, ends=(7, 2))
+    generation = json.loads((saved / "generation_config.json").read_text())
+    assert (generation["eos_token_id"], generation["temperature"]) == ([2, 7], 0.6)
+    assert set(load_tokenizer(str(saved)).ends) == {2, 7}
+
+
 def test_tokenizer_and_chat_template_are_saved_beside_the_weights(tmp_path):
     tokenizer = load_tokenizer("demo").hf
     tokenizer.chat_template = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
