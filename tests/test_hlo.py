@@ -213,7 +213,7 @@ def test_gradients_that_are_all_reduced_would_be_seen(compile_for):
 
 def test_what_is_summed_over_batches_of_devices_is_float32(sound):
     """CPU: XLA's compiler for it widens such sums itself, so that only the TPU's program can be broken."""
-    assert not properties.summed_in(sound.collectives, "bf16", ("data", "fsdp"))
+    assert not properties.summed_in(sound.collectives, "bf16", ("data", "fsdp"), WIDTH)
 
 
 @pytest.mark.tpu
@@ -221,7 +221,7 @@ def test_gradients_summed_in_bfloat16_would_be_seen(compile_for, devices, monkey
     only_for_tpu(devices)
     rounded = lambda x, matrix, names, dtype: jnp.matmul(x, matrix.astype(x.dtype))  # noqa: E731
     monkeypatch.setattr(layers, "matmul", rounded)
-    assert properties.summed_in(compile_for(change=in_bfloat16).collectives, "bf16", ("data", "fsdp"))
+    assert properties.summed_in(compile_for(change=in_bfloat16).collectives, "bf16", ("data", "fsdp"), WIDTH)
 
 
 def in_bfloat16(function, mesh):

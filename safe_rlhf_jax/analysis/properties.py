@@ -35,10 +35,13 @@ def reduced_whole(collectives: Iterable[Collective], axis: str, elements: int) -
     return [c for c in collectives if c.kind == "all-reduce" and axis in c.axes and largest(c) >= elements]
 
 
-def summed_in(collectives: Iterable[Collective], dtype: str, axes: tuple[str, ...]) -> list[Collective]:
-    """Returns the sums over any of these mesh axes that are taken in a dtype, as HLO spells it."""
+def summed_in(collectives: Iterable[Collective], dtype: str, axes: tuple[str, ...], elements: int) -> list[Collective]:
+    """Returns the sums over any of these mesh axes, of more than so many elements in a dtype as HLO spells it.
+
+    TPUs gather short vectors by adding zeros to them, which rounds nothing.
+    """
     sums = [c for c in collectives if c.kind in ("all-reduce", "reduce-scatter") and set(axes) & set(c.axes)]
-    return [c for c in sums if any(array.dtype == dtype for array in c.arrays)]
+    return [c for c in sums if largest(c) > elements and any(array.dtype == dtype for array in c.arrays)]
 
 
 def rounded_products(module: Module) -> list[Instruction]:
