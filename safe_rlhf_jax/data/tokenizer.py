@@ -4,7 +4,7 @@ import dataclasses
 import importlib.util
 import json
 import pathlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
 from typing import Any
 
@@ -70,13 +70,14 @@ class Tokenizer:
         ids: list[int] = self.hf.backend_tokenizer.encode(text, add_special_tokens=False).ids
         return ids
 
-    def continuation(self, text: str) -> list[int]:
-        """Returns token ids of a text that follows another; SentencePiece would open it with a space."""
+    def continuation(self, text: str, encode: Callable[[str], list[int]] | None = None) -> list[int]:
+        """Returns token ids, by `encode`, of a text that follows another; SentencePiece would open it with a space."""
+        encode = encode or self.encode
         for before in "\na0":  # the first whose tokens the text does not join
-            opened, both = self.encode(before), self.encode(before + text)
+            opened, both = encode(before), encode(before + text)
             if both[: len(opened)] == opened:
                 return both[len(opened) :]
-        return self.encode(text)
+        return encode(text)
 
     def decode(self, ids: Any) -> str:
         """Returns the text of token ids, special tokens skipped."""
