@@ -128,6 +128,9 @@ def stored_ends(folder: pathlib.Path) -> tuple[int, ...]:
     """Returns the tokens that end a response of the model in a folder: `eos_token_id`, one or several.
 
     As in transformers, generation_config.json counts, and config.json where there is none.
+
+    Raises:
+        ValueError: If it is no token id, nor a list of them.
     """
     for name in ("generation_config.json", "config.json"):
         if (folder / name).is_file():
@@ -136,5 +139,8 @@ def stored_ends(folder: pathlib.Path) -> tuple[int, ...]:
             except (ValueError, AttributeError):
                 continue  # the model that it belongs to is refused with the reason
             if ends is not None:
-                return tuple(ends) if isinstance(ends, list) else (ends,)
+                several = ends if isinstance(ends, list) else [ends]
+                if any(type(end) is not int for end in several):
+                    raise ValueError(f"{folder / name}: eos_token_id is {ends!r}; write a token id, or a list of them")
+                return tuple(several)
     return ()

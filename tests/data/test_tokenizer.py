@@ -106,6 +106,14 @@ def test_ends_are_those_of_the_generation_config_that_the_tokenizer_knows(tmp_pa
     assert load_tokenizer(str(tmp_path)).ends == (2, 8), "config.json counts where generation_config.json says nothing"
 
 
+@pytest.mark.parametrize("stored", ["2", ["2", "7"], [2, None], [[2]], 2.0, {"a": 2}, True])
+def test_ends_that_are_no_token_ids_are_refused(tmp_path, stored):
+    make_tokenizer(tmp_path, SPECIAL, "</s>", spaces=None)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": stored}))
+    with pytest.raises(ValueError, match=r"generation_config\.json: eos_token_id is .*; write a token id, or a list"):
+        load_tokenizer(str(tmp_path))
+
+
 @pytest.mark.parametrize("spaces", [None, "first", "always", "never"])
 def test_a_continuation_is_what_stands_behind_another_text(tmp_path, spaces):
     tokenizer = make_tokenizer(tmp_path, SPECIAL, "</s>", spaces=spaces)
