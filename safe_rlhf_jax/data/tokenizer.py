@@ -59,8 +59,13 @@ class Tokenizer:
         return dataclasses.replace(self, rows=rows, pad_id=pad_id)
 
     def differing(self, other: "Tokenizer") -> list[int]:
-        """Returns the ids that are another token in another tokenizer."""
-        return [i for i in sorted(self.texts.keys() & other.texts.keys()) if self.texts[i] != other.texts[i]]
+        """Returns the ids that are another token in another tokenizer, or whose token has another id there."""
+        theirs = {token: i for i, token in other.texts.items()}
+        return [
+            i
+            for i, token in sorted(self.texts.items())
+            if other.texts.get(i, token) != token or theirs.get(token, i) != i
+        ]
 
     def encode(self, text: str) -> list[int]:
         """Returns token ids of a text without the special tokens that open or close it."""

@@ -5,6 +5,7 @@ import pathlib
 from typing import Any
 
 from safe_rlhf_jax import config as cfg
+from safe_rlhf_jax.data.conversations import encode
 from safe_rlhf_jax.data.templates import PROBE, TEMPLATES, Template, default_template, load_template
 from safe_rlhf_jax.data.tokenizer import Tokenizer, load_tokenizer, stored_ends
 from safe_rlhf_jax.models import hf
@@ -118,8 +119,8 @@ def stored_rows(folder: pathlib.Path) -> int | None:
 def own_encoding(config: cfg.RunConfig, ours: Encoding, reference: str, where: str) -> Encoding | None:
     """Returns the encoding of a scorer whose texts are written otherwise than the run's, None where they are not.
 
-    It has one of its own if `templates` names it, if an id is another token than the run's, or if its tokenizer has
-    another chat template than the run writes.
+    It has one of its own if `templates` names it, if an id is another token than the run's, if it lacks a token that
+    the run's template writes, or if its tokenizer has another chat template than the run writes.
 
     Raises:
         ConfigError: If nothing says which template it has.
@@ -129,7 +130,8 @@ def own_encoding(config: cfg.RunConfig, ours: Encoding, reference: str, where: s
         return None
     theirs = load_tokenizer(str(folder))
     theirs = theirs.for_rows(stored_rows(folder) or theirs.vocab_size)
-    same = not ours.tokenizer.differing(theirs)
+    written = encode(PROBE, ours.template, ours.tokenizer).ids
+    same = not ours.tokenizer.differing(theirs) and theirs.texts.keys() >= set(written)
     chat = theirs.hf.chat_template
     as_ours = chat in (None, exported_template(ours)) if named is None else named == config.template
     if same and as_ours:

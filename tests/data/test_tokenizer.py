@@ -114,6 +114,22 @@ def test_ends_that_are_no_token_ids_are_refused(tmp_path, stored):
         load_tokenizer(str(tmp_path))
 
 
+def test_tokenizers_differ_where_a_token_has_another_id(tmp_path):
+    thoughts = ("<think>", "</think>")
+    ours, same, base = (
+        make_tokenizer(tmp_path / name, SPECIAL, "</s>", spaces=None, thoughts=given)
+        for name, given in (("a", thoughts), ("b", thoughts), ("c", ()))
+    )
+    assert ours.differing(same) == ours.differing(base) == base.differing(ours) == []
+    later = make_tokenizer(tmp_path / "d", SPECIAL, "</s>", spaces=None, thoughts=("<x>", "<y>", *thoughts))
+    think = ours.hf.convert_tokens_to_ids(list(thoughts))
+    assert ours.differing(later) == think
+    content = json.loads((tmp_path / "c" / "tokenizer.json").read_text())
+    content["model"]["vocab"] |= {token: i + 2 for token, i in zip(thoughts, think, strict=True)}  # behind two holes
+    (tmp_path / "c" / "tokenizer.json").write_text(json.dumps(content))
+    assert ours.differing(load_tokenizer(str(tmp_path / "c"))) == think
+
+
 @pytest.mark.parametrize("spaces", [None, "first", "always", "never"])
 def test_a_continuation_is_what_stands_behind_another_text(tmp_path, spaces):
     tokenizer = make_tokenizer(tmp_path, SPECIAL, "</s>", spaces=spaces)
