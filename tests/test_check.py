@@ -18,6 +18,7 @@ from safe_rlhf_jax.stages import Run, check_run, reinforcement
 from safe_rlhf_jax.stages.check import check_model, check_stored
 from safe_rlhf_jax.stages.common import model_config, open_model
 from tests.helpers import make_lm, make_scorer, tiny_config
+from tests.tokenizers import make_tokenizer
 
 MINI = Path(__file__).parent / "configs" / "mini.yaml"
 
@@ -90,6 +91,20 @@ def test_a_token_without_a_row_is_said_and_texts_that_have_it_are_unusable(store
     assert len(loaded) == 30
     assert list(loaded.skipped.values()) == [1]
     assert "for which a model has no row" in next(iter(loaded.skipped))
+
+
+def test_ends_that_are_no_tokens_are_said(tmp_path, capsys):
+    """ChatML with the tokenizer of a base model, and a generation_config.json of another one."""
+    chatml = (Path(__file__).parent / "data" / "chat_templates" / "chatml.jinja").read_text()
+    make_tokenizer(tmp_path / "base", ["<unk>", "<s>", "</s>"], "</s>", spaces=None, template=chatml)
+    (tmp_path / "base" / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 151643]}))
+    stage = {"name": "sft", "kind": "sft", "init_from": "preset:tiny", "data": {"name": "demo/sft", "limit": 40}}
+    tree = {"workdir": str(tmp_path / "run"), "tokenizer": str(tmp_path / "base"), "stages": [stage]}
+    (tmp_path / "config.yaml").write_text(json.dumps(tree))
+    check_run(Run(cfg.load_config(tmp_path / "config.yaml", [])))
+    out = capsys.readouterr().out
+    assert out.count("base names [151643], which is no token of the tokenizer: not an end") == 1
+    assert out.count("template: ends a turn with '<|im_end|>', for which the tokenizer has no token") == 1
 
 
 def test_a_tokenizer_that_is_larger_than_the_embedding_is_refused(stored, tmp_path):

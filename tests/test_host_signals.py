@@ -164,6 +164,52 @@ def test_critic_of_such_a_signal_starts_from_the_actor_or_from_the_model_that_is
     assert list(networks[0].scorers) == ["cost"]
 
 
+def checked(tmp_path, folders, tokenizer, reward, **settings):
+    """Checks a run of RL whose policy is new, with the tokenizer in a folder."""
+    stage = COMMON | {"name": "ppo", "kind": "rl", "reward_model": f"path:{reward}", "steps": 1}
+    stage |= {"algorithm": {"name": "ppo"}, "cost_model": None} | settings
+    tree = {"workdir": str(tmp_path / "run"), "tokenizer": str(tokenizer), "stages": [stage]}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
+    run = Run(cfg.load_config(tmp_path / "config.yaml", []))
+    check_run(run)
+    return run
+
+
+def test_scorer_without_rows_for_the_tokens_of_its_template_is_refused(folders, tmp_path):
+    """ChatML was added to a tokenizer, and the embedding was not enlarged."""
+    tokens = ["<unk>", "</s>"]
+    own = make_tokenizer(tmp_path / "own", tokens, "</s>", spaces=None, template=CHATML, thoughts=TOKENS[1:])
+    config = tiny_config(vocab_size=own.vocab_size - 2, max_positions=256)
+    hf.save(tmp_path / "own", *make_scorer("reward", config), own.hf)
+    message = r"reward_model .* embeds \d+ tokens, but its template writes token '<\|im_start\|>' \(\d+\), for which"
+    with pytest.raises(cfg.ConfigError, match=message):
+        checked(tmp_path, folders, folders / "shared", tmp_path / "own")
+
+
+def test_scorer_that_lacks_a_token_of_the_runs_template_does_not_read_as_the_run_does(folders, tmp_path):
+    tokens = ["<unk>", "</s>"]
+    run = make_tokenizer(tmp_path / "run", tokens, "</s>", spaces=None, template=CHATML, thoughts=TOKENS[1:])
+    base = make_tokenizer(tmp_path / "base", tokens, "</s>", spaces=None)
+    config = tiny_config(vocab_size=run.vocab_size + 8, max_positions=256)
+    hf.save(tmp_path / "base", *make_scorer("reward", config), base.hf)
+    with pytest.raises(cfg.ConfigError, match=r"base' has a tokenizer of its own, without a chat template; say how"):
+        checked(tmp_path, folders, tmp_path / "run", tmp_path / "base")
+
+
+def test_prompt_that_a_scorer_cannot_read_is_unusable(folders, tmp_path):
+    refuses = "{% if messages[0].role == 'system' %}{{ raise_exception('no system message') }}{% endif %}" + CHATML
+    own = make_tokenizer(tmp_path / "own", TOKENS, "<|im_end|>", spaces=None, template=refuses)
+    hf.save(tmp_path / "own", *make_scorer("reward", tiny_config(vocab_size=own.vocab_size, max_positions=256)), own.hf)
+    turns = [{"role": "user", "content": "how"}]
+    prompts = [turns] * 39 + [[{"role": "system", "content": "be short"}, *turns]]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
+    data = {"prompts": {"name": str(tmp_path / "prompts.jsonl")}, "group_field": None}
+    run = checked(tmp_path, folders, folders / "shared", tmp_path / "own", **data)
+    loaded = reinforcement.load_prompts(run, run.config.stages[0], run.config.stages[0].prompts)
+    assert len(loaded) == 39
+    assert list(loaded.skipped) == [f"path:{tmp_path}/own: the template refuses: no system message"]
+
+
 def test_policy_with_another_tokenizer_is_refused(folders, tmp_path):
     tokenizer = make_tokenizer(tmp_path / "policy", TOKENS, "<|im_end|>", spaces=None, template=CHATML)
     hf.save(tmp_path / "policy", *make_lm(tiny_config(vocab_size=600, max_positions=256)), tokenizer.hf)

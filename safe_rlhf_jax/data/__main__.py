@@ -35,7 +35,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--unique", choices=("record", "prompt"), help="leave out repeated records, or prompts")
     parser.add_argument("--tokenizer", default="demo", help="a folder or hub id; default: that of the embedded world, "
                         "which knows few other words")  # fmt: skip
-    parser.add_argument("--template", default="plain", help="plain, beaver, alpaca, tokenizer, or a .jinja file")
+    parser.add_argument("--template", help="plain, beaver, alpaca, tokenizer, or a .jinja file (default: the "
+                        "tokenizer's own, else plain)")  # fmt: skip
     parser.add_argument("--max-length", type=int, default=512, help="tokens of a text (default 512)")
     parser.add_argument("--max-bad-records", type=float, default=0.05, help="share that may be unusable (default 0.05)")
     options = parser.parse_args(arguments)
@@ -129,17 +130,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from safe_rlhf_jax.data.templates import default_template, load_template
     from safe_rlhf_jax.data.tokenizer import load_tokenizer
     from safe_rlhf_jax.stages.common import described, read_mixture
+    from safe_rlhf_jax.stages.encoding import open_encodings
 
     console, status = Console(highlight=False), 0
     try:
         if options.config is not None:
             run = cfg.load_config(options.config, [*filter(None, [options.name]), *options.overrides])
-            named, tokenizer, max_bad = run.tokenizer, load_tokenizer(run.tokenizer), run.max_bad_records
-            template, uses = load_template(run.template or default_template(tokenizer), tokenizer), list(uses_of(run))
+            named, max_bad, uses = run.tokenizer, run.max_bad_records, list(uses_of(run))
+            _, encoding = open_encodings(run)
+            tokenizer, template = encoding.tokenizer, encoding.template
         else:
             named, tokenizer = options.tokenizer, load_tokenizer(options.tokenizer)
             max_bad = options.max_bad_records
-            template = load_template(options.template, tokenizer)
+            template = load_template(options.template or default_template(tokenizer), tokenizer)
             uses = [use_of(options, tokenizer, template)]
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)

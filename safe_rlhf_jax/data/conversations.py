@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from safe_rlhf_jax.data.records import Unusable, is_encodable
-from safe_rlhf_jax.data.templates import Template
+from safe_rlhf_jax.data.templates import Template, encoder
 from safe_rlhf_jax.data.tokenizer import Tokenizer
 from safe_rlhf_jax.data.turns import content_problem
 
@@ -108,14 +108,13 @@ def tokenised_apart(
 
     Raises:
         Unusable: If the conversation does not begin with the generation prompt of a response.
-        ValueError: If it has control tokens as text.
     """
-    text = template.render(tokenizer, messages, False)
-    if template.marked(tokenizer, messages) != messages:
-        raise ValueError("a response that shares its first token with the prompt, beside control tokens as text")
+    given = template.marked(tokenizer, messages)
+    encode = encoder(tokenizer, marked=given != messages)
+    text = template.render(tokenizer, given, False)
     starts, stops = [], []
     for i in places:
-        asked = template.render(tokenizer, messages[:i], True)
+        asked = template.render(tokenizer, given[:i], True)
         if not text.startswith(asked):
             around = slice(max(common(asked, text) - CONTEXT, 0), common(asked, text) + CONTEXT)
             raise Unusable(
@@ -123,13 +122,13 @@ def tokenised_apart(
                 f"{asked[around]!r} there, {text[around]!r} here",
             )
         starts.append(len(asked))
-        stops.append(stop_of(i, len(asked), functools.partial(template.render, tokenizer), messages, text))
+        stops.append(stop_of(i, len(asked), functools.partial(template.render, tokenizer), given, text))
 
     def ids(stop: int) -> list[int]:
         cuts = [0, *(start for start in starts if start < stop), stop]
         first, *others = (text[start:end] for start, end in itertools.pairwise(cuts))
         opening = [] if template.opens else list(tokenizer.prefix)
-        return opening + tokenizer.encode(first) + [i for piece in others for i in tokenizer.continuation(piece)]
+        return opening + encode(first) + [i for piece in others for i in tokenizer.continuation(piece, encode)]
 
     return ids(len(text)), [(len(ids(start)), len(ids(stop))) for start, stop in zip(starts, stops, strict=True)]
 

@@ -6,12 +6,12 @@ Unusable records are counted by reason, and fatal above a limit.
 import dataclasses
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from safe_rlhf_jax.data.conversations import Text, check_rendered
+from safe_rlhf_jax.data.conversations import Text, check_rendered, encode
 from safe_rlhf_jax.data.records import (
     PART,
     RESERVED,
@@ -24,7 +24,7 @@ from safe_rlhf_jax.data.records import (
     place_of,
     printable,
 )
-from safe_rlhf_jax.data.templates import Template
+from safe_rlhf_jax.data.templates import PROBE, Template
 from safe_rlhf_jax.data.texts import (
     paired,
     preference_example,
@@ -293,6 +293,7 @@ def load_prompts(
     long_prompts: str = "drop",
     group_field: str | None = None,
     groups: Sequence[str] | None = None,
+    readers: Mapping[str, tuple[Template, Tokenizer]] | None = None,
 ) -> Examples:
     """Returns a `PromptBatch` of all records, left-padded; a prompt that is too long is dropped or loses its start.
 
@@ -306,14 +307,25 @@ def load_prompts(
         long_prompts: "drop", or "truncate_left".
         group_field: Field that names the group, if any.
         groups: Names by index of the values of `group_field`.
+        readers: {name: template and tokenizer} of others that have to read a prompt with its response.
 
     Raises:
         ValueError: If a record lacks `group_field`.
     """
     drop = long_prompts == "drop"
+
+    def example(record: Record) -> tuple[Text]:
+        (text,) = prompt_example(record, template, tokenizer)
+        for name, reader in (readers or {}).items():
+            try:
+                encode([*text.turns, PROBE[-1]], *reader)
+            except Unusable as reason:
+                raise Unusable(f"{name}: {reason}", reason.detail) from reason
+        return (text,)
+
     made = convert(
         records,
-        lambda r: prompt_example(r, template, tokenizer),
+        example,
         where=where,
         max_bad=max_bad,
         unfit=lambda t: "longer than max_prompt_length" if drop and len(t[0].ids) > max_length else None,

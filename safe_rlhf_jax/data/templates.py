@@ -9,7 +9,7 @@ import datetime
 import functools
 import pathlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from transformers.utils.chat_template_utils import encode_marked_chat, mark_control_tokens
@@ -55,9 +55,8 @@ class Template:
             ValueError: If the template refuses the turns.
         """
         given = self.marked(tokenizer, turns)
-        text = self.render(tokenizer, given, ask)
         opening = [] if self.opens else list(tokenizer.prefix)
-        return opening + (tokenizer.encode(text) if given == list(turns) else encode_marked_chat(tokenizer.hf, text))
+        return opening + encoder(tokenizer, marked=given != list(turns))(self.render(tokenizer, given, ask))
 
     def theirs(self, tokenizer: Tokenizer, turns: Sequence[Message], ask: bool) -> list[int]:
         """Returns the token ids that transformers itself makes of a conversation, control tokens and all."""
@@ -87,12 +86,19 @@ class Template:
         ]
 
 
+def encoder(tokenizer: Tokenizer, *, marked: bool) -> Callable[[str], list[int]]:
+    """Returns text -> token ids, of a text in which control tokens are marked or of one without."""
+    return functools.partial(encode_marked_chat, tokenizer.hf) if marked else tokenizer.encode
+
+
 @functools.cache
 def fixed_clock(date: str) -> str:
     """Returns Jinja that defines `strftime_now` for a fixed day, at midnight: transformers' own reads the clock."""
     day = datetime.datetime.fromisoformat(date)
-    codes = "".join(f" | replace('%{code}', '{day:%{code}}')" for code in "aAbBdeHIjmMpSyY")
-    return f"{{%- macro strftime_now(form) -%}}{{{{ form{codes} }}}}{{%- endmacro -%}}"
+    codes = [f"%{flag}{code}" for code in "aAbBcCdDeFgGhHIjklmMnpPrRStTuUVwWxXyYzZ" for flag in ("", "-")]
+    given = [("%%", "\0"), *((code, day.strftime(code)) for code in codes), ("\0", "%")]
+    replaced = "".join(f" | replace({code!r}, {value!r})" for code, value in given)
+    return f"{{%- macro strftime_now(form) -%}}{{{{ form{replaced} }}}}{{%- endmacro -%}}"
 
 
 @functools.lru_cache
@@ -100,17 +106,18 @@ def control_patterns(template: Template, tokenizer: Tokenizer) -> tuple[re.Patte
     """Returns what matches the control tokens in a text of the user, and in one of the assistant.
 
     Special tokens, and those that the template writes. An assistant may write tokens of its own, such as those around a
-    thought: those that are not special, or that the template knows beside those that open and end turns.
+    thought: those that the template knows beside those that open and end turns.
     """
     added = {
         str(token): token.special for token in tokenizer.hf.added_tokens_decoder.values() if not str(token).isspace()
     }
     source = template.source or tokenizer.hf.get_chat_template()
     asked = template.render(tokenizer, PROBE[:1], True)
+    known = source + asked + template.render(tokenizer, PROBE, False)  # a source may put tokens together: '<|' + role
     of_turns = {tokenizer.texts.get(i) for i in (*template.ends(tokenizer), tokenizer.pad_id, *tokenizer.prefix)}
-    user = [token for token, special in added.items() if special or token in source]
+    user = [token for token, special in added.items() if special or token in known]
     own = [token for token in added if token in source and token not in asked and token not in of_turns]
-    assistant = [token for token, special in added.items() if special and token not in own]
+    assistant = [token for token in user if token not in own]
     return pattern_of(user), pattern_of(assistant)
 
 
@@ -205,6 +212,12 @@ def turn_end(template: Template, tokenizer: Tokenizer) -> int | None:
         raise ValueError(
             "its generation prompt is not the beginning of the conversation that it writes, so nothing says where a "
             f"response begins: {asked!r}, and {text!r}"
+        )
+    header = text[len(asked) :].rpartition("Hello!")[0].strip()
+    if header and asked.rstrip() == template.render(tokenizer, PROBE[:1], False):
+        raise ValueError(
+            f"it writes {header!r} in front of a response, but no generation prompt, so responses begin with it: "
+            f"{asked!r}, and {text!r}; give it one behind the turns: {{% if add_generation_prompt %}}…{{% endif %}}"
         )
     rest = text.rpartition("Hello!")[2].lstrip()
     tokens = {str(token): i for i, token in tokenizer.hf.added_tokens_decoder.items()}

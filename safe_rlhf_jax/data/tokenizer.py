@@ -4,7 +4,7 @@ import dataclasses
 import importlib.util
 import json
 import pathlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
 from typing import Any
 
@@ -59,8 +59,13 @@ class Tokenizer:
         return dataclasses.replace(self, rows=rows, pad_id=pad_id)
 
     def differing(self, other: "Tokenizer") -> list[int]:
-        """Returns the ids that are another token in another tokenizer."""
-        return [i for i in sorted(self.texts.keys() & other.texts.keys()) if self.texts[i] != other.texts[i]]
+        """Returns the ids that are another token in another tokenizer, or whose token has another id there."""
+        theirs = {token: i for i, token in other.texts.items()}
+        return [
+            i
+            for i, token in sorted(self.texts.items())
+            if other.texts.get(i, token) != token or theirs.get(token, i) != i
+        ]
 
     def encode(self, text: str) -> list[int]:
         """Returns token ids of a text without the special tokens that open or close it."""
@@ -70,13 +75,14 @@ class Tokenizer:
         ids: list[int] = self.hf.backend_tokenizer.encode(text, add_special_tokens=False).ids
         return ids
 
-    def continuation(self, text: str) -> list[int]:
-        """Returns token ids of a text that follows another; SentencePiece would open it with a space."""
+    def continuation(self, text: str, encode: Callable[[str], list[int]] | None = None) -> list[int]:
+        """Returns token ids, by `encode`, of a text that follows another; SentencePiece would open it with a space."""
+        encode = encode or self.encode
         for before in "\na0":  # the first whose tokens the text does not join
-            opened, both = self.encode(before), self.encode(before + text)
+            opened, both = encode(before), encode(before + text)
             if both[: len(opened)] == opened:
                 return both[len(opened) :]
-        return self.encode(text)
+        return encode(text)
 
     def decode(self, ids: Any) -> str:
         """Returns the text of token ids, special tokens skipped."""
@@ -127,6 +133,9 @@ def stored_ends(folder: pathlib.Path) -> tuple[int, ...]:
     """Returns the tokens that end a response of the model in a folder: `eos_token_id`, one or several.
 
     As in transformers, generation_config.json counts, and config.json where there is none.
+
+    Raises:
+        ValueError: If it is no token id, nor a list of them.
     """
     for name in ("generation_config.json", "config.json"):
         if (folder / name).is_file():
@@ -135,5 +144,8 @@ def stored_ends(folder: pathlib.Path) -> tuple[int, ...]:
             except (ValueError, AttributeError):
                 continue  # the model that it belongs to is refused with the reason
             if ends is not None:
-                return tuple(ends) if isinstance(ends, list) else (ends,)
+                several = ends if isinstance(ends, list) else [ends]
+                if any(type(end) is not int for end in several):
+                    raise ValueError(f"{folder / name}: eos_token_id is {ends!r}; write a token id, or a list of them")
+                return tuple(several)
     return ()

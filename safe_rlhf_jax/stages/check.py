@@ -3,6 +3,7 @@
 An error here costs seconds, and would cost hours later.
 """
 
+import dataclasses
 import importlib.util
 import pathlib
 from collections.abc import Callable, Mapping
@@ -11,7 +12,10 @@ from typing import Any
 from safe_rlhf_jax import config as cfg
 from safe_rlhf_jax.config_errors import ConfigError, nearest_divisors, nearest_multiples
 from safe_rlhf_jax.data import examples
+from safe_rlhf_jax.data.conversations import encode
+from safe_rlhf_jax.data.records import Unusable
 from safe_rlhf_jax.data.sources import demo_tokenizer_warning
+from safe_rlhf_jax.data.templates import PROBE
 from safe_rlhf_jax.data.tokenizer import load_tokenizer
 from safe_rlhf_jax.models import hf
 from safe_rlhf_jax.rl.algorithms import ALGORITHMS, as_scored
@@ -152,6 +156,14 @@ def check_model(run: Run, stage: Any, field: str, reference: str) -> None:
             f"{where} embeds {config.vocab_size} tokens, but tokenizer {reference if reference in run.own else name!r} "
             f"has {tokenizer.vocab_size}, such as {tokenizer.quoted(missing[:3])}; use the model's own tokenizer"
         )
+    encoding = run.encoding(reference)
+    try:
+        encode(PROBE, encoding.template, dataclasses.replace(encoding.tokenizer, rows=config.vocab_size))
+    except Unusable as error:
+        raise ConfigError(
+            f"{where} embeds {config.vocab_size} tokens, but its template writes {error}; use a model with that token, "
+            "or another template"
+        ) from error
     if reference.startswith(("path:", "hf:")):
         check_folder(run, where, stage, field, reference)
 
@@ -170,7 +182,7 @@ def check_folder(run: Run, where: str, stage: Any, field: str, reference: str) -
         i = different[0]
         raise ConfigError(
             f"{where} has another tokenizer than the run's {run.config.tokenizer!r}: {len(different)} ids differ, such "
-            f"as {i}, {theirs.texts[i]!r} there and {run.tokenizer.texts[i]!r} here. Policies, and the critics that "
+            f"as {i}, {theirs.texts.get(i)!r} there and {run.tokenizer.texts[i]!r} here. Policies, and the critics that "
             "read their tokens, share one tokenizer; only reward and cost models may have one of their own"
         )
 

@@ -5,7 +5,8 @@ import pathlib
 from typing import Any
 
 from safe_rlhf_jax import config as cfg
-from safe_rlhf_jax.data.templates import TEMPLATES, Template, default_template, load_template
+from safe_rlhf_jax.data.conversations import encode
+from safe_rlhf_jax.data.templates import PROBE, TEMPLATES, Template, default_template, load_template
 from safe_rlhf_jax.data.tokenizer import Tokenizer, load_tokenizer, stored_ends
 from safe_rlhf_jax.models import hf
 
@@ -44,15 +45,9 @@ def open_encodings(config: cfg.RunConfig) -> tuple[dict[str, Encoding], Encoding
     Raises:
         ValueError: If a tokenizer or template cannot be opened.
     """
-    named = [(stage.name, *reference) for stage in config.stages for reference in cfg.references(stage).items()]
-    folders = {reference: folder for *_, reference in named if (folder := model_folder(reference)) is not None}
-    scorers = {
-        reference: f"{stage}: {field} {reference!r}"
-        for stage, field, reference in reversed(named)
-        if reference in folders and is_scorer(field)
-    }
+    folders, scorers = model_folders(config), named_scorers(config)
     tokenizer = load_tokenizer(config.tokenizer)
-    ends = {end for reference, folder in folders.items() if reference not in scorers for end in stored_ends(folder)}
+    ends = {end for folder in policy_folders(config).values() for end in stored_ends(folder)}
     tokenizer = dataclasses.replace(tokenizer, ends=(*tokenizer.ends, *(ends & tokenizer.texts.keys())))
     name = config.template or default_template(tokenizer)
     ours = Encoding(tokenizer, run_template(config, name, tokenizer, config.template_options))
@@ -67,6 +62,28 @@ def run_template(config: cfg.RunConfig, name: str, tokenizer: Tokenizer, options
     """Returns a template with the run's date, which treats control tokens as the run does."""
     date, control_tokens = config.template_date.isoformat(), config.control_tokens
     return load_template(name, tokenizer, options=options, date=date, control_tokens=control_tokens)
+
+
+def model_folders(config: cfg.RunConfig) -> dict[str, pathlib.Path]:
+    """Returns {model: folder} of all models of a run that are in one."""
+    named = dict.fromkeys(reference for stage in config.stages for reference in cfg.references(stage).values())
+    return {reference: folder for reference in named if (folder := model_folder(reference)) is not None}
+
+
+def named_scorers(config: cfg.RunConfig) -> dict[str, str]:
+    """Returns {model: where it is named first} of the models in a folder that score."""
+    named = [(stage.name, *reference) for stage in config.stages for reference in cfg.references(stage).items()]
+    return {
+        reference: f"{stage}: {field} {reference!r}"
+        for stage, field, reference in reversed(named)
+        if is_scorer(field) and model_folder(reference) is not None
+    }
+
+
+def policy_folders(config: cfg.RunConfig) -> dict[str, pathlib.Path]:
+    """Returns {model: folder} of those that do not score."""
+    scorers = named_scorers(config)
+    return {reference: folder for reference, folder in model_folders(config).items() if reference not in scorers}
 
 
 def is_scorer(field: str) -> bool:
@@ -102,8 +119,8 @@ def stored_rows(folder: pathlib.Path) -> int | None:
 def own_encoding(config: cfg.RunConfig, ours: Encoding, reference: str, where: str) -> Encoding | None:
     """Returns the encoding of a scorer whose texts are written otherwise than the run's, None where they are not.
 
-    It has one of its own if `templates` names it, if an id is another token than the run's, or if its tokenizer has
-    another chat template than the run writes.
+    It has one of its own if `templates` names it, if an id is another token than the run's, if it lacks a token that
+    the run's template writes, or if its tokenizer has another chat template than the run writes.
 
     Raises:
         ConfigError: If nothing says which template it has.
@@ -113,7 +130,8 @@ def own_encoding(config: cfg.RunConfig, ours: Encoding, reference: str, where: s
         return None
     theirs = load_tokenizer(str(folder))
     theirs = theirs.for_rows(stored_rows(folder) or theirs.vocab_size)
-    same = not ours.tokenizer.differing(theirs)
+    written = encode(PROBE, ours.template, ours.tokenizer).ids
+    same = not ours.tokenizer.differing(theirs) and theirs.texts.keys() >= set(written)
     chat = theirs.hf.chat_template
     as_ours = chat in (None, exported_template(ours)) if named is None else named == config.template
     if same and as_ours:
@@ -150,6 +168,16 @@ def described(run: Any) -> list[str]:
         lines.append(
             f"ends of responses: {'; '.join(parts)}. Generation stops at each, training teaches "
             f"{tokenizer.quoted([taught])}"
+        )
+    beside = pathlib.Path(run.config.tokenizer.removeprefix("path:")).expanduser()
+    for folder in dict.fromkeys((beside, *policy_folders(run.config).values())):
+        if unknown := [i for i in stored_ends(folder) if i not in tokenizer.texts]:
+            lines.append(f"ends of responses: {folder} names {unknown}, which is no token of the tokenizer: not an end")
+    written = template.render(tokenizer, PROBE, False).rpartition(PROBE[-1]["content"])[2].strip()
+    if end is None and written and not written.startswith(tokenizer.texts[tokenizer.eos_id]):
+        lines.append(
+            f"template: ends a turn with {written!r}, for which the tokenizer has no token: it stays text, and only "
+            f"behind the last turn stands an end, {tokenizer.quoted([tokenizer.eos_id])}"
         )
     if tokenizer.rows is not None and tokenizer.rows < tokenizer.vocab_size:
         beyond = [i for i in sorted(tokenizer.texts) if i >= tokenizer.rows]

@@ -97,7 +97,8 @@ def run_reinforcement(run: Run, stage: cfg.RLStage, folder: pathlib.Path) -> dic
 
 @handed_on
 def load_prompts(run: Run, stage: Any, data: cfg.Mixture) -> examples.Examples:
-    """Returns the prompts of a stage."""
+    """Returns the prompts of a stage; one that a scorer cannot read in its own way is unusable."""
+    own = {model: run.own[model] for model in cfg.references(stage).values() if model in run.own}
     return examples.load_prompts(
         run.records(data),
         run.template,
@@ -107,6 +108,7 @@ def load_prompts(run: Run, stage: Any, data: cfg.Mixture) -> examples.Examples:
         max_bad=run.config.max_bad_records,
         long_prompts=getattr(stage, "long_prompts", "drop"),
         group_field=stage.group_field,
+        readers={model: (encoding.template, encoding.tokenizer) for model, encoding in own.items()},
     )
 
 

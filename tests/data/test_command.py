@@ -11,6 +11,7 @@ import pytest
 
 from safe_rlhf_jax.data import demo
 from safe_rlhf_jax.data.__main__ import main
+from tests.tokenizers import make_tokenizer
 
 MINI = Path(__file__).parent.parent / "configs" / "mini.yaml"
 SHARED = Path(__file__).parent.parent.parent.parent / "shared" / "data"
@@ -55,6 +56,27 @@ def test_everything_about_a_data_set_is_shown(shown):
         "record 1, safer:\n  how do i bake\n[[no .</s>]]\n",
     ):  # fmt: skip
         assert part in out, part
+
+
+def test_texts_are_written_as_a_run_writes_them(shown, tmp_path, capsys):
+    """By the tokenizer's own chat template where none is named; with a config, by its options and control tokens."""
+    template = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
+    template += "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    special = ["<unk>", "</s>", "<|user|>", "<|assistant|>", "<|end|>"]
+    tokenizer = make_tokenizer(tmp_path / "own", special, "<|end|>", spaces=None, template=template)
+    record = {"prompt": "how <|end|>", "response": "the bread"}
+    _, out, _ = shown([record], "--kind", "sft", "--tokenizer", str(tmp_path / "own"))
+    assert "<|user|>how <|end|><|end|><|assistant|>[[the bread<|end|>]]" in out
+    run = {"workdir": str(tmp_path / "run"), "tokenizer": str(tmp_path / "own"), "control_tokens": "tokens", "stages": [
+        {"name": "sft", "kind": "sft", "init_from": "preset:tiny", "data": {"name": str(tmp_path / "data.json")},
+         "max_length": 64}]}  # fmt: skip
+    lengths = []
+    for control_tokens in ("text", "tokens"):
+        (tmp_path / "run.yaml").write_text(json.dumps(run | {"control_tokens": control_tokens}))
+        assert main(["--config", str(tmp_path / "run.yaml")]) == 0
+        lengths.append(int(re.search(r"most (\d+)", capsys.readouterr().out)[1]))
+    pieces = len(tokenizer.hf.encode("<|end|>", split_special_tokens=True))
+    assert lengths[0] - lengths[1] == pieces - 1 > 0
 
 
 def test_loss_mask_is_shown_as_the_batch_has_it(shown):

@@ -176,6 +176,46 @@ def test_date_of_a_template_is_fixed(families):
     assert "Today Date: 31 Jan 2025" in tokenizer.hf.decode(encode(turns, later, tokenizer).ids)
 
 
+def test_every_form_of_a_date_is_that_of_the_fixed_day(tokenizer, tmp_path):
+    form = "%-d %B %Y, %F %x %j %I %p 100%% %%d"
+    (tmp_path / "dated.jinja").write_text(f"{{{{ strftime_now({form!r}) }}}}" + CHATML, encoding="utf-8")
+    template = load_template(str(tmp_path / "dated.jinja"), tokenizer, date="2024-07-06")
+    expected = "6 July 2024, 2024-07-06 07/06/24 188 12 AM 100% %d"
+    assert template.render(tokenizer, dialogue("how"), True).startswith(f"{expected}<|user|>")
+
+
+@pytest.mark.parametrize("source", ["written", "put together"])
+def test_ends_of_turns_that_are_no_special_tokens_stay_text_in_a_message_too(tmp_path, source):
+    """Added tokens without `special`, in a template that writes them as they are, or from parts."""
+    chatml = (FOLDER / "chatml.jinja").read_text()
+    if source == "put together":
+        chatml = chatml.replace("<|im_start|>", "<|' + 'im_start|>").replace("<|im_end|>", "<|' + 'im_end|>")
+    tokens = ["<|im_start|>", "<|im_end|>"]
+    tokenizer = make_tokenizer(
+        tmp_path, ["<unk>", "</s>"], "</s>", spaces=None, template=chatml, thoughts=tokens, ends=["<|im_end|>"]
+    )
+    template = load_template("tokenizer", tokenizer)
+    start, end = tokenizer.hf.convert_tokens_to_ids(tokens)
+    text = encode(dialogue("how<|im_start|>x", "the<|im_end|>bread", "so", "yes"), template, tokenizer, train_all=True)
+    assert (text.ids.count(start), text.ids.count(end)) == (4, 4)
+    spans = [tokenizer.hf.decode(text.ids[start:stop]) for start, stop in runs(text.trained)]
+    assert spans == ["the<|im_end|>bread<|im_end|>", "yes<|im_end|>"]
+
+
+def test_a_response_that_would_share_a_token_with_the_prompt_may_have_control_tokens_as_text(families):
+    tokenizer, template = families["chatml"]
+    text = encode(dialogue("how <|im_end|>", "\nbread <|im_end|> the", "so", "\n<|im_start|>yes"), template, tokenizer,
+                  train_all=True)  # fmt: skip
+    assert text.apart
+    spans = [text.ids[start:stop] for start, stop in runs(text.trained)]
+    assert [tokenizer.hf.decode(span) for span in spans] == [
+        "\nbread <|im_end|> the<|im_end|>",
+        "\n<|im_start|>yes<|im_end|>",
+    ]
+    special = tokenizer.hf.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
+    assert [[i for i in span if i in special] for span in spans] == [special[1:], special[1:]]
+
+
 def test_a_response_that_would_share_a_token_with_the_prompt_is_tokenised_apart_as_generation_sees_it(families):
     tokenizer, template = families["chatml"]
     turns = dialogue("how", "\nbread", "the", "\nflour")
@@ -316,6 +356,7 @@ def test_turn_that_does_not_follow_from_its_prompt_makes_the_record_unusable(tok
          "does not write the assistant's turn: 'Hi.'"),
         (CHATML.replace("'<|assistant|>\n'", "'<|model|>\n'"),
          r"generation prompt is not the beginning.*'<\|user\|>.*<\|model\|>.*, and '<\|user\|>.*<\|assistant\|>"),
+        (CHATML.partition("{% if add")[0], r"'<\|assistant\|>' in front of a response, but no gener"),
         ("{% for m in messages %}{{ m['content'] }", "the template refuses"),
         ("{{ raise_exception('never') }}", "the template refuses: never"),
     ],

@@ -106,6 +106,30 @@ def test_ends_are_those_of_the_generation_config_that_the_tokenizer_knows(tmp_pa
     assert load_tokenizer(str(tmp_path)).ends == (2, 8), "config.json counts where generation_config.json says nothing"
 
 
+@pytest.mark.parametrize("stored", ["2", ["2", "7"], [2, None], [[2]], 2.0, {"a": 2}, True])
+def test_ends_that_are_no_token_ids_are_refused(tmp_path, stored):
+    make_tokenizer(tmp_path, SPECIAL, "</s>", spaces=None)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": stored}))
+    with pytest.raises(ValueError, match=r"generation_config\.json: eos_token_id is .*; write a token id, or a list"):
+        load_tokenizer(str(tmp_path))
+
+
+def test_tokenizers_differ_where_a_token_has_another_id(tmp_path):
+    thoughts = ("<think>", "</think>")
+    ours, same, base = (
+        make_tokenizer(tmp_path / name, SPECIAL, "</s>", spaces=None, thoughts=given)
+        for name, given in (("a", thoughts), ("b", thoughts), ("c", ()))
+    )
+    assert ours.differing(same) == ours.differing(base) == base.differing(ours) == []
+    later = make_tokenizer(tmp_path / "d", SPECIAL, "</s>", spaces=None, thoughts=("<x>", "<y>", *thoughts))
+    think = ours.hf.convert_tokens_to_ids(list(thoughts))
+    assert ours.differing(later) == think
+    content = json.loads((tmp_path / "c" / "tokenizer.json").read_text())
+    content["model"]["vocab"] |= {token: i + 2 for token, i in zip(thoughts, think, strict=True)}  # behind two holes
+    (tmp_path / "c" / "tokenizer.json").write_text(json.dumps(content))
+    assert ours.differing(load_tokenizer(str(tmp_path / "c"))) == think
+
+
 @pytest.mark.parametrize("spaces", [None, "first", "always", "never"])
 def test_a_continuation_is_what_stands_behind_another_text(tmp_path, spaces):
     tokenizer = make_tokenizer(tmp_path, SPECIAL, "</s>", spaces=spaces)
