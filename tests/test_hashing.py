@@ -1,10 +1,12 @@
 """What a stage's hash covers: everything that decides its result, by content, and nothing that does not."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from safe_rlhf_jax import config as cfg
 from safe_rlhf_jax.data.tokenizer import load_tokenizer
@@ -47,6 +49,52 @@ def test_weights_behind_a_path_are_part_of_what_stands_on_them(tmp_path, folder)
     assert different(before, hashes(tmp_path, *models)) == {"ppo_lag", "evaluate"}
     hf.save(folder / "policy", *make_lm(CONFIG, seed=1), TOKENIZER.hf)
     assert different(before, hashes(tmp_path, *models)) == STAGES
+
+
+def add_one(file):
+    """Replaces a file of weights by one of the same size and time, with other numbers."""
+    status = file.stat()
+    save_file({name: tensor + 1 for name, tensor in load_file(file).items()}, file.with_suffix(".new"))
+    assert file.with_suffix(".new").stat().st_size == status.st_size
+    os.utime(file.with_suffix(".new"), ns=(status.st_atime_ns, status.st_mtime_ns))
+    file.with_suffix(".new").rename(file)
+
+
+def test_a_file_that_is_replaced_by_one_of_its_size_and_time_is_another(tmp_path, folder):
+    file = folder / "policy" / hf.WEIGHTS
+    save_file(load_file(file), file)
+    before = hashes(tmp_path, f"stages.sft.init_from=path:{folder}/policy")
+    add_one(file)
+    assert different(before, hashes(tmp_path, f"stages.sft.init_from=path:{folder}/policy")) == STAGES
+
+
+def test_weights_in_a_folder_below_are_part_of_what_stands_on_them(tmp_path, folder):
+    file, below = folder / "policy" / hf.WEIGHTS, folder / "policy" / "weights" / "1.safetensors"
+    below.parent.mkdir()
+    save_file(tensors := load_file(file), below)
+    file.unlink()
+    (folder / "policy" / hf.INDEX).write_text(
+        json.dumps({"weight_map": dict.fromkeys(tensors, "weights/1.safetensors")})
+    )
+    before = hashes(tmp_path, f"stages.sft.init_from=path:{folder}/policy")
+    add_one(below)
+    assert different(before, hashes(tmp_path, f"stages.sft.init_from=path:{folder}/policy")) == STAGES
+
+
+def test_a_folder_that_is_opened_in_place_of_a_hub_id_is_known_by_its_contents(tmp_path, folder):
+    before = hashes(tmp_path, f"stages.sft.init_from=hf:{folder}/policy")
+    hf.save(folder / "policy", *make_lm(CONFIG, seed=1), TOKENIZER.hf)
+    assert different(before, hashes(tmp_path, f"stages.sft.init_from=hf:{folder}/policy")) == STAGES
+
+
+def test_a_link_that_leads_elsewhere_is_another_model(tmp_path, folder):
+    hf.save(folder / "other", *make_lm(CONFIG, seed=1), TOKENIZER.hf)
+    link = folder / "link"
+    link.symlink_to(folder / "policy")
+    before = hashes(tmp_path, f"stages.sft.init_from=path:{link}")
+    link.unlink()
+    link.symlink_to(folder / "other")
+    assert different(before, hashes(tmp_path, f"stages.sft.init_from=path:{link}")) == STAGES
 
 
 @pytest.mark.parametrize("change", ["chat template", "vocabulary", "ends"])

@@ -10,6 +10,7 @@ from typing import Any
 from safe_rlhf_jax import config as cfg
 from safe_rlhf_jax.data.sources import data_files
 from safe_rlhf_jax.models import hf
+from safe_rlhf_jax.models.folders import read_index
 from safe_rlhf_jax.processes import first_says, is_main
 
 MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")  # of a folder, that decide what it computes
@@ -71,20 +72,29 @@ def datasets(value: Any) -> Iterator[cfg.Data]:
 def model_identity(reference: str, files: "Digests") -> Any:
     """Returns what tells a model from another one of its name: the contents of a folder, the commit of a hub id."""
     prefix, _, rest = reference.partition(":")
-    if prefix == "hf":
+    folder = pathlib.Path(rest).expanduser()
+    if prefix == "hf" and not folder.is_dir():  # what is there is opened in place of a hub id
         try:
             return reference, hf.resolve(rest).name  # the hub's cache names a snapshot by its commit
         except FileNotFoundError:
             return reference  # the check says so, where the model is needed
-    if prefix != "path":
+    if prefix not in ("path", "hf"):
         return reference
-    folder = pathlib.Path(rest).expanduser()
-    found = sorted({path for pattern in MODEL_FILES for path in folder.glob(pattern)})
-    return {path.name: files.of(path) for path in found}
+    return {str(path.relative_to(folder)): files.of(path) for path in model_files(folder)}
+
+
+def model_files(folder: pathlib.Path) -> list[pathlib.Path]:
+    """Returns the files of a folder that decide what its model computes, those in folders below by the index."""
+    found = {path for pattern in MODEL_FILES for path in folder.glob(pattern)}
+    with contextlib.suppress(ValueError):  # the check says so, where the model is needed
+        found |= {folder / file for file in read_index(folder).values()}
+    return sorted(found)
 
 
 class Digests:
-    """SHA-256 of files, remembered by path, size and time of the last change.
+    """SHA-256 of files, remembered by path, size and times of the last change.
+
+    Of its contents, which copies may take from the file that they are made from, and of the file itself.
 
     Args:
         cache: The file that remembers; it need not exist.
@@ -103,7 +113,7 @@ class Digests:
         if not path.is_file():
             return ""
         status = path.stat()
-        key = f"{path.resolve()} {status.st_size} {status.st_mtime_ns}"
+        key = f"{path.resolve()} {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}"
         if key not in self.found:
             self.found[key] = self.known.get(key) or digest(path)
         return self.found[key]
