@@ -44,6 +44,14 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         parser.error("name data, or a --config")
     if options.config is None and options.overrides:
         parser.error(f"one data set at a time; {options.overrides} are overrides of a --config")
+    if not 0 <= options.max_bad_records <= 1 or options.max_length < 1:
+        parser.error("--max-bad-records is a share from 0 to 1, --max-length a number of tokens above 0")
+    for pair in options.field:
+        if "=" not in pair:
+            parser.error(f"--field {pair}: write FIELD=COLUMN")
+    named = [pair.partition("=")[0] for pair in options.field]
+    if twice := [field for field in named if named.count(field) > 1]:
+        parser.error(f"--field: {twice[0]!r} is named twice")
     return options
 
 
@@ -86,17 +94,27 @@ def uses_of(config: Any) -> Iterator[Use]:
 
 def use_of(options: argparse.Namespace, tokenizer: Any, template: Any) -> Use:
     """Returns the use that the command line names; without a kind, the first that the data can feed."""
+    import pydantic
+
     from safe_rlhf_jax import config as cfg
+    from safe_rlhf_jax.config_errors import explain_all
     from safe_rlhf_jax.stages.common import read_mixture
 
-    data = cfg.Data(
-        name=options.name, split=options.split, test_share=options.test_share, limit=options.limit,
-        format=options.format, fields=dict(pair.partition("=")[::2] for pair in options.field), unique=options.unique,
-    )  # fmt: skip
+    fields = dict(pair.partition("=")[::2] for pair in options.field)
+    try:
+        data = cfg.Data(
+            name=options.name, split=options.split, test_share=options.test_share, limit=options.limit,
+            format=options.format, fields=fields, unique=options.unique,
+        )  # fmt: skip
+    except pydantic.ValidationError as error:
+        raise ValueError("; ".join(explain_all(cfg.Data, error.errors()).splitlines())) from None
     uses = [Use(kind, kind, data, options.max_length) for kind in KINDS if options.kind in (None, kind)]
-    for use in uses if len(uses) > 1 else ():
+    if len(uses) == 1:
+        return uses[0]
+    records = read_mixture(data)[:TRIED]
+    for use in uses:
         with contextlib.suppress(ValueError):
-            load(use, read_mixture(data)[:TRIED], tokenizer, template, max_bad=1.0)
+            load(use, records, tokenizer, template, max_bad=1.0)
             return use
     return uses[-1]
 

@@ -2,6 +2,8 @@
 
 import pathlib
 import re
+from collections import Counter
+from collections.abc import Sequence
 
 from safe_rlhf_jax.data.readers import SUFFIXES, kind_of
 from safe_rlhf_jax.data.records import printable
@@ -9,6 +11,7 @@ from safe_rlhf_jax.data.records import printable
 # A split's name as a whole word: no letter stands before it or behind it.
 SPLIT = re.compile(r"(?<![^\W\d_])(train|test|validation|valid|val|dev|eval)(?![^\W\d_])")
 METADATA = re.compile(r"(dataset_(info|infos|dict)|croissant|datapackage|(.*[._-])?(metadata|state|config))\.json")
+PART_OF = re.compile(r"(.+)-\d+-of-(\d+)(\..+)")
 MAX_NAMED = 5  # files of a kind that are left out
 
 
@@ -16,7 +19,8 @@ def files_of(path: pathlib.Path, split: str) -> list[pathlib.Path]:
     """Returns the data files behind a path: the file itself, or those of a folder that belong to a split.
 
     A file of a folder belongs to the split that its name has as a whole word (`test-00000-of-00001.parquet`), else to
-    that of the nearest folder's name (`test/a.jsonl`), else to "train". What is left out is printed.
+    that of the nearest folder's name (`test/a.jsonl`), else to "train". Several files are printed, and what is left
+    out.
 
     Raises:
         ValueError: If a folder has none, or a file is asked for another split than "train".
@@ -32,11 +36,19 @@ def files_of(path: pathlib.Path, split: str) -> list[pathlib.Path]:
         have = ", ".join(sorted(splits)) or f"no {', '.join(SUFFIXES)} files"
         raise ValueError(f"data {path}: split {split!r} has no files; the folder has {have}")
     others |= {f"split {name}": files for name, files in splits.items() if name != split}
-    if others:
-        left_out = "; ".join(f"{kind}: {named(path, files)}" for kind, files in sorted(others.items()))
-        here = f"split {split} has {len(splits[split])} of the files"
-        print(printable(f"data {path}: {here}; left out are {left_out}"))
+    left_out = [f"{kind}: {named(path, files)}" for kind, files in sorted(others.items())]
+    said = [f"split {split} is {named(path, splits[split])}", *missing_parts(splits[split])]
+    said += [f"left out are {'; '.join(left_out)}"] if left_out else []
+    if len(splits[split]) > 1 or len(said) > 1:
+        print(printable(f"data {path}: {'; '.join(said)}"))
     return splits[split]
+
+
+def missing_parts(files: Sequence[pathlib.Path]) -> list[str]:
+    """Returns what is missing of files whose names say how many they are, as `train-00000-of-00002.parquet`."""
+    matches = [(match, file.parent) for file in files if (match := PART_OF.fullmatch(file.name))]
+    found = Counter((match[1], int(match[2]), match[3], folder) for match, folder in matches)
+    return [f"of {parts} parts of {name} there are {have}" for (name, parts, *_), have in found.items() if have < parts]
 
 
 def files_in(path: pathlib.Path) -> tuple[dict[str, list[pathlib.Path]], dict[str, list[pathlib.Path]]]:
@@ -63,7 +75,7 @@ def split_of(inner: pathlib.Path) -> str:
     return next((word[1] for word in words if word), "train")
 
 
-def named(path: pathlib.Path, files: list[pathlib.Path]) -> str:
+def named(path: pathlib.Path, files: Sequence[pathlib.Path]) -> str:
     """Returns the names of files of a folder, the first few of many."""
     names = ", ".join(str(file.relative_to(path)) for file in files[:MAX_NAMED])
     return names + (f" and {len(files) - MAX_NAMED} more" if len(files) > MAX_NAMED else "")

@@ -27,6 +27,7 @@ from safe_rlhf_jax.data.records import (
     brief,
     columns_of,
     holds,
+    label_of,
     labels_in,
     like,
     majority,
@@ -40,6 +41,7 @@ from safe_rlhf_jax.data.records import Record as Record
 from safe_rlhf_jax.data.records import Unusable as Unusable
 from safe_rlhf_jax.data.turns import (
     ASKED,
+    TURN,
     plain,
     prompt_of,
     read_lists,
@@ -52,6 +54,9 @@ LOOKED_AT = 100  # records whose contents tell formats with equal columns apart
 RESPONSES = ("response", "response_0", "response_1")
 OWN = ("messages", "prompt", *RESPONSES, *LABELS, *VOTES.values())  # fields of a record that stages read
 RATINGS = ("fine-grained_score", "overall_score", "score")  # of a completion, the most trusted first
+NO_INPUT = "<noinput>"  # as Alpaca's own code takes it
+ALPACA = ("input", "system", "history")  # columns beside `instruction`
+ASKED_IN = ("input", "query", "question")  # columns that hold a prompt under another name
 ANNOTATOR = re.compile(r"annotator\d+")
 
 
@@ -76,6 +81,7 @@ class Format:
     needs: tuple[str, ...]  # columns
     convert: Callable[[Record], Record] = from_own  # raises Unusable
     also: tuple[str, ...] = ()  # columns that `convert` reads where they exist
+    without: tuple[str, ...] = ()  # columns that say something which it would not hear
     fits: Callable[[Record], bool] = lambda record: True  # tells formats with equal columns apart
 
     def read(self, raw: Record) -> Record:
@@ -90,9 +96,19 @@ class Format:
         rest = {name: value for name, value in given.items() if name not in (*read, *OWN)}
         try:
             found = self.convert(read_lists(given, read))
+            found |= labelled(given, found)
         except Unusable as reason:
             return raw | {UNUSABLE: str(reason)}
         return like(raw, rest | found | labels_in(found))
+
+
+def labelled(given: Record, found: Record) -> Record:
+    """Returns what `is_safe` says of an answer, in whatever format it stands."""
+    if "is_safe" not in given or found.keys().isdisjoint(("response", "messages")):
+        return {}
+    if "response" not in found and "response_0" not in found and not label_of(given, "is_safe"):
+        return {LEFT_OUT: "the response is labelled unsafe"}
+    return {"is_safe": given["is_safe"]}
 
 
 def preference(turns: Sequence[Message], chosen: Any, rejected: Any) -> Record:
@@ -117,7 +133,7 @@ def from_transcripts(record: Record) -> Record:
 def are_transcripts(record: Record) -> bool:
     """Tells HH from TRL's implicit prompts."""
     sides = (record.get("chosen"), record.get("rejected"))
-    return all(isinstance(side, str) and "\n\nAssistant:" in side for side in sides)
+    return all(isinstance(side, str) and "Assistant" in TURN.findall(side) for side in sides)
 
 
 def from_red_team(record: Record) -> Record:
@@ -126,22 +142,49 @@ def from_red_team(record: Record) -> Record:
     return ratings | {"prompt": transcript_turns(text_of(record, "transcript"))[0]["content"]}
 
 
+def optional_text(record: Record, field: str) -> str:
+    """Returns a text that need not be there: "" where there is none, or nothing but space."""
+    value = text_of(record, field) if holds(record.get(field)) else ""
+    return value if value.strip() else ""
+
+
+def system_turns(record: Record) -> list[Message]:
+    """Returns the system message of a record as turns, none where it has none."""
+    system = optional_text(record, "system")
+    return [{"role": "system", "content": system}] if system else []
+
+
 def instruction_of(record: Record) -> str:
     """Returns Alpaca's prompt: the input follows the instruction after a space, as in the reference."""
-    given = text_of(record, "input") if record.get("input") else ""
+    given = optional_text(record, "input")
+    given = "" if given.strip().lower() == NO_INPUT else given
     return " ".join(filter(None, (text_of(record, "instruction"), given)))
 
 
-def from_alpaca(record: Record) -> Record:
-    """Alpaca, also with the system message and the earlier turns of LLaMA-Factory."""
-    turns = [{"role": "system", "content": text_of(record, "system")}] if record.get("system") else []
+def alpaca_turns(record: Record) -> list[Message]:
+    """Returns Alpaca's prompt, after the system message and the earlier turns of LLaMA-Factory."""
+    turns = system_turns(record)
     earlier = record.get("history") or []
     if not isinstance(earlier, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in earlier):
         raise Unusable("history is no list of pairs of texts")
     for asked, answered in earlier:
         turns += [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
-    turns += [{"role": "user", "content": instruction_of(record)}]
-    return {"prompt": plain(turns), "response": text_of(record, "output")}
+    return [*turns, {"role": "user", "content": instruction_of(record)}]
+
+
+def from_alpaca(record: Record) -> Record:
+    """Alpaca, also with what LLaMA-Factory adds."""
+    return {"prompt": plain(alpaca_turns(record)), "response": text_of(record, "output")}
+
+
+def are_texts(record: Record) -> bool:
+    """Says whether chosen and rejected are texts, and no conversations that hold the prompt themselves."""
+    return isinstance(record.get("chosen"), str) and isinstance(record.get("rejected"), str)
+
+
+def from_alpaca_preference(record: Record) -> Record:
+    """LLaMA-Factory's preferences: Alpaca's prompt with two texts."""
+    return preference(alpaca_turns(record), text_of(record, "chosen"), text_of(record, "rejected"))
 
 
 def compared(record: Record, first: str, second: str, label: Record) -> Record:
@@ -187,9 +230,7 @@ def from_safety_tests(record: Record) -> Record:
 
 def from_sharegpt(record: Record) -> Record:
     """ShareGPT: conversations, with `chosen` and `rejected` where it is a preference."""
-    turns = turns_of(record.get("conversations"), "conversations")
-    if record.get("system"):
-        turns = [{"role": "system", "content": text_of(record, "system")}, *turns]
+    turns = [*system_turns(record), *turns_of(record.get("conversations"), "conversations")]
     if "chosen" not in record and "rejected" not in record:
         return {"messages": turns}
     return dialogue_pair(*([*turns, *side_of(record, side)] for side in ("chosen", "rejected")))
@@ -198,6 +239,8 @@ def from_sharegpt(record: Record) -> Record:
 def side_of(record: Record, side: str) -> list[Message]:
     """Returns the turns of a preference's side, which may be a single one."""
     value = record.get(side)
+    if not holds(value):
+        raise Unusable(f"{side} is missing")
     return turns_of([value] if isinstance(value, dict) else value, side)
 
 
@@ -231,9 +274,11 @@ def from_implicit(record: Record) -> Record:
     chosen, rejected = record.get("chosen"), record.get("rejected")
     if not isinstance(chosen, str) or not isinstance(rejected, str):
         return dialogue_pair(*(side_of(record, side) for side in ("chosen", "rejected")))
+    if asked := [name for name in ASKED_IN if holds(record.get(name))]:
+        raise Unusable(f"chosen and rejected beside {asked[0]!r}, which `fields` should name if it is the prompt")
     shared = os.path.commonprefix([chosen, rejected])  # noqa: RUF071 of texts, no paths
     cut = max(shared.rfind(" "), shared.rfind("\n")) + 1  # no word is cut in two
-    return preference([{"role": "user", "content": shared[:cut].strip()}], chosen[cut:], rejected[cut:])
+    return preference(asked_turns(shared[:cut].strip()), chosen[cut:], rejected[cut:])
 
 
 def from_completion(record: Record) -> Record:
@@ -287,11 +332,14 @@ FORMATS: dict[str, Format] = {
     "ultrafeedback": Format(("instruction", "completions"), from_ultrafeedback),
     "pandalm": Format(("instruction", "response1", "response2", "annotator1"), from_pandalm, also=("input",)),
     "alpaca_eval": Format(("instruction", "output_1", "output_2", "preference"), from_alpaca_eval, also=("input",)),
-    "alpaca": Format(("instruction", "output"), from_alpaca, also=("input", "system", "history")),
+    "alpaca": Format(("instruction", "output"), from_alpaca, also=ALPACA),
     "trl_preference": Format(("prompt", "chosen", "rejected"), from_trl),
+    "alpaca_preference": Format(
+        ("instruction", "chosen", "rejected"), from_alpaca_preference, also=ALPACA, fits=are_texts
+    ),
     "hh": Format(("chosen", "rejected"), from_transcripts, fits=are_transcripts),
     "trl_implicit": Format(("chosen", "rejected"), from_implicit),
-    "trl_completion": Format(("prompt", "completion"), from_completion, fits=lambda record: "label" not in record),
+    "trl_completion": Format(("prompt", "completion"), from_completion, without=("label",)),
     "messages": Format(("messages",)),
     "demonstrations": Format(("prompt", "response")),
     "prompts": Format(("prompt",)),
@@ -316,8 +364,8 @@ def recognise(raw: Sequence[Record], name: str | None, where: str) -> str:
     if name is not None and name not in FORMATS:
         raise ValueError(f"{where}: format {name!r} is unknown. Formats: {known}")
     for key in FORMATS if name is None else (name,):
-        fits = name is not None or any(FORMATS[key].fits(record) for record in raw[:LOOKED_AT])
-        if fits and columns.issuperset(FORMATS[key].needs):
+        fits = columns.isdisjoint(FORMATS[key].without) and any(map(FORMATS[key].fits, raw[:LOOKED_AT]))
+        if (fits or name is not None) and columns.issuperset(FORMATS[key].needs):
             return key
     if name is not None:
         needs = list(FORMATS[name].needs)

@@ -30,13 +30,21 @@ from safe_rlhf_jax.data.records import (
 SUFFIXES = (".json", ".jsonl", ".parquet", ".csv")  # each but parquet also with .gz
 MAX_SHOWN = 300  # characters of what is no record
 SPACE = re.compile(r"[ \t\r\n]*")
+SPACED_QUOTE = re.compile(r'[ \t]+"[^"]*"?\s*$')  # a value of a CSV file in which a space stands before the quotes
 CONTENTS = {  # how contents begin that are not what the name of a file says
     b"version https://git-lfs": "the pointer of git-lfs, not the file; run `git lfs pull`",
     b"\x1f\x8b": "compressed with gzip; its name must end in .gz",
-    b"PK\x03\x04": "a zip archive; unpack it",
+    b"PK\x03\x04": "a zip archive, or a table of Excel; unpack it, or save it as CSV",
+    b"\xd0\xcf\x11\xe0": "a table of Excel; save it as CSV",
+    b"BZh": "compressed with bzip2; unpack it",
+    b"\xfd7zXZ": "compressed with xz; unpack it",
     b"(\xb5/\xfd": "compressed with zstandard; unpack it",
     b"PAR1": "Parquet; its name must end in .parquet",
 }
+
+
+class NoRecordsError(ValueError):
+    """A file that is one object and holds no records, such as settings."""
 
 
 class Problem(NamedTuple):
@@ -238,13 +246,14 @@ def held_by(path: pathlib.Path, value: Record) -> list[Any]:
     """Returns the records of a file that is one object: itself, or the list of objects in it.
 
     Raises:
-        ValueError: If it is neither, with its keys.
+        ValueError: If it is neither, with its keys; `NoRecordsError` if there is nothing in it like records.
     """
     if isinstance(value, Repeating):
         raise ValueError(f"data {path}: the key {value.key!r} stands twice in an object")
     parts = list(value.values())
-    by_column = all(isinstance(part, dict) for part in parts) or all(
-        isinstance(part, list) and not any(isinstance(item, dict) for item in part) for part in parts
+    by_column = bool(parts) and (
+        all(isinstance(part, dict) for part in parts)
+        or all(isinstance(part, list) and not any(isinstance(item, dict) for item in part) for part in parts)
     )
     if not by_column and any(value.keys() >= set(format_.needs) for format_ in FORMATS.values()):
         return [value]
@@ -258,7 +267,8 @@ def held_by(path: pathlib.Path, value: Record) -> list[Any]:
         return list(value[lists[0]])
     keys = brief(", ".join(value))
     wanted = "a list of objects, or an object per line" + " (orient='records' in pandas)" * by_column
-    raise ValueError(f"data {path}: one object with the keys {keys}; wanted {wanted}")
+    error = ValueError if by_column or lists else NoRecordsError
+    raise error(f"data {path}: one object with the keys {keys}; wanted {wanted}")
 
 
 # --- CSV, Parquet
@@ -272,7 +282,7 @@ def read_csv(path: pathlib.Path, content: bytes) -> list[Record]:
     line = 1
     try:
         for row in reader:
-            rows += [(line, row)] if any(row) else []
+            rows += [(line, row)] if any(map(str.strip, row)) else []
             line = reader.line_num + 1
     except csv.Error as error:
         raise ValueError(f"data {path}: line {line} is not CSV: {error}") from error
@@ -285,7 +295,10 @@ def read_csv(path: pathlib.Path, content: bytes) -> list[Record]:
     problems = []
     for number, row in rows[1:]:
         values = row if any(row[len(header) :]) else row[: len(header)]
-        if len(values) == len(header):
+        if any(map(SPACED_QUOTE.match, values)):
+            wrong = "a quotation mark behind a space"
+            problems.append((number, Problem(wrong, f": {wrong}; columns are divided by commas alone", ",".join(row))))
+        elif len(values) == len(header):
             fields = {name: value or None for name, value in zip(header, values, strict=True) if name}
             records.append(Located(fields, f"{path}:", number))
         else:

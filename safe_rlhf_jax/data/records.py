@@ -24,6 +24,7 @@ LABELS: dict[str, Mapping[str, int]] = {
     "is_response_1_safe": TRUTHS,
 }
 VOTES = {"better_response_id": "better_votes", "safer_response_id": "safer_votes"}  # of several annotators
+MISSING = ("nan", "NaN", "<NA>")  # whole texts that pandas writes where there was nothing
 SHOWN_VALUE = 40  # characters of a value in a reason
 
 
@@ -105,6 +106,8 @@ def text_of(record: Record, field: str) -> str:
     if not isinstance(value, str):
         kind = "" if value is None else f" ({type(value).__name__})"
         raise Unusable(f"{field} is missing or no text{kind}")
+    if value.strip() in MISSING:
+        raise Unusable(f"{field} is {value.strip()!r}, as pandas writes what is missing")
     return value
 
 

@@ -2,7 +2,7 @@
 
 import itertools
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,19 @@ from rich.console import Console
 from rich.text import Text as Styled
 
 from safe_rlhf_jax.data.examples import Examples
-from safe_rlhf_jax.data.records import UNUSABLE, Record, is_true, label_of, printable
+from safe_rlhf_jax.data.formats import OWN
+from safe_rlhf_jax.data.records import (
+    LABELS,
+    RESERVED,
+    UNUSABLE,
+    Record,
+    Unusable,
+    columns_of,
+    holds,
+    is_true,
+    label_of,
+    printable,
+)
 from safe_rlhf_jax.data.sources import prompt_key, record_key
 from safe_rlhf_jax.data.tokenizer import Tokenizer
 
@@ -18,6 +30,7 @@ BINS = 10  # of the histogram
 BAR = 40  # characters of its longest bar
 SHOWN_CATEGORIES = 20
 SHOWN_REASONS = 20
+SHOWN_LABELS = 3  # reasons why a label cannot be read
 SIDES = ("chosen", "rejected", "safer", "unsafer")
 
 
@@ -43,7 +56,8 @@ def show(
         shown: How many records are written out.
     """
     lines = [Styled(title, "bold")]
-    facts = (*counts(records, data), *lengths(data, max_length), *unknown(data, tokenizer), *labels(data))
+    facts = [*counts(records, data), *unread(records, data.skipped)]
+    facts += [*lengths(data, max_length), *unknown(data, tokenizer), *labels(data)]
     lines += [Styled(f"  {line}") for line in facts]
     for i in range(min(shown, len(data))):
         for name, tokens, mask, trained in rows_of(data, i):
@@ -67,6 +81,29 @@ def counts(records: Sequence[Record], data: Examples) -> list[str]:
     read = [record for record in records if UNUSABLE not in record]
     repeats, prompts = (len(read) - len({key(record) for record in read}) for key in (record_key, prompt_key))
     return [*out, f"duplicates: {repeats} records, {prompts} prompts"]
+
+
+def unread(records: Sequence[Record], told: Container[str]) -> list[str]:
+    """Returns labels that cannot be read, where no reason has told of them, and columns that no stage reads."""
+    out = []
+    for field in LABELS:
+        reasons = (reason for record in records if (reason := label_problem(record, field)))
+        bad = Counter(reason for reason in reasons if reason not in told)
+        out += [f"  {reason}: {count}" for reason, count in bad.most_common(SHOWN_LABELS)]
+    others = {name for name in columns_of(records) if name not in (*OWN, *RESERVED)}
+    return [*out, f"other columns: {printable(', '.join(sorted(others)))}"] if others else out
+
+
+def label_problem(record: Record, field: str) -> str | None:
+    """Returns why a label that is there cannot be read, or None."""
+    value = record.get(field)
+    if UNUSABLE in record or not holds(value) or not str(value).strip():
+        return None
+    try:
+        label_of(record, field)
+    except Unusable as problem:
+        return str(problem)
+    return None
 
 
 def lengths(data: Examples, max_length: int) -> list[str]:

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 
 from safe_rlhf_jax.data import demo, hubs
-from safe_rlhf_jax.data.files import files_in, files_of
+from safe_rlhf_jax.data.files import files_in, files_of, named
 from safe_rlhf_jax.data.formats import FORMATS, other_formats, recognise
-from safe_rlhf_jax.data.readers import read_file
+from safe_rlhf_jax.data.readers import NoRecordsError, read_file
 from safe_rlhf_jax.data.records import PART, UNUSABLE, Record, columns_of, like, located, printable
 
 DATASETS: dict[str, Callable[[str], Any]] = {  # name -> (split -> records)
@@ -125,7 +125,7 @@ def read_source(name: str, split: str) -> dict[str, Sequence[Record]]:
     """Returns the records of a source as they stand, by the place they are read from: of a folder, each file."""
     path = local_path(name)
     if path is not None and not hubs.is_saved(path):
-        read = {f"data '{file}'": read_file(file) for file in files_of(path, split)}
+        read = read_files(files_of(path, split))
         empty = [where for where, records in read.items() if not records]
         if empty and len(read) > len(empty):
             print(printable(f"{', '.join(empty)}: no records"))
@@ -134,9 +134,24 @@ def read_source(name: str, split: str) -> dict[str, Sequence[Record]]:
     return {f"data {name!r}": records} if records else {}
 
 
+def read_files(files: Sequence[pathlib.Path]) -> dict[str, Sequence[Record]]:
+    """Returns the records of files by place; among several, one that can hold none is printed and left out."""
+    read: dict[str, Sequence[Record]] = {}
+    for file in files:
+        try:
+            read[f"data '{file}'"] = read_file(file)
+        except NoRecordsError as error:
+            if len(files) == 1:
+                raise
+            print(printable(f"{error}: left out"))
+    return read
+
+
 def read_named(name: str, path: pathlib.Path | None, split: str) -> Sequence[Record]:
     """Returns the records of a data set that is no file: of `DATASETS`, a hub, or a folder that `datasets` saved."""
     if path is not None:
+        if beside := [file for files in files_in(path)[0].values() for file in files]:
+            print(printable(f"data {path}: a folder that `datasets` has saved; left out are {named(path, beside)}"))
         return hubs.read_saved(path, split)
     if name in DATASETS:
         try:

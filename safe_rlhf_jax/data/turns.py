@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from safe_rlhf_jax.data.records import Message, Record, Unusable, brief
+from safe_rlhf_jax.data.records import TRUTHS, Message, Record, Unusable, brief
 
 # Fields that hold a list.
 LISTS = ("messages", "conversations", "completions", "turns", "history", "better_votes", "safer_votes")
@@ -16,10 +16,16 @@ WRITTEN_LIST = re.compile(r"\s*(array\()?[\[{]")
 WRITTEN_TURN = re.compile(r"""\s*(array\()?\[?\s*\{\s*['"](role|from|content|value)['"]\s*:""")
 SPEAKER_KEY = re.compile(r"""['"](role|from)['"]\s*:""")
 SPEAKER, SPOKEN = ("role", "from"), ("content", "value")  # keys of a turn
+TRAINED = ("weight", "train", "training", "loss")  # keys of a turn: false where it is not trained
+MEDIA = ("image", "images", "video", "videos", "audio", "audios")  # keys of a turn
 
-TURN = re.compile(r"\n\n(Human|Assistant):")
-ASKED = re.compile(r"\s*Human:.*\n\s*Assistant:|\n\n\s*Human:", re.DOTALL)  # how a prompt begins that is a transcript
-OPEN = re.compile(r"\bassistant:\s*$", re.IGNORECASE)  # how a prompt ends that has been written for a model
+TURN = re.compile(r"\r?\n\r?\n(Human|Assistant):")
+ASKED = re.compile(r"\s*Human:.*\n\s*Assistant:|\r?\n\r?\n\s*Human:", re.DOTALL)  # how a prompt begins: a transcript
+OPEN = re.compile(  # how a prompt ends that has been written for a model
+    r"(\bassistant:|### ?(response|assistant):|\[/INST\]|<\|assistant\|>|<\|im_start\|>assistant|<start_of_turn>model"
+    r"|<\|start_header_id\|>assistant<\|end_header_id\|>)\s*$",
+    re.IGNORECASE,
+)
 INNER = re.compile(r"^\s*(Human|Assistant):", re.MULTILINE)
 ROLES = {
     "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant",
@@ -82,12 +88,24 @@ def turn_of(turn: Message) -> Message:
     role = ROLES.get(str(speakers[0]).strip().lower()) if speakers else None
     if turn.get("tool_calls") or turn.get("function_call"):
         raise Unusable("a turn that calls tools")
+    if media := [name for name in MEDIA if turn.get(name)]:
+        raise Unusable(f"a turn with {media[0]}, and only text can be read")
     if role is None:
         raise Unusable(f"a turn is from {brief(speakers[0]) if speakers else 'nobody'}, neither human, gpt nor system")
-    content = turn.get("content") if turn.get("content") is not None else turn.get("value")
+    spoken = [turn[name] for name in SPOKEN if turn.get(name) is not None]
+    if len(spoken) > 1:
+        raise Unusable("a turn has both content and value")
     read = (*SPEAKER, *SPOKEN)
     more = {str(name): value for name, value in turn.items() if name not in read and value not in (None, [], {})}
-    return more | {"role": role, "content": joined(content)}
+    return more | weight_of(turn) | {"role": role, "content": joined(spoken[0] if spoken else None)}
+
+
+def weight_of(turn: Message) -> Message:
+    """Returns weight 0 for a turn that is not trained, in any spelling; a weight is 0 or 1."""
+    told = {name: TRUTHS.get(str(turn[name]).strip().lower()) for name in TRAINED if turn.get(name) is not None}
+    if "weight" in told and told["weight"] is None:
+        raise Unusable(f"a turn with weight {brief(turn['weight'])}, neither 0 nor 1")
+    return {"weight": 0} if 0 in told.values() else {}
 
 
 def joined(content: Any) -> Any:
@@ -160,7 +178,7 @@ def is_transcript(text: str) -> bool:
 
 def transcript_turns(text: str) -> list[Message]:
     r"""Returns the turns of a transcript, `\n\nHuman: … \n\nAssistant: …`."""
-    before, *rest = TURN.split("\n\n" + text.lstrip("\n"))
+    before, *rest = TURN.split("\n\n" + text.lstrip("\r\n"))
     if before.strip() or not rest:
         raise Unusable("no transcript of Human and Assistant turns")
     speakers, contents = rest[::2], rest[1::2]

@@ -169,6 +169,49 @@ def test_what_is_left_out_is_told_apart_from_what_is_skipped(shown):
     assert "left out 3: no response with the other label to the same prompt (first: " in out
 
 
+def test_columns_and_labels_that_are_not_read_are_shown(shown):
+    """Also where the data feeds something without them."""
+    records = [PAIR | {"better_response_id": "A", "score": 1}] * 2 + [PAIR | {"better_response_id": ""}]
+    status, out, _ = shown(records, "--kind", "cost")
+    assert status == 0
+    assert "  better_response_id is neither 0 nor 1, but 'A': 2\n" in out
+    assert "other columns: response_0_harm_category, response_0_severity_level, score\n" in out
+    status, out, _ = shown([*records, PAIR], "--kind", "reward", "--max-bad-records", "1")
+    assert out.count("neither 0 nor 1") == 1
+    assert "other columns" not in shown([{"prompt": "how", "response": "so ."}])[1]
+
+
+@pytest.mark.parametrize(
+    ("options", "part"),
+    [
+        (["--field", "prompt:question"], "--field prompt:question: write FIELD=COLUMN"),
+        (["--field", "prompt=question", "--field", "prompt=q2"], "'prompt' is named twice"),
+        (["--max-bad-records", "nan"], "a share from 0 to 1"),
+        (["--max-length", "0"], "a number of tokens above 0"),
+    ],
+)
+def test_option_that_cannot_be_meant_is_refused(options, part, capsys):
+    with pytest.raises(SystemExit):
+        main(["a.json", *options])
+    assert part in capsys.readouterr().err
+
+
+def test_what_is_no_setting_of_data_is_one_line(shown):
+    status, _, error = shown([PAIR], "--test-share", "2", "--limit", "0")
+    assert status == 1
+    assert error.startswith("error: test_share: Input should be less than 1 (value 2.0); limit: Input should")
+    assert error.count("\n") == 1
+
+
+def test_what_is_said_of_a_folder_is_said_once(tmp_path, capsys):
+    for name, record in (("a.json", {"prompt": "how"}), ("b.json", {"question": "how"})):
+        (tmp_path / name).write_text(json.dumps([record]))
+    assert main([str(tmp_path)]) == 1
+    out, error = capsys.readouterr()
+    assert out.count("split train is a.json, b.json") == 1
+    assert error.count("fit no known format") == 1
+
+
 @pytest.mark.parametrize("arguments", [[], ["a.json", "b.json"]])
 def test_command_line_that_names_no_data_or_two_is_refused(arguments, capsys):
     with pytest.raises(SystemExit) as error:

@@ -1,9 +1,11 @@
 """Folders and files as editors, spreadsheets, pandas and downloads leave them: read as meant, or refused by name."""
 
+import bz2
 import contextlib
 import gzip
 import io
 import json
+import lzma
 import os
 
 import pytest
@@ -70,6 +72,7 @@ def test_hidden_files_and_metadata_are_no_data_and_what_is_left_out_is_said(fold
         "no data: README.md, dataset_dict.json, dataset_infos.json, state.json, train.metadata.json and 1 more;" in out
     )
     assert "split test: test-00000-of-00001.jsonl" in out
+    assert f"data {path}: split train is more.CSV, train.jsonl; left out are " in out
     assert out.count("\n") == 1
     assert {file.name for file in data_files(str(path))} == {"train.jsonl", "more.CSV", "test-00000-of-00001.jsonl"}
 
@@ -87,6 +90,33 @@ def test_hidden_files_and_metadata_are_no_data_and_what_is_left_out_is_said(fold
 )  # fmt: skip
 def test_split_is_a_whole_word_of_a_name(tmp_path, name, split):
     assert split_of((tmp_path / name).relative_to(tmp_path)) == split
+
+
+def test_parts_that_are_missing_are_said(folder, capsys):
+    path = folder({"train-00001-of-00003.jsonl": lines(PAIRS[:2]), "train-00002-of-00003.jsonl": lines(PAIRS[2:])})
+    assert len(read_records(str(path))) == 6
+    assert "; of 3 parts of train there are 2\n" in capsys.readouterr().out
+    folder({"train-00000-of-00003.jsonl": lines(PAIRS[:1])})
+    assert len(read_records(str(path))) == 7
+    assert " parts of " not in capsys.readouterr().out
+
+
+def test_settings_beside_data_are_left_out_and_said_and_tables_in_other_forms_are_not(folder, capsys):
+    path = folder(
+        {"a.jsonl": lines(PAIRS), "stats.json": '{"rows": 6, "sizes": [1]}', "vocab.json": '{"a": 0}', "b.json": "{}"}
+    )
+    assert len(read_records(str(path))) == 6
+    out = capsys.readouterr().out
+    for name, keys in (("stats.json", "rows, sizes"), ("vocab.json", "a"), ("b.json", "")):
+        assert (
+            f"{name}: one object with the keys '{keys}'; wanted a list of objects, or an object per line: left out"
+            in out
+        )
+    with pytest.raises(ValueError, match="one object with the keys 'rows, sizes'"):
+        read_records(str(path / "stats.json"))
+    folder({"c.json": '{"prompt": ["a"], "response": ["b"]}'})
+    with pytest.raises(ValueError, match=r"c\.json: one object with the keys 'prompt, response'"):
+        read_records(str(path))
 
 
 def test_folder_of_one_split_is_said_where_another_is_asked_for(folder):
@@ -139,6 +169,15 @@ def test_name_that_is_no_text_stops_nothing(tmp_path):
 
 def test_folder_is_a_saved_data_set_only_with_its_tables(folder):
     assert len(read_records(str(folder({"a.jsonl": lines(PAIRS), "state.json": '{"step": 3}'})))) == 6
+
+
+def test_files_beside_a_saved_data_set_are_said(folder, capsys):
+    import datasets
+
+    path = folder({"more/a.jsonl": lines(PAIRS)})
+    datasets.Dataset.from_list(PAIRS[:2]).save_to_disk(path)
+    assert len(read_records(str(path))) == 2
+    assert "a folder that `datasets` has saved; left out are more/a.jsonl\n" in capsys.readouterr().out
 
 
 def test_class_of_a_hub_data_set_is_its_name_whatever_its_number(tmp_path):
@@ -219,7 +258,10 @@ def test_orients_of_pandas_other_than_records_are_refused_with_what_is_wanted(re
         ("a.csv", "prompt,response\na,b\n".encode("utf-16-le"), "no UTF-8 text, but perhaps UTF-16-LE"),
         ("a.csv", "prompt,response\né,b\n".encode("latin-1"), "line 2 is not UTF-8"),
         ("a.json", gzip.compress(b"[]", mtime=0), r"compressed with gzip; its name must end in \.gz"),
-        ("a.csv", b"PK\x03\x04rest", "a zip archive"),
+        ("a.csv", b"PK\x03\x04rest", "a zip archive, or a table of Excel"),
+        ("a.csv", b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "a table of Excel; save it as CSV"),
+        ("a.jsonl", bz2.compress(lines(PAIRS).encode()), "compressed with bzip2; unpack it"),
+        ("a.json", lzma.compress(lines(PAIRS).encode()), "compressed with xz; unpack it"),
         ("a.json", b"PAR1rest", r"Parquet; its name must end in \.parquet"),
         ("a.parquet", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "pointer of git-lfs"),
         ("a.jsonl", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "run `git lfs pull`"),
@@ -297,6 +339,21 @@ def test_place_of_a_row_is_the_line_where_it_begins(reads):
 def test_row_of_another_length_is_one_record_that_cannot_be_used(reads):
     records = reads("a.csv", "prompt,response\na,b\nc,d,e\nf,g\n")
     assert [record.get(UNUSABLE) for record in records] == [None, "3 values under 2 columns", None]
+
+
+def test_quotation_marks_behind_a_space_are_no_part_of_a_text(reads):
+    records = reads("a.csv", 'prompt,response\na,b\n"c", "d"\ne, f\n')
+    assert [record.get(UNUSABLE) for record in records] == [None, "a quotation mark behind a space", None]
+    assert records[2]["response"] == " f"
+    with pytest.raises(ValueError, match=r"line 2: a quotation mark behind a space; .* by commas alone"):
+        reads("b.csv", 'prompt, response\n"how, a", "so, b"\n"why, a", "no"\n')
+
+
+def test_rows_of_nothing_but_space_are_no_data(reads):
+    assert reads("a.csv", " \n\nprompt,response\na,b\n ,  \nc,d\n") == [
+        {"prompt": "a", "response": "b"},
+        {"prompt": "c", "response": "d"},
+    ]
 
 
 @pytest.mark.parametrize(

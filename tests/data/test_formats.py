@@ -5,7 +5,7 @@ import json
 import pytest
 
 from safe_rlhf_jax.data.examples import load_pairs, load_prompts, load_supervised
-from safe_rlhf_jax.data.formats import FORMATS, recognise
+from safe_rlhf_jax.data.formats import FORMATS, UNUSABLE, recognise
 from safe_rlhf_jax.data.sources import read_records
 from safe_rlhf_jax.data.templates import TEMPLATES
 from safe_rlhf_jax.data.tokenizer import load_tokenizer
@@ -85,6 +85,11 @@ SAMPLES = {
         "alpaca",
         {"instruction": "how", "input": "to", "output": "so .", "text": ""},
         {"sft": ("so .",)},
+    ),
+    "Alpaca, preference": (
+        "alpaca_preference",
+        {"instruction": "how", "input": "to", "chosen": "so .", "rejected": "no ."},
+        {"reward": ("so .", "no ."), "sft": ("so .",)},
     ),
     "ShareGPT": ("sharegpt", {"id": "1", "conversations": [HUMAN, GPT]}, {"sft": ("so .",)}),
     "ShareGPT preference": (
@@ -187,7 +192,7 @@ SAMPLES = {
     "own": ("demonstrations", {"prompt": "how", "response": "so ."}, {"sft": ("so .",)}),
 }
 PROMPTS = {
-    **dict.fromkeys(("Alpaca, input", "PandaLM"), "how to"), "TRL implicit, text": "how do i",
+    **dict.fromkeys(("Alpaca, input", "Alpaca, preference", "PandaLM"), "how to"), "TRL implicit, text": "how do i",
     **dict.fromkeys(("HH", "TRL preference, turns", "TRL implicit, turns", "TRL completion, turns"), DIALOGUE),
     "Alpaca, earlier turns": DIALOGUE,
 }  # fmt: skip
@@ -382,3 +387,74 @@ def test_named_format_wins_over_the_recognised_one(written):
     record = {"prompt": "a", "completion": "b", "response": "c"}
     assert read_records(written(record))[0]["response"] == "b"
     assert read_records(written(record), format="demonstrations")[0]["response"] == "c"
+
+
+@pytest.mark.parametrize("blank", [None, "", " ", "<noinput>", "<NoInput> "])
+def test_input_and_system_that_say_nothing_are_none(written, blank):
+    system = " " if blank else blank
+    (record,) = read_records(written({"instruction": "how", "input": blank, "output": "so .", "system": system}))
+    assert record == {"prompt": "how", "response": "so ."}
+
+
+@pytest.mark.parametrize("value", [0, False, {}, [], "nan", "NaN", "<NA>"])
+def test_input_that_is_no_text_or_what_pandas_writes_for_none_is_counted(written, value):
+    good = {"instruction": "how", "input": "", "output": "so ."}
+    read = read_records(written(good, good | {"input": value}))
+    assert [UNUSABLE in record for record in read] == [False, True]
+
+
+@pytest.mark.parametrize("field", ["prompt", "response"])
+def test_text_that_pandas_writes_for_a_missing_one_is_counted(written, field):
+    good = {"prompt": "how", "response": "so ."}
+    reason = f"{field} is 'nan', as pandas writes what is missing: 1"
+    with pytest.raises(ValueError, match=reason):
+        load("sft", read_records(written(good, good | {field: "nan"})), load_tokenizer("demo"))
+
+
+def test_prompt_is_not_guessed_from_two_texts_where_a_column_may_hold_it(written, tokenizer):
+    """As in Intel/orca_dpo_pairs."""
+    record = {"system": "", "question": "how", "chosen": "I think so .", "rejected": "I think no ."}
+    (read,) = read_records(written(record))
+    assert read[UNUSABLE] == "chosen and rejected beside 'question', which `fields` should name if it is the prompt"
+    (read,) = read_records(written(record), fields={"prompt": "question"})
+    assert (read["prompt"], read["response_0"]) == ("how", "I think so .")
+
+
+def test_conversations_beside_an_instruction_hold_the_prompt_themselves(written):
+    sides = {"chosen": [USER, ANSWER], "rejected": [USER, ANSWER | {"content": "no ."}]}
+    for beside in ("instruction", "question"):
+        (read,) = read_records(written({beside: "how"} | sides))
+        assert (read["prompt"], read["response_0"]) == ("how", "so .")
+
+
+def test_side_that_is_missing_is_called_so(written):
+    good = {"prompt": "how", "chosen": "so .", "rejected": "no ."}
+    assert read_records(written(good, good | {"chosen": None}))[1][UNUSABLE] == "chosen is missing"
+
+
+@pytest.mark.parametrize("unlabelled", [{}, {"label": None}])
+def test_completions_with_labels_are_no_demonstrations_though_some_lack_one(written, unlabelled):
+    labelled = {"prompt": "how", "completion": "no .", "label": False}
+    read = read_records(written({"prompt": "how", "completion": "so ."} | unlabelled, labelled))
+    assert not any("response" in record for record in read)
+    (read,) = read_records(written({"prompt": "how", "completion": "so ."} | unlabelled))
+    assert read["response"] == "so ."
+
+
+ANSWERS = [
+    {"prompt": "how", "completion": "so ."},
+    {"instruction": "how", "output": "so ."},
+    {"messages": [USER, ANSWER]},
+    {"conversations": [HUMAN, GPT]},
+]
+
+
+@pytest.mark.parametrize("answer", ANSWERS)
+def test_answer_that_is_labelled_unsafe_is_trained_in_no_format(written, tokenizer, answer):
+    read = read_records(written(answer | {"is_safe": True}, answer | {"is_safe": "unsafe"}))
+    data = load("sft", read, tokenizer)
+    assert len(data) == 1
+    assert data.left_out == {"the response is labelled unsafe": 1}
+    assert len(load("prompts", read, tokenizer)) == 2
+    with pytest.raises(ValueError, match="is_safe is neither true nor false, but 'maybe'"):
+        load("sft", read_records(written(answer, answer | {"is_safe": "maybe"})), tokenizer)

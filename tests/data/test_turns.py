@@ -95,6 +95,9 @@ REASONS = {
     "turns that do not alternate between user and assistant": [ANSWER, *CHAT],
     "the last turn is not the assistant's": [USER, ANSWER, USER],
     "a turn with weight 0, while all turns of the assistant are trained": [USER, ANSWER | {"weight": 0}],
+    "a turn with weight 0.5, neither 0 nor 1": [USER, ANSWER | {"weight": 0.5}],
+    "a turn has both content and value": [USER | {"value": "why"}, ANSWER],
+    "a turn with images, and only text can be read": [USER | {"images": ["a.png"]}, ANSWER],
     "half a character (a lone surrogate)": str([turn("user", "\ud83c"), ANSWER]).replace("\ud83c", "\\ud83c"),
 }
 
@@ -122,6 +125,16 @@ def test_odd_records_neither_stop_nor_merge_with_others(read, tokenizer, unique,
     assert sum(UNUSABLE in record for side in sides for record in side) >= 6
     opened = [str(record["messages"][0]["content"]) for side in sides for record in side if UNUSABLE not in record]
     assert set(opened) >= {f"how {c}" for c in "abcdef"}
+
+
+@pytest.mark.parametrize(
+    "told", [{"weight": "0.0"}, {"weight": False}, {"train": False}, {"training": "no"}, {"loss": 0}]
+)
+def test_turn_that_is_not_to_be_trained_is_counted_in_every_spelling(read, tokenizer, told):
+    data = load("sft", read([{"messages": [USER, ANSWER | told]}, {"messages": CHAT}]), tokenizer)
+    assert data.skipped == {"a turn with weight 0, while all turns of the assistant are trained": 1}
+    trained = [USER | {"loss": 0}, ANSWER | {"weight": 1.0, "train": True, "loss": 0.7}]
+    assert len(load("sft", read([{"messages": trained}]), tokenizer)) == 1
 
 
 # --- Turns written as text
@@ -198,6 +211,21 @@ def test_prompt_that_is_a_transcript_becomes_turns_in_every_format(read, prompt,
         assert read([{"prompt": prompt} | raw]) == [{"prompt": turns} | fields]
 
 
+def test_transcripts_of_windows_are_transcripts(read):
+    asked = "\r\n\r\nHuman: hi\r\n\r\nAssistant: yes ?\r\n\r\nHuman: how\r\n\r\nAssistant:"
+    pair = {"response_0": "so .", "response_1": "no .", "better_response_id": 0}
+    turns = {"prompt": [turn("user", "hi"), turn("assistant", "yes ?"), USER]}
+    assert read([{"chosen": asked + " so .", "rejected": asked + " no ."}]) == [turns | pair]
+    assert read([{"prompt": asked, "chosen": " so .", "rejected": " no ."}]) == [turns | pair]
+    assert UNUSABLE in read([{"prompt": asked, "response": "so .\r\n\r\nHuman: why"}])[0]
+
+
+def test_prompt_that_two_texts_share_is_no_transcript_in_silence(read):
+    asked = "Human: how\nAssistant: "
+    (record,) = read([{"chosen": asked + "so .", "rejected": asked + "no ."}])
+    assert record[UNUSABLE] == "prompt is a transcript whose turns are not divided by an empty line"
+
+
 def test_transcript_of_one_question_is_its_text(read):
     assert read([{"prompt": "\n\nHuman: how\n\nAssistant:"}]) == [{"prompt": "how"}]
     assert read([{"prompt": "\n\nHuman: how"}]) == [{"prompt": "how"}]
@@ -222,6 +250,12 @@ def test_sides_that_are_whole_transcripts_are_read_as_such(read):
         ("Human: how\nAssistant: so\nHuman: why\nAssistant:", "so .", "not divided by an empty line"),
         ("BEGINNING OF CONVERSATION: USER: how ASSISTANT:", "so .", "prompt ends with the opening of a response"),
         ("A chat.\n\nHuman: how\n\nAssistant:", "so .", "prompt ends with the opening of a response"),
+        ("### Instruction:\nhow\n\n### Response:\n", "so .", "prompt ends with the opening of a response"),
+        ("<|im_start|>user\nhow<|im_end|>\n<|im_start|>assistant\n", "so .", "the opening of a response"),
+        ("<start_of_turn>user\nhow<end_of_turn>\n<start_of_turn>model\n", "so .", "the opening of a response"),
+        ("<|start_header_id|>assistant<|end_header_id|>\n\n", "so .", "prompt ends with the opening of a response"),
+        ("<|user|>\nhow</s>\n<|assistant|>\n", "so .", "prompt ends with the opening of a response"),
+        ("[INST] how [/INST]", "so .", "prompt ends with the opening of a response"),
         ("\n\nHuman: how\n\nAssistant:", "so .\n\nHuman: why", "response goes on with further turns"),
     ],
 )
@@ -233,8 +267,11 @@ def test_transcript_that_cannot_be_read_is_counted(read, prompt, response, reaso
 
 @pytest.mark.parametrize(
     "text",
-    ["Human: what is it ?", "Is an assistant: a person ?", "Human rights", "Name the assistant", "a\n\nHuman: b"],
-)
+    [
+        "Human: what is it ?", "Is an assistant: a person ?", "Human rights", "Name the assistant", "a\n\nHuman: b",
+        "[INST] is what ?", "What is <|im_start|>assistant in a template ?", "### Response: yes or no ?",
+    ],
+)  # fmt: skip
 def test_prompt_that_speaks_of_humans_and_assistants_is_no_transcript(read, text):
     assert read([{"prompt": text}]) == [{"prompt": text}]
 
