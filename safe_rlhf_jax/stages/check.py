@@ -182,8 +182,8 @@ def check_folder(run: Run, where: str, stage: Any, field: str, reference: str) -
         i = different[0]
         raise ConfigError(
             f"{where} has another tokenizer than the run's {run.config.tokenizer!r}: {len(different)} ids differ, such "
-            f"as {i}, {theirs.texts.get(i)!r} there and {run.tokenizer.texts[i]!r} here. Policies, and the critics that "
-            "read their tokens, share one tokenizer; only reward and cost models may have one of their own"
+            f"as {i}, {theirs.texts.get(i)!r} there and {run.tokenizer.texts[i]!r} here. Policies, and the critics "
+            "that read their tokens, share one tokenizer; only reward and cost models may have one of their own"
         )
 
 
