@@ -134,12 +134,15 @@ def measure(spec: dict[str, Any], repeats: int, recompute: bool) -> Iterator[dic
         "peak_memory_bytes": peak_memory(),
         "first_step": {name: first[f"train/{name}"] for name in ("sampler_gap", "first_ratio_gap", "actor_loss")},
         "seconds": {"iteration": iteration},
+        # What the peak in the data sheet is for.
+        **({"mfu": total / iteration / chip.flops} if chip and config.dtype == "bfloat16" else {}),
     }
 
-    generate = jax.jit(lambda params: collect(networks, hp, params, prompts, key))
-    score = jax.jit(lambda state, rollout: score_rollout(networks, state, frozen, rollout, **options))
-    rollout = generate(box[0].actor.params)
-    scored = score(box[0], rollout)
+    # Networks are arguments: as constants they would be compiled into each program.
+    generate = jax.jit(lambda params, prompts: collect(networks, hp, params, prompts, key))
+    score = jax.jit(lambda state, frozen, rollout: score_rollout(networks, state, frozen, rollout, **options))
+    rollout = generate(box[0].actor.params, prompts)
+    scored = score(box[0], frozen, rollout)
     update = jax.jit(
         lambda state, scored: update_networks(
             networks, algorithm, hp, state, estimate_advantages(algorithm, hp, state, scored)[0], None, key
@@ -147,8 +150,8 @@ def measure(spec: dict[str, Any], repeats: int, recompute: bool) -> Iterator[dic
         donate_argnums=0,
     )
     phases = {
-        "generation": seconds(lambda: generate(box[0].actor.params), repeats),
-        "scoring": seconds(lambda: score(box[0], rollout), repeats),
+        "generation": seconds(lambda: generate(box[0].actor.params, prompts), repeats),
+        "scoring": seconds(lambda: score(box[0], frozen, rollout), repeats),
     }
 
     def run_update() -> Any:
@@ -171,8 +174,6 @@ def measure(spec: dict[str, Any], repeats: int, recompute: bool) -> Iterator[dic
         },
         "share_of_matmul_peak": total / iteration / peak,
     }
-    if chip and config.dtype == "bfloat16":  # what the peak in the data sheet is for
-        yield {"mfu": total / iteration / chip.flops}
     executed = flops | {"update": flops["update"] * (4 / 3 if config.remat == "full" else 1)}
     yield {"compiler": analyse(compiled, mesh_shape={}, devices=jax.devices()[:1], chip=chip, flops=executed)}
 
