@@ -173,8 +173,10 @@ def load_chat(options: argparse.Namespace) -> Chat:
 
     from safe_rlhf_jax import config as cfg
     from safe_rlhf_jax.inference.stream import Stream
-    from safe_rlhf_jax.pipeline import load_policy, load_scorer
+    from safe_rlhf_jax.models import hf
+    from safe_rlhf_jax.pipeline import Policy, load_policy, load_scorer
     from safe_rlhf_jax.stages.common import Run
+    from safe_rlhf_jax.stages.encoding import has_tokenizer
 
     run = Run(cfg.load_config(options.config), options.config) if options.config else None
     stages = {stage.name: stage for stage in run.config.stages} if run else {}
@@ -187,12 +189,16 @@ def load_chat(options: argparse.Namespace) -> Chat:
         return run.model_folder(name)
 
     def read_as(name: str) -> dict[str, Any]:
-        """A stage of the run reads as the run does; another model as its own folder says."""
-        if run is None or name not in stages:
-            return {"template": options.template, "dtype": options.dtype}
-        return {"template": options.template or run.template, "dtype": options.dtype, "tokenizer": run.tokenizer}
+        """A stage of the run reads as the run does; another model as its folder says, or else as the first policy."""
+        like: Any = run if run is not None and name in stages else None
+        if like is None and policies and not has_tokenizer(hf.resolve(name)):
+            like = policies[0]
+        own = {"template": options.template or like.template, "tokenizer": like.tokenizer} if like else {}
+        return {"template": options.template, "dtype": options.dtype} | own
 
-    policies = [load_policy(folder(name), **read_as(name)) for name in options.policies]
+    policies: list[Policy] = []
+    for name in options.policies:
+        policies.append(load_policy(folder(name), **read_as(name)))
     scorers = {}
     for signal in ("reward", "cost"):
         trained = [name for name, stage in stages.items() if stage.kind == signal and run and run.result(name)]

@@ -81,6 +81,8 @@ def run_config(path: str, overrides: Sequence[str]) -> None:
     run = Run(config, " ".join([path, *overrides]))
     stages.check_run(run)
     with processes.claimed(config.workdir):
+        if processes.is_main():
+            run.digests.save()
         for stage in config.stages:
             stages.run_stage(run, stage)
 

@@ -2,6 +2,7 @@ import io
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +13,7 @@ from safe_rlhf_jax.data.tokenizer import load_tokenizer
 from safe_rlhf_jax.models import hf
 from safe_rlhf_jax.ops import sequence_scores
 from tests.helpers import make_lm, make_scorer, perturbed, tiny_config
+from tests.tokenizers import make_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +79,29 @@ def test_score_is_the_scorers_own_at_the_last_token_of_the_answer(folders, token
     tokens = jnp.asarray([ids], jnp.int32)
     expected = sequence_scores(module, variables, tokens, jnp.ones_like(tokens, bool))[0]
     assert session.scorers["reward"].score_tokens([ids])[0] == pytest.approx(float(expected), abs=1e-5)
+
+
+def test_a_scorer_with_another_tokenizer_reads_the_text_in_its_own_way(folders, tmp_path):
+    template = (Path(__file__).parent / "data" / "chat_templates" / "chatml.jinja").read_text()
+    tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    own = make_tokenizer(tmp_path, tokens, "<|im_end|>", spaces=None, template=template)
+    module, variables = make_scorer("reward", tiny_config(vocab_size=own.vocab_size, max_positions=256))
+    hf.save(tmp_path, module, perturbed(variables), own.hf)
+    session = load(folders, "--reward", tmp_path)
+    session.say("hello", lambda: None)
+    (speaker,) = session.speakers
+    prompt, answer = speaker.history
+    ids = own.hf.apply_chat_template([prompt, answer | {"content": speaker.text}], return_dict=False)
+    ids = ids[: len(ids) - ids[::-1].index(own.hf.eos_token_id)]  # what a score is read behind
+    expected = sequence_scores(module, perturbed(variables), jnp.asarray([ids]), jnp.ones((1, len(ids)), bool))[0]
+    assert speaker.note.startswith(f"reward {float(expected):+.2f}")
+    assert session.scorers["reward"].tokenizer.vocab_size != speaker.policy.tokenizer.vocab_size
+
+
+def test_a_scorer_without_a_tokenizer_reads_as_the_policy_does(folders, tmp_path):
+    hf.save(tmp_path, *make_scorer("cost", hf.load(folders / "a")[0].config))
+    session = load(folders, "--cost", tmp_path)
+    assert session.scorers["cost"].reads_as(session.speakers[0].policy)
 
 
 def test_conversation_grows_and_is_forgotten(folders):
@@ -146,7 +171,7 @@ def test_a_stopped_answer_keeps_what_there_is(folders):
         raise KeyboardInterrupt
 
     session.say("hello", interrupt)
-    assert len(session.tokenizer.encode(session.speakers[0].text)) <= 2
+    assert len(session.speakers[0].policy.tokenizer.encode(session.speakers[0].text)) <= 2
 
 
 @pytest.mark.parametrize(

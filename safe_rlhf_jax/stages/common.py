@@ -34,7 +34,7 @@ from safe_rlhf_jax.sharding import (
     with_shardings,
 )
 from safe_rlhf_jax.stages.encoding import Encoding, exported_template, open_encodings
-from safe_rlhf_jax.stages.hashing import stage_hashes
+from safe_rlhf_jax.stages.hashing import DIGESTS, Digests, stage_hashes
 from safe_rlhf_jax.types import TrainState
 
 EVAL_BATCH = 128  # rows of a batch that is only read, rounded up to what the mesh divides
@@ -55,7 +55,8 @@ class Run:
         self.warnings: dict[str, list[str]] = {}  # by stage, said before it starts
         self.loaded: dict[tuple[str, ...], Examples] = {}  # by the check, waiting for their stages
         texts = [encoding.identity, {name: own.identity for name, own in self.own.items()}]
-        self.hashes = stage_hashes(config, texts)
+        self.digests = Digests(pathlib.Path(config.workdir) / DIGESTS)
+        self.hashes = stage_hashes(config, texts, self.digests)
 
     def encoding(self, reference: str) -> Encoding:
         """Returns how a model reads its texts: as the run does, or as it does itself."""

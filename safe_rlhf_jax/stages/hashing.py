@@ -14,10 +14,10 @@ from safe_rlhf_jax.models.folders import read_index
 from safe_rlhf_jax.processes import first_says, is_main
 
 MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")  # of a folder, that decide what it computes
-CACHE = ".digests.json"  # in the workdir: digests of large files, by path, size and time
+DIGESTS = ".digests.json"  # in the workdir: digests of large files, by path, size and time
 
 
-def stage_hashes(config: cfg.RunConfig, shared: Sequence[Any]) -> dict[str, str]:
+def stage_hashes(config: cfg.RunConfig, shared: Sequence[Any], files: "Digests") -> dict[str, str]:
     """Returns 12 hex digits for each stage: of its settings, data, models and `shared`; as the first process sees them.
 
     Settings that change no result (`Schema.unhashed`) are left out, and the mesh.
@@ -25,18 +25,17 @@ def stage_hashes(config: cfg.RunConfig, shared: Sequence[Any]) -> dict[str, str]
     Args:
         config: Of the run.
         shared: What all stages stand on beside seed and execution: tokenizer, template.
+        files: Digests of files.
     """
     names = [stage.name for stage in config.stages]
     hashes = dict.fromkeys(names, "0" * 12)
     if is_main():
-        files = Digests(pathlib.Path(config.workdir) / CACHE)
         for stage in config.stages:
             named = (*cfg.references(stage).values(), *cfg.multipliers(stage).values())
             upstream = [hashes[name] if name in hashes else model_identity(name, files) for name in named]
             data = {str(path): files.of(path) for part in datasets(stage) for path in data_files(part.name)}
             parts = (hashed(stage), config.seed, hashed(config.execution), *shared, data, upstream)
             hashes[stage.name] = config_hash(*parts)
-        files.save()
     found = first_says("".join(hashes.values()))
     return {name: found[12 * i : 12 * i + 12] for i, name in enumerate(names)}
 
