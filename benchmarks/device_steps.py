@@ -26,7 +26,7 @@ import yaml
 from benchmarks import attention as fused
 from benchmarks import rl_step
 from benchmarks.device import ROOT, STEPS
-from safe_rlhf_jax.analysis.chips import chip_of
+from safe_rlhf_jax.aot.chips import chip_of
 from safe_rlhf_jax.metrics import read_jsonl
 from safe_rlhf_jax.models import hf
 from safe_rlhf_jax.rl.rollout import score_rollout

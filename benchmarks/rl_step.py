@@ -27,9 +27,9 @@ import numpy as np
 import yaml
 from flax import linen as nn
 
-from safe_rlhf_jax.analysis.chips import chip_of
-from safe_rlhf_jax.analysis.flops import iteration_flops
-from safe_rlhf_jax.analysis.report import analyse, memory_of
+from safe_rlhf_jax.aot.chips import chip_of
+from safe_rlhf_jax.aot.flops import iteration_flops
+from safe_rlhf_jax.aot.roofline import analyse, memory_of
 from safe_rlhf_jax.models.config import ModelConfig, ScoreConfig
 from safe_rlhf_jax.models.transformer import CausalLM, ScoreModel
 from safe_rlhf_jax.optim import init_state, make_optimizer, multiplied

@@ -68,8 +68,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         config = load_config(options.config, options.overrides)
         devices = topology_devices(options.topology, options.slices)
-        from safe_rlhf_jax import search, tables
-        from safe_rlhf_jax.stages.ahead import compile_stage
+        from safe_rlhf_jax.aot import search, tables
+        from safe_rlhf_jax.aot.compile import compile_stage
 
         stages = training = [stage for stage in config.stages if isinstance(stage, TrainingStage)]
         if options.stage is not None:
@@ -132,7 +132,7 @@ def environment(devices: Sequence[Any]) -> dict[str, Any]:
 
     import jax
 
-    from safe_rlhf_jax.analysis.chips import chip_of
+    from safe_rlhf_jax.aot.chips import chip_of
 
     versions: dict[str, Any] = {"jax": jax.__version__, "cores": os.cpu_count()}
     if devices[0].platform == "tpu":

@@ -97,7 +97,7 @@ def use_of(options: argparse.Namespace, tokenizer: Any, template: Any) -> Use:
     import pydantic
 
     from safe_rlhf_jax import config as cfg
-    from safe_rlhf_jax.config_errors import explain_all
+    from safe_rlhf_jax.config.messages import explain_all
     from safe_rlhf_jax.stages.common import read_mixture
 
     fields = dict(pair.partition("=")[::2] for pair in options.field)

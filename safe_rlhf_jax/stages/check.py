@@ -10,13 +10,14 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from safe_rlhf_jax import config as cfg
-from safe_rlhf_jax.config_errors import ConfigError, nearest_divisors, nearest_multiples
+from safe_rlhf_jax.config.messages import nearest_divisors, nearest_multiples
 from safe_rlhf_jax.data import examples
 from safe_rlhf_jax.data.conversations import encode
 from safe_rlhf_jax.data.records import Unusable
 from safe_rlhf_jax.data.sources import demo_tokenizer_warning
 from safe_rlhf_jax.data.templates import PROBE
 from safe_rlhf_jax.data.tokenizer import load_tokenizer
+from safe_rlhf_jax.errors import ConfigError
 from safe_rlhf_jax.models import hf
 from safe_rlhf_jax.rl.algorithms import ALGORITHMS, as_scored
 from safe_rlhf_jax.rl.lagrange import combine_signals

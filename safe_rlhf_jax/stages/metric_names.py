@@ -7,13 +7,14 @@ import jax
 import numpy as np
 
 from safe_rlhf_jax import config as cfg
-from safe_rlhf_jax.config_errors import ConfigError, did_you_mean
+from safe_rlhf_jax.config.messages import did_you_mean
 from safe_rlhf_jax.data.examples import Examples, group_names
 from safe_rlhf_jax.data.loader import in_order
+from safe_rlhf_jax.errors import ConfigError
 from safe_rlhf_jax.evaluation.evaluate import collect_samples
 from safe_rlhf_jax.evaluation.statistics import summarize
-from safe_rlhf_jax.stages.abstract import abstract_twin, programs
 from safe_rlhf_jax.stages.common import Run, oracle_for
+from safe_rlhf_jax.stages.programs import abstract_twin, programs
 
 SCORES = ("mean", "std", "accuracy", "calibration_error")
 EVALUATED = {  # kind of a supervised stage -> what it measures on eval_data

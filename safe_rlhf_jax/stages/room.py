@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from safe_rlhf_jax import config as cfg
-from safe_rlhf_jax.config_errors import ConfigError
+from safe_rlhf_jax.errors import ConfigError
 from safe_rlhf_jax.models.config import ModelConfig
 from safe_rlhf_jax.models.transformer import CausalLM
 from safe_rlhf_jax.rl.algorithms import ALGORITHMS

@@ -9,13 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from safe_rlhf_jax import config as cfg
-from safe_rlhf_jax.config_errors import ConfigError
 from safe_rlhf_jax.data.examples import Examples, load_supervised
 from safe_rlhf_jax.data.formats import PART
 from safe_rlhf_jax.data.loader import Batches
 from safe_rlhf_jax.data.sources import mix
 from safe_rlhf_jax.data.templates import TEMPLATES
 from safe_rlhf_jax.data.tokenizer import load_tokenizer
+from safe_rlhf_jax.errors import ConfigError
 from safe_rlhf_jax.stages.common import described, read_mixture, weights
 from safe_rlhf_jax.types import PromptBatch
 

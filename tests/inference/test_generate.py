@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from safe_rlhf_jax import ops
-from safe_rlhf_jax.analysis.collectives import find_collectives
-from safe_rlhf_jax.analysis.hlo import Module
+from safe_rlhf_jax.aot.collectives import find_collectives
+from safe_rlhf_jax.aot.hlo import Module
 from safe_rlhf_jax.inference.generate import generate
 from safe_rlhf_jax.inference.sampling import Sampling
 from safe_rlhf_jax.models.transformer import CausalLM

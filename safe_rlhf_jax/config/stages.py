@@ -8,9 +8,9 @@ from typing import Annotated, ClassVar, Literal
 import pydantic
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-from safe_rlhf_jax.config_algorithm import AlgorithmConfig, Lagrange
-from safe_rlhf_jax.config_data import Mixture, ReadOnce, Schema, Share, Single
-from safe_rlhf_jax.config_sampling import OTHER_DISTRIBUTION, DualFields, Rounds
+from safe_rlhf_jax.config.algorithm import AlgorithmConfig, Lagrange
+from safe_rlhf_jax.config.data import Mixture, ReadOnce, Schema, Share, Single
+from safe_rlhf_jax.config.sampling import OTHER_DISTRIBUTION, DualFields, Rounds
 from safe_rlhf_jax.models.config import Layout
 
 

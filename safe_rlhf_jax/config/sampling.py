@@ -9,9 +9,9 @@ from typing import Any, ClassVar, Literal
 import pydantic
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 
-from safe_rlhf_jax.config_algorithm import CalibratedLimit, Lagrange
-from safe_rlhf_jax.config_data import Mixture, ReadOnce, Schema, Single, parts_of, source
-from safe_rlhf_jax.config_errors import did_you_mean
+from safe_rlhf_jax.config.algorithm import CalibratedLimit, Lagrange
+from safe_rlhf_jax.config.data import Mixture, ReadOnce, Schema, Single, parts_of, source
+from safe_rlhf_jax.config.messages import did_you_mean
 
 OTHER_DISTRIBUTION = dict.fromkeys(
     ("top_k", "top_p", "min_p", "repetition_penalty", "greedy", "do_sample"),

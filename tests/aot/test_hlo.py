@@ -13,14 +13,14 @@ import pytest
 
 from safe_rlhf_jax import config as cfg
 from safe_rlhf_jax import ops, sharding
-from safe_rlhf_jax.analysis import properties
-from safe_rlhf_jax.analysis.collectives import find_collectives
-from safe_rlhf_jax.analysis.hlo import Module
+from safe_rlhf_jax.aot import properties
+from safe_rlhf_jax.aot.collectives import find_collectives
+from safe_rlhf_jax.aot.hlo import Module
 from safe_rlhf_jax.compile import topology_devices
 from safe_rlhf_jax.models import layers
 from safe_rlhf_jax.models.config import PRESETS
 from safe_rlhf_jax.sharding import make_mesh, replicated
-from safe_rlhf_jax.stages.abstract import AbstractRun, programs
+from safe_rlhf_jax.stages.programs import AbstractRun, programs
 
 VOCAB, WIDTH, MLP, LAYERS, ROWS, PROMPT, RESPONSE = 4096, 256, 640, 12, 8, 128, 256
 PROBE = {

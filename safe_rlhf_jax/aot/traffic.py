@@ -3,7 +3,7 @@
 import math
 from collections import defaultdict
 
-from safe_rlhf_jax.analysis.hlo import Array, Executed, Instruction, Module
+from safe_rlhf_jax.aot.hlo import Array, Executed, Instruction, Module
 
 # They name memory, or run other instructions that are counted themselves.
 FREE = {

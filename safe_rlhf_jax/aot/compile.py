@@ -7,15 +7,15 @@ from typing import Any
 import jax
 
 from safe_rlhf_jax import config as cfg
-from safe_rlhf_jax.analysis.chips import chip_of
-from safe_rlhf_jax.analysis.flops import forward_flops, iteration_flops
-from safe_rlhf_jax.analysis.report import analyse, exhausted_memory
+from safe_rlhf_jax.aot.chips import chip_of
+from safe_rlhf_jax.aot.flops import forward_flops, iteration_flops
+from safe_rlhf_jax.aot.roofline import analyse, exhausted_memory
 from safe_rlhf_jax.rl.algorithms import ALGORITHMS
 from safe_rlhf_jax.sharding import make_mesh
-from safe_rlhf_jax.stages.abstract import AbstractRun, Program, programs
 from safe_rlhf_jax.stages.check import check_divides
 from safe_rlhf_jax.stages.common import Run, model_config
 from safe_rlhf_jax.stages.constraints import constraints_of
+from safe_rlhf_jax.stages.programs import AbstractRun, Program, programs
 
 PARTS = {
     "iteration": ("generation", "scoring", "update"),

@@ -3,8 +3,8 @@
 import math
 from collections.abc import Iterable, Sequence
 
-from safe_rlhf_jax.analysis.collectives import Collective
-from safe_rlhf_jax.analysis.hlo import Instruction, Module
+from safe_rlhf_jax.aot.collectives import Collective
+from safe_rlhf_jax.aot.hlo import Instruction, Module
 
 HOST = ("infeed", "outfeed", "send", "recv", "send-done", "recv-done")
 

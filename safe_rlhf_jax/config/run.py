@@ -1,57 +1,27 @@
-"""The schema of a config file, and `load_config`.
-
-Defaults live in the schemas (here, `config_stages`, `config_algorithm`, `config_data`), with unit and source; a YAML
-holds what differs.
-"""
+"""Schema of a run: its stages, and what one stage says of another."""
 
 import datetime
-import pathlib
-from collections.abc import Callable, Collection, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 import pydantic
-import yaml
 from pydantic import Field, NonNegativeInt
 
-from safe_rlhf_jax.config_algorithm import AlgorithmConfig as AlgorithmConfig
-from safe_rlhf_jax.config_algorithm import CalibratedLimit as CalibratedLimit
-from safe_rlhf_jax.config_algorithm import KLConfig as KLConfig
-from safe_rlhf_jax.config_algorithm import Lagrange as Lagrange
-from safe_rlhf_jax.config_algorithm import PIDConfig as PIDConfig
-from safe_rlhf_jax.config_data import (
-    TEMPLATE_NAMES,
-    Data,
-    Mixture,
-    Schema,
-    Share,
-    check_held_out,
-    is_set,
-    parts_of,
-    written,
+from safe_rlhf_jax.config.data import TEMPLATE_NAMES, Schema, Share, check_held_out
+from safe_rlhf_jax.config.messages import did_you_mean, nearest_multiples
+from safe_rlhf_jax.config.sampling import check_best_of, check_multipliers
+from safe_rlhf_jax.config.stages import (
+    CostStage,
+    DPOStage,
+    DualStage,
+    EvaluateStage,
+    MergeStage,
+    RejectionStage,
+    RewardStage,
+    RLStage,
+    SFTStage,
+    SupervisedStage,
 )
-from safe_rlhf_jax.config_errors import ConfigError, did_you_mean, explain_all, nearest_multiples
-from safe_rlhf_jax.config_sampling import SampledPrompts as SampledPrompts
-from safe_rlhf_jax.config_sampling import check_best_of, check_multipliers
-from safe_rlhf_jax.config_sampling import multipliers as multipliers
-from safe_rlhf_jax.config_stages import CostStage as CostStage
-from safe_rlhf_jax.config_stages import DPOStage as DPOStage
-from safe_rlhf_jax.config_stages import DualStage as DualStage
-from safe_rlhf_jax.config_stages import EvaluateStage as EvaluateStage
-from safe_rlhf_jax.config_stages import MergeStage as MergeStage
-from safe_rlhf_jax.config_stages import OptimizerConfig as OptimizerConfig
-from safe_rlhf_jax.config_stages import PreferenceStage as PreferenceStage
-from safe_rlhf_jax.config_stages import RejectionStage as RejectionStage
-from safe_rlhf_jax.config_stages import RewardStage as RewardStage
-from safe_rlhf_jax.config_stages import RLStage as RLStage
-from safe_rlhf_jax.config_stages import SFTStage as SFTStage
-from safe_rlhf_jax.config_stages import StageBase as StageBase
-from safe_rlhf_jax.config_stages import SupervisedStage as SupervisedStage
-from safe_rlhf_jax.config_stages import TrainingStage as TrainingStage
 from safe_rlhf_jax.models.config import PRESETS, RematPolicy
-
-__all__ = [
-    "ConfigError", "Data", "Mixture", "RunConfig", "Schema", "Share", "Stage", "is_set", "load_config", "parts_of",
-]  # fmt: skip
 
 
 class Mesh(Schema):
@@ -200,87 +170,3 @@ def check_divides(where: str, stage: Any) -> None:
                 raise ValueError(f"{where}: algorithm.{field}.{name} needs group_field, which holds the group")
     if stage.algorithm.ptx_coeff > 0 and stage.ptx is None:
         raise ValueError(f"{where}: algorithm.ptx_coeff {stage.algorithm.ptx_coeff} needs ptx data")
-
-
-def load_config(path: str | pathlib.Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Reads a YAML config, applies `dotted.key=value` overrides, and validates the whole.
-
-    Args:
-        path: The file.
-        overrides: Such as `stages.1.algorithm.lagrange.lr=0.05`; stages by index or name, values are YAML.
-
-    Raises:
-        ConfigError: Names the field, the value and the nearest valid key.
-    """
-    file = pathlib.Path(path)
-    if not file.is_file():
-        near = sorted(str(p) for p in pathlib.Path("configs").glob("**/*.yaml"))
-        raise ConfigError(f"--config {path}: no such file; configs here: {', '.join(near) or 'none'}")
-    try:
-        tree = yaml.safe_load(file.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not valid YAML: {error}") from error
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: a config is a mapping of keys, not {type(tree).__name__}")
-    for override in overrides:
-        apply_override(tree, override)
-    try:
-        return RunConfig.model_validate(tree)
-    except pydantic.ValidationError as error:
-        raise ConfigError(f"{path}: {explain_all(RunConfig, error.errors())}") from None
-
-
-def apply_override(tree: dict[str, Any], override: str) -> None:
-    """Sets one dotted key in the raw tree.
-
-    Raises:
-        ConfigError: If it is not `key=value`, or a path leads nowhere.
-    """
-    key, equals, text = override.partition("=")
-    if not equals:
-        raise ConfigError(f"override {override!r}: write dotted.key=value")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"override {override!r}: the value is not valid YAML: {error}") from error
-    node: Any = tree
-    *parents, last = key.split(".")
-    for part in parents:
-        if isinstance(node, list):
-            node = node[list_index(node, part, override)]
-        elif isinstance(node, dict):
-            node = node.setdefault(part, {})
-        else:
-            raise ConfigError(f"override {override!r}: {part!r} lies below a plain value")
-    if isinstance(node, list):
-        node[list_index(node, last, override)] = value
-    elif isinstance(node, dict):
-        node[last] = value
-    else:
-        raise ConfigError(f"override {override!r}: {last!r} lies below a plain value")
-
-
-def list_index(items: list[Any], part: str, override: str) -> int:
-    """Returns the index of a list entry given as a number or by its `name`."""
-    names = [item.get("name") if isinstance(item, dict) else None for item in items]
-    if part.isdigit() and int(part) < len(items):
-        return int(part)
-    if part in names:
-        return names.index(part)
-    raise ConfigError(f"override {override!r}: {part!r} is neither an index below {len(items)} nor one of {names}")
-
-
-def dump(run: RunConfig, stage: StageBase, idle: Callable[[Any], Collection[str]] = lambda _: ()) -> str:
-    """Returns a YAML config of the run up to this stage; running it again changes nothing.
-
-    Defaults are written out, but for settings that would change nothing: those are refused where they are given.
-
-    Args:
-        run: The config.
-        stage: The last stage of what is returned.
-        idle: stage -> dotted settings that its algorithm has no use for.
-    """
-    stages = run.stages[: [s.name for s in run.stages].index(stage.name) + 1]
-    tree = written(run) | {"stages": [written(one, idle(one)) for one in stages]}
-    text: str = yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
-    return text

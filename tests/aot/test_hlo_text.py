@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from safe_rlhf_jax.analysis.collectives import axes_of, find_collectives, first_group
-from safe_rlhf_jax.analysis.hlo import Module, parse_instruction
-from safe_rlhf_jax.analysis.traffic import hbm_bytes
+from safe_rlhf_jax.aot.collectives import axes_of, find_collectives, first_group
+from safe_rlhf_jax.aot.hlo import Module, parse_instruction
+from safe_rlhf_jax.aot.traffic import hbm_bytes
 from safe_rlhf_jax.sharding import make_mesh
 
 ROUNDS = 5

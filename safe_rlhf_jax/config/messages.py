@@ -7,10 +7,6 @@ from typing import Any, get_args
 import pydantic
 
 
-class ConfigError(ValueError):
-    """A config that cannot run; the message names the field, the value and the fix."""
-
-
 def did_you_mean(word: str, words: Iterable[str], prefix: str = "") -> str:
     """Returns "; did you mean …?" with the nearest of `words`, or nothing where none is near."""
     nearest = difflib.get_close_matches(word, list(words), 1)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from safe_rlhf_jax.analysis.hlo import Array, Instruction, Module
+from safe_rlhf_jax.aot.hlo import Array, Instruction, Module
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
 CHANNEL = re.compile(r"channel_id=(\d+)")

@@ -12,12 +12,12 @@ from typing import Any
 import jax
 
 from safe_rlhf_jax import config as cfg
-from safe_rlhf_jax.analysis.chips import chip_of
-from safe_rlhf_jax.config_errors import ConfigError
+from safe_rlhf_jax.aot.chips import chip_of
+from safe_rlhf_jax.aot.compile import compile_stage
+from safe_rlhf_jax.errors import ConfigError
 from safe_rlhf_jax.sharding import make_mesh
-from safe_rlhf_jax.stages.abstract import AbstractRun, argument_bytes
-from safe_rlhf_jax.stages.ahead import compile_stage
 from safe_rlhf_jax.stages.check import check_divides
+from safe_rlhf_jax.stages.programs import AbstractRun, argument_bytes
 
 REMATS = ("none", "dots", "full")  # from the fastest to the smallest
 MESHES = 4  # of those whose parameters fit, so many are tried for an advice

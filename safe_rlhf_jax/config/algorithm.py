@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import pydantic
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-from safe_rlhf_jax.config_data import Schema, Share, Single
+from safe_rlhf_jax.config.data import Schema, Share, Single
 
 ScheduleName = Literal["constant", "linear", "cosine", "hold_linear"]
 

@@ -14,22 +14,21 @@ import yaml
 
 from safe_rlhf_jax import compile as compile_command
 from safe_rlhf_jax import config as cfg
-from safe_rlhf_jax import search
-from safe_rlhf_jax.analysis import chips
-from safe_rlhf_jax.analysis.flops import forward_flops
+from safe_rlhf_jax.aot import chips, search
+from safe_rlhf_jax.aot.compile import step_flops
+from safe_rlhf_jax.aot.flops import forward_flops
 from safe_rlhf_jax.config import load_config
 from safe_rlhf_jax.sharding import make_mesh
-from safe_rlhf_jax.stages.abstract import AbstractRun, programs
-from safe_rlhf_jax.stages.ahead import step_flops
 from safe_rlhf_jax.stages.common import Run, model_config, open_model
 from safe_rlhf_jax.stages.host_signals import open_scorers
+from safe_rlhf_jax.stages.programs import AbstractRun, programs
 from safe_rlhf_jax.stages.reinforcement import build_networks, hyperparameters
 from safe_rlhf_jax.stages.rejection import build_fine_tuning
 from safe_rlhf_jax.stages.sampling import sampler_of
 from safe_rlhf_jax.stages.supervised import build_supervised
 
-ROOT = Path(__file__).parent.parent
-MINI = Path(__file__).parent / "configs" / "mini.yaml"
+ROOT = Path(__file__).parent.parent.parent
+MINI = Path(__file__).parent.parent / "configs" / "mini.yaml"
 MEBI = 2**20
 
 

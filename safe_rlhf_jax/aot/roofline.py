@@ -4,10 +4,10 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from safe_rlhf_jax.analysis.chips import Chip, ring_rate
-from safe_rlhf_jax.analysis.collectives import Collective, find_collectives
-from safe_rlhf_jax.analysis.hlo import Module
-from safe_rlhf_jax.analysis.traffic import hbm_bytes
+from safe_rlhf_jax.aot.chips import Chip, ring_rate
+from safe_rlhf_jax.aot.collectives import Collective, find_collectives
+from safe_rlhf_jax.aot.hlo import Module
+from safe_rlhf_jax.aot.traffic import hbm_bytes
 
 PHASES = ("generation", "scoring", "update")  # scopes of an iteration; a program without them is one phase
 UNITS = {"": 1, "B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}

@@ -16,8 +16,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from safe_rlhf_jax import config as cfg
-from safe_rlhf_jax.config_errors import ConfigError, did_you_mean
+from safe_rlhf_jax.config.messages import did_you_mean
 from safe_rlhf_jax.data.tokenizer import Tokenizer, load_tokenizer
+from safe_rlhf_jax.errors import ConfigError
 from safe_rlhf_jax.models.config import PRESETS
 from safe_rlhf_jax.rl.algorithms import ALGORITHMS
 from safe_rlhf_jax.sharding import batch_sharding, with_shardings

@@ -2,7 +2,7 @@
 
 import pytest
 
-from safe_rlhf_jax.analysis.report import exhausted_memory
+from safe_rlhf_jax.aot.roofline import exhausted_memory
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,98 @@
+"""A config file, with overrides, as a `RunConfig`; and back."""
+
+import pathlib
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+import pydantic
+import yaml
+
+from safe_rlhf_jax.config.data import written
+from safe_rlhf_jax.config.messages import explain_all
+from safe_rlhf_jax.config.run import RunConfig
+from safe_rlhf_jax.config.stages import StageBase
+from safe_rlhf_jax.errors import ConfigError
+
+
+def load_config(path: str | pathlib.Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Reads a YAML config, applies `dotted.key=value` overrides, and validates the whole.
+
+    Args:
+        path: The file.
+        overrides: Such as `stages.1.algorithm.lagrange.lr=0.05`; stages by index or name, values are YAML.
+
+    Raises:
+        ConfigError: Names the field, the value and the nearest valid key.
+    """
+    file = pathlib.Path(path)
+    if not file.is_file():
+        near = sorted(str(p) for p in pathlib.Path("configs").glob("**/*.yaml"))
+        raise ConfigError(f"--config {path}: no such file; configs here: {', '.join(near) or 'none'}")
+    try:
+        tree = yaml.safe_load(file.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: a config is a mapping of keys, not {type(tree).__name__}")
+    for override in overrides:
+        apply_override(tree, override)
+    try:
+        return RunConfig.model_validate(tree)
+    except pydantic.ValidationError as error:
+        raise ConfigError(f"{path}: {explain_all(RunConfig, error.errors())}") from None
+
+
+def apply_override(tree: dict[str, Any], override: str) -> None:
+    """Sets one dotted key in the raw tree.
+
+    Raises:
+        ConfigError: If it is not `key=value`, or a path leads nowhere.
+    """
+    key, equals, text = override.partition("=")
+    if not equals:
+        raise ConfigError(f"override {override!r}: write dotted.key=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {override!r}: the value is not valid YAML: {error}") from error
+    node: Any = tree
+    *parents, last = key.split(".")
+    for part in parents:
+        if isinstance(node, list):
+            node = node[list_index(node, part, override)]
+        elif isinstance(node, dict):
+            node = node.setdefault(part, {})
+        else:
+            raise ConfigError(f"override {override!r}: {part!r} lies below a plain value")
+    if isinstance(node, list):
+        node[list_index(node, last, override)] = value
+    elif isinstance(node, dict):
+        node[last] = value
+    else:
+        raise ConfigError(f"override {override!r}: {last!r} lies below a plain value")
+
+
+def list_index(items: list[Any], part: str, override: str) -> int:
+    """Returns the index of a list entry given as a number or by its `name`."""
+    names = [item.get("name") if isinstance(item, dict) else None for item in items]
+    if part.isdigit() and int(part) < len(items):
+        return int(part)
+    if part in names:
+        return names.index(part)
+    raise ConfigError(f"override {override!r}: {part!r} is neither an index below {len(items)} nor one of {names}")
+
+
+def dump(run: RunConfig, stage: StageBase, idle: Callable[[Any], Collection[str]] = lambda _: ()) -> str:
+    """Returns a YAML config of the run up to this stage; running it again changes nothing.
+
+    Defaults are written out, but for settings that would change nothing: those are refused where they are given.
+
+    Args:
+        run: The config.
+        stage: The last stage of what is returned.
+        idle: stage -> dotted settings that its algorithm has no use for.
+    """
+    stages = run.stages[: [s.name for s in run.stages].index(stage.name) + 1]
+    tree = written(run) | {"stages": [written(one, idle(one)) for one in stages]}
+    text: str = yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
+    return text
