@@ -13,11 +13,11 @@ import jax
 
 from safe_rlhf_jax import config as cfg
 from safe_rlhf_jax.aot.chips import chip_of
-from safe_rlhf_jax.aot.compile import compile_stage
+from safe_rlhf_jax.aot.compile import argument_bytes, compile_stage
+from safe_rlhf_jax.aot.run import AbstractRun
 from safe_rlhf_jax.errors import ConfigError
 from safe_rlhf_jax.sharding import make_mesh
 from safe_rlhf_jax.stages.check import check_divides
-from safe_rlhf_jax.stages.programs import AbstractRun, argument_bytes
 
 REMATS = ("none", "dots", "full")  # from the fastest to the smallest
 MESHES = 4  # of those whose parameters fit, so many are tried for an advice
@@ -106,7 +106,7 @@ def variants(
     if chip is not None:
         run = AbstractRun(config.model_copy(update={"mesh": mesh}), make_mesh(sizes(mesh), devices))
         capacity, held = chip.hbm, held_bytes(run, stage)
-    for gather in (True, False) if config.execution.gather_to_decode and stage.kind == "rl" else (False,):
+    for gather in (True, False) if config.execution.gather_to_decode and generates(stage) else (False,):
         below = math.inf
         for remat in remats:
             execution = config.execution.model_copy(update={"remat": remat, "gather_to_decode": gather})
@@ -123,11 +123,15 @@ def variants(
     return found
 
 
+def generates(stage: cfg.StageBase) -> bool:
+    """Says whether a stage writes responses."""
+    return any(use.generates for use in stage.models().values())
+
+
 def microbatch_counts(stage: Any, mesh: cfg.Mesh) -> list[int]:
     """Returns the microbatches that a batch divides into: the stage's own number, and powers of two times it."""
-    rows = stage.batch_size * (stage.responses_per_prompt if stage.kind == "rl" else 1)
-    shards = mesh.data * mesh.fsdp * (stage.algorithm.minibatches if stage.kind == "rl" else 1)
-    return [n for n in (stage.microbatches * 2**i for i in range(20)) if rows % (shards * n) == 0]
+    shards = mesh.data * mesh.fsdp * stage.minibatches
+    return [n for n in (stage.microbatches * 2**i for i in range(20)) if stage.rows % (shards * n) == 0]
 
 
 def fewest_microbatches(
@@ -170,7 +174,7 @@ def attempt(config: cfg.RunConfig, stage: Any, devices: Sequence[jax.Device], mi
     total = max(program["memory"]["total"] for program in report["programs"])
     overrides = [f"mesh.{axis}={size}" for axis, size in config.mesh.model_dump().items()]
     overrides += [f"execution.remat={config.execution.remat}", f"stages.{stage.name}.microbatches={microbatches}"]
-    if stage.kind == "rl":
+    if generates(stage):
         overrides.append(f"execution.gather_to_decode={str(config.execution.gather_to_decode).lower()}")
     outcome = f"{total / 2**30:.2f} GiB{'' if report['fits'] else ', too much'}"
     print(f"  {' '.join(overrides)}: {outcome} ({time.monotonic() - started:.0f} s)", file=sys.stderr, flush=True)

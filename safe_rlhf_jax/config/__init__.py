@@ -4,32 +4,28 @@ Defaults live in the schemas, with unit and source; a YAML file holds what diffe
 """
 
 from safe_rlhf_jax.config.algorithm import AlgorithmConfig, CalibratedLimit, KLConfig, Lagrange, PIDConfig
+from safe_rlhf_jax.config.base import OptimizerConfig, StageBase, TrainingStage
 from safe_rlhf_jax.config.data import Data, Mixture, Schema, Share, is_set, parts_of
 from safe_rlhf_jax.config.loading import dump, load_config
-from safe_rlhf_jax.config.run import Execution, Mesh, RunConfig, Stage, references
-from safe_rlhf_jax.config.sampling import SampledPrompts, multipliers
-from safe_rlhf_jax.config.stages import (
+from safe_rlhf_jax.config.run import Execution, Mesh, RunConfig, Stage
+from safe_rlhf_jax.config.sampled import DualStage, EvaluateStage, RejectionStage, RLStage
+from safe_rlhf_jax.config.sampling import SampledPrompts
+from safe_rlhf_jax.config.supervised import (
     CostStage,
     DPOStage,
-    DualStage,
-    EvaluateStage,
     MergeStage,
-    OptimizerConfig,
     PreferenceStage,
-    RejectionStage,
     RewardStage,
-    RLStage,
     SFTStage,
-    StageBase,
     SupervisedStage,
-    TrainingStage,
 )
+from safe_rlhf_jax.config.uses import DataUse, ModelUse
 from safe_rlhf_jax.errors import ConfigError
 
 __all__ = [
-    "AlgorithmConfig", "CalibratedLimit", "ConfigError", "CostStage", "DPOStage", "Data", "DualStage", "EvaluateStage",
-    "Execution", "KLConfig", "Lagrange", "MergeStage", "Mesh", "Mixture", "OptimizerConfig", "PIDConfig",
-    "PreferenceStage", "RLStage", "RejectionStage", "RewardStage", "RunConfig", "SFTStage", "SampledPrompts", "Schema",
-    "Share", "Stage", "StageBase", "SupervisedStage", "TrainingStage", "dump", "is_set", "load_config", "multipliers",
-    "parts_of", "references",
+    "AlgorithmConfig", "CalibratedLimit", "ConfigError", "CostStage", "DPOStage", "Data", "DataUse", "DualStage",
+    "EvaluateStage", "Execution", "KLConfig", "Lagrange", "MergeStage", "Mesh", "Mixture", "ModelUse",
+    "OptimizerConfig", "PIDConfig", "PreferenceStage", "RLStage", "RejectionStage", "RewardStage", "RunConfig",
+    "SFTStage", "SampledPrompts", "Schema", "Share", "Stage", "StageBase", "SupervisedStage", "TrainingStage", "dump",
+    "is_set", "load_config", "parts_of",
 ]  # fmt: skip

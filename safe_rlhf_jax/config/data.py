@@ -99,22 +99,3 @@ def source(name: str) -> str:
     bare = re.sub(r":\d*\.?\d+(/\d+)?$", "", name)
     path = os.path.expanduser(bare)
     return os.path.realpath(path) if os.path.exists(path) else bare
-
-
-def check_held_out(where: str, stage: Any) -> None:
-    """Data that one stage trains on and evaluates on is split in one place."""
-    for train, test in (("data", "eval_data"), ("prompts", "eval_prompts")):
-        for data in parts_of(getattr(stage, train, None)):
-            for held_out in parts_of(getattr(stage, test, None)):
-                if source(data.name) != source(held_out.name):
-                    continue
-                if data.test_share != held_out.test_share:
-                    raise ValueError(
-                        f"{where}: {train} and {test} read {data.name!r} with test_share {data.test_share} and "
-                        f"{held_out.test_share}; with one test_share no prompt is in both"
-                    )
-                if data.test_share is not None and data.split == held_out.split:
-                    raise ValueError(
-                        f"{where}: {train} and {test} both read the split {data.split!r} of {data.name!r}; the part "
-                        "that test_share holds out is split: test"
-                    )

@@ -7,10 +7,10 @@ from typing import Any
 import pydantic
 import yaml
 
+from safe_rlhf_jax.config.base import StageBase
 from safe_rlhf_jax.config.data import written
 from safe_rlhf_jax.config.messages import explain_all
 from safe_rlhf_jax.config.run import RunConfig
-from safe_rlhf_jax.config.stages import StageBase
 from safe_rlhf_jax.errors import ConfigError
 
 

@@ -3,7 +3,7 @@
 Sources: [llama2] Touvron et al. 2023, arXiv 2307.09288, section 3.2.3; [MoCAN] Huang et al. 2024, arXiv 2405.19544.
 """
 
-from collections.abc import Sequence
+import dataclasses
 from typing import Any, ClassVar, Literal
 
 import pydantic
@@ -11,7 +11,7 @@ from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 
 from safe_rlhf_jax.config.algorithm import CalibratedLimit, Lagrange
 from safe_rlhf_jax.config.data import Mixture, ReadOnce, Schema, Single, parts_of, source
-from safe_rlhf_jax.config.messages import did_you_mean
+from safe_rlhf_jax.config.uses import DataUse, ModelUse, scorer
 
 OTHER_DISTRIBUTION = dict.fromkeys(
     ("top_k", "top_p", "min_p", "repetition_penalty", "greedy", "do_sample"),
@@ -67,6 +67,32 @@ class SampledPrompts(Schema):
             return {}
         return {"cost": Lagrange(cost_limit=self.cost_limit, constrained_groups=self.constrained_groups)}
 
+    def limit_field(self, signal: str, name: str) -> str:
+        """Returns where a setting of the limit stands."""
+        del signal  # there is one
+        return name
+
+    def models(self) -> dict[str, ModelUse]:
+        """Returns the models that score, by field."""
+        found = {"reward_model": scorer(self.reward_model, "reward")}
+        return found | ({"cost_model": scorer(self.cost_model, "cost")} if self.cost_model else {})
+
+    def datasets(self) -> dict[str, DataUse]:
+        """Returns the prompts that are answered, and what a limit is calibrated on, by field."""
+        prompts = DataUse(self.prompts, "prompts", self.max_prompt_length, "sample")
+        return {"prompts": prompts} | calibrations(self, self.max_prompt_length + self.max_response_length)
+
+
+def calibrations(stage: Any, max_length: int) -> dict[str, DataUse]:
+    """Returns the labelled data that the limits of a stage are calibrated on, by field."""
+    return {
+        f"{stage.limit_field(signal, 'cost_limit')}.data": DataUse(
+            one.cost_limit.data, "cost", max_length, "calibrate", signal=signal
+        )
+        for signal, one in stage.limits.items()
+        if isinstance(one.cost_limit, CalibratedLimit)
+    }
+
 
 class Rounds(SampledPrompts):
     """Rejection sampling: choose the best feasible response, train on it, and again from the new policy."""
@@ -78,6 +104,16 @@ class Rounds(SampledPrompts):
     eval_prompts: Single | None = None
     epochs: PositiveFloat = 1.0  # passes over them, in each round
     batch_size: PositiveInt = 32  # responses per optimizer step
+
+    def datasets(self) -> dict[str, DataUse]:
+        """Returns the prompts that are answered and trained on, and those that are held out, by field."""
+        drawn = dataclasses.replace(
+            super().datasets()["prompts"], role="train", rows=self.batch_size, at_most=self.prompts_per_round
+        )
+        found = super().datasets() | {"prompts": drawn}
+        if self.eval_prompts is not None:
+            found["eval_prompts"] = DataUse(self.eval_prompts, "prompts", self.max_prompt_length, "evaluate")
+        return found
 
 
 class DualFields(SampledPrompts):
@@ -92,37 +128,6 @@ class DualFields(SampledPrompts):
     target: Literal["safe_rlhf", "plain"] = "safe_rlhf"  # KL in both signals (ppo_lag, rloo_lag); R − λC (p3o_lag)
     max_multiplier: PositiveFloat = 5.0  # λ* beyond it is cut off there
     seed: NonNegativeInt | None = None  # the run's seed by default
-
-
-def multipliers(stage: Any) -> dict[str, str]:
-    """Returns {field: dual stage whose multiplier is a λ at the start} of a stage."""
-    if stage.kind != "rl":
-        return {}
-    constraints = {"lagrange": stage.algorithm.lagrange}
-    constraints |= {f"constraints.{name}": one for name, one in stage.algorithm.constraints.items()}
-    return {f"algorithm.{field}.init": one.init for field, one in constraints.items() if isinstance(one.init, str)}
-
-
-def check_multipliers(where: str, stage: Any, earlier: Sequence[Any]) -> None:
-    """A λ at the start is a number or an earlier dual stage's, and that stage solves the same constraint."""
-    duals = {other.name: other for other in earlier if other.kind == "dual"}
-    for field, name in multipliers(stage).items():
-        if name not in duals:
-            raise ValueError(
-                f"{where}: {field} names {name!r}, which is no earlier stage of kind dual ({sorted(duals)}); give a "
-                f"number or such a stage{did_you_mean(name, duals)}"
-            )
-        constraint = field.split(".")[2] if field.startswith("algorithm.constraints.") else None
-        model = stage.cost_models.get(constraint) if constraint else stage.cost_model
-        lagrange = stage.algorithm.constraints[constraint] if constraint else stage.algorithm.lagrange
-        for what, (theirs, ours) in problems(duals[name], stage, model, lagrange).items():
-            if theirs != ours:
-                raise ValueError(
-                    f"{where}: {field} names {name!r}, whose {what} is {theirs!r}, but here it is {ours!r}: λ* would "
-                    "be that of another problem"
-                )
-        if lagrange.measure != "mean" or lagrange.group_limits is not None:
-            raise ValueError(f"{where}: {field} names {name!r}, which solves one limit of the mean cost, not this one")
 
 
 def problems(dual: Any, stage: Any, cost_model: str | None, lagrange: Lagrange) -> dict[str, tuple[Any, Any]]:
@@ -146,16 +151,3 @@ def prompt_sources(stage: Any) -> list[tuple[Any, ...]]:
     parts = parts_of(stage.prompts)
     found = [(source(part.name), part.split, part.test_share, part.format, part.fields, part.weight) for part in parts]
     return found if len(parts) == 1 else [(part.name, part.limit, *one) for part, one in zip(parts, found, strict=True)]
-
-
-def check_best_of(where: str, stage: Any) -> None:
-    """`best_of` names policies of the stage, with responses to choose among."""
-    if stage.kind != "evaluate":
-        return
-    for name, number in stage.best_of.items():
-        if name not in stage.policies:
-            raise ValueError(f"{where}: best_of names {name!r}, which is none of its policies {list(stage.policies)}")
-        if number < 2:
-            raise ValueError(f"{where}: best_of.{name} {number}: must be 2 or more, there is nothing to choose")
-    if stage.best_of_cost_limit is not None and not stage.best_of:
-        raise ValueError(f"{where}: best_of_cost_limit {stage.best_of_cost_limit} needs best_of")

@@ -1,47 +1,27 @@
 """Stages: from a config to something the loop can run. The only part that knows both config and code.
 
-`STAGES` maps the kind of a stage to the function that runs it; each leaves `result.json` in its folder, and those that
-train leave `export/`.
+`KINDS` (kinds.py) has a record for each kind of stage; each stage leaves `result.json` in its folder, and those that
+make a model leave `export/`.
 """
 
 import itertools
 import json
 import pathlib
 import time
-from collections.abc import Callable
-from typing import Any
 
 import jax
 
 from safe_rlhf_jax import config as cfg
 from safe_rlhf_jax.processes import any_process, barrier, is_main
-from safe_rlhf_jax.stages.check import check_run, idle_settings
+from safe_rlhf_jax.stages.check import check_run
 from safe_rlhf_jax.stages.common import Run
-from safe_rlhf_jax.stages.direct import run_merge
-from safe_rlhf_jax.stages.dual import run_dual
-from safe_rlhf_jax.stages.evaluation import run_evaluation
 from safe_rlhf_jax.stages.health import warn_of_scorers
-from safe_rlhf_jax.stages.reinforcement import run_reinforcement
-from safe_rlhf_jax.stages.rejection import run_rejection
-from safe_rlhf_jax.stages.supervised import run_supervised
+from safe_rlhf_jax.stages.kinds import KINDS, kind_of
 
-__all__ = ["STAGES", "Run", "check_run", "run_stage"]
-
-# kind -> (run, stage config, folder) -> what goes into result.json
-STAGES: dict[str, Callable[..., dict[str, Any]]] = {
-    "sft": run_supervised,
-    "reward": run_supervised,
-    "cost": run_supervised,
-    "dpo": run_supervised,
-    "merge": run_merge,
-    "rl": run_reinforcement,
-    "rejection_sampling": run_rejection,
-    "dual": run_dual,
-    "evaluate": run_evaluation,
-}
+__all__ = ["KINDS", "Run", "check_run", "run_stage"]
 
 
-def run_stage(run: Run, stage: Any) -> None:
+def run_stage(run: Run, stage: cfg.StageBase) -> None:
     """Runs one stage, or skips it when it is finished with an unchanged config.
 
     A folder that holds the stage with another config is moved aside, never overwritten.
@@ -57,7 +37,7 @@ def run_stage(run: Run, stage: Any) -> None:
     warn_of_scorers(run, stage)
     started = time.monotonic()
     with jax.set_mesh(run.mesh):
-        result = STAGES[stage.kind](run, stage, folder)
+        result = kind_of(stage).run(run, stage, folder)
     seconds = time.monotonic() - started
     result |= {"config_hash": run.hashes[stage.name], "kind": stage.kind, "seconds": seconds}
     result |= {"warnings": run.warnings.get(stage.name, [])}
@@ -65,11 +45,11 @@ def run_stage(run: Run, stage: Any) -> None:
         partial = folder / "result.json.partial"
         partial.write_text(json.dumps(result, indent=2) + "\n")
         partial.rename(folder / "result.json")
-    shown = result["metrics"] if stage.kind != "evaluate" else {}  # its table has been shown
+    shown = result["metrics"] if stage.makes is not None else {}  # what makes no model has shown its figures
     print(f"{stage.name}: done in {seconds:.0f} s" + "".join(f"; {k} {v:.4g}" for k, v in shown.items()))
 
 
-def prepare(run: Run, stage: Any, folder: pathlib.Path) -> None:
+def prepare(run: Run, stage: cfg.StageBase, folder: pathlib.Path) -> None:
     """Makes the folder of a stage, with what identifies it; one that holds another config is moved aside."""
     mark = folder / "config_hash"
     if mark.is_file() and mark.read_text() != run.hashes[stage.name]:
@@ -78,7 +58,7 @@ def prepare(run: Run, stage: Any, folder: pathlib.Path) -> None:
         print(f"{stage.name}: the config has changed; the earlier result is kept in {aside}")
     folder.mkdir(parents=True, exist_ok=True)
     mark.write_text(run.hashes[stage.name])
-    (folder / "config.yaml").write_text(cfg.dump(run.config, stage, idle_settings))
+    (folder / "config.yaml").write_text(cfg.dump(run.config, stage, lambda one: kind_of(one).idle(one)))
 
 
 def unused(path: pathlib.Path) -> pathlib.Path:

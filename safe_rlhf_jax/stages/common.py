@@ -1,17 +1,11 @@
 """What stages share: the run, opening networks, making states, compiling steps, exporting."""
 
 import contextlib
-import dataclasses
 import functools
 import json
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal
-
-import jax
-import jax.numpy as jnp
-import optax
-from flax import linen as nn
+from typing import Any
 
 from safe_rlhf_jax import config as cfg
 from safe_rlhf_jax.data import demo
@@ -20,21 +14,16 @@ from safe_rlhf_jax.data.formats import Record
 from safe_rlhf_jax.data.loader import Batches
 from safe_rlhf_jax.data.sources import mix, read_records
 from safe_rlhf_jax.models import hf
-from safe_rlhf_jax.models.config import PRESETS, Layout, ModelConfig, ScoreConfig, ScoreType
-from safe_rlhf_jax.models.transformer import CausalLM, ScoreModel
-from safe_rlhf_jax.optim import init_state, make_optimizer, multiplied, schedule
+from safe_rlhf_jax.models.config import Layout
 from safe_rlhf_jax.sharding import (
     fetch,
-    init_sharded,
     make_mesh,
-    named_shardings,
     process_share,
-    replicated,
     shard_batch,
-    with_shardings,
 )
 from safe_rlhf_jax.stages.encoding import Encoding, exported_template, open_encodings
 from safe_rlhf_jax.stages.hashing import DIGESTS, Digests, stage_hashes
+from safe_rlhf_jax.stages.networks import Weights
 from safe_rlhf_jax.types import TrainState
 
 EVAL_BATCH = 128  # rows of a batch that is only read, rounded up to what the mesh divides
@@ -42,8 +31,6 @@ EVAL_BATCH = 128  # rows of a batch that is only read, rounded up to what the me
 
 class Run:
     """What the stages of a run share: config, tokenizer, mesh and folders."""
-
-    abstract = False  # True in a run that is only compiled: its arrays are shapes with shardings
 
     def __init__(self, config: cfg.RunConfig, config_path: str = "FILE"):
         self.config = config
@@ -53,6 +40,7 @@ class Run:
         self.tokenizer.hf.chat_template = exported_template(encoding)
         self.mesh = make_mesh((config.mesh.data, config.mesh.fsdp, config.mesh.tensor))
         self.warnings: dict[str, list[str]] = {}  # by stage, said before it starts
+        self.networks = Weights(self)
         self.loaded: dict[tuple[str, ...], Examples] = {}  # by the check, waiting for their stages
         texts = [encoding.identity, {name: own.identity for name, own in self.own.items()}]
         self.digests = Digests(pathlib.Path(config.workdir) / DIGESTS)
@@ -148,138 +136,9 @@ def weights(data: cfg.Mixture) -> list[float] | None:
     return [weight for weight in given if weight is not None] if len(given) > 1 and None not in given else None
 
 
-def new_config(run: Run, preset: str) -> ModelConfig:
-    """Returns the configuration of a preset for the run's tokenizer."""
-    sizes: dict[str, Any] = {"vocab_size": run.tokenizer.vocab_size} | PRESETS[preset]
-    return with_execution(run, ModelConfig(**sizes))
-
-
-def with_execution(run: Run, config: ModelConfig) -> ModelConfig:
-    """Returns a model's configuration with the run's way of running it, and without tokens that it does not have."""
-    execution, unused = run.config.execution, run.tokenizer.holes(config.vocab_size)
-    return dataclasses.replace(config, **execution.model_dump(), unused_rows=unused)
-
-
-def open_model(
-    run: Run, reference: str, head: Literal["lm", "score"], *, score: ScoreConfig | None = None,
-    score_type: ScoreType | None = None, seed: int = 0,
-) -> tuple[Any, dict[str, Any]]:  # fmt: skip
-    """Returns a network and its variables, in their shards, from a preset, a folder, a hub id or an earlier stage.
-
-    Args:
-        run: The run.
-        reference: As in `init_from`.
-        head: Which head.
-        score: How the scores of a model that is to be trained are normalised; by default as stored.
-        score_type: Reads the scores as those of another kind (a reward model as a critic).
-        seed: Of random initialisation.
-
-    Raises:
-        ValueError: If scores are to be used as they are, and the folder holds no head or scores of another kind.
-    """
-    if reference.startswith("preset:") or run.abstract:
-        config = with_execution(run, model_config(run, reference))
-        score = score or ScoreConfig(score_type or "reward")
-        module: Any = CausalLM(config) if head == "lm" else ScoreModel(config, score)
-        if run.abstract:
-            boxed = jax.eval_shape(lambda: initializer(module)(jax.random.key(0)))
-            return module, with_shardings(nn.unbox(boxed), named_shardings(boxed, run.mesh))
-        variables = init_sharded(initializer(module), run.mesh, jax.random.key(seed))
-        return module, variables
-    module, variables = hf.load(
-        run.model_folder(reference),
-        head,
-        score_type=score.score_type if score else score_type,
-        score_bias=score.bias if score else None,
-        as_stored=head == "score" and score is None and score_type != "critic",
-        scan_layers=run.config.execution.scan_layers,
-        seed=seed,
-        mesh=run.mesh,
-    )
-    module = module.clone(config=with_execution(run, module.config))
-    if score is not None:
-        module = module.clone(score=dataclasses.replace(score, bias=module.score.bias))
-    return module, variables
-
-
-def model_config(run: Run, reference: str) -> ModelConfig:
-    """Returns the configuration of a model, also of one that an earlier stage has yet to make."""
-    prefix, _, rest = reference.partition(":")
-    if rest and prefix == "preset":
-        return new_config(run, rest)
-    for stage in run.config.stages:
-        if stage.name == reference and isinstance(stage, cfg.TrainingStage | cfg.MergeStage):
-            return model_config(run, stage.init_from)
-    folder = run.model_folder(reference)
-    if run.abstract and run.config.assume and not pathlib.Path(folder).expanduser().is_dir():
-        return new_config(run, run.config.assume)
-    return hf.stored_config(hf.resolve(folder))
-
-
 def read_length(run: Run, reference: str, length: int) -> int:
     """Returns the tokens that a scorer reads of a text: `length` of the run's; of its own as many as it can."""
-    return model_config(run, reference).max_positions if reference in run.own else length
-
-
-def initializer(module: Any) -> Callable[[jax.Array], Any]:
-    """Returns init(key) -> variables with axis boxes."""
-    tokens = jnp.zeros((1, 2), jnp.int32)
-    return lambda key: module.init(key, tokens, tokens == 0)
-
-
-def start_state(
-    run: Run, module: Any, variables: dict[str, Any], optimizer: optax.GradientTransformation
-) -> TrainState:
-    """Returns the state of a network before its first step; optimizer moments are sharded like the parameters."""
-
-    def boxed(key: jax.Array) -> TrainState:
-        return init(initializer(module)(key))
-
-    def init(v: Any) -> TrainState:
-        return init_state(v["params"], optimizer, v.get("stats", {}))
-
-    shapes = jax.eval_shape(lambda: boxed(jax.random.key(0)))
-    shardings = named_shardings(shapes, run.mesh)
-    if run.abstract:
-        abstract: TrainState = with_shardings(nn.unbox(shapes), shardings)
-        return abstract
-    state: TrainState = jax.jit(init, out_shardings=shardings)(nn.unbox(variables))
-    return state
-
-
-def replicate(run: Run, make: Callable[[], Any]) -> Any:
-    """Returns `make()`, whole on every device."""
-    sharding = replicated(run.mesh)
-    if run.abstract:
-        shapes = jax.eval_shape(make)
-        return with_shardings(shapes, jax.tree.map(lambda _: sharding, shapes))
-    return jax.device_put(make(), sharding)
-
-
-def only_read(run: Run, params: Any) -> Any:
-    """Returns parameters that no step changes, matrices in the dtype that they are multiplied in."""
-
-    def cast(tree: Any) -> Any:
-        return multiplied(tree, run.config.execution.dtype)
-
-    if run.abstract:
-        return with_shardings(jax.eval_shape(cast, params), jax.tree.map(lambda x: x.sharding, params))
-    return cast(params)
-
-
-def jit_step(step: Callable[..., Any], state: Any, mesh: Any) -> Callable[..., Any]:
-    """Compiles a step with the state donated and its shardings pinned, so that the second call does not recompile."""
-    shardings = jax.tree.map(lambda x: x.sharding, state)
-    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated(mesh)))
-
-
-def optimizer_of(config: cfg.OptimizerConfig, total_steps: int) -> optax.GradientTransformation:
-    """Returns the optimizer of a config."""
-    rate = schedule(config.schedule, lr=config.lr, warmup_ratio=config.warmup_ratio, total_steps=total_steps)
-    return make_optimizer(
-        rate, weight_decay=config.weight_decay, b1=config.b1, b2=config.b2, eps=config.eps,
-        max_grad_norm=config.max_grad_norm,
-    )  # fmt: skip
+    return run.networks.config(reference).max_positions if reference in run.own else length
 
 
 def export(run: Run, folder: pathlib.Path, module: Any, state: TrainState, layout: Layout | None = None) -> None:

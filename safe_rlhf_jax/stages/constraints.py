@@ -1,6 +1,7 @@
 """Constraints between config and step: limits chosen and checked, groups of prompts, windows and multipliers."""
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from safe_rlhf_jax import config as cfg
@@ -12,7 +13,9 @@ from safe_rlhf_jax.optim import schedule
 from safe_rlhf_jax.rl.algorithms import ALGORITHMS
 from safe_rlhf_jax.rl.constraints import MEAN, Constraint, Measure, by_group, rectified, tail
 from safe_rlhf_jax.rl.lagrange import LOG, PROJECTED, Multiplier, pid_multiplier
-from safe_rlhf_jax.stages.common import Run, described, handed_on, open_model, read_length, report_data
+from safe_rlhf_jax.stages.common import Run, described, read_length, report_data
+from safe_rlhf_jax.stages.datasets import stored
+from safe_rlhf_jax.stages.small_data import data_warnings
 
 LEAST_LOG_MULTIPLIER = 0.01  # where a dual stage finds that no multiplier is needed, log λ starts here
 
@@ -22,29 +25,17 @@ Limited = cfg.RLStage | cfg.RejectionStage | cfg.DualStage  # stages with limits
 
 def constraints_of(stage: Limited) -> dict[str, cfg.Lagrange]:
     """Returns {cost signal: its constraint}; nothing for an algorithm without constraints."""
-    if isinstance(stage, cfg.RLStage) and not ALGORITHMS[stage.algorithm.name].constrained:
-        return {}
-    return stage.limits
-
-
-def field_of(stage: Limited, name: str, signal: str) -> str:
-    """Returns where a setting of a constraint stands in a stage's config."""
-    of = "lagrange" if signal == "cost" else f"constraints.{signal.removeprefix('cost/')}"
-    return f"algorithm.{of}.{name}" if isinstance(stage, cfg.RLStage) else name
+    algorithm = getattr(stage, "algorithm", None)
+    return stage.limits if algorithm is None or ALGORITHMS[algorithm.name].constrained else {}
 
 
 def initial_multiplier(run: Run, lagrange: cfg.Lagrange) -> float:
     """Returns λ at the start, that of a dual stage where `init` names one, within the bounds of this constraint."""
     if not isinstance(lagrange.init, str):
         return lagrange.init
-    if run.abstract:
-        return 1.0
-    result = run.result(lagrange.init)
-    if result is None:
-        raise cfg.ConfigError(f"algorithm.lagrange.init: stage {lagrange.init!r} is not finished; run it first")
     floor = LEAST_LOG_MULTIPLIER if lagrange.multiplier == "log" else 0.0
     low, high = max(lagrange.min_multiplier or 0.0, floor), lagrange.max_multiplier or float("inf")
-    found = float(result["multiplier"])
+    found = run.networks.multiplier(lagrange.init)
     used = min(max(found, low), high)
     note = "" if used == found else f", moved to {used:.4g}, within [{low:.4g}, {high:.4g}]"
     print(f"multiplier at the start: {found:.4g} of stage {lagrange.init}{note}")
@@ -100,13 +91,13 @@ def cost_limits(run: Run, stage: Limited, signal: str) -> tuple[tuple[float, ...
 
 def limit_field(stage: Limited, signal: str) -> str:
     """Returns the setting that holds the limit of a cost."""
-    return field_of(stage, "cost_limit" if stage.limits[signal].group_limits is None else "group_limits", signal)
+    return stage.limit_field(signal, "cost_limit" if stage.limits[signal].group_limits is None else "group_limits")
 
 
 def labelled_costs(run: Run, stage: Limited, signal: str, data: examples.Examples) -> dict[str, list[float]]:
     """Returns a cost model's scores of labelled responses, {safe, unsafe}."""
     report_data(f"{stage.name}: cost_limit", data)
-    module, variables = open_model(run, stage.scorers[signal], "score", score_type="cost")
+    module, variables = run.networks.open(stage.scorers[signal], "score", score_type="cost")
     score = evaluate.make_score(module)
     batches = in_order(data, run.eval_batch)
     out = evaluate.evaluate_pairs(lambda texts: run.get(score(variables, run.put(texts))), batches)
@@ -131,7 +122,8 @@ def labelled_data(run: Run, stage: Limited, signal: str) -> examples.Examples | 
         return None
     records = paired(named_records(run, stage, signal, data))
     if len(labels_of(records, "is_response_0_safe", "is_response_1_safe")) == 2:
-        pairs = load_labelled(run, stage, data, signal)
+        load = functools.partial(load_labelled, data=data, signal=signal)
+        pairs = stored(run, stage, f"labelled by {signal}", load)
         if len({*pairs.arrays.safer_is_safe.tolist(), *pairs.arrays.unsafer_is_safe.tolist()}) == 2:
             return pairs
     on = f" on {', '.join(lagrange.named)} prompts" if lagrange.named else ""
@@ -150,12 +142,12 @@ def labelled_data(run: Run, stage: Limited, signal: str) -> examples.Examples | 
     return None
 
 
-@handed_on
-def load_labelled(run: Run, stage: Limited, data: cfg.Mixture, signal: str) -> examples.Examples:
+def load_labelled(run: Run, stage: Limited, field: str, *, data: cfg.Mixture, signal: str) -> examples.Examples:
     """Returns labelled pairs on prompts that a constraint names.
 
     The data that a cost model is evaluated on is read as there: its stage has judged how much of it can be used.
     """
+    del field  # it may be another stage's
     cost: Any = next((other for other in run.config.stages if other.name == stage.scorers[signal]), None)
     own = cost is None or data != cost.eval_data
     length = stage.max_prompt_length + stage.max_response_length if own else cost.max_length
@@ -196,9 +188,22 @@ def check_groups(stage: Limited, groups: tuple[str, ...]) -> None:
         if unknown:
             field = "constrained_groups" if lagrange.group_limits is None else "group_limits"
             raise cfg.ConfigError(
-                f"{stage.name}: {field_of(stage, field, signal)} names {unknown}, but {stage.group_field!r} of the "
+                f"{stage.name}: {stage.limit_field(signal, field)} names {unknown}, but {stage.group_field!r} of the "
                 f"prompts that can be used has {list(groups)}"
             )
+
+
+def check_constraints(run: Run, stage: Limited, loaded: Mapping[str, examples.Examples]) -> None:
+    """The prompts that are left have the groups that limits name, and there is labelled data to calibrate limits on."""
+    constraints = constraints_of(stage)
+    if constraints:
+        check_groups(stage, examples.group_names(loaded["prompts"].records, stage.group_field))
+    for signal, lagrange in constraints.items():
+        data = labelled_data(run, stage, signal)
+        if isinstance(lagrange.cost_limit, cfg.CalibratedLimit) and data is not None:
+            field = f"{stage.limit_field(signal, 'cost_limit')}.data"
+            for warning in data_warnings(stage, field, stage.datasets()[field], data):
+                run.warn(stage.name, warning)
 
 
 def measure_of(lagrange: cfg.Lagrange) -> Measure:

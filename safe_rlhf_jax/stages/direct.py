@@ -21,22 +21,25 @@ from safe_rlhf_jax.evaluation import evaluate
 from safe_rlhf_jax.models import hf
 from safe_rlhf_jax.models.transformer import CausalLM
 from safe_rlhf_jax.optim import gradient_step
-from safe_rlhf_jax.stages.common import Run, export_errors, open_model, read_length
+from safe_rlhf_jax.stages.common import Run, export_errors, read_length
+from safe_rlhf_jax.stages.datasets import load_records
+from safe_rlhf_jax.stages.kind import Kind
+from safe_rlhf_jax.stages.programs import array, one_side
+from safe_rlhf_jax.stages.supervised import Task, supervised_kind
 from safe_rlhf_jax.types import Params, PreferenceBatch, TrainState
 
 LEFT_OUT = "both responses are unsafe"
 
 
-def load_direct(run: Run, stage: cfg.DPOStage, data: cfg.Mixture, shared: dict[str, Any]) -> examples.Examples:
+def load_direct(run: Run, stage: cfg.DPOStage, field: str) -> examples.Examples:
     """Returns the pairs of a DPO stage, chosen and rejected by its labels; `lagrangian` has yet to rank them."""
-    records: Sequence[Record] = run.records(data)
+    records: Sequence[Record] = run.records(stage.datasets()[field].data)
     left_out = 0
     if stage.preference == "safe_helpfulness":
         records, left_out = safe_first(records)
-    safety = stage.preference == "harmlessness"
-    pairs = examples.load_pairs(records, run.template, run.tokenizer, safety=safety, **shared)
+    pairs = load_records(run, stage, field, records)
     arrays = pairs.arrays
-    if safety:
+    if stage.reads == "cost":
         arrays = PreferenceBatch(arrays.safer, arrays.unsafer)
     if stage.safety_margin:
         unsafe = np.array([sum(safety_labels(record)) == 1 for record in pairs.records])
@@ -68,18 +71,18 @@ def safe_first(records: Sequence[Record]) -> tuple[list[Record], int]:
 
 
 def rank_by_models(run: Run, stage: cfg.DPOStage, pairs: examples.Examples) -> examples.Examples:
-    """Returns pairs whose chosen response has the higher R − λC by the reward and the cost model of the stage.
+    """Returns pairs, with `lagrangian` those whose chosen response has the higher R − λC by the models of the stage.
 
     Source: Liu et al. 2024 (arXiv 2403.02475, C-DPO), which samples the label from σ of the difference; here it is the
     sign, as with `label_smoothing` 0.
     """
+    if stage.preference != "lagrangian":
+        return pairs
     values = np.zeros((2, len(pairs)), np.float32)
     for kind, model, weight in (("reward", stage.reward_model, 1.0), ("cost", stage.cost_model, -stage.multiplier)):
-        module, variables = open_model(run, str(model), "score", score_type=kind)  # type: ignore[arg-type]
-        score, batches = (
-            evaluate.make_score(module),
-            in_order(as_read_by(run, stage, str(model), pairs), run.eval_batch),
-        )
+        module, variables = run.networks.open(str(model), "score", score_type=kind)  # type: ignore[arg-type]
+        score = evaluate.make_score(module)
+        batches = in_order(as_read_by(run, stage, str(model), pairs), run.eval_batch)
         for side, name in enumerate(("chosen", "rejected")):
             parts = [
                 run.get(score(variables, run.put(getattr(batch, name))))[:valid]  # type: ignore[index]
@@ -128,6 +131,20 @@ def direct_step(stage: cfg.DPOStage, module: CausalLM, optimizer: optax.Gradient
     return step
 
 
+def reference_of(run: Run, stage: cfg.DPOStage, variables: dict[str, Any]) -> Params:
+    """Returns the parameters of the policy that KL is measured from."""
+    if stage.reference not in (None, stage.init_from):
+        variables = run.networks.open(str(stage.reference), "lm")[1]
+    return run.networks.only_read(variables["params"])
+
+
+def direct_batch(stage: cfg.DPOStage) -> PreferenceBatch:
+    """Returns a batch at its full length, without contents."""
+    margin = array(stage.batch_size, dtype=jnp.float32) if stage.safety_margin else None
+    one = one_side(stage.batch_size, stage.max_length)
+    return PreferenceBatch(one, one, margin)
+
+
 def loss_options(stage: cfg.DPOStage) -> dict[str, Any]:
     """Returns the scalars of a stage's loss."""
     return {"beta": stage.beta, "label_smoothing": stage.label_smoothing, "squared": stage.loss == "ipo"}
@@ -160,10 +177,28 @@ def run_merge(run: Run, stage: cfg.MergeStage, folder: pathlib.Path) -> dict[str
 
     Source: Wachi et al. 2024 (arXiv 2404.11049), P-SACPO, after Wortsman et al. 2022 (arXiv 2203.05482).
     """
-    module, first = open_model(run, stage.init_from, "lm")
-    _, second = open_model(run, stage.other, "lm")
+    module, first = run.networks.open(stage.init_from, "lm")
+    _, second = run.networks.open(stage.other, "lm")
     w = stage.weight
     params = jax.tree.map(lambda a, b: (1 - w) * a + w * b, first["params"], second["params"])
     with export_errors(folder / "export"):
         hf.save(folder / "export", module, {"params": params}, run.tokenizer.hf, ends=run.ends)
     return {"metrics": {}}
+
+
+DPO = supervised_kind(
+    cfg.DPOStage,
+    Task(
+        "lm",
+        direct_step,
+        direct_evaluate,
+        batch=direct_batch,
+        measured=("loss", "accuracy", "margin", "chosen_log_ratio", "rejected_log_ratio"),
+        load=load_direct,
+        prepare=rank_by_models,
+        frozen=reference_of,
+        sides=2,
+        frozen_passes=1,
+    ),
+)
+MERGE = Kind(cfg.MergeStage, run_merge)

@@ -9,11 +9,12 @@ import numpy as np
 
 from safe_rlhf_jax import config as cfg
 from safe_rlhf_jax.rl.dual import solve_dual
-from safe_rlhf_jax.stages.common import Run, only_read, open_model, report_data
-from safe_rlhf_jax.stages.constraints import cost_limits
+from safe_rlhf_jax.stages.common import Run, report_data
+from safe_rlhf_jax.stages.constraints import check_constraints, cost_limits
+from safe_rlhf_jax.stages.datasets import take
 from safe_rlhf_jax.stages.host_signals import open_scorers
-from safe_rlhf_jax.stages.reinforcement import load_prompts
-from safe_rlhf_jax.stages.sampling import is_limited, sampled, sampler_of, take
+from safe_rlhf_jax.stages.kind import Kind
+from safe_rlhf_jax.stages.sampling import is_limited, sampled, sampler_of, some_of
 
 FEW = 2.0  # effective samples per prompt below which λ* says little about the optimum
 
@@ -21,12 +22,12 @@ FEW = 2.0  # effective samples per prompt below which λ* says little about the 
 def run_dual(run: Run, stage: cfg.DualStage, folder: pathlib.Path) -> dict[str, Any]:
     """Runs a dual stage; its result holds the multiplier and what is expected there."""
     del folder  # there is nothing but the result
-    prompts = load_prompts(run, stage, stage.prompts)
+    prompts = take(run, stage, "prompts")
     report_data(stage.name, prompts)
-    prompts = take(prompts, np.flatnonzero(is_limited(stage, prompts)).tolist())
+    prompts = some_of(prompts, np.flatnonzero(is_limited(stage, prompts)).tolist())
     (limit,), source = cost_limits(run, stage, "cost")
-    policy, variables = open_model(run, stage.init_from, "lm", seed=run.seed(stage))
-    params = only_read(run, variables["params"])
+    policy, variables = run.networks.open(stage.init_from, "lm", seed=run.seed(stage))
+    params = run.networks.only_read(variables["params"])
     scorers = open_scorers(run, stage.scorers)
     sample = sampler_of(run, stage, policy, scorers.modules)
     batches = list(
@@ -63,3 +64,6 @@ def doubts(stage: cfg.DualStage, effective: float, capped: bool) -> list[str]:
     if capped:
         notes.append(f"the multiplier lies beyond max_multiplier {stage.max_multiplier} and is cut off there")
     return notes
+
+
+DUAL = Kind(cfg.DualStage, run_dual, check=check_constraints)

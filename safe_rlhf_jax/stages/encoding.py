@@ -66,13 +66,13 @@ def run_template(config: cfg.RunConfig, name: str, tokenizer: Tokenizer, options
 
 def model_folders(config: cfg.RunConfig) -> dict[str, pathlib.Path]:
     """Returns {model: folder} of all models of a run that are in one."""
-    named = dict.fromkeys(reference for stage in config.stages for reference in cfg.references(stage).values())
+    named = dict.fromkeys(reference for stage in config.stages for reference in references(stage).values())
     return {reference: folder for reference in named if (folder := model_folder(reference)) is not None}
 
 
 def named_scorers(config: cfg.RunConfig) -> dict[str, str]:
     """Returns {model: where it is named first} of the models in a folder that score."""
-    named = [(stage.name, *reference) for stage in config.stages for reference in cfg.references(stage).items()]
+    named = [(stage.name, *reference) for stage in config.stages for reference in references(stage).items()]
     return {
         reference: f"{stage}: {field} {reference!r}"
         for stage, field, reference in reversed(named)
@@ -100,6 +100,11 @@ def model_folder(reference: str) -> pathlib.Path | None:
         return hf.resolve(rest)
     except FileNotFoundError:
         return None
+
+
+def references(stage: cfg.StageBase) -> dict[str, str]:
+    """Returns the models that a stage names, by field."""
+    return {field: use.reference for field, use in stage.models().items()}
 
 
 def has_tokenizer(folder: pathlib.Path) -> bool:

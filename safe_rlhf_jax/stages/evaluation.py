@@ -18,9 +18,10 @@ from safe_rlhf_jax.inference.best_of_n import make_sampler
 from safe_rlhf_jax.inference.sampling import Sampling
 from safe_rlhf_jax.metrics import read_jsonl
 from safe_rlhf_jax.processes import is_main
-from safe_rlhf_jax.stages.common import Run, described, open_model, oracle_for, report_data
+from safe_rlhf_jax.stages.common import Run, described, oracle_for, report_data
+from safe_rlhf_jax.stages.datasets import take
 from safe_rlhf_jax.stages.host_signals import host_scores, open_scorers
-from safe_rlhf_jax.stages.reinforcement import load_prompts
+from safe_rlhf_jax.stages.kind import Kind
 from safe_rlhf_jax.stages.sampling import scores_of_several
 from safe_rlhf_jax.types import Frozen, PromptBatch
 
@@ -42,8 +43,8 @@ def run_evaluation(run: Run, stage: cfg.EvaluateStage, folder: pathlib.Path) -> 
 def sample_policies(run: Run, stage: cfg.EvaluateStage) -> dict[str, list[evaluate.Sample]]:
     """Returns the samples of every policy on every set of prompts."""
     seed = run.config.seed if stage.seed is None else stage.seed
-    module, baseline = open_model(run, stage.policies[0], "lm")
-    scorers = open_scorers(run, {"reward": stage.reward_model, "cost": stage.cost_model})
+    module, baseline = run.networks.open(stage.policies[0], "lm")
+    scorers = open_scorers(run, stage.scorers)
     frozen = Frozen(reference=baseline["params"], scorers=scorers.variables)
     sampler: dict[str, Any] = {
         "response_length": stage.max_response_length,
@@ -53,7 +54,7 @@ def sample_policies(run: Run, stage: cfg.EvaluateStage) -> dict[str, list[evalua
     }
     respond = evaluate.make_respond(module, scorers.modules, **sampler)
     samplers = {n: make_sampler(module, scorers.modules, num_responses=n, **sampler) for n in stage.best_of.values()}
-    prompt_sets = [(data, load_prompts(run, stage, data)) for data in stage.prompts]
+    prompt_sets = [(data, take(run, stage, f"prompts.{i}")) for i, data in enumerate(stage.prompts)]
     for data, prompts in prompt_sets:
         report_data(f"{stage.name}: {described(data)}", prompts)
 
@@ -67,7 +68,7 @@ def sample_policies(run: Run, stage: cfg.EvaluateStage) -> dict[str, list[evalua
 
     out: dict[str, list[evaluate.Sample]] = {}
     for name in stage.policies:
-        params = open_model(run, name, "lm")[1]["params"]
+        params = run.networks.open(name, "lm")[1]["params"]
         for row, number in rows_of(stage, name).items():
             out[row] = []
             for data, prompts in prompt_sets:
@@ -126,3 +127,6 @@ def make_report(run: Run, stage: cfg.EvaluateStage, policies: dict[str, list[eva
         stage_seconds=seconds,
         constrained_groups=constrained,
     )
+
+
+EVALUATE = Kind(cfg.EvaluateStage, run_evaluation)

@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 import json
 import pathlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from safe_rlhf_jax import config as cfg
@@ -31,9 +31,10 @@ def stage_hashes(config: cfg.RunConfig, shared: Sequence[Any], files: "Digests")
     hashes = dict.fromkeys(names, "0" * 12)
     if is_main():
         for stage in config.stages:
-            named = (*cfg.references(stage).values(), *cfg.multipliers(stage).values())
+            named = (*(use.reference for use in stage.models().values()), *stage.multipliers().values())
             upstream = [hashes[name] if name in hashes else model_identity(name, files) for name in named]
-            data = {str(path): files.of(path) for part in datasets(stage) for path in data_files(part.name)}
+            parts_of_data = [part for use in stage.datasets().values() for part in cfg.parts_of(use.data)]
+            data = {str(path): files.of(path) for part in parts_of_data for path in data_files(part.name)}
             parts = (hashed(stage), config.seed, hashed(config.execution), *shared, data, upstream)
             hashes[stage.name] = config_hash(*parts)
     found = first_says("".join(hashes.values()))
@@ -53,19 +54,6 @@ def hashed(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: hashed(item) for name, item in value.items()}
     return [hashed(item) for item in value] if isinstance(value, tuple | list) else value
-
-
-def datasets(value: Any) -> Iterator[cfg.Data]:
-    """Yields every data set that a schema names, however deep."""
-    if isinstance(value, cfg.Data):
-        yield value
-    elif isinstance(value, cfg.Schema):
-        yield from datasets(list(dict(value).values()))
-    elif isinstance(value, dict):
-        yield from datasets(list(value.values()))
-    elif isinstance(value, tuple | list):
-        for item in value:
-            yield from datasets(item)
 
 
 def model_identity(reference: str, files: "Digests") -> Any:

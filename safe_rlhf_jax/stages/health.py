@@ -13,12 +13,12 @@ def warn_of_model(name: str, health: dict[str, Any] | None) -> None:
         print(f"{name}: warning: {problem}")
 
 
-def warn_of_scorers(run: Run, stage: Any) -> None:
+def warn_of_scorers(run: Run, stage: cfg.StageBase) -> None:
     """Says what speaks against the reward and cost models of this run that a stage scores with.
 
     Nothing is known, and nothing said, of models from elsewhere.
     """
-    for field, name in cfg.references(stage).items():
-        result = run.result(name) if name in run.hashes else None
-        if field != "init_from" and result is not None and "health" in result:
-            warn_of_model(f"{stage.name}: {field} {name!r}", result["health"])
+    for field, use in stage.models().items():
+        result = run.result(use.reference) if use.as_stored and use.reference in run.hashes else None
+        if result is not None and "health" in result:
+            warn_of_model(f"{stage.name}: {field} {use.reference!r}", result["health"])

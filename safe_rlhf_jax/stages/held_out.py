@@ -13,8 +13,6 @@ from safe_rlhf_jax import config as cfg
 from safe_rlhf_jax.data.sources import opening
 from safe_rlhf_jax.stages.common import Run, described
 
-TRAINED = ("data", "prompts", "ptx")  # settings that hold what a stage is trained on
-
 
 def warn_of_overlap(run: Run, stage: Any) -> None:
     """Says how much of what a stage measures on opens with a prompt that it, or a stage it is built on, trains on."""
@@ -42,21 +40,19 @@ def held_out(run: Run, stage: Any) -> Iterator[tuple[str, cfg.Mixture, tuple[Any
     second pass on, pairs are learned by heart (docs/results.md).
     """
     stages = run.config.stages
-    measured = {field: getattr(stage, field, None) for field in ("eval_data", "eval_prompts")}
-    if isinstance(stage, cfg.EvaluateStage):
-        measured |= {f"prompts.{i}": data for i, data in enumerate(stage.prompts)}
-    yield from ((field, data, (stage, stages)) for field, data in measured.items() if data is not None)
-    for signal, lagrange in getattr(stage, "limits", {}).items():
-        cost, others = origin(stages, stage.scorers[signal])
-        if isinstance(lagrange.cost_limit, cfg.CalibratedLimit) and getattr(cost, "epochs", 0) > 1:
-            yield "cost_limit.data", lagrange.cost_limit.data, (cost, others)
+    for field, use in stage.datasets().items():
+        if use.role == "evaluate":
+            yield field, use.data, (stage, stages)
+        if use.role == "calibrate":
+            cost, others = origin(stages, stage.scorers[use.signal])
+            if cost is not None and any((one.passes or 0) > 1 for one in cost.datasets().values()):
+                yield field, use.data, (cost, others)
 
 
 def training_data(stages: Sequence[Any], stage: Any) -> list[tuple[str, cfg.Mixture]]:
     """Returns (stage and setting, data) of what a stage of a run, and all that it is built on, are trained on."""
-    trained = [one for one in lineage(stages, stage) if isinstance(one, cfg.TrainingStage)]
-    found = [(f"{one.name}.{field}", getattr(one, field, None)) for one in trained for field in TRAINED]
-    return [(where, data) for where, data in found if data is not None]
+    uses = [(f"{one.name}.{field}", use) for one in lineage(stages, stage) for field, use in one.datasets().items()]
+    return [(where, use.data) for where, use in uses if use.role == "train"]
 
 
 def lineage(stages: Sequence[Any], stage: Any) -> list[Any]:
@@ -66,7 +62,7 @@ def lineage(stages: Sequence[Any], stage: Any) -> list[Any]:
         one, others = pending.pop()
         if one is not None and one not in found:
             found.append(one)
-            pending += [origin(others, reference) for reference in cfg.references(one).values()]
+            pending += [origin(others, use.reference) for use in one.models().values()]
     return found
 
 

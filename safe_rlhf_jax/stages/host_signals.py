@@ -14,7 +14,7 @@ from safe_rlhf_jax.data.examples import Examples, pad_right
 from safe_rlhf_jax.data.formats import Message
 from safe_rlhf_jax.evaluation.evaluate import make_score
 from safe_rlhf_jax.inference.stream import columns
-from safe_rlhf_jax.stages.common import Run, only_read, open_model
+from safe_rlhf_jax.stages.common import Run
 from safe_rlhf_jax.types import Sequences
 
 # (conversations [B], responses [B], whether each response has its end [B]) -> f32[B]
@@ -34,8 +34,8 @@ class ScorerSignal:
 
     def __init__(self, run: Run, reference: str, kind: Any):
         self.run, self.reference, self.encoding = run, reference, run.encoding(reference)
-        self.module, variables = open_model(run, reference, "score", score_type=kind)
-        self.variables = variables | {"params": only_read(run, variables["params"])}
+        self.module, variables = run.networks.open(reference, "score", score_type=kind)
+        self.variables = variables | {"params": run.networks.only_read(variables["params"])}
         self.score = make_score(self.module)
         self.has_cut = False
 
@@ -87,8 +87,8 @@ def open_scorers(run: Run, scorers: Mapping[str, str]) -> Scorers:
         if reference in run.own:
             host[signal] = ScorerSignal(run, reference, kind)
         else:
-            modules[signal], found = open_model(run, reference, "score", score_type=kind)
-            variables[signal] = found | {"params": only_read(run, found["params"])}
+            modules[signal], found = run.networks.open(reference, "score", score_type=kind)
+            variables[signal] = found | {"params": run.networks.only_read(found["params"])}
     return Scorers(modules, variables, host)
 
 

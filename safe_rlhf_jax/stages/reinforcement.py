@@ -2,7 +2,7 @@
 
 import functools
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from safe_rlhf_jax import config as cfg
+from safe_rlhf_jax.aot.flops import iteration_flops
 from safe_rlhf_jax.data import examples
 from safe_rlhf_jax.data.loader import in_order
 from safe_rlhf_jax.evaluation import evaluate
@@ -19,25 +20,11 @@ from safe_rlhf_jax.loop import Stage, fit
 from safe_rlhf_jax.optim import schedule
 from safe_rlhf_jax.rl.algorithms import ALGORITHMS, Algorithm
 from safe_rlhf_jax.rl.constraints import init_constraint, multiplier_metrics
-from safe_rlhf_jax.rl.kl import KL_LOSSES, KLControl, start_reference
+from safe_rlhf_jax.rl.kl import KL_LOSSES, KLControl
 from safe_rlhf_jax.rl.rollout import Networks
 from safe_rlhf_jax.rl.step import Hyperparameters, collect, learn, make_step
-from safe_rlhf_jax.stages.common import (
-    Run,
-    described,
-    export,
-    handed_on,
-    jit_step,
-    only_read,
-    open_model,
-    optimizer_of,
-    oracle_for,
-    replicate,
-    report_data,
-    start_state,
-    weights,
-    writers,
-)
+from safe_rlhf_jax.stages.algorithm import check_rl, idle_settings
+from safe_rlhf_jax.stages.common import Run, export, oracle_for, report_data, weights, writers
 from safe_rlhf_jax.stages.constraints import (
     check_groups,
     compensation_warning,
@@ -46,13 +33,17 @@ from safe_rlhf_jax.stages.constraints import (
     cost_limits,
     initial_multiplier,
 )
+from safe_rlhf_jax.stages.datasets import take
 from safe_rlhf_jax.stages.host_signals import HostSignal, Scorers, host_scores, open_scorers
-from safe_rlhf_jax.types import Frozen, MovingReference, PromptBatch, RLState, Rollout, Signals
+from safe_rlhf_jax.stages.kind import Kind, Training
+from safe_rlhf_jax.stages.networks import jit_step, optimizer_of
+from safe_rlhf_jax.stages.programs import Program, array, put, random_key, texts
+from safe_rlhf_jax.types import Frozen, MovingReference, PromptBatch, RLState, Rollout, Signals, SupervisedBatch
 
 
 def run_reinforcement(run: Run, stage: cfg.RLStage, folder: pathlib.Path) -> dict[str, Any]:
     """Runs an RL stage."""
-    prompts = load_prompts(run, stage, stage.prompts)
+    prompts = take(run, stage, "prompts")
     report_data(stage.name, prompts)
     groups = examples.group_names(prompts.records, stage.group_field)
     limits = {signal: cost_limits(run, stage, signal) for signal in constraints_of(stage)}
@@ -95,45 +86,15 @@ def run_reinforcement(run: Run, stage: cfg.RLStage, folder: pathlib.Path) -> dic
     return result
 
 
-@handed_on
-def load_prompts(run: Run, stage: Any, data: cfg.Mixture) -> examples.Examples:
-    """Returns the prompts of a stage; one that a scorer cannot read in its own way is unusable."""
-    own = {model: run.own[model] for model in cfg.references(stage).values() if model in run.own}
-    return examples.load_prompts(
-        run.records(data),
-        run.template,
-        run.tokenizer,
-        max_length=stage.max_prompt_length,
-        where=f"{stage.name}: {described(data)}",
-        max_bad=run.config.max_bad_records,
-        long_prompts=getattr(stage, "long_prompts", "drop"),
-        group_field=stage.group_field,
-        readers={model: (encoding.template, encoding.tokenizer) for model, encoding in own.items()},
-    )
-
-
 def prompt_batches(run: Run, stage: cfg.RLStage, prompts: examples.Examples, seed: int) -> Callable[[int], PromptBatch]:
     """Returns batch(step): prompts, with demonstrations for PTX where they are mixed in, on the devices."""
     batches = run.batches(prompts, stage.batch_size, seed, weights(stage.prompts))
     if stage.ptx is None or stage.algorithm.ptx_coeff == 0:
         return batches
-    texts = load_ptx(run, stage, stage.ptx)
-    report_data(f"{stage.name}: ptx", texts)
-    ptx = run.batches(texts, stage.batch_size * stage.responses_per_prompt, seed + 1, weights(stage.ptx))
+    demonstrations = take(run, stage, "ptx")
+    report_data(f"{stage.name}: ptx", demonstrations)
+    ptx = run.batches(demonstrations, stage.rows, seed + 1, weights(stage.ptx))
     return lambda step: batches(step).replace(ptx=ptx(step))
-
-
-@handed_on
-def load_ptx(run: Run, stage: cfg.RLStage, data: cfg.Mixture) -> examples.Examples:
-    """Returns the demonstrations that are mixed in."""
-    return examples.load_supervised(
-        run.records(data),
-        run.template,
-        run.tokenizer,
-        max_length=stage.max_prompt_length + stage.max_response_length,
-        where=f"{stage.name}: ptx {described(data)}",
-        max_bad=run.config.max_bad_records,
-    )
 
 
 def build_networks(
@@ -147,13 +108,13 @@ def build_networks(
     updates = stage.steps * stage.algorithm.epochs * stage.algorithm.minibatches
     actor_optimizer, critic_optimizer = optimizer_of(stage.actor, updates), optimizer_of(stage.critic, updates)
     algorithm = ALGORITHMS[stage.algorithm.name]
-    policy, variables = open_model(run, stage.init_from, "lm", seed=run.seed(stage))
+    policy, variables = run.networks.open(stage.init_from, "lm", seed=run.seed(stage))
     scorers = open_scorers(run, stage.scorers)
     critics, critic_states = {}, {}
     for signal in hp.signals if algorithm.baseline is None else ():
         start = stage.critics.get(signal) or (stage.init_from if signal in scorers.host else stage.scorers[signal])
-        critics[signal], critic_variables = open_model(run, start, "score", score_type="critic", seed=run.seed(stage))
-        critic_states[signal] = start_state(run, critics[signal], critic_variables, critic_optimizer)
+        critics[signal], start_variables = run.networks.open(start, "score", score_type="critic", seed=run.seed(stage))
+        critic_states[signal] = run.networks.start(critics[signal], start_variables, critic_optimizer)
 
     initial = {signal: initial_multiplier(run, stage.limits[signal]) for signal in hp.constraints}
 
@@ -164,14 +125,14 @@ def build_networks(
         }
         return jnp.zeros((), jnp.int32), constraints, None if hp.kl.target is None else jnp.float32(hp.kl_coeff)
 
-    step, constraints, kl_coeff = replicate(run, small)
-    actor = start_state(run, policy, variables, actor_optimizer)
+    step, constraints, kl_coeff = run.networks.everywhere(small)
+    actor = run.networks.start(policy, variables, actor_optimizer)
     reference = moving_reference(run, actor.params) if hp.kl.moves_reference else None
     state = RLState(
         step=step, actor=actor, critics=critic_states, constraints=constraints, kl_coeff=kl_coeff, reference=reference
     )
     networks = Networks(policy, scorers.modules, critics, actor_optimizer, dict.fromkeys(critics, critic_optimizer))
-    frozen = Frozen(reference=only_read(run, variables["params"]), scorers=scorers.variables)
+    frozen = Frozen(reference=run.networks.only_read(variables["params"]), scorers=scorers.variables)
     return networks, state, frozen, scorers.host
 
 
@@ -193,8 +154,8 @@ def given_scores(
 
 def moving_reference(run: Run, params: Any) -> MovingReference:
     """Returns a reference that may move, at the actor's parameters."""
-    age = replicate(run, lambda: jnp.zeros((), jnp.float32))
-    return MovingReference(params if run.abstract else start_reference(params).params, age)
+    age = run.networks.everywhere(lambda: jnp.zeros((), jnp.float32))
+    return MovingReference(run.networks.reference(params), age)
 
 
 def kl_control(stage: cfg.RLStage) -> KLControl:
@@ -287,7 +248,7 @@ def make_evaluate(
     """Returns evaluate(the policy's params): it answers `eval_prompts`, sampled as in training."""
     if stage.eval_prompts is None:
         return lambda _: {}
-    prompts, oracle = load_prompts(run, stage, stage.eval_prompts), oracle_for(stage.eval_prompts)
+    prompts, oracle = take(run, stage, "eval_prompts"), oracle_for(stage.eval_prompts)
     report_data(f"{stage.name}: eval_prompts", prompts)
     respond = evaluate.make_respond(
         policy,
@@ -320,3 +281,84 @@ def make_evaluate(
         return {f"eval/{k}": v for k, v in summary.items() if "/" not in k and not k.endswith(("_low", "_high"))}
 
     return evaluate_policy
+
+
+def measured_on_prompts(run: Run, stage: Any, loaded: Mapping[str, examples.Examples]) -> set[str]:
+    """Returns the names of what is measured on `eval_prompts`, from an empty response to every prompt."""
+    prompts = loaded["eval_prompts"]
+
+    def respond(batch: Any, key: jax.Array) -> dict[str, Any]:
+        del key
+        rows = len(batch.tokens)
+        numbers = ("kl", *stage.scorers)
+        return {"tokens": batch.tokens, "length": np.zeros(rows)} | dict.fromkeys(numbers, np.zeros(rows))
+
+    samples = evaluate.collect_samples(
+        respond, in_order(prompts, run.eval_batch), prompts, key=jax.random.key(0), ends=(), decode=lambda _: "",
+        split="test", group_field=stage.group_field, oracle=oracle_for(stage.eval_prompts),
+    )  # fmt: skip
+    return {name for name in summarize(samples) if "/" not in name}
+
+
+def reinforcement_programs(run: Run, stage: cfg.RLStage) -> Iterator[Program]:
+    """Yields the program, or with `fuse: false` the two programs, of an iteration."""
+    limits = {signal: (0.0,) * len(one.group_limits or [0]) for signal, one in constraints_of(stage).items()}
+    groups = tuple(sorted({name for one in constraints_of(stage).values() for name in one.named or ()})) or ("all",)
+    hp = hyperparameters(run, stage, stage.max_prompt_length, limits, groups)
+    networks, state, frozen, _ = build_networks(run, stage, hp)
+    jitted = jit_programs(run, stage, networks, ALGORITHMS[stage.algorithm.name], hp, state)
+    rows, length = stage.rows, hp.prompt_length + hp.response_length
+    ptx = None
+    if stage.ptx is not None and stage.algorithm.ptx_coeff > 0:
+        ptx = SupervisedBatch(**texts(rows, length), loss_mask=array(rows, length))
+    group = array(stage.batch_size, dtype=jnp.int32)
+    batch = put(run, PromptBatch(**texts(stage.batch_size, hp.prompt_length), group=group, row=group, ptx=ptx))
+    key = random_key()
+    if is_fused(stage, networks):
+        yield Program("iteration", jitted["iteration"], (state, frozen, batch, key))
+        return
+    generation = Program("generation", jitted["generation"], (state.actor.params, batch, key))
+    yield generation
+    rollout = put(run, jax.eval_shape(generation.function, *generation.arguments))
+    given = {signal: put(run, array(rows, dtype=jnp.float32)) for signal in stage.scorers.keys() - networks.scorers}
+    yield Program("learning", jitted["learning"], (state, frozen, rollout, batch.ptx, key, given))
+
+
+def reinforcement_flops(run: Run, stage: cfg.RLStage, again: float) -> dict[str, float]:
+    """Returns the FLOPs of an iteration, by phase."""
+    algorithm = ALGORITHMS[stage.algorithm.name]
+    flops = iteration_flops(
+        run.networks.config(stage.init_from),
+        stage.rows,
+        stage.max_prompt_length,
+        stage.max_response_length,
+        stage.algorithm.old_log_probs == "recomputed",
+        critics=0 if algorithm.baseline else 1 + len(constraints_of(stage)),
+        scorers=len(stage.scorers),
+        epochs=stage.algorithm.epochs,
+        ptx=stage.ptx is not None and stage.algorithm.ptx_coeff > 0,
+    )
+    return flops | {"update": again * flops["update"]}
+
+
+def critics_of(stage: cfg.RLStage) -> list[str]:
+    """Returns the models that critics start from."""
+    if ALGORITHMS[stage.algorithm.name].baseline is not None:
+        return []
+    return [stage.critics.get(signal) or stage.scorers[signal] for signal in ("reward", *constraints_of(stage))]
+
+
+RL = Kind(
+    cfg.RLStage,
+    run_reinforcement,
+    check=check_rl,
+    idle=idle_settings,
+    training=Training(
+        reinforcement_programs,
+        reinforcement_flops,
+        tokens=lambda stage: stage.rows * (stage.max_prompt_length + stage.max_response_length),
+        measured=measured_on_prompts,
+        critics=critics_of,
+        groups=lambda stage, loaded: examples.group_names(loaded["prompts"].records, stage.group_field),
+    ),
+)

@@ -8,7 +8,7 @@ finished. Its policy is `round_K/export/`; that of the last round is the stage's
 import contextlib
 import json
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from safe_rlhf_jax import config as cfg
+from safe_rlhf_jax.aot.flops import forward_flops, iteration_flops
 from safe_rlhf_jax.data.examples import Examples, load_sampled
 from safe_rlhf_jax.data.loader import shuffled
 from safe_rlhf_jax.data.texts import shown
@@ -23,33 +24,27 @@ from safe_rlhf_jax.evaluation.plots import best_of_n_curves
 from safe_rlhf_jax.inference.best_of_n import best_of_n, described_gain, gain_by_number
 from safe_rlhf_jax.loop import Stage, fit
 from safe_rlhf_jax.processes import any_process, barrier, is_main
-from safe_rlhf_jax.stages.common import (
-    Run,
-    export,
-    jit_step,
-    open_model,
-    optimizer_of,
-    report_data,
-    start_state,
-    weights,
-    writers,
-)
-from safe_rlhf_jax.stages.constraints import cost_limits
+from safe_rlhf_jax.stages.common import Run, export, report_data, weights, writers
+from safe_rlhf_jax.stages.constraints import check_constraints, cost_limits
+from safe_rlhf_jax.stages.datasets import take
 from safe_rlhf_jax.stages.host_signals import HostSignal, open_scorers
-from safe_rlhf_jax.stages.reinforcement import load_prompts, make_evaluate
-from safe_rlhf_jax.stages.sampling import Sampled, is_limited, sampled, sampler_of, take
+from safe_rlhf_jax.stages.kind import Kind, Training
+from safe_rlhf_jax.stages.networks import jit_step, optimizer_of
+from safe_rlhf_jax.stages.programs import TOTAL_STEPS, Program, array, put, random_key, texts
+from safe_rlhf_jax.stages.reinforcement import make_evaluate, measured_on_prompts
+from safe_rlhf_jax.stages.sampling import Sampled, is_limited, sampled, sampler_of, some_of
 from safe_rlhf_jax.stages.supervised import sft_step
-from safe_rlhf_jax.types import TrainState
+from safe_rlhf_jax.types import PromptBatch, SupervisedBatch, TrainState
 
 FIELDS = ("chosen", "rewards", "feasible")  # of a batch that has been answered
 
 
 def run_rejection(run: Run, stage: cfg.RejectionStage, folder: pathlib.Path) -> dict[str, Any]:
     """Runs a rejection sampling stage; finished rounds are not repeated."""
-    prompts = load_prompts(run, stage, stage.prompts)
+    prompts = take(run, stage, "prompts")
     report_data(stage.name, prompts)
     limit = cost_limits(run, stage, "cost") if stage.cost_model else None
-    module, start = open_model(run, stage.init_from, "lm", seed=run.seed(stage))
+    module, start = run.networks.open(stage.init_from, "lm", seed=run.seed(stage))
     scorers = open_scorers(run, stage.scorers)
     reference = start["params"] if stage.eval_prompts else None
     del start
@@ -62,12 +57,12 @@ def run_rejection(run: Run, stage: cfg.RejectionStage, folder: pathlib.Path) -> 
             print(f"{stage.name}: round {number} is finished; skipped")
         else:
             before = stage.init_from if number == 1 else f"path:{round_folder(folder, number - 1) / 'export'}"
-            params = open_model(run, before, "lm", seed=run.seed(stage))[1]["params"]
+            params = run.networks.open(before, "lm", seed=run.seed(stage))[1]["params"]
             if not there(here / "selected.jsonl"):
                 rows = round_rows(stage, prompts, number, run.seed(stage))
                 select(
                     run, stage, lambda batch, key, params=params: sample(params, scorers.variables, batch, key),
-                    scorers.host, take(prompts, rows), None if limit is None else limit[0][0], here,
+                    scorers.host, some_of(prompts, rows), None if limit is None else limit[0][0], here,
                 )  # fmt: skip
                 barrier(f"{stage.name}: round {number} is selected")
             state = fine_tune(run, stage, number, folder, module, params, prompts.width, evaluate_policy)
@@ -219,5 +214,45 @@ def build_fine_tuning(
 ) -> tuple[TrainState, Callable[..., Any]]:
     """Returns the state of a policy before a round's first step, and the jitted step."""
     optimizer = optimizer_of(stage.optimizer, total_steps)
-    state = start_state(run, module, {"params": params}, optimizer)
+    state = run.networks.start(module, {"params": params}, optimizer)
     return state, jit_step(sft_step(stage, module, optimizer), state, run.mesh)
+
+
+def rejection_programs(run: Run, stage: cfg.RejectionStage) -> Iterator[Program]:
+    """Yields the sampling of a batch of prompts, scores included, and the fine-tuning step."""
+    policy, variables = run.networks.open(stage.init_from, "lm")
+    scorers = open_scorers(run, stage.scorers)
+    sample, rows = sampler_of(run, stage, policy, scorers.modules), stage.prompt_batch_size
+    group = array(rows, dtype=jnp.int32)
+    batch = put(run, PromptBatch(**texts(rows, stage.max_prompt_length), group=group, row=group))
+    yield Program("sampling", sample, (variables["params"], scorers.variables, batch, random_key()))
+    state, step = build_fine_tuning(run, stage, policy, variables["params"], TOTAL_STEPS)
+    length = stage.max_prompt_length + stage.max_response_length
+    selected = SupervisedBatch(**texts(stage.batch_size, length), loss_mask=array(stage.batch_size, length))
+    yield Program("step", step, (state, None, put(run, selected), random_key()))
+
+
+def rejection_flops(run: Run, stage: cfg.RejectionStage, again: float) -> dict[str, float]:
+    """Returns the FLOPs of a batch of prompts that is answered and scored, and of a fine-tuning step, by phase."""
+    config, length = run.networks.config(stage.init_from), stage.max_prompt_length + stage.max_response_length
+    rows = stage.prompt_batch_size * stage.responses_per_prompt
+    sampling = iteration_flops(
+        config, rows, stage.max_prompt_length, stage.max_response_length, False, critics=0,
+        scorers=len(stage.scorers), reference=False,
+    )  # fmt: skip
+    step = 3 * again * forward_flops(config, stage.batch_size, length, length)
+    return {"generation": sampling["generation"], "scoring": sampling["scoring"], "step": step}
+
+
+def rejection_tokens(stage: cfg.RejectionStage) -> int:
+    """Returns the tokens of a batch of prompts that is answered, and of a batch of responses that is trained on."""
+    rows = stage.prompt_batch_size * stage.responses_per_prompt + stage.batch_size
+    return rows * (stage.max_prompt_length + stage.max_response_length)
+
+
+REJECTION = Kind(
+    cfg.RejectionStage,
+    run_rejection,
+    check=check_constraints,
+    training=Training(rejection_programs, rejection_flops, rejection_tokens, measured_on_prompts),
+)

@@ -5,7 +5,6 @@ import math
 import os
 import pathlib
 import shutil
-from typing import Any
 
 import jax
 
@@ -13,9 +12,9 @@ from safe_rlhf_jax import config as cfg
 from safe_rlhf_jax.errors import ConfigError
 from safe_rlhf_jax.models.config import ModelConfig
 from safe_rlhf_jax.models.transformer import CausalLM
-from safe_rlhf_jax.rl.algorithms import ALGORITHMS
-from safe_rlhf_jax.stages.common import Run, initializer, model_config
-from safe_rlhf_jax.stages.constraints import constraints_of
+from safe_rlhf_jax.stages.common import Run
+from safe_rlhf_jax.stages.kinds import kind_of
+from safe_rlhf_jax.stages.networks import initializer
 
 PARAMETER = 4  # bytes
 TRAINED = 3 * PARAMETER  # with the two moments of AdamW
@@ -28,16 +27,17 @@ def check_room(run: Run) -> None:
         ConfigError: If a folder cannot be written.
     """
     free, needed = shutil.disk_usage(standing(pathlib.Path(run.config.workdir))).free, 0
-    size = functools.cache(lambda reference: parameters(model_config(run, reference)))
+    size = functools.cache(lambda reference: parameters(run.networks.config(reference)))
     for stage in run.config.stages:
         if run.result(stage.name) is not None:
             continue
         here = standing(run.folder(stage.name))
         if not here.is_dir() or not os.access(here, os.W_OK | os.X_OK):
             raise ConfigError(f"{stage.name}: {here} cannot be written to; mend that, or set another workdir")
-        if not isinstance(stage, cfg.TrainingStage):
+        training = kind_of(stage).training
+        if not isinstance(stage, cfg.TrainingStage) or training is None:
             continue
-        policy, *others = map(size, trained_networks(stage))
+        policy, *others = map(size, [stage.init_from, *training.critics(stage)])
         state = TRAINED * (policy + sum(others))
         # The one that is being written stands beside those that are kept.
         started = (run.folder(stage.name) / "checkpoints").is_dir()
@@ -55,14 +55,6 @@ def check_room(run: Run) -> None:
 def standing(path: pathlib.Path) -> pathlib.Path:
     """Returns the path, or the nearest parent that is there."""
     return next(here for here in (path.absolute(), *path.absolute().parents) if here.exists())
-
-
-def trained_networks(stage: Any) -> list[str]:
-    """Returns what the networks that a stage trains start from, its export first."""
-    critics: list[str] = []
-    if isinstance(stage, cfg.RLStage) and ALGORITHMS[stage.algorithm.name].baseline is None:
-        critics = [stage.scorers[signal] for signal in ("reward", *constraints_of(stage))]
-    return [stage.init_from, *critics]
 
 
 def parameters(config: ModelConfig) -> int:

@@ -79,7 +79,7 @@ def scores_of_several(run: Run, host: Mapping[str, HostSignal], prompts: Example
     return {signal: values.reshape(shape) for signal, values in scores.items()}
 
 
-def take(prompts: Examples, rows: Sequence[int]) -> Examples:
+def some_of(prompts: Examples, rows: Sequence[int]) -> Examples:
     """Returns some rows of a dataset."""
     which = np.asarray(rows, np.int64)
     arrays = jax.tree.map(lambda x: x[which], prompts.arrays).replace(row=np.arange(len(which), dtype=np.int32))

@@ -16,47 +16,36 @@ SEVERAL = 8  # records with one label; fewer may have it by chance
 MANY = 0.05  # share of pairs that look alike
 
 
-def data_warnings(stage: Any, field: str, setting: cfg.Mixture, data: Examples) -> list[str]:
+def data_warnings(stage: Any, field: str, use: cfg.DataUse, data: Examples) -> list[str]:
     """Returns what speaks against a data set where a stage uses it, in words, each with what to do.
 
     Args:
         stage: The config of the stage.
         field: Which of its settings the data is: `data`, `eval_data`, `prompts`, `prompts.0`, `cost_limit.data` …
-        setting: That setting.
+        use: What it is for.
         data: What is left of it.
     """
-    notes = [fewer_than_a_batch(stage, field, data), few_to_measure(stage, field, data)]
-    notes += [alike_when_cut(stage, field, data), *one_label(stage, field, setting, data)]
+    notes = [fewer_than_a_batch(field, use, data), few_to_measure(field, use, data)]
+    notes += [alike_when_cut(stage, field, data), *one_label(field, use, data)]
     return [note for note in notes if note is not None]
 
 
-def fewer_than_a_batch(stage: Any, field: str, data: Examples) -> str | None:
+def fewer_than_a_batch(field: str, use: cfg.DataUse, data: Examples) -> str | None:
     """A step draws more rows than there are records, so that it holds copies."""
-    sampled = getattr(stage, "responses_per_prompt", 1)
-    drawn = {"data": ("batch_size", 1)} if isinstance(stage, cfg.SupervisedStage) else {}
-    if isinstance(stage, cfg.RLStage):
-        drawn = {"prompts": ("batch_size", 1), "ptx": ("batch_size·responses_per_prompt", sampled)}
-    available = len(data)
-    if isinstance(stage, cfg.RejectionStage):  # one response to each prompt of a round is trained on
-        drawn, available = {"prompts": ("batch_size", 1)}, min(stage.prompts_per_round or len(data), len(data))
-    if field not in drawn:
+    available = min(use.at_most or len(data), len(data))
+    if use.rows is None or available >= use.rows:
         return None
-    name, factor = drawn[field]
-    rows = stage.batch_size * factor
-    if available >= rows:
-        return None
-    much = f"{field} has {available} records that can be used, fewer than {name} {rows}: a step takes each "
-    much += f"{rows / available:.1f} times"
-    if isinstance(stage, cfg.SupervisedStage):
-        steps = max(int(stage.epochs * available) // rows, 1)
-        much += f", and epochs: {stage.epochs:g} makes {steps} of them"
-    return f"{much}. Lower batch_size to {max(available // factor, 1)} or less, or add records"
+    much = f"{field} has {available} records that can be used, fewer than {use.rows_are} {use.rows}: a step takes each "
+    much += f"{use.rows / available:.1f} times"
+    if use.passes is not None:
+        steps = max(int(use.passes * available) // use.rows, 1)
+        much += f", and epochs: {use.passes:g} makes {steps} of them"
+    return f"{much}. Lower batch_size to {max(available // use.factor, 1)} or less, or add records"
 
 
-def few_to_measure(stage: Any, field: str, data: Examples) -> str | None:
+def few_to_measure(field: str, use: cfg.DataUse, data: Examples) -> str | None:
     """A share that is measured on few records says little."""
-    measured = field.startswith("eval_") or (isinstance(stage, cfg.EvaluateStage) and field.startswith("prompts"))
-    if not measured or len(data) >= FEW:
+    if use.role != "evaluate" or len(data) >= FEW:
         return None
     points = 196 * 0.5 / np.sqrt(len(data))
     return (
@@ -77,14 +66,14 @@ def alike_when_cut(stage: Any, field: str, data: Examples) -> str | None:
     )
 
 
-def one_label(stage: Any, field: str, setting: cfg.Mixture, data: Examples) -> list[str]:
+def one_label(field: str, use: cfg.DataUse, data: Examples) -> list[str]:
     """Labels that are alike in all records: one side of a cost is not learned, or the labels have been lost."""
     notes = []
     if hasattr(data.arrays, "safer_is_safe"):
         safe = np.concatenate([data.arrays.safer_is_safe, data.arrays.unsafer_is_safe])
         counts = {"safe": int(safe.sum()), "unsafe": int((~safe).sum())}
         missing = [name for name, count in counts.items() if not count]
-        if missing and field == "data":
+        if missing and use.role == "train":
             there = "unsafe" if missing == ["safe"] else "safe"
             notes.append(
                 f"{field}: all {len(safe)} responses are labelled {there}: the cost model learns to call every "
@@ -92,19 +81,19 @@ def one_label(stage: Any, field: str, setting: cfg.Mixture, data: Examples) -> l
             )
         elif missing:
             notes.append(f"{field}: no response is labelled {missing[0]}: of such responses nothing is measured")
-        if field == "cost_limit.data":
+        if use.role == "calibrate":
             few = [f"{count} responses labelled {name}" for name, count in counts.items() if count < FEW]
             notes += [f"{field}: the limit is calibrated on only {' and '.join(few)}. Add some"] if few else []
-    return [*notes, *constant_choice(stage, field, setting, data)]
+    return [*notes, *constant_choice(field, use, data)]
 
 
-def constant_choice(stage: Any, field: str, setting: cfg.Mixture, data: Examples) -> list[str]:
+def constant_choice(field: str, use: cfg.DataUse, data: Examples) -> list[str]:
     """The preferred response stands at one place in all records of a file that says which it is."""
-    by_safety = stage.kind == "cost" or getattr(stage, "preference", None) == "harmlessness"
-    label = "safer_response_id" if by_safety else "better_response_id"
-    ranked = stage.kind in ("reward", "cost", "dpo") and len(data) >= SEVERAL
+    labels = {"cost": "safer_response_id", "reward": "better_response_id"}
+    label = labels.get(use.reads, "")
+    ranked = use.reads in labels and use.role != "calibrate" and len(data) >= SEVERAL
     values = {str(record.get(label)) for record in data.records}
-    if not ranked or len(values) > 1 or values == {"None"} or not all(map(has_labels, cfg.parts_of(setting))):
+    if not ranked or len(values) > 1 or values == {"None"} or not all(map(has_labels, cfg.parts_of(use.data))):
         return []
     return [
         f"{field}: {label} is {values.pop()} in all {len(data)} records: right if the preferred response always stands "

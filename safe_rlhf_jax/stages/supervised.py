@@ -1,9 +1,10 @@
-"""Stages that train on records: SFT, reward model, cost model, DPO. `TASKS` holds what tells them apart."""
+"""Stages that train on records: SFT, reward model, cost model. A `Task` is what tells one from another."""
 
 import dataclasses
+import functools
 import json
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import jax
@@ -13,6 +14,7 @@ import optax
 
 from safe_rlhf_jax import config as cfg
 from safe_rlhf_jax import objectives
+from safe_rlhf_jax.aot.flops import forward_flops
 from safe_rlhf_jax.data import examples
 from safe_rlhf_jax.data.loader import in_order
 from safe_rlhf_jax.evaluation import evaluate
@@ -21,56 +23,59 @@ from safe_rlhf_jax.models.config import ScoreConfig
 from safe_rlhf_jax.models.transformer import CausalLM, ScoreModel
 from safe_rlhf_jax.optim import gradient_step
 from safe_rlhf_jax.processes import is_main
-from safe_rlhf_jax.stages.common import (
-    Run,
-    described,
-    export,
-    flat,
-    handed_on,
-    jit_step,
-    only_read,
-    open_model,
-    optimizer_of,
-    report_data,
-    start_state,
-    weights,
-    writers,
-)
-from safe_rlhf_jax.stages.direct import direct_evaluate, direct_step, load_direct, rank_by_models
+from safe_rlhf_jax.stages.common import Run, export, flat, report_data, weights, writers
+from safe_rlhf_jax.stages.datasets import load_data, take
 from safe_rlhf_jax.stages.health import warn_of_model
-from safe_rlhf_jax.types import TrainState
+from safe_rlhf_jax.stages.kind import Kind, Training
+from safe_rlhf_jax.stages.networks import jit_step, optimizer_of
+from safe_rlhf_jax.stages.programs import TOTAL_STEPS, Program, array, one_side, put, random_key, texts
+from safe_rlhf_jax.types import PreferenceBatch, SafetyBatch, SupervisedBatch, TrainState
 
 
-@handed_on
-def load_examples(run: Run, stage: Any, data: cfg.Mixture) -> examples.Examples:
-    """Returns the examples of a supervised stage."""
-    shared: dict[str, Any] = {
-        "max_length": stage.max_length,
-        "where": f"{stage.name}: {described(data)}",
-        "max_bad": run.config.max_bad_records,
-    }
-    return TASKS[stage.kind].load(run, stage, data, shared)
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What tells one kind of stage that trains on records from another.
+
+    Attributes:
+        head: Of the network.
+        step: (stage, module, optimizer) -> step(state, frozen, batch, key).
+        evaluator: (run, stage, module, frozen, examples) -> evaluate(state).
+        batch: stage -> a batch at its full length, without contents.
+        measured: What it measures on held-out data.
+        load: Reads a data set.
+        prepare: (run, stage, examples) -> what is trained on.
+        frozen: (run, stage, variables at the start) -> parameters that no step changes.
+        sides: Texts of an example.
+        frozen_passes: Forward passes of `frozen` in a step.
+    """
+
+    head: Literal["lm", "score"]
+    step: Callable[..., Callable[..., Any]]
+    evaluator: Callable[..., Callable[[TrainState], dict[str, Any]]]
+    batch: Callable[[Any], Any]
+    measured: tuple[str, ...]
+    load: Callable[[Run, Any, str], examples.Examples] = load_data
+    prepare: Callable[[Run, Any, examples.Examples], examples.Examples] = lambda run, stage, loaded: loaded
+    frozen: Callable[[Run, Any, dict[str, Any]], Any] = lambda *_: None
+    sides: int = 1
+    frozen_passes: int = 0
 
 
-def ready_examples(run: Run, stage: Any, name: str, data: cfg.Mixture) -> examples.Examples:
-    """Returns the examples of a data set as they are trained on, and says under `name` what was left out."""
-    loaded = load_examples(run, stage, data)
-    report_data(name, loaded)
-    if stage.kind == "dpo" and stage.preference == "lagrangian":
-        return rank_by_models(run, stage, loaded)
-    return loaded
+def run_supervised(task: Task, run: Run, stage: Any, folder: pathlib.Path) -> dict[str, Any]:
+    """Runs a stage that trains on records."""
 
+    def examples_of(field: str, name: str) -> examples.Examples:
+        loaded = take(run, stage, field, task.load)
+        report_data(name, loaded)
+        return task.prepare(run, stage, loaded)
 
-def run_supervised(run: Run, stage: Any, folder: pathlib.Path) -> dict[str, Any]:
-    """Runs an SFT, reward, cost or DPO stage."""
-    data = ready_examples(run, stage, stage.name, stage.data)
-    held_out = ready_examples(run, stage, f"{stage.name}: eval_data", stage.eval_data) if stage.eval_data else None
+    data = examples_of("data", stage.name)
+    held_out = examples_of("eval_data", f"{stage.name}: eval_data") if stage.eval_data else None
     total = max(int(stage.epochs * len(data)) // stage.batch_size, 1)
     seed = run.seed(stage)
-    module, state, frozen, step = build_supervised(run, stage, total)
+    module, state, frozen, step = build_supervised(task, run, stage, total)
     no_evaluation: Callable[[TrainState], dict[str, Any]] = lambda _: {}  # noqa: E731
-    evaluator = TASKS[stage.kind].evaluator
-    evaluate_state = evaluator(run, stage, module, frozen, held_out) if held_out else no_evaluation
+    evaluate_state = task.evaluator(run, stage, module, frozen, held_out) if held_out else no_evaluation
     tokens_per_step = stage.batch_size * data.mean_tokens
     final: TrainState = fit(
         Stage(
@@ -84,7 +89,7 @@ def run_supervised(run: Run, stage: Any, folder: pathlib.Path) -> dict[str, Any]
         folder, writers=writers(run),
     )  # fmt: skip
     evaluation = evaluate_state(final)
-    scores = TASKS[stage.kind].head == "score"
+    scores = task.head == "score"
     if scores and evaluation and is_main():
         (folder / "scores.json").write_text(json.dumps(evaluation))
     export(run, folder, module, final, stage.export_layout if scores else None)
@@ -95,25 +100,22 @@ def run_supervised(run: Run, stage: Any, folder: pathlib.Path) -> dict[str, Any]
     return result
 
 
-def build_supervised(run: Run, stage: Any, total_steps: int) -> tuple[Any, TrainState, Any, Callable[..., Any]]:
+def build_supervised(
+    task: Task, run: Run, stage: Any, total_steps: int
+) -> tuple[Any, TrainState, Any, Callable[..., Any]]:
     """Opens the networks of a supervised stage.
 
     Returns:
         The network, its state, parameters that no step changes (None but for DPO's reference), and the jitted step.
     """
-    task, optimizer, score = TASKS[stage.kind], optimizer_of(stage.optimizer, total_steps), None
+    optimizer, score = optimizer_of(stage.optimizer, total_steps), None
     if task.head == "score":
         other = stage.export_layout == "sequence_classification"  # no bias, score at the last token but for padding
         pad_id = run.tokenizer.pad_id if other else None
         momentum = stage.normalizer_momentum
-        score = ScoreConfig(stage.kind, bias=not other, normalize=stage.normalize, momentum=momentum, pad_id=pad_id)
-    module, variables = open_model(run, stage.init_from, task.head, score=score, seed=run.seed(stage))
-    state = start_state(run, module, variables, optimizer)
-    frozen = None
-    if stage.kind == "dpo":
-        other_reference = stage.reference not in (None, stage.init_from)
-        reference = open_model(run, stage.reference, "lm")[1] if other_reference else variables
-        frozen = only_read(run, reference["params"])
+        score = ScoreConfig(stage.makes, bias=not other, normalize=stage.normalize, momentum=momentum, pad_id=pad_id)
+    module, variables = run.networks.open(stage.init_from, task.head, score=score, seed=run.seed(stage))
+    state, frozen = run.networks.start(module, variables, optimizer), task.frozen(run, stage, variables)
     return module, state, frozen, jit_step(task.step(stage, module, optimizer), state, run.mesh)
 
 
@@ -135,14 +137,24 @@ def sft_step(
     return step
 
 
-def pairs_step(
-    stage: cfg.PreferenceStage, module: ScoreModel, optimizer: optax.GradientTransformation
+def reward_step(
+    stage: cfg.RewardStage, module: ScoreModel, optimizer: optax.GradientTransformation
 ) -> Callable[..., Any]:
-    """Returns the step of a reward or cost model."""
-    options: dict[str, Any] = {"token_wise": stage.token_wise, "regularization": stage.regularization}
-    loss_of: Callable[..., Any] = objectives.reward_loss
-    if isinstance(stage, cfg.CostStage):
-        loss_of, options = objectives.cost_loss, options | {"ranking_weight": stage.ranking_weight}
+    """Returns the step of a reward model."""
+    return pairs_step(objectives.reward_loss, stage, module, optimizer)
+
+
+def cost_step(stage: cfg.CostStage, module: ScoreModel, optimizer: optax.GradientTransformation) -> Callable[..., Any]:
+    """Returns the step of a cost model."""
+    return pairs_step(objectives.cost_loss, stage, module, optimizer, ranking_weight=stage.ranking_weight)
+
+
+def pairs_step(
+    loss_of: Callable[..., Any], stage: cfg.PreferenceStage, module: ScoreModel,
+    optimizer: optax.GradientTransformation, **more: Any,
+) -> Callable[..., Any]:  # fmt: skip
+    """Returns the step of a model that is trained on pairs by a loss."""
+    options = {"token_wise": stage.token_wise, "regularization": stage.regularization} | more
 
     def step(state: TrainState, frozen: None, batch: Any, key: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
         del frozen, key
@@ -193,30 +205,51 @@ def pairs_evaluate(
     return evaluate_state
 
 
-def load_sft(run: Run, stage: cfg.SFTStage, data: cfg.Mixture, shared: dict[str, Any]) -> examples.Examples:
-    """Returns the demonstrations of an SFT stage."""
-    return examples.load_supervised(run.records(data), run.template, run.tokenizer, **shared)
+def supervised_programs(task: Task, run: Run, stage: Any) -> Iterator[Program]:
+    """Yields the step of a stage that trains on records, at the full length of its texts."""
+    _, state, frozen, step = build_supervised(task, run, stage, TOTAL_STEPS)
+    yield Program("step", step, (state, frozen, put(run, task.batch(stage)), random_key()))
 
 
-def load_scored(run: Run, stage: cfg.PreferenceStage, data: cfg.Mixture, shared: dict[str, Any]) -> examples.Examples:
-    """Returns the pairs of a reward or cost stage."""
-    safety = isinstance(stage, cfg.CostStage)
-    return examples.load_pairs(run.records(data), run.template, run.tokenizer, safety=safety, **shared)
+def supervised_flops(task: Task, run: Run, stage: Any, again: float) -> dict[str, float]:
+    """Returns the FLOPs of a step: a pass forward, two backward, and those of what is only read."""
+    rows, logits = task.sides * stage.batch_size, stage.max_length if task.head == "lm" else 0
+    passes = 3 * again + task.frozen_passes
+    return {"step": passes * forward_flops(run.networks.config(stage.init_from), rows, stage.max_length, logits)}
 
 
-@dataclasses.dataclass(frozen=True)
-class Task:
-    """What tells one kind of supervised stage from another."""
+def supervised_kind(schema: type[cfg.SupervisedStage], task: Task) -> Kind:
+    """Returns the record of a kind of stage that trains on records."""
+    training = Training(
+        programs=functools.partial(supervised_programs, task),
+        flops=functools.partial(supervised_flops, task),
+        tokens=lambda stage: task.sides * stage.batch_size * stage.max_length,
+        measured=lambda *_: task.measured,
+    )
+    return Kind(schema, functools.partial(run_supervised, task), load=task.load, training=training)
 
-    head: Literal["lm", "score"]
-    load: Callable[..., examples.Examples]  # (run, stage, data, options) -> examples
-    step: Callable[..., Callable[..., Any]]  # (stage, module, optimizer) -> step(state, frozen, batch, key)
-    evaluator: Callable[..., Callable[[TrainState], dict[str, Any]]]  # (run, stage, module, frozen, examples)
+
+def sft_batch(stage: cfg.SFTStage) -> SupervisedBatch:
+    """Returns a batch of demonstrations, without contents."""
+    rows, length = stage.batch_size, stage.max_length
+    return SupervisedBatch(**texts(rows, length), loss_mask=array(rows, length))
 
 
-TASKS = {
-    "sft": Task("lm", load_sft, sft_step, sft_evaluate),
-    "reward": Task("score", load_scored, pairs_step, pairs_evaluate),
-    "cost": Task("score", load_scored, pairs_step, pairs_evaluate),
-    "dpo": Task("lm", load_direct, direct_step, direct_evaluate),
-}
+def reward_batch(stage: cfg.RewardStage) -> PreferenceBatch:
+    """Returns a batch of preferences, without contents."""
+    one = one_side(stage.batch_size, stage.max_length)
+    return PreferenceBatch(one, one)
+
+
+def cost_batch(stage: cfg.CostStage) -> SafetyBatch:
+    """Returns a batch of pairs with safety labels, without contents."""
+    one, label = one_side(stage.batch_size, stage.max_length), array(stage.batch_size)
+    return SafetyBatch(one, one, label, label)
+
+
+SCORES = ("mean", "std", "accuracy", "calibration_error")
+SFT = supervised_kind(cfg.SFTStage, Task("lm", sft_step, sft_evaluate, sft_batch, ("loss", "perplexity")))
+REWARD = supervised_kind(cfg.RewardStage, Task("score", reward_step, pairs_evaluate, reward_batch, SCORES, sides=2))
+COST = supervised_kind(
+    cfg.CostStage, Task("score", cost_step, pairs_evaluate, cost_batch, (*SCORES, "sign_accuracy"), sides=2)
+)

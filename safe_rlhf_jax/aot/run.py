@@ -1,0 +1,55 @@
+"""A run on devices that need not exist, whose arrays are shapes."""
+
+import dataclasses
+import pathlib
+
+from jax.sharding import Mesh
+
+from safe_rlhf_jax import config as cfg
+from safe_rlhf_jax.config.messages import did_you_mean
+from safe_rlhf_jax.data.tokenizer import Tokenizer, load_tokenizer
+from safe_rlhf_jax.errors import ConfigError
+from safe_rlhf_jax.models.config import PRESETS
+from safe_rlhf_jax.stages.common import Run
+from safe_rlhf_jax.stages.networks import Shapes
+
+
+class AbstractRun(Run):
+    """A run on devices that need not exist."""
+
+    def __init__(self, config: cfg.RunConfig, mesh: Mesh):
+        """Takes the mesh; opens the tokenizer where it is on this machine, else only knows its size.
+
+        Raises:
+            ConfigError: If `assume` names no preset, or is missing where the tokenizer is not here.
+        """
+        self.config = config
+        self.mesh = mesh
+        self.networks = Shapes(self)
+        self.own = {}
+        if config.assume is not None and config.assume not in PRESETS:
+            hint = did_you_mean(config.assume, PRESETS)
+            raise ConfigError(f"assume: preset {config.assume!r} is unknown; presets: {sorted(PRESETS)}{hint}")
+        local = config.tokenizer == "demo" or pathlib.Path(config.tokenizer.removeprefix("path:")).expanduser().is_dir()
+        if local or config.assume is None:
+            self.tokenizer = load_tokenizer(config.tokenizer)
+        else:
+            size = PRESETS[config.assume]["vocab_size"]
+            self.tokenizer = AbsentTokenizer(None, eos_id=2, pad_id=0, prefix=(), size=size)
+        self.ends = self.tokenizer.ends
+
+
+@dataclasses.dataclass(frozen=True)
+class AbsentTokenizer(Tokenizer):
+    """Stands for a tokenizer that is not on this machine; which ids it gives to EOS and padding changes no shape."""
+
+    size: int = 0
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens."""
+        return self.size
+
+    def holes(self, rows: int) -> tuple[tuple[int, int], ...]:
+        """Returns ranges of rows without a token."""
+        return ((self.size, rows),) if rows > self.size else ()

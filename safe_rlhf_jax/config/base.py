@@ -1,0 +1,149 @@
+"""What the schemas of all stages share, and what they check beside other stages.
+
+Sources: [ref] PKU-Alignment/safe-rlhf@82743cc scripts; [paper] Dai et al. 2023, arXiv 2310.12773.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+from safe_rlhf_jax.config.data import Schema, Share, parts_of, source
+from safe_rlhf_jax.config.messages import did_you_mean, nearest_multiples
+from safe_rlhf_jax.config.uses import DataUse, Makes, ModelUse
+from safe_rlhf_jax.models.config import PRESETS
+
+
+class OptimizerConfig(Schema):
+    """AdamW with clipping of the global gradient norm, and its learning-rate schedule."""
+
+    lr: PositiveFloat = 2e-5  # [ref]
+    schedule: Literal["constant", "linear", "cosine", "hold_linear"] = "cosine"  # [ref]; hold half, then linear to 2 %
+    warmup_ratio: Share = 0.03  # share of the optimizer steps [ref]
+    weight_decay: NonNegativeFloat = 0.0
+    b1: Share = 0.9  # [ref]
+    b2: Share = 0.95  # [ref]
+    eps: PositiveFloat = 1e-8  # [ref]
+    max_grad_norm: PositiveFloat | None = 1.0  # [ref]
+
+
+class StageBase(Schema):
+    """What every stage has.
+
+    What a stage stands on, `models`, `datasets` and `multipliers` say; nothing else asks for its fields by name.
+    """
+
+    makes: ClassVar[Makes | None] = None  # what its export is
+    lengths: ClassVar[tuple[str, ...]] = ()  # settings whose sum is the tokens of a text
+    kind: str
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_\-]+$")]
+
+    def models(self) -> dict[str, ModelUse]:
+        """Returns the models that the stage reads, by field."""
+        return {}
+
+    def datasets(self) -> dict[str, DataUse]:
+        """Returns the data sets that the stage reads, by field."""
+        return {}
+
+    def multipliers(self) -> dict[str, str]:
+        """Returns the dual stages whose multiplier is a λ at the start, by field."""
+        return {}
+
+    def mistakes(self, earlier: Sequence["StageBase"]) -> Iterator[str]:
+        """Yields what is wrong beside the stages before, and with sizes that have to divide each other."""
+        makers = {other.name: other.makes for other in earlier}
+        for field, use in self.models().items():
+            yield from wrong_reference(field, use, makers)
+        uses = self.datasets()
+        for field, use_ in uses.items():
+            for held_out_field, held_out in uses.items():
+                if (use_.role, held_out.role) == ("train", "evaluate") and use_.reads == held_out.reads:
+                    yield from not_held_out(field, use_.data, held_out_field, held_out.data)
+
+
+def wrong_reference(field: str, use: ModelUse, makers: dict[str, Makes | None]) -> Iterator[str]:
+    """Yields why a model is no earlier stage of the right kind, preset, folder or hub id.
+
+    Args:
+        field: That names it.
+        use: What is named.
+        makers: What the stages before make, by name.
+    """
+    value = use.reference
+    prefix, _, rest = value.partition(":")
+    if rest and prefix in ("path", "hf"):
+        return
+    if rest and prefix == "preset" and use.may_be_new:
+        if rest not in PRESETS:
+            hint = did_you_mean(rest, PRESETS)
+            yield f"{field}: preset {rest!r} is unknown; presets: {sorted(PRESETS)}{hint}"
+    elif value not in makers:
+        yield (
+            f"{field} names {value!r}, which is no earlier stage ({sorted(makers)}), nor 'path:…' or "
+            f"'hf:…'{did_you_mean(value, makers)}"
+        )
+    elif makers[value] not in use.accepts:
+        yield f"{field} names {value!r}, which makes {makers[value]}; it needs {' or '.join(use.accepts)}"
+
+
+def not_held_out(train: str, data: Any, test: str, held_out: Any) -> Iterator[str]:
+    """Yields why data that a stage trains on and evaluates on is not split in one place."""
+    for one in parts_of(data):
+        for other in parts_of(held_out):
+            if source(one.name) != source(other.name):
+                continue
+            if one.test_share != other.test_share:
+                yield (
+                    f"{train} and {test} read {one.name!r} with test_share {one.test_share} and {other.test_share}; "
+                    "with one test_share no prompt is in both"
+                )
+            elif one.test_share is not None and one.split == other.split:
+                yield (
+                    f"{train} and {test} both read the split {one.split!r} of {one.name!r}; the part that test_share "
+                    "holds out is split: test"
+                )
+
+
+def indivisible(name: str, rows: int, parts_name: str, parts: int) -> Iterator[str]:
+    """Yields why a batch does not divide into its parts."""
+    if rows % parts:
+        yield (
+            f"{name} {rows} does not divide into {parts_name} {parts}; nearest batches that do: "
+            f"{nearest_multiples(rows, parts)}"
+        )
+
+
+class TrainingStage(StageBase):
+    """What every stage that trains has."""
+
+    unhashed: ClassVar[frozenset[str]] = frozenset(
+        {"microbatches", "checkpoint_every", "keep_checkpoints", "keep_best", "eval_every", "fuse"}
+    )
+    init_from: str  # "preset:tiny", "path:FOLDER", "hf:OWNER/NAME", or an earlier stage's name
+    seed: NonNegativeInt | None = None  # the run's seed by default
+    microbatches: PositiveInt = 1  # slices of a (mini)batch whose gradients are accumulated
+    checkpoint_every: PositiveInt = 100  # steps
+    keep_checkpoints: PositiveInt = 2
+    keep_best: Annotated[str, Field(pattern="^-?(train|eval)/")] | None = None  # by metric: highest; -eval/loss: lowest
+    eval_every: PositiveInt | None = None  # steps; None evaluates at the end only
+    held_out: ClassVar[str]  # the setting that holds what it evaluates itself on
+
+    @property
+    def rows(self) -> int:
+        """Texts, or pairs of them, of a step."""
+        return int(self.batch_size)  # type: ignore[attr-defined]
+
+    @property
+    def minibatches(self) -> int:
+        """Optimizer steps that share the rows of a step."""
+        return 1
+
+    def idle(self) -> dict[str, str]:
+        """An evaluation of nothing."""
+        reasons = {"eval_every": f"there is no {self.held_out}"} if getattr(self, self.held_out) is None else {}
+        return super().idle() | reasons
+
+    def models(self) -> dict[str, ModelUse]:
+        """Returns the models that the stage reads, by field."""
+        return {"init_from": ModelUse(self.init_from, may_be_new=True, alike=True)} | super().models()

@@ -1,0 +1,251 @@
+"""Schemas of the stages that sample: RL, rejection sampling, one-shot dual, evaluation.
+
+Sources: [ref] PKU-Alignment/safe-rlhf@82743cc scripts; [paper] Dai et al. 2023, arXiv 2310.12773.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+from safe_rlhf_jax.config.algorithm import AlgorithmConfig, Lagrange
+from safe_rlhf_jax.config.base import OptimizerConfig, StageBase, TrainingStage, indivisible
+from safe_rlhf_jax.config.data import Mixture, Single
+from safe_rlhf_jax.config.messages import did_you_mean
+from safe_rlhf_jax.config.sampling import OTHER_DISTRIBUTION, DualFields, Rounds, calibrations, problems
+from safe_rlhf_jax.config.uses import DataUse, Makes, ModelUse, scorer
+
+
+class RLStage(TrainingStage):
+    """On-policy training: PPO, PPO-Lagrangian and their relatives."""
+
+    refused: ClassVar[dict[str, str]] = OTHER_DISTRIBUTION
+    makes: ClassVar[Makes] = "policy"
+    held_out: ClassVar[str] = "eval_prompts"
+    lengths: ClassVar[tuple[str, ...]] = ("max_prompt_length", "max_response_length")
+    kind: Literal["rl"]
+    algorithm: AlgorithmConfig = AlgorithmConfig()
+    reward_model: str
+    cost_model: str | None = None  # signal `cost`, limited by algorithm.lagrange; without a constraint only reported
+    cost_models: dict[str, str] = Field(
+        default_factory=dict
+    )  # several: signals `cost/<name>`, by algorithm.constraints.<name>
+    # {signal: model} that its critic starts from; by default the scorer, or the actor where the scorer has a tokenizer
+    # or template of its own.
+    critics: dict[str, str] = Field(default_factory=dict)
+    prompts: Mixture
+    eval_prompts: Single | None = None
+    ptx: Mixture | None = None
+    group_field: str | None = None  # field of a record that names the prompt's group
+    steps: PositiveInt = 200  # iterations: one rollout batch each
+    batch_size: PositiveInt = 16  # prompts per iteration [ref]
+    responses_per_prompt: PositiveInt = 1  # [ref]
+    max_prompt_length: PositiveInt = 256  # tokens
+    max_response_length: PositiveInt = 256  # tokens
+    long_prompts: Literal["drop", "truncate_left"] = "drop"
+    temperature: PositiveFloat = 1.0
+    fuse: bool = True  # one program per iteration; False compiles generation and learning apart
+    actor: OptimizerConfig = OptimizerConfig(lr=1e-5, weight_decay=0.01)  # [ref]
+    critic: OptimizerConfig = OptimizerConfig(lr=5e-6, schedule="constant")  # [ref]
+
+    def idle(self) -> dict[str, str]:
+        """Demonstrations without a weight, and the limit of a cost that is not there."""
+        reasons = super().idle()
+        if self.algorithm.ptx_coeff == 0:
+            reasons["ptx"] = "algorithm.ptx_coeff is 0"
+        if self.cost_model is None:
+            reasons["algorithm.lagrange"] = "it limits the cost of cost_model, which is not given"
+        return reasons
+
+    @property
+    def scorers(self) -> dict[str, str]:
+        """{signal: model}."""
+        single = {"reward": self.reward_model} | ({"cost": self.cost_model} if self.cost_model else {})
+        return single | {f"cost/{name}": model for name, model in self.cost_models.items()}
+
+    @property
+    def limits(self) -> dict[str, Lagrange]:
+        """{cost signal: its constraint}, for algorithms that have constraints."""
+        single = {"cost": self.algorithm.lagrange} if self.cost_model else {}
+        return single | {f"cost/{name}": lagrange for name, lagrange in self.algorithm.constraints.items()}
+
+    @property
+    def rows(self) -> int:
+        """Responses of an iteration."""
+        return self.batch_size * self.responses_per_prompt
+
+    @property
+    def minibatches(self) -> int:
+        """Optimizer steps that share them."""
+        return self.algorithm.minibatches
+
+    def limit_field(self, signal: str, name: str) -> str:
+        """Returns where a setting of a constraint stands."""
+        of = "lagrange" if signal == "cost" else f"constraints.{signal.removeprefix('cost/')}"
+        return f"algorithm.{of}.{name}"
+
+    def models(self) -> dict[str, ModelUse]:
+        """Returns the policy, the models that score, and what critics start from, by field."""
+        found = {"init_from": ModelUse(self.init_from, may_be_new=True, generates=True)}
+        found["reward_model"] = scorer(self.reward_model, "reward")
+        if self.cost_model is not None:
+            found["cost_model"] = scorer(self.cost_model, "cost")
+        found |= {f"cost_models.{name}": scorer(model, "cost") for name, model in self.cost_models.items()}
+        starts = {f"critics.{signal}": model for signal, model in self.critics.items()}
+        return found | {field: ModelUse(model, ("policy", "reward", "cost")) for field, model in starts.items()}
+
+    def datasets(self) -> dict[str, DataUse]:
+        """Returns prompts, demonstrations for PTX, and what limits are calibrated on, by field."""
+        total, length = self.max_prompt_length + self.max_response_length, self.max_prompt_length
+        found = {"prompts": DataUse(self.prompts, "prompts", length, "train", rows=self.batch_size)}
+        if self.eval_prompts is not None:
+            found["eval_prompts"] = DataUse(self.eval_prompts, "prompts", length, "evaluate")
+        if self.ptx is not None:
+            found["ptx"] = DataUse(
+                self.ptx, "sft", total, "train", rows=self.rows, rows_are="batch_size·responses_per_prompt",
+                factor=self.responses_per_prompt,
+            )  # fmt: skip
+        return found | calibrations(self, total)
+
+    def multipliers(self) -> dict[str, str]:
+        """Returns the dual stages whose multiplier is a λ at the start, by field."""
+        constraints = {"cost": self.algorithm.lagrange}
+        constraints |= {f"cost/{name}": one for name, one in self.algorithm.constraints.items()}
+        return {
+            self.limit_field(signal, "init"): one.init
+            for signal, one in constraints.items()
+            if isinstance(one.init, str)
+        }
+
+    def mistakes(self, earlier: Sequence[StageBase]) -> Iterator[str]:
+        """Yields what is wrong beside the stages before, and what constraints and batches lack."""
+        yield from super().mistakes(earlier)
+        yield from self.wrong_multipliers(earlier)
+        parts = self.algorithm.minibatches * self.microbatches
+        yield from indivisible("batch_size·responses_per_prompt =", self.rows, "minibatches·microbatches =", parts)
+        for signal in self.critics.keys() - self.scorers.keys():
+            yield f"critics names {signal!r}, which no model scores ({sorted(self.scorers)})"
+        for signal, lagrange in self.limits.items():
+            if signal not in self.scorers:
+                name = signal.removeprefix("cost/")
+                yield (
+                    f"algorithm.constraints.{name} limits a cost that no model measures; name its model in "
+                    f"cost_models.{name} (there are {sorted(self.cost_models)})"
+                )
+            for name in ("constrained_groups", "group_limits"):
+                if getattr(lagrange, name) is not None and self.group_field is None:
+                    yield f"{self.limit_field(signal, name)} needs group_field, which holds the group"
+        if self.algorithm.ptx_coeff > 0 and self.ptx is None:
+            yield f"algorithm.ptx_coeff {self.algorithm.ptx_coeff} needs ptx data"
+
+    def wrong_multipliers(self, earlier: Sequence[StageBase]) -> Iterator[str]:
+        """Yields why a λ at the start is neither a number nor that of an earlier dual stage of the same constraint."""
+        duals = {other.name: other for other in earlier if isinstance(other, DualStage)}
+        for field, name in self.multipliers().items():
+            if name not in duals:
+                yield (
+                    f"{field} names {name!r}, which is no earlier stage of kind dual ({sorted(duals)}); give a number "
+                    f"or such a stage{did_you_mean(name, duals)}"
+                )
+                continue
+            constraint = field.split(".")[2] if field.startswith("algorithm.constraints.") else None
+            model = self.cost_models.get(constraint) if constraint else self.cost_model
+            lagrange = self.algorithm.constraints[constraint] if constraint else self.algorithm.lagrange
+            for what, (theirs, ours) in problems(duals[name], self, model, lagrange).items():
+                if theirs != ours:
+                    yield (
+                        f"{field} names {name!r}, whose {what} is {theirs!r}, but here it is {ours!r}: λ* would be "
+                        "that of another problem"
+                    )
+            if lagrange.measure != "mean" or lagrange.group_limits is not None:
+                yield f"{field} names {name!r}, which solves one limit of the mean cost, not this one"
+
+
+class RejectionStage(TrainingStage, Rounds):
+    """Rejection sampling: supervised fine-tuning on the policy's own best feasible responses, in rounds."""
+
+    makes: ClassVar[Makes] = "policy"
+    held_out: ClassVar[str] = "eval_prompts"
+    lengths: ClassVar[tuple[str, ...]] = ("max_prompt_length", "max_response_length")
+    kind: Literal["rejection_sampling"]
+    optimizer: OptimizerConfig = OptimizerConfig()  # anew in each round
+
+    def models(self) -> dict[str, ModelUse]:
+        """Returns the policy and the models that score, by field."""
+        return {"init_from": ModelUse(self.init_from, may_be_new=True, generates=True)} | Rounds.models(self)
+
+    def mistakes(self, earlier: Sequence[StageBase]) -> Iterator[str]:
+        """Yields what is wrong beside the stages before, and with batches."""
+        yield from super().mistakes(earlier)
+        yield from indivisible("batch_size", self.batch_size, "microbatches", self.microbatches)
+
+
+class DualStage(StageBase, DualFields):
+    """One-shot dual: the multiplier λ* from samples of the reference alone, for `algorithm.lagrange.init`."""
+
+    lengths: ClassVar[tuple[str, ...]] = ("max_prompt_length", "max_response_length")
+    kind: Literal["dual"]
+
+    def models(self) -> dict[str, ModelUse]:
+        """Returns the reference and the models that score, by field."""
+        return {"init_from": ModelUse(self.init_from, may_be_new=True, generates=True)} | DualFields.models(self)
+
+    def datasets(self) -> dict[str, DataUse]:
+        """Returns the prompts that are answered, and what the limit is calibrated on, by field."""
+        return DualFields.datasets(self)
+
+
+class EvaluateStage(StageBase):
+    """Compares policies on held-out prompts and writes the report."""
+
+    lengths: ClassVar[tuple[str, ...]] = ("max_prompt_length", "max_response_length")
+    kind: Literal["evaluate"]
+    policies: Annotated[tuple[str, ...], Field(min_length=1)]  # stages; the first is the baseline
+    reward_model: str
+    cost_model: str
+    prompts: Annotated[tuple[Single, ...], Field(min_length=1)]
+    group_field: str | None = None
+    batch_size: PositiveInt = 64
+    max_prompt_length: PositiveInt = 256
+    max_response_length: PositiveInt = 256
+    temperature: NonNegativeFloat = 1.0  # 0 is greedy
+    top_k: NonNegativeInt = 0
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    repetition_penalty: PositiveFloat = 1.0
+    best_of: dict[str, PositiveInt] = Field(default_factory=dict)  # {policy: n}: a row more, the best of n responses
+    best_of_cost_limit: float | None = None  # of those n, only responses with cost ≤ this, where there are any
+    seed: NonNegativeInt | None = None
+
+    def idle(self) -> dict[str, str]:
+        """A choice among responses that are all the same."""
+        alike = {"best_of": "at temperature 0, or with top_k 1, all responses to a prompt are the same"}
+        return super().idle() | (alike if self.temperature == 0 or self.top_k == 1 else {})
+
+    @property
+    def scorers(self) -> dict[str, str]:
+        """{signal: model}."""
+        return {"reward": self.reward_model, "cost": self.cost_model}
+
+    def models(self) -> dict[str, ModelUse]:
+        """Returns the models that score, and the policies, by field."""
+        found = {"reward_model": scorer(self.reward_model, "reward"), "cost_model": scorer(self.cost_model, "cost")}
+        policies = {f"policies.{i}": name for i, name in enumerate(self.policies)}
+        return found | {field: ModelUse(name, generates=True, alike=True) for field, name in policies.items()}
+
+    def datasets(self) -> dict[str, DataUse]:
+        """Returns the prompts, by field."""
+        return {
+            f"prompts.{i}": DataUse(data, "prompts", self.max_prompt_length, "evaluate")
+            for i, data in enumerate(self.prompts)
+        }
+
+    def mistakes(self, earlier: Sequence[StageBase]) -> Iterator[str]:
+        """Yields what is wrong beside the stages before, and with `best_of`."""
+        yield from super().mistakes(earlier)
+        for name, number in self.best_of.items():
+            if name not in self.policies:
+                yield f"best_of names {name!r}, which is none of its policies {list(self.policies)}"
+            if number < 2:
+                yield f"best_of.{name} {number}: must be 2 or more, there is nothing to choose"
+        if self.best_of_cost_limit is not None and not self.best_of:
+            yield f"best_of_cost_limit {self.best_of_cost_limit} needs best_of"

@@ -1,0 +1,61 @@
+"""Data sets of a stage as examples: `DataUse` says how they are read."""
+
+from collections.abc import Callable
+from typing import Any
+
+from safe_rlhf_jax import config as cfg
+from safe_rlhf_jax.data import examples
+from safe_rlhf_jax.data.examples import Examples
+from safe_rlhf_jax.stages.common import Run, described
+
+Load = Callable[[Run, Any, str], Examples]  # (run, stage, field of `datasets()`)
+
+
+def load_data(run: Run, stage: Any, field: str) -> Examples:
+    """Returns the examples of a data set, as the run writes its texts."""
+    return load_records(run, stage, field, run.records(stage.datasets()[field].data))
+
+
+def load_records(run: Run, stage: Any, field: str, records: Any) -> Examples:
+    """Returns the examples of records that stand for a data set."""
+    use: cfg.DataUse = stage.datasets()[field]
+    shared: dict[str, Any] = {
+        "max_length": use.max_length,
+        "where": f"{stage.name}: {described(use.data)}",
+        "max_bad": run.config.max_bad_records,
+    }
+    if use.reads == "sft":
+        return examples.load_supervised(records, run.template, run.tokenizer, **shared)
+    if use.reads != "prompts":
+        return examples.load_pairs(records, run.template, run.tokenizer, safety=use.reads == "cost", **shared)
+    # A prompt that a scorer cannot read in its own way is unusable.
+    models = dict.fromkeys(use.reference for use in stage.models().values())
+    own = {model: run.own[model] for model in models if model in run.own}
+    return examples.load_prompts(
+        records,
+        run.template,
+        run.tokenizer,
+        long_prompts=getattr(stage, "long_prompts", "drop"),
+        group_field=stage.group_field,
+        readers={model: (encoding.template, encoding.tokenizer) for model, encoding in own.items()},
+        **shared,
+    )
+
+
+def keep(run: Run, stage: Any, field: str, load: Load = load_data) -> Examples:
+    """Loads a data set before the first stage runs, so that nothing about it is left to raise later."""
+    run.loaded[stage.name, field] = load(run, stage, field)
+    return run.loaded[stage.name, field]
+
+
+def take(run: Run, stage: Any, field: str, load: Load = load_data) -> Examples:
+    """Returns a data set that has been kept, and forgets it; loads it where it has not."""
+    kept = run.loaded.pop((stage.name, field), None)
+    return load(run, stage, field) if kept is None else kept
+
+
+def stored(run: Run, stage: Any, field: str, load: Load) -> Examples:
+    """Returns data that the check asks for first and its stage last: loaded once, and forgotten after that."""
+    if (stage.name, field) in run.loaded:
+        return run.loaded.pop((stage.name, field))
+    return keep(run, stage, field, load)

@@ -1,0 +1,54 @@
+"""What a kind of stage is: a record, from which checks, hashes, reports and compilers take what they need to know."""
+
+import dataclasses
+import pathlib
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any
+
+from safe_rlhf_jax import config as cfg
+from safe_rlhf_jax.data.examples import Examples
+from safe_rlhf_jax.stages.common import Run
+from safe_rlhf_jax.stages.datasets import load_data
+from safe_rlhf_jax.stages.programs import Program
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """A kind of stage. Its schema says which models and data sets it reads (`models()`, `datasets()`).
+
+    Attributes:
+        schema: Of its config.
+        run: (run, stage, folder) -> what goes into result.json, with `metrics`.
+        load: (run, stage, field of `datasets()`) -> examples.
+        check: (run, stage, examples by field) -> None; raises before the first stage trains.
+        idle: stage -> {setting, dotted: why it changes nothing}.
+    """
+
+    schema: type[cfg.StageBase]
+    run: Callable[[Run, Any, pathlib.Path], dict[str, Any]]
+    load: Callable[[Run, Any, str], Examples] = load_data
+    check: Callable[[Run, Any, Mapping[str, Examples]], None] = lambda *_: None
+    idle: Callable[[Any], dict[str, str]] = lambda _: {}
+    training: "Training | None" = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """What a kind of stage that trains is.
+
+    Attributes:
+        programs: (run, stage) -> the programs of a step, the one that trains last; both are called, and used, under
+            `jax.set_mesh(run.mesh)`.
+        flops: (run, stage, factor of the backward pass's recomputation) -> {phase: FLOPs of a step on all devices}.
+        tokens: stage -> tokens of a step at their full lengths.
+        measured: (run, stage, examples by field) -> names of what it measures on held-out data, without "eval/".
+        critics: stage -> what further networks that it trains start from.
+        groups: (stage, examples by field) -> groups of prompts by which it measures the share of unsafe responses.
+    """
+
+    programs: Callable[[Run, Any], Iterator[Program]]
+    flops: Callable[[Run, Any, float], dict[str, float]]
+    tokens: Callable[[Any], int]
+    measured: Callable[[Run, Any, Mapping[str, Examples]], Collection[str]]
+    critics: Callable[[Any], list[str]] = lambda _: []
+    groups: Callable[[Any, Mapping[str, Examples]], tuple[str, ...]] = lambda *_: ()

@@ -1,0 +1,27 @@
+"""The kinds of stages, by the name that a config gives them. A new one is a schema, a file, and a line here."""
+
+from safe_rlhf_jax import config as cfg
+from safe_rlhf_jax.stages.direct import DPO, MERGE
+from safe_rlhf_jax.stages.dual import DUAL
+from safe_rlhf_jax.stages.evaluation import EVALUATE
+from safe_rlhf_jax.stages.kind import Kind
+from safe_rlhf_jax.stages.reinforcement import RL
+from safe_rlhf_jax.stages.rejection import REJECTION
+from safe_rlhf_jax.stages.supervised import COST, REWARD, SFT
+
+KINDS: dict[str, Kind] = {
+    "sft": SFT,
+    "reward": REWARD,
+    "cost": COST,
+    "dpo": DPO,
+    "merge": MERGE,
+    "rl": RL,
+    "rejection_sampling": REJECTION,
+    "dual": DUAL,
+    "evaluate": EVALUATE,
+}
+
+
+def kind_of(stage: cfg.StageBase) -> Kind:
+    """Returns what the kind of a stage is."""
+    return KINDS[stage.kind]
