@@ -14,9 +14,9 @@ from safe_rlhf_jax import config as cfg
 from safe_rlhf_jax.data.tokenizer import load_tokenizer
 from safe_rlhf_jax.models import hf
 from safe_rlhf_jax.models.config import ScoreConfig
-from safe_rlhf_jax.stages import Run, check_run, reinforcement
+from safe_rlhf_jax.stages import Run, check_run
 from safe_rlhf_jax.stages.check import check_model, check_stored
-from safe_rlhf_jax.stages.common import model_config, open_model
+from safe_rlhf_jax.stages.datasets import load_data
 from tests.helpers import make_lm, make_scorer, tiny_config
 from tests.tokenizers import make_tokenizer
 
@@ -87,7 +87,7 @@ def test_a_token_without_a_row_is_said_and_texts_that_have_it_are_unusable(store
     run = Run(cfg.load_config(config, []))
     check_run(run)
     assert re.search(r"no row of an embedding for 2 tokens, such as '<image_\d+>' \(1000\)", capsys.readouterr().out)
-    loaded = reinforcement.load_prompts(run, run.config.stages[0], run.config.stages[0].prompts)
+    loaded = load_data(run, run.config.stages[0], "prompts")
     assert len(loaded) == 30
     assert list(loaded.skipped.values()) == [1]
     assert "for which a model has no row" in next(iter(loaded.skipped))
@@ -187,19 +187,19 @@ def test_a_model_that_is_only_called_tied_differs_in_architecture_from_one_that_
     tied = tiny_config(vocab_size=1000, hidden_size=8, num_layers=1, head_dim=2, max_positions=128, tie_embeddings=True)
     folder = hf.save(tmp_path / "tied", *make_lm(tied))
     run = Run(cfg.load_config(MINI, [f"workdir={tmp_path}"]))
-    assert model_config(run, f"path:{folder}").tie_embeddings
+    assert run.networks.config(f"path:{folder}").tie_embeddings
     head = lambda t: t | {"lm_head.weight": t["model.embed_tokens.weight"] + 1.0}  # noqa: E731
     with pytest.warns(UserWarning, match="differs"):
-        assert not model_config(run, f"path:{edited(folder, tmp_path / 'other', head)}").tie_embeddings
+        assert not run.networks.config(f"path:{edited(folder, tmp_path / 'other', head)}").tie_embeddings
 
 
 @pytest.mark.parametrize("kind", ["reward", "cost"])
 def test_a_new_head_is_trained_or_is_a_critic_and_never_scores(stored, tmp_path, kind):
     run, model = Run(cfg.load_config(MINI, [f"workdir={tmp_path}"])), f"path:{stored}/lm"
     with pytest.raises(ValueError, match="holds no score head"):
-        open_model(run, model, "score", score_type=kind)
-    assert open_model(run, model, "score", score=ScoreConfig(kind))[0].score.score_type == kind
-    assert open_model(run, model, "score", score_type="critic")[0].score.score_type == "critic"
+        run.networks.open(model, "score", score_type=kind)
+    assert run.networks.open(model, "score", score=ScoreConfig(kind))[0].score.score_type == kind
+    assert run.networks.open(model, "score", score_type="critic")[0].score.score_type == "critic"
     other = {"reward": "cost", "cost": "reward"}[kind]
     with pytest.raises(ValueError, match=f"score_type is '{other}', not '{kind}'"):
-        open_model(run, f"path:{stored}/{other}", "score", score_type=kind)
+        run.networks.open(f"path:{stored}/{other}", "score", score_type=kind)

@@ -16,9 +16,8 @@ from safe_rlhf_jax.objectives import direct_loss, dpo_loss, ipo_loss, pair_log_p
 from safe_rlhf_jax.ops import sequence_scores, token_log_probs
 from safe_rlhf_jax.stages import Run
 from safe_rlhf_jax.stages.check import check_same_architecture
-from safe_rlhf_jax.stages.common import open_model
 from safe_rlhf_jax.stages.direct import LEFT_OUT, rank_by_models, safe_first
-from safe_rlhf_jax.stages.supervised import load_examples
+from safe_rlhf_jax.stages.kinds import kind_of
 from safe_rlhf_jax.types import PreferenceBatch, Sequences
 from tests.helpers import make_lm, tiny_config
 
@@ -225,10 +224,10 @@ def test_lagrangian_labels_follow_the_reward_at_0_and_the_cost_at_a_large_multip
     run = Run(cfg.load_config(OFFLINE, overrides))
     stage = next(stage for stage in run.config.stages if stage.name == "lagrangian_dpo")
     with jax.set_mesh(run.mesh):
-        pairs = load_examples(run, stage, stage.data)
+        pairs = kind_of(stage).load(run, stage, "data")
         ranked = rank_by_models(run, stage, pairs).arrays
         model = {"reward": stage.reward_model, "cost": stage.cost_model}[signal]
-        module, variables = open_model(run, model, "score", score_type=signal)
+        module, variables = run.networks.open(model, "score", score_type=signal)
         sides = [
             np.asarray(sequence_scores(module, variables, jnp.asarray(side.tokens), jnp.asarray(side.mask)))
             for side in (ranked.chosen, ranked.rejected)

@@ -15,6 +15,7 @@ from safe_rlhf_jax.metrics import read_jsonl
 from safe_rlhf_jax.models import hf
 from safe_rlhf_jax.pipeline import load_policy, load_scorer
 from safe_rlhf_jax.stages import Run, check_run, reinforcement, run_stage
+from safe_rlhf_jax.stages.datasets import load_data
 from safe_rlhf_jax.stages.host_signals import ScorerSignal, open_scorers
 from tests.helpers import make_lm, make_scorer, perturbed, tiny_config
 from tests.tokenizers import make_tokenizer
@@ -205,7 +206,7 @@ def test_prompt_that_a_scorer_cannot_read_is_unusable(folders, tmp_path):
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
     data = {"prompts": {"name": str(tmp_path / "prompts.jsonl")}, "group_field": None}
     run = checked(tmp_path, folders, folders / "shared", tmp_path / "own", **data)
-    loaded = reinforcement.load_prompts(run, run.config.stages[0], run.config.stages[0].prompts)
+    loaded = load_data(run, run.config.stages[0], "prompts")
     assert len(loaded) == 39
     assert list(loaded.skipped) == [f"path:{tmp_path}/own: the template refuses: no system message"]
 

@@ -167,9 +167,9 @@ def run(mini_run, tmp_path):
 
 
 def prompts_of(run, stage):
-    from safe_rlhf_jax.stages.reinforcement import load_prompts
+    from safe_rlhf_jax.stages.datasets import load_data
 
-    return load_prompts(run, stage, stage.prompts)
+    return load_data(run, stage, "prompts")
 
 
 def test_rounds_answer_the_next_prompts_and_come_back_only_when_all_have_been_answered(run):

@@ -10,7 +10,7 @@ from safe_rlhf_jax import config as cfg
 from safe_rlhf_jax.rl.algorithms import ALGORITHMS
 from safe_rlhf_jax.sharding import replicated
 from safe_rlhf_jax.stages import Run, reinforcement, unused
-from safe_rlhf_jax.stages.common import only_read, open_model
+from safe_rlhf_jax.stages.datasets import load_data
 
 MINI = Path(__file__).parent / "configs" / "mini.yaml"
 
@@ -53,7 +53,7 @@ def test_second_step_does_not_recompile_and_nothing_is_transferred(mini_run, fus
     overrides = [f"workdir={mini_run[0]}", f"stages.ppo_lag.fuse={fuse}"]
     run = Run(cfg.load_config(MINI, overrides))
     stage = run.config.stages[3]
-    prompts = reinforcement.load_prompts(run, stage, stage.prompts)
+    prompts = load_data(run, stage, "prompts")
     batch = reinforcement.prompt_batches(run, stage, prompts, 0)
     with jax.set_mesh(run.mesh):
         limits, groups = {"cost": (0.0,)}, ("benign", "risky", "sensitive")
@@ -83,8 +83,8 @@ def test_frozen_networks_in_the_dtype_of_the_matmuls_score_the_same():
     tokens = jnp.arange(24, dtype=jnp.int32).reshape(2, 12)
     mask = jnp.ones((2, 12), bool)
     with jax.set_mesh(run.mesh):
-        module, variables = open_model(run, "preset:tiny", "score", score_type="reward")
-        frozen = variables | {"params": only_read(run, variables["params"])}
+        module, variables = run.networks.open("preset:tiny", "score", score_type="reward")
+        frozen = variables | {"params": run.networks.only_read(variables["params"])}
         apply = jax.jit(module.apply)
         assert (apply(variables, tokens, mask) == apply(frozen, tokens, mask)).all()
     size = lambda tree: sum(leaf.nbytes for leaf in jax.tree.leaves(tree))  # noqa: E731

@@ -12,11 +12,11 @@ from safe_rlhf_jax import config as cfg
 from safe_rlhf_jax.metrics import read_jsonl
 from safe_rlhf_jax.rl.algorithms import ALGORITHMS
 from safe_rlhf_jax.stages import Run, check_run
-from safe_rlhf_jax.stages.check import idle_settings
 from safe_rlhf_jax.stages.constraints import cost_limits, labelled_data
+from safe_rlhf_jax.stages.datasets import load_data
 from safe_rlhf_jax.stages.held_out import warn_of_overlap
-from safe_rlhf_jax.stages.metric_names import evaluation_metrics, training_metrics
-from safe_rlhf_jax.stages.reinforcement import load_prompts
+from safe_rlhf_jax.stages.kinds import idle_settings, kind_of
+from safe_rlhf_jax.stages.metric_names import training_metrics
 from safe_rlhf_jax.stages.room import check_room
 
 ROOT = Path(__file__).parent.parent
@@ -557,8 +557,9 @@ def measured(folder, prefix):
 def test_names_known_before_training_are_those_of_a_run(mini_run):
     made = Run(cfg.load_config(ROOT / "tests" / "configs" / "mini.yaml", [f"workdir={mini_run[0]}"]))
     for stage in made.config.stages[:4]:
-        loaded = {"prompts": load_prompts(made, stage, stage.prompts)} if stage.kind == "rl" else {}
-        assert training_metrics(made, stage, loaded) == measured(mini_run[0] / stage.name, "train/")
+        loaded = {"prompts": load_data(made, stage, "prompts")} if stage.kind == "rl" else {}
+        training = kind_of(stage).training
+        assert training_metrics(made, stage, training, loaded) == measured(mini_run[0] / stage.name, "train/")
         if stage.kind != "rl":
             result = json.loads((mini_run[0] / stage.name / "result.json").read_text())
-            assert evaluation_metrics(made, stage, {}) == set(result["metrics"])
+            assert {f"eval/{name}" for name in training.measured(made, stage, {})} == set(result["metrics"])

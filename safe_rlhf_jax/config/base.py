@@ -52,9 +52,9 @@ class StageBase(Schema):
 
     def mistakes(self, earlier: Sequence["StageBase"]) -> Iterator[str]:
         """Yields what is wrong beside the stages before, and with sizes that have to divide each other."""
-        makers = {other.name: other.makes for other in earlier}
+        stages = {other.name: other for other in earlier}
         for field, use in self.models().items():
-            yield from wrong_reference(field, use, makers)
+            yield from wrong_reference(field, use, stages)
         uses = self.datasets()
         for field, use_ in uses.items():
             for held_out_field, held_out in uses.items():
@@ -62,13 +62,13 @@ class StageBase(Schema):
                     yield from not_held_out(field, use_.data, held_out_field, held_out.data)
 
 
-def wrong_reference(field: str, use: ModelUse, makers: dict[str, Makes | None]) -> Iterator[str]:
+def wrong_reference(field: str, use: ModelUse, earlier: dict[str, StageBase]) -> Iterator[str]:
     """Yields why a model is no earlier stage of the right kind, preset, folder or hub id.
 
     Args:
         field: That names it.
         use: What is named.
-        makers: What the stages before make, by name.
+        earlier: The stages before, by name.
     """
     value = use.reference
     prefix, _, rest = value.partition(":")
@@ -78,13 +78,14 @@ def wrong_reference(field: str, use: ModelUse, makers: dict[str, Makes | None]) 
         if rest not in PRESETS:
             hint = did_you_mean(rest, PRESETS)
             yield f"{field}: preset {rest!r} is unknown; presets: {sorted(PRESETS)}{hint}"
-    elif value not in makers:
+    elif value not in earlier:
         yield (
-            f"{field} names {value!r}, which is no earlier stage ({sorted(makers)}), nor 'path:…' or "
-            f"'hf:…'{did_you_mean(value, makers)}"
+            f"{field} names {value!r}, which is no earlier stage ({sorted(earlier)}), nor 'path:…' or "
+            f"'hf:…'{did_you_mean(value, earlier)}"
         )
-    elif makers[value] not in use.accepts:
-        yield f"{field} names {value!r}, which makes {makers[value]}; it needs {' or '.join(use.accepts)}"
+    elif earlier[value].makes not in use.accepts:
+        kinds = " or ".join(use.accepts)
+        yield f"{field} names {value!r}, a {earlier[value].kind} stage; it needs one that makes a {kinds} model"
 
 
 def not_held_out(train: str, data: Any, test: str, held_out: Any) -> Iterator[str]:

@@ -16,7 +16,7 @@ from safe_rlhf_jax.processes import any_process, barrier, is_main
 from safe_rlhf_jax.stages.check import check_run
 from safe_rlhf_jax.stages.common import Run
 from safe_rlhf_jax.stages.health import warn_of_scorers
-from safe_rlhf_jax.stages.kinds import KINDS, kind_of
+from safe_rlhf_jax.stages.kinds import KINDS, idle_settings, kind_of
 
 __all__ = ["KINDS", "Run", "check_run", "run_stage"]
 
@@ -58,7 +58,7 @@ def prepare(run: Run, stage: cfg.StageBase, folder: pathlib.Path) -> None:
         print(f"{stage.name}: the config has changed; the earlier result is kept in {aside}")
     folder.mkdir(parents=True, exist_ok=True)
     mark.write_text(run.hashes[stage.name])
-    (folder / "config.yaml").write_text(cfg.dump(run.config, stage, lambda one: kind_of(one).idle(one)))
+    (folder / "config.yaml").write_text(cfg.dump(run.config, stage, idle_settings))
 
 
 def unused(path: pathlib.Path) -> pathlib.Path:

@@ -22,7 +22,7 @@ def check_rl(run: Run, stage: cfg.RLStage, loaded: Mapping[str, Examples]) -> No
     check_constraints(run, stage, loaded)
 
 
-def idle_settings(stage: cfg.RLStage) -> dict[str, str]:
+def idle_beside_algorithm(stage: cfg.RLStage) -> dict[str, str]:
     """Returns {setting of an RL stage that the record of its algorithm has no use for: why}."""
     algorithm, name = ALGORITHMS[stage.algorithm.name], stage.algorithm.name
     unused: dict[str, tuple[str, ...]] = {}

@@ -22,7 +22,7 @@ from safe_rlhf_jax.stages.datasets import keep
 from safe_rlhf_jax.stages.encoding import described, has_tokenizer
 from safe_rlhf_jax.stages.held_out import warn_of_overlap
 from safe_rlhf_jax.stages.kind import Kind
-from safe_rlhf_jax.stages.kinds import kind_of
+from safe_rlhf_jax.stages.kinds import idle_settings, kind_of
 from safe_rlhf_jax.stages.metric_names import check_keep_best
 from safe_rlhf_jax.stages.room import check_room
 from safe_rlhf_jax.stages.small_data import data_warnings
@@ -46,7 +46,7 @@ def check_run(run: Run) -> None:
         if run.result(stage.name) is not None:
             continue
         kind = kind_of(stage)
-        for field, reason in kind.idle(stage).items():
+        for field, reason in idle_settings(stage).items():
             if cfg.is_set(stage, field):
                 raise ConfigError(f"{stage.name}: {field} does nothing: {reason}; leave it out")
         check_same_architecture(run, stage)

@@ -25,3 +25,8 @@ KINDS: dict[str, Kind] = {
 def kind_of(stage: cfg.StageBase) -> Kind:
     """Returns what the kind of a stage is."""
     return KINDS[stage.kind]
+
+
+def idle_settings(stage: cfg.StageBase) -> dict[str, str]:
+    """Returns {setting that a stage's kind has no use for: why}."""
+    return kind_of(stage).idle(stage)

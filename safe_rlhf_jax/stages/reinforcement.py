@@ -23,7 +23,7 @@ from safe_rlhf_jax.rl.constraints import init_constraint, multiplier_metrics
 from safe_rlhf_jax.rl.kl import KL_LOSSES, KLControl
 from safe_rlhf_jax.rl.rollout import Networks
 from safe_rlhf_jax.rl.step import Hyperparameters, collect, learn, make_step
-from safe_rlhf_jax.stages.algorithm import check_rl, idle_settings
+from safe_rlhf_jax.stages.algorithm import check_rl, idle_beside_algorithm
 from safe_rlhf_jax.stages.common import Run, export, oracle_for, report_data, weights, writers
 from safe_rlhf_jax.stages.constraints import (
     check_groups,
@@ -352,7 +352,7 @@ RL = Kind(
     cfg.RLStage,
     run_reinforcement,
     check=check_rl,
-    idle=idle_settings,
+    idle=idle_beside_algorithm,
     training=Training(
         reinforcement_programs,
         reinforcement_flops,

@@ -15,17 +15,16 @@ import yaml
 from safe_rlhf_jax import compile as compile_command
 from safe_rlhf_jax import config as cfg
 from safe_rlhf_jax.aot import chips, search
-from safe_rlhf_jax.aot.compile import step_flops
+from safe_rlhf_jax.aot.compile import step_flops, training_of
 from safe_rlhf_jax.aot.flops import forward_flops
+from safe_rlhf_jax.aot.run import AbstractRun
 from safe_rlhf_jax.config import load_config
 from safe_rlhf_jax.sharding import make_mesh
-from safe_rlhf_jax.stages.common import Run, model_config, open_model
+from safe_rlhf_jax.stages.common import Run
 from safe_rlhf_jax.stages.host_signals import open_scorers
-from safe_rlhf_jax.stages.programs import AbstractRun, programs
 from safe_rlhf_jax.stages.reinforcement import build_networks, hyperparameters
 from safe_rlhf_jax.stages.rejection import build_fine_tuning
 from safe_rlhf_jax.stages.sampling import sampler_of
-from safe_rlhf_jax.stages.supervised import build_supervised
 
 ROOT = Path(__file__).parent.parent.parent
 MINI = Path(__file__).parent.parent / "configs" / "mini.yaml"
@@ -207,8 +206,9 @@ def test_the_program_of_shapes_is_the_program_of_training(mini):
     """Same text before XLA optimises it, so the same after."""
     run, stage = Run(mini), mini.stages[0]
     with jax.set_mesh(run.mesh):
-        _, state, _, step = build_supervised(run, stage, 1000)
-        (program,) = programs(AbstractRun(mini, run.mesh), stage)
+        (real,) = training_of(stage).programs(run, stage)
+        (program,) = training_of(stage).programs(AbstractRun(mini, run.mesh), stage)
+        state, step = real.arguments[0], real.function
         batch = jax.tree.map(lambda x: run.put(jnp.zeros(x.shape, x.dtype)), program.arguments[2])
         text = step.lower(state, None, batch, jax.random.key(0)).as_text()
         assert program.function.lower(*program.arguments).as_text() == text
@@ -244,7 +244,7 @@ def test_configs_for_pods_are_valid_and_name_what_they_need(path):
     with jax.set_mesh(mesh := make_mesh((1, 1, 8))):
         run = AbstractRun(config.model_copy(update={"mesh": config.mesh.model_copy(update={"fsdp": 1})}), mesh)
         for stage in config.stages:
-            assert next(iter(programs(run, stage))).arguments
+            assert next(iter(training_of(stage).programs(run, stage))).arguments
 
 
 @pytest.mark.tpu
@@ -307,8 +307,8 @@ def test_programs_of_rejection_sampling_are_those_of_its_run(sampling):
     config, stage = sampling
     real = Run(config)
     with jax.set_mesh(real.mesh):
-        sample, step = programs(AbstractRun(config, real.mesh), stage)
-        policy, variables = open_model(real, "preset:tiny", "lm")
+        sample, step = training_of(stage).programs(AbstractRun(config, real.mesh), stage)
+        policy, variables = real.networks.open("preset:tiny", "lm")
         scorers = open_scorers(real, stage.scorers)
         assert described(sample.arguments[:2]) == described((variables["params"], scorers.variables))
         batch = jax.tree.map(lambda x: real.put(jnp.zeros(x.shape, x.dtype)), sample.arguments[2])
@@ -324,7 +324,7 @@ def test_flops_of_rejection_sampling_are_generation_two_scorers_and_three_passes
     config, stage = sampling
     run = AbstractRun(config, make_mesh((1, 4, 2)))
     flops = step_flops(run, stage, recomputed=False)
-    model = model_config(run, "preset:tiny")
+    model = run.networks.config("preset:tiny")
     assert flops["scoring"] == 2 * forward_flops(model, 16 * 4, 32, 0)
     assert flops["step"] == 3 * forward_flops(model, 8, 32, 32)
 

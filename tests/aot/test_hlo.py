@@ -15,12 +15,13 @@ from safe_rlhf_jax import config as cfg
 from safe_rlhf_jax import ops, sharding
 from safe_rlhf_jax.aot import properties
 from safe_rlhf_jax.aot.collectives import find_collectives
+from safe_rlhf_jax.aot.compile import training_of
 from safe_rlhf_jax.aot.hlo import Module
+from safe_rlhf_jax.aot.run import AbstractRun
 from safe_rlhf_jax.compile import topology_devices
 from safe_rlhf_jax.models import layers
 from safe_rlhf_jax.models.config import PRESETS
 from safe_rlhf_jax.sharding import make_mesh, replicated
-from safe_rlhf_jax.stages.programs import AbstractRun, programs
 
 VOCAB, WIDTH, MLP, LAYERS, ROWS, PROMPT, RESPONSE = 4096, 256, 640, 12, 8, 128, 256
 PROBE = {
@@ -71,7 +72,7 @@ def compile_for(devices):
             config = cfg.RunConfig.model_validate(tree)
             run = AbstractRun(config, make_mesh(mesh, topology_devices(topology, 1) if topology else devices))
             with jax.set_mesh(run.mesh):
-                (program,) = programs(run, config.stages[0])
+                (program,) = training_of(config.stages[0]).programs(run, config.stages[0])
                 function = change(program.function, run.mesh) if change else program.function
                 compiled = function.lower(*program.arguments).compile()
             module = Module(compiled.as_text())

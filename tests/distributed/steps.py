@@ -16,7 +16,8 @@ from safe_rlhf_jax.rl.algorithms import ALGORITHMS
 from safe_rlhf_jax.rl.step import collect, learn
 from safe_rlhf_jax.sharding import fetch, make_mesh
 from safe_rlhf_jax.stages import Run, reinforcement
-from safe_rlhf_jax.stages.common import jit_step
+from safe_rlhf_jax.stages.datasets import load_data
+from safe_rlhf_jax.stages.networks import jit_step
 
 CONFIG = Path(__file__).parent.parent / "configs" / "rl.yaml"
 STEPS = 5
@@ -31,7 +32,7 @@ def take_steps(mesh, checkpoints, overrides):
     run = Run(cfg.load_config(CONFIG, overrides))
     run.mesh = make_mesh(mesh, jax.devices() if -1 in mesh or max(mesh) > 1 else jax.devices()[:1])
     stage = run.config.stages[0]
-    prompts = reinforcement.load_prompts(run, stage, stage.prompts)
+    prompts = load_data(run, stage, "prompts")
     batch, key = reinforcement.prompt_batches(run, stage, prompts, 0), jax.random.key(0)
     metrics, tokens = [], []
     with jax.set_mesh(run.mesh):

@@ -1,5 +1,6 @@
 """What held-out pairs say of planted scorers, and which of them are not to be built on."""
 
+import dataclasses
 import json
 import math
 from collections import defaultdict
@@ -338,7 +339,8 @@ def test_stage_that_is_built_on_sand_says_so_when_it_starts(name, tmp_path, monk
     stage = next(s for s in run.config.stages if s.name == name)
     finish(run, "reward", health=reward_health(*np.random.default_rng(0).normal(size=(2, 1000))))
     finish(run, "cost", health=None)
-    monkeypatch.setitem(stages.STAGES, stage.kind, lambda *_: print("begins") or {"metrics": {}})
+    replaced = dataclasses.replace(stages.KINDS[stage.kind], run=lambda *_: print("begins") or {"metrics": {}})
+    monkeypatch.setitem(stages.KINDS, stage.kind, replaced)
     run_stage(run, stage)
     before, _, after = capsys.readouterr().out.partition("begins")
     assert f"{name}: reward_model 'reward': warning: accuracy is" in before
@@ -351,7 +353,7 @@ def test_nothing_is_said_of_good_models_nor_of_models_from_elsewhere(tmp_path, m
     run = run_of(tmp_path, dual=elsewhere, ppo_lag=elsewhere)
     finish(run, "cost", health=cost_health(np.full(200, -1), np.ones(200), np.ones(200, bool), np.zeros(200, bool)))
     stage = next(s for s in run.config.stages if s.name == "dual")
-    monkeypatch.setitem(stages.STAGES, "dual", lambda *_: {"metrics": {}})
+    monkeypatch.setitem(stages.KINDS, "dual", dataclasses.replace(stages.KINDS["dual"], run=lambda *_: {"metrics": {}}))
     run_stage(run, stage)
     assert "warning" not in capsys.readouterr().out
 
@@ -367,7 +369,7 @@ def train_nothing(run, name, monkeypatch):
     monkeypatch.setattr(supervised, "export", lambda *_: None)
     by_length = lambda _, side: side.response_mask.sum(-1).astype(float)  # noqa: E731
     monkeypatch.setattr(supervised.evaluate, "make_score", lambda _: by_length)
-    return supervised.run_supervised(run, stage, run.folder(name))
+    return stages.kind_of(stage).run(run, stage, run.folder(name))
 
 
 @pytest.mark.parametrize("name", ["reward", "cost"])
