@@ -4,7 +4,6 @@ import json
 import re
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -159,17 +158,19 @@ def test_a_language_model_that_says_it_scores_is_refused_before_training(stored,
 
 @pytest.mark.parametrize("field", ["cost_model", "cost_models.harm"])
 def test_every_cost_of_several_is_one(stored, field):
-    rl = SimpleNamespace(kind="rl")
-    check_stored(rl, field, stored / "cost")
+    named = f"stages.ppo_lag.{field}=cost" if "." not in field else "stages.ppo_lag.cost_models={harm: cost}"
+    use = cfg.load_config(MINI, [named]).stages[3].models()[field]
+    check_stored(use, stored / "cost")
     for other in ("lm", "reward"):
         with pytest.raises(ValueError, match=r"has score_type .* not 'cost'"):
-            check_stored(rl, field, stored / other)
+            check_stored(use, stored / other)
 
 
 @pytest.mark.parametrize("kind", ["reward", "cost"])
 def test_a_stage_that_trains_scores_starts_from_any_model(stored, kind):
+    stage = next(stage for stage in cfg.load_config(MINI).stages if stage.kind == kind)
     for source in ("lm", "reward", "cost"):
-        check_stored(SimpleNamespace(kind=kind), "init_from", stored / source)
+        check_stored(stage.models()["init_from"], stored / source)
 
 
 def test_a_policy_whose_encoding_changes_on_the_way_is_refused_before_it_generates(stored, tmp_path):
@@ -180,7 +181,8 @@ def test_a_policy_whose_encoding_changes_on_the_way_is_refused_before_it_generat
     with pytest.raises(cfg.ConfigError, match=r"init_from .*long' has 8 positions, beyond which .* cannot generate"):
         checked(stored, tmp_path, f"stages.ppo_lag.init_from=path:{folder}")
     run = Run(cfg.load_config(MINI, [f"workdir={tmp_path}"]))
-    check_model(run, run.config.stages[0], "init_from", f"path:{folder}")  # reading a text needs no cache
+    use = cfg.ModelUse(f"path:{folder}")
+    check_model(run, run.config.stages[0], "init_from", use)  # reading a text needs no cache
 
 
 def test_a_model_that_is_only_called_tied_differs_in_architecture_from_one_that_is(stored, tmp_path):

@@ -343,7 +343,7 @@ def test_limit_calibrated_on_what_the_cost_model_has_seen_more_than_once_is_said
     rl = {"kind": "rl", "algorithm": {"lagrange": {"cost_limit": {"data": data}}}}
     assert not overlap(run, REWARD, {"kind": "cost", "data": data, "epochs": 1}, rl)
     (said,) = overlap(run, REWARD, {"kind": "cost", "data": data, "epochs": 2}, rl | {"prompts": data})
-    assert "rl: cost_limit.data: 40 of 40 records" in said
+    assert "rl: algorithm.lagrange.cost_limit.data: 40 of 40 records" in said
     assert "open with a prompt of cost.data:" in said
     assert not overlap(run, REWARD, {"kind": "cost", "epochs": 2}, rl | {"prompts": data})
 

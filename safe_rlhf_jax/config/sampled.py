@@ -174,6 +174,10 @@ class RejectionStage(TrainingStage, Rounds):
         """Returns the policy and the models that score, by field."""
         return {"init_from": ModelUse(self.init_from, may_be_new=True, generates=True)} | Rounds.models(self)
 
+    def datasets(self) -> dict[str, DataUse]:
+        """Returns the prompts that are answered and trained on, and those that are held out, by field."""
+        return Rounds.datasets(self)
+
     def mistakes(self, earlier: Sequence[StageBase]) -> Iterator[str]:
         """Yields what is wrong beside the stages before, and with batches."""
         yield from super().mistakes(earlier)
