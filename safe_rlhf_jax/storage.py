@@ -18,12 +18,15 @@ import pathlib
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
-from typing import Any, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 import numpy as np
 from etils import epath
 
-Path = pathlib.Path  # what others annotate; of a URI, an `epath.Path`
+if TYPE_CHECKING:
+    Path = pathlib.Path  # as long as modules open files themselves (tests/test_architecture.py, BESIDE_STORAGE)
+else:
+    Path = pathlib.PurePath  # what others hold: joined, taken apart, never opened
 Place = str | os.PathLike[str]
 
 SCHEMES = {"gs": "gcsfs", "s3": "s3fs", "az": "adlfs"}  # of URIs, and the package that opens them
@@ -36,14 +39,14 @@ WHOLE, PART = ".whole", ".part"  # objects of lines: all lines up to here, furth
 
 def path(place: Place) -> Path:
     """Returns a place as people write it as a path; `~` is the home folder."""
-    found = at(place)
-    return found if is_remote(found) else found.expanduser()
+    found: Path = at(place) if is_remote(place) else pathlib.Path(place).expanduser()
+    return found
 
 
 def absolute(place: Place) -> Path:
     """Returns a path that does not depend on the working directory, links not followed; a URI as it is."""
-    found = at(place)
-    return found if is_remote(found) else found.absolute()
+    found: Path = at(place) if is_remote(place) else pathlib.Path(place).absolute()
+    return found
 
 
 def at(place: Place) -> Any:
@@ -128,16 +131,16 @@ def below(folder: Place) -> list[Path]:
 # --- In ---------------------------------------------------------------------------------------------------------------
 
 
-def reading(place: Place) -> BinaryIO:
-    """Returns the open bytes of a file; nothing of it is held that is not read."""
-    stream: BinaryIO = at(place).open("rb")
-    return stream
+def reading(place: Place) -> Any:
+    """Returns a file's bytes as a binary stream to close; nothing of it is held that is not read."""
+    return at(place).open("rb")
 
 
 def read_bytes(place: Place, size: int = -1) -> bytes:
     """Returns the contents of a file, or its first bytes."""
     with reading(place) as stream:
-        return stream.read(size)
+        content: bytes = stream.read(size)
+    return content
 
 
 def read_text(place: Place) -> str:
@@ -247,7 +250,7 @@ def remove(place: Place) -> None:
     here = at(place)
     if is_remote(here):
         for file in [here] if here.is_file() else below(here):
-            file.unlink(missing_ok=True)
+            at(file).unlink(missing_ok=True)
     elif here.is_dir() and not here.is_symlink():
         shutil.rmtree(here)
     else:
@@ -300,7 +303,7 @@ def write_lines(place: Place, lines: Iterable[str]) -> None:
     older = parts(place)
     write(at(place) / f"{1 + number(older):08}{WHOLE}", text)
     for file in older:
-        file.unlink(missing_ok=True)
+        remove(file)
 
 
 def append_lines(place: Place, lines: Iterable[str]) -> None:
@@ -360,7 +363,7 @@ def locked(folder: Place, holder: str) -> Iterator[None]:
 def standing(place: Place) -> Path:
     """Returns a path, or the nearest parent that is there; a URI as it is."""
     here = absolute(place)
-    return here if is_remote(here) else next(found for found in (here, *here.parents) if found.exists())
+    return here if is_remote(here) else next(found for found in (here, *here.parents) if pathlib.Path(found).exists())
 
 
 def can_write(folder: Place) -> bool:
