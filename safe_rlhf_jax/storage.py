@@ -38,15 +38,19 @@ WHOLE, PART = ".whole", ".part"  # objects of lines: all lines up to here, furth
 
 
 def path(place: Place) -> Path:
-    """Returns a place as people write it as a path; `~` is the home folder."""
-    found: Path = at(place) if is_remote(place) else pathlib.Path(place).expanduser()
+    """Returns a place as a path."""
+    found: Path = at(place)
     return found
+
+
+def expanded(place: Place) -> Path:
+    """Returns a place that somebody has written as a path: `~` is the home folder."""
+    return path(place) if is_remote(place) else pathlib.Path(place).expanduser()
 
 
 def absolute(place: Place) -> Path:
     """Returns a path that does not depend on the working directory, links not followed; a URI as it is."""
-    found: Path = at(place) if is_remote(place) else pathlib.Path(place).absolute()
-    return found
+    return path(place) if is_remote(place) else pathlib.Path(place).absolute()
 
 
 def at(place: Place) -> Any:

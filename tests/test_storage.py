@@ -94,7 +94,13 @@ def root(request, tmp_path):
 
 def test_uris_are_not_mangled_wherever_they_pass_through(store):
     folder = storage.path("gs://bucket/run")
-    for place in (folder, storage.absolute(folder), storage.absolute("gs://bucket/run"), (folder / "a").parent):
+    for place in (
+        folder,
+        storage.expanded("gs://bucket/run"),
+        storage.absolute(folder),
+        storage.absolute("gs://bucket/run"),
+        (folder / "a").parent,
+    ):
         assert str(place) == os.fspath(place) == "gs://bucket/run"
     assert str(folder / "a" / "b.json") == "gs://bucket/run/a/b.json"
     assert str(folder.with_name("other")) == "gs://bucket/other"
@@ -105,8 +111,8 @@ def test_uris_are_not_mangled_wherever_they_pass_through(store):
 def test_a_local_path_is_that_of_pathlib(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    assert storage.path("~/a") == tmp_path / "a"
-    assert storage.path("a") == Path("a")
+    assert storage.expanded("~/a") == tmp_path / "a"
+    assert storage.path("~/a") == Path("~/a")
     assert storage.absolute("a") == tmp_path / "a"
     assert storage.path("http://a/b") == Path("http://a/b")  # nothing that is opened
 

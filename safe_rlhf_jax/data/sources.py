@@ -186,7 +186,7 @@ def demo_tokenizer_warning(tokenizer: str, names: Sequence[str]) -> str | None:
 
 def local_path(name: str) -> storage.Path | None:
     """Returns the file or folder behind a name, or None where it is none."""
-    path = storage.path(split_share(name)[0])
+    path = storage.expanded(split_share(name)[0])
     return path if name not in DATASETS and (storage.is_file(path) or storage.is_folder(path)) else None
 
 

@@ -188,7 +188,7 @@ def load_template(
             ) from error
     else:
         try:
-            source = storage.read_text(storage.path(name))
+            source = storage.read_text(storage.expanded(name))
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"template {name!r}: cannot be read: {error}") from error
     given = tuple(sorted((options or {}).items()))

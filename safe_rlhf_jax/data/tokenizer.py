@@ -101,7 +101,7 @@ def load_tokenizer(name: str) -> Tokenizer:
         ValueError: If it cannot be opened or has no end-of-sequence token.
     """
     source = str(TOKENIZER_PATH) if name == "demo" else name.removeprefix("hf:").removeprefix("path:")
-    folder = storage.path(source)
+    folder = storage.expanded(source)
     try:
         with storage.local_copy(folder if storage.is_folder(folder) else source) as opened:
             hf = AutoTokenizer.from_pretrained(opened, trust_remote_code=False)

@@ -51,7 +51,7 @@ def resolve(path_or_id: storage.Place) -> storage.Path:
     Raises:
         FileNotFoundError: If there is neither, saying what to do.
     """
-    folder = storage.path(path_or_id)
+    folder = storage.expanded(path_or_id)
     if storage.is_folder(folder):
         return folder
     if storage.is_file(folder):
