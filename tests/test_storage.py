@@ -352,5 +352,8 @@ def test_links_to_folders_are_listed_and_not_entered(tmp_path):
     (tmp_path / "here" / "link").symlink_to(tmp_path / "elsewhere")
     assert storage.below(tmp_path / "here") == [tmp_path / "here" / "link"]
     assert storage.is_link(tmp_path / "here" / "link")
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
+    storage.remove(tmp_path / "link")
     storage.remove(tmp_path / "here")
+    assert not storage.is_link(tmp_path / "link")
     assert storage.is_file(tmp_path / "elsewhere" / "f")
