@@ -5,8 +5,6 @@ import functools
 import json
 import logging
 import math
-import pathlib
-import shutil
 import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -15,7 +13,7 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
-from safe_rlhf_jax import processes
+from safe_rlhf_jax import processes, storage
 
 
 @functools.cache
@@ -43,8 +41,8 @@ class Checkpoints:
         best: Metric whose best checkpoint is kept as well: highest value, or with a leading "-" lowest.
     """
 
-    def __init__(self, folder: str | pathlib.Path, *, keep: int = 2, best: str | None = None):
-        self.folder = pathlib.Path(folder).absolute()
+    def __init__(self, folder: storage.Place, *, keep: int = 2, best: str | None = None):
+        self.folder = storage.absolute(folder)
         self.best = best
         hush_writers()
         if best is not None:  # the manager would fail at the first metrics that it cannot read
@@ -126,13 +124,13 @@ class Checkpoints:
         Raises:
             OSError: If that is all of them; they stay where they are.
         """
-        steps = sorted(ocp.utils.checkpoint_steps(self.folder)) if self.folder.is_dir() else []
+        steps = sorted(ocp.utils.checkpoint_steps(self.folder)) if storage.is_folder(self.folder) else []
         problems: dict[int, str] = {}
         for step in steps:
             file = self.folder / str(step) / "metrics" / "metrics"
             try:
-                if file.is_file():
-                    float(json.loads(file.read_text())["rank"])
+                if storage.is_file(file):
+                    float(json.loads(storage.read_text(file))["rank"])
             except (OSError, ValueError, KeyError, TypeError) as error:
                 problems[step] = f"{file}: {type(error).__name__}: {error}"
         processes.barrier("metrics of the checkpoints are read")
@@ -147,9 +145,9 @@ class Checkpoints:
         for step, problem in problems.items():
             print(f"checkpoint of step {step} cannot be read ({problem}); it is kept in {aside}")
             if processes.is_main():
-                aside.mkdir(exist_ok=True)
-                shutil.rmtree(aside / str(step), ignore_errors=True)
-                (self.folder / str(step)).rename(aside / str(step))
+                storage.make_folder(aside)
+                storage.remove(aside / str(step))
+                storage.move(self.folder / str(step), aside / str(step))
         processes.barrier("unreadable checkpoints are set aside")
 
     def close(self) -> None:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import pathlib
 import signal
 from collections.abc import Callable
 from types import FrameType
@@ -11,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from safe_rlhf_jax import storage
 from safe_rlhf_jax.checkpoint import Checkpoints
 from safe_rlhf_jax.metrics import ProgressBar, Throughput, make_writers
 from safe_rlhf_jax.processes import any_process, is_main
@@ -45,7 +45,7 @@ class Stage:
         return due or (saves and (self.keep_best or "").removeprefix("-").startswith("eval/"))
 
 
-def fit(stage: Stage, folder: pathlib.Path, *, writers: tuple[str, ...] = ("jsonl", "tensorboard")) -> Any:
+def fit(stage: Stage, folder: storage.Path, *, writers: tuple[str, ...] = ("jsonl", "tensorboard")) -> Any:
     """Trains from the newest checkpoint, or from the start, to the end.
 
     Step t is dispatched before the metrics of step t − 1 are downloaded, so that the device never waits for the host.
@@ -97,7 +97,7 @@ class Log:
     """Metrics of steps: downloaded one step late, checked, written, shown."""
 
     def __init__(
-        self, stage: Stage, folder: pathlib.Path, checkpoints: Checkpoints, start: int, writers: tuple[str, ...]
+        self, stage: Stage, folder: storage.Path, checkpoints: Checkpoints, start: int, writers: tuple[str, ...]
     ):
         self.stage, self.checkpoints = stage, checkpoints
         self.writers = make_writers(folder, resume_step=start, names=writers)

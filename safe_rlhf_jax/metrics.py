@@ -4,21 +4,22 @@ The last step of the line. Nothing here touches a device; metrics arrive as plai
 multi-host run should hold writers.
 """
 
+import contextlib
 import json
 import math
-import os
 import sys
 import time
 import uuid
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, Protocol, TextIO, runtime_checkable
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Column
+
+from safe_rlhf_jax import storage
 
 NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
@@ -48,29 +49,27 @@ class JsonlWriter:
         resume_step: the step the run continues from; lines of later steps are dropped, so that no step stands twice.
     """
 
-    def __init__(self, path: str | Path, *, resume_step: int | None = None) -> None:
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            _drop_lines(path, resume_step)
-        self._file = path.open("a", encoding="utf-8")
+    def __init__(self, path: storage.Place, *, resume_step: int | None = None) -> None:
+        self._path = storage.path(path)
+        storage.make_folder(self._path.parent)
+        with contextlib.suppress(FileNotFoundError):
+            lines = storage.read_lines(self._path)
+            kept = [line for line in lines if resume_step is None or json.loads(line)["step"] <= resume_step]
+            storage.write_lines(self._path, kept)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Appends a line."""
         record: dict[str, Any] = {"step": int(step)}
         record |= {name: _jsonable(float(value)) for name, value in metrics.items()}
-        self._file.write(json.dumps(record, allow_nan=False) + "\n")
-        self._file.flush()
+        storage.append_lines(self._path, [json.dumps(record, allow_nan=False)])
 
     def close(self) -> None:
-        """Closes the file."""
-        self._file.close()
+        """Does nothing: each line is written when it comes."""
 
 
-def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
+def read_jsonl(path: storage.Place) -> list[dict[str, Any]]:
     """Records of a file that `JsonlWriter` wrote, in the order of their lines."""
-    lines = Path(path).read_text(encoding="utf-8").splitlines()
-    return [{name: _number(value) for name, value in json.loads(line).items()} for line in lines if line]
+    return [{k: _number(v) for k, v in json.loads(line).items()} for line in storage.read_lines(path) if line]
 
 
 def _jsonable(value: float) -> float | str:
@@ -83,22 +82,6 @@ def _number(value: Any) -> Any:
     return NON_FINITE.get(value, value) if isinstance(value, str) else value
 
 
-def _drop_lines(path: Path, resume_step: int | None) -> None:
-    """Drops the lines after `resume_step` and an unfinished last line, in one atomic replacement."""
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    kept = [line for line in lines if line.endswith("\n")]
-    if resume_step is not None:
-        kept = [line for line in kept if json.loads(line)["step"] <= resume_step]
-    if len(kept) == len(lines):
-        return
-    scratch = path.with_name(path.name + ".tmp")
-    with scratch.open("w", encoding="utf-8") as file:
-        file.writelines(kept)
-        file.flush()
-        os.fsync(file.fileno())
-    scratch.replace(path)
-
-
 class TensorBoardWriter:
     """Scalars as TensorBoard event files.
 
@@ -107,7 +90,7 @@ class TensorBoardWriter:
         resume_step: the step the run continues from; TensorBoard hides what it saw of later steps.
     """
 
-    def __init__(self, folder: str | Path, *, resume_step: int | None = None) -> None:
+    def __init__(self, folder: storage.Place, *, resume_step: int | None = None) -> None:
         from tensorboardX import SummaryWriter
 
         purge_step = None if resume_step is None else resume_step + 1
@@ -135,7 +118,7 @@ class WandbWriter:
         ImportError: wandb is not installed.
     """
 
-    def __init__(self, folder: str | Path, *, project: str | None = None, resume_step: int | None = None) -> None:
+    def __init__(self, folder: storage.Place, *, project: str | None = None, resume_step: int | None = None) -> None:
         try:
             import wandb
         except ImportError as error:
@@ -143,12 +126,11 @@ class WandbWriter:
             raise ImportError(message) from error
 
         del resume_step
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = storage.path(folder)
         id_file = folder / "wandb_id"
-        if not id_file.exists():
-            id_file.write_text(uuid.uuid4().hex)
-        run_id = id_file.read_text().strip()
+        if not storage.is_file(id_file):
+            storage.write(id_file, uuid.uuid4().hex)
+        run_id = storage.read_text(id_file).strip()
         self._run = wandb.init(project=project, name=folder.name, id=run_id, dir=str(folder), resume="allow")
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -177,7 +159,7 @@ class Writers:
             writer.close()
 
 
-WRITERS: dict[str, Callable[[Path, int | None], Writer]] = {
+WRITERS: dict[str, Callable[[storage.Path, int | None], Writer]] = {
     "jsonl": lambda folder, resume_step: JsonlWriter(folder / "metrics.jsonl", resume_step=resume_step),
     "tensorboard": lambda folder, resume_step: TensorBoardWriter(folder / "tensorboard", resume_step=resume_step),
     "wandb": lambda folder, resume_step: WandbWriter(folder, resume_step=resume_step),
@@ -185,7 +167,7 @@ WRITERS: dict[str, Callable[[Path, int | None], Writer]] = {
 
 
 def make_writers(
-    folder: str | Path, *, resume_step: int | None, names: Sequence[str] = ("jsonl", "tensorboard")
+    folder: storage.Place, *, resume_step: int | None, names: Sequence[str] = ("jsonl", "tensorboard")
 ) -> Writers:
     """The named writers, as one.
 
@@ -203,7 +185,7 @@ def make_writers(
     unknown = [name for name in names if name not in WRITERS]
     if unknown:
         raise ValueError(f"Unknown metric writers {unknown}; there are {sorted(WRITERS)}")
-    return Writers([WRITERS[name](Path(folder), resume_step) for name in names])
+    return Writers([WRITERS[name](storage.path(folder), resume_step) for name in names])
 
 
 class ProgressBar:

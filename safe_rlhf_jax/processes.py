@@ -4,10 +4,8 @@ Every process runs the same program on its own devices; the first one writes. On
 """
 
 import contextlib
-import fcntl
 import functools
 import os
-import pathlib
 import socket
 import sys
 import threading
@@ -18,6 +16,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from safe_rlhf_jax import storage
 
 COORDINATOR, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 HEARTBEAT = 30  # seconds without a sign of life after which a process counts as dead, and the others stop
@@ -146,7 +146,7 @@ def stop(status: int) -> int:
 
 
 @contextlib.contextmanager
-def claimed(folder: str | pathlib.Path) -> Iterator[None]:
+def claimed(folder: storage.Place) -> Iterator[None]:
     """Holds a folder for this run: two runs must not write into one.
 
     The lock belongs to the process, not to the file: when the process is gone, however it went, so is the lock.
@@ -157,17 +157,12 @@ def claimed(folder: str | pathlib.Path) -> Iterator[None]:
     if not is_main():
         yield
         return
-    pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
-    with (pathlib.Path(folder) / ".lock").open("a+") as file:
+    holder = f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}"
+    with contextlib.ExitStack() as stack:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            holder = file.read().strip() or "another process"
+            stack.enter_context(storage.locked(folder, holder))
+        except BlockingIOError as error:
             raise ValueError(
-                f"workdir {folder} is in use by {holder}. Wait for it to end, stop it, or set another workdir."
+                f"workdir {folder} is in use by {error}. Wait for it to end, stop it, or set another workdir."
             ) from None
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
-        file.flush()
         yield

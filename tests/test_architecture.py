@@ -12,7 +12,7 @@ MAX_LINES = 400
 # Low to high. A module may import from its own level and from lower ones.
 READINGS = ("chips", "collectives", "flops", "hlo", "properties", "roofline", "traffic")  # of a compiled program
 LEVELS = (
-    {"types", "errors"},
+    {"types", "errors", "storage"},
     {"ops", "sharding", "metrics", "processes"},
     {"models"},
     {"optim", "inference", *(f"aot.{name}" for name in READINGS)},
@@ -26,11 +26,27 @@ LEVELS = (
 ONLY = {
     "types": set(),
     "errors": set(),
-    "data": {"data", "types"},
+    "storage": set(),
+    "data": {"data", "storage", "types"},
     "config": {"config", "errors", "models.config"},
 }
 FORBIDDEN_IMPORTS = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "joblib", "shelve"}
 FORBIDDEN_ARGUMENTS = {"trust_remote_code", "allow_pickle"}  # = True
+# Only `storage` touches files. The others hold paths, join them and read their names.
+FILE_MODULES = {"etils", "fcntl", "filelock", "fsspec", "glob", "mmap", "pathlib", "shutil", "tempfile"}
+FILE_METHODS = {
+    "exists", "expanduser", "fromfile", "glob", "is_dir", "is_file", "is_symlink", "iterdir", "memmap", "mkdir", "open",
+    "read_bytes", "read_text", "rename", "rglob", "rmdir", "stat", "tofile", "touch", "unlink", "write_bytes",
+    "write_text",
+}  # fmt: skip
+NO_FILES = {"_exit", "cpu_count", "devnull", "environ", "getpid", "path.commonprefix"}  # of os
+# Modules that still touch files themselves. The list only gets shorter.
+BESIDE_STORAGE = {
+    "compile", "config.data", "config.loading", "data.demo", "evaluation.report", "processes", "stages", "stages.check",
+    "stages.common", "stages.direct", "stages.dual", "stages.encoding", "stages.evaluation", "stages.hashing",
+    "stages.held_out", "stages.programs", "stages.reinforcement", "stages.rejection", "stages.room",
+    "stages.supervised",
+}  # fmt: skip
 
 LEVEL_OF = {part: level for level, parts in enumerate(LEVELS) for part in parts}
 
@@ -153,3 +169,52 @@ def test_rules_allow_and_forbid_what_they_say(module, imported, allowed):
 def test_imports_are_found_in_every_form():
     tree = ast.parse("import a.b\nfrom ..x import y\ndef f():\n    from . import z\n    from safe_rlhf_jax import ops")
     assert set(imports(tree, "rl.step")) == {"a.b", f"{PACKAGE}.x.y", f"{PACKAGE}.rl.z", f"{PACKAGE}.ops"}
+
+
+def file_uses(tree):
+    """Yields what a module does with files without asking `storage`."""
+    for name in imports(tree):
+        if name.partition(".")[0] in FILE_MODULES or (name.startswith("os.") and name != "os.path"):
+            yield name
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "open":
+            yield f"open, line {node.lineno}"
+        if isinstance(node, ast.Attribute):
+            base, _, rest = ast.unparse(node).partition(".")
+            method = node.attr in FILE_METHODS and base != "storage"
+            system = base == "os" and rest != "path" and not any(rest.startswith(name) for name in NO_FILES)
+            if method or system:
+                yield f"{base}.{rest}, line {node.lineno}"
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if name != "storage"])
+def test_only_storage_touches_files(module):
+    uses = sorted(file_uses(parse(module)))
+    if module in BESIDE_STORAGE:
+        assert uses, f"{module} asks storage: take it off the list"
+    else:
+        assert not uses, f"{module}: {uses}: ask storage"
+
+
+def test_modules_beside_storage_exist():
+    assert MODULES.keys() >= BESIDE_STORAGE
+
+
+@pytest.mark.parametrize(
+    ("code", "found"),
+    [
+        ("from pathlib import PurePath", True),
+        ("def f():\n    import shutil", True),
+        ("open(path)", True),
+        ("(folder / 'a').read_text()", True),
+        ("np.memmap(file)", True),
+        ("os.replace(a, b)", True),
+        ("os.path.exists(a)", True),
+        ("from os.path import exists", True),
+        ("os.environ.setdefault('A', 'b')", False),
+        ("storage.is_file(folder / 'a')", False),
+        ("path.name.replace('a', 'b')", False),
+    ],
+)
+def test_uses_of_files_are_found(code, found):
+    assert any(file_uses(ast.parse(code))) == found

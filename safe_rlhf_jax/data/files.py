@@ -1,10 +1,10 @@
 """Step 1 of the line: which files of a folder are data, and which of those belong to a split."""
 
-import pathlib
 import re
 from collections import Counter
 from collections.abc import Sequence
 
+from safe_rlhf_jax import storage
 from safe_rlhf_jax.data.readers import SUFFIXES, kind_of
 from safe_rlhf_jax.data.records import printable
 
@@ -15,7 +15,7 @@ PART_OF = re.compile(r"(.+)-\d+-of-(\d+)(\..+)")
 MAX_NAMED = 5  # files of a kind that are left out
 
 
-def files_of(path: pathlib.Path, split: str) -> list[pathlib.Path]:
+def files_of(path: storage.Path, split: str) -> list[storage.Path]:
     """Returns the data files behind a path: the file itself, or those of a folder that belong to a split.
 
     A file of a folder belongs to the split that its name has as a whole word (`test-00000-of-00001.parquet`), else to
@@ -25,7 +25,7 @@ def files_of(path: pathlib.Path, split: str) -> list[pathlib.Path]:
     Raises:
         ValueError: If a folder has none, or a file is asked for another split than "train".
     """
-    if path.is_file():
+    if storage.is_file(path):
         if split != "train":
             raise ValueError(
                 f"data {path}: split {split!r}: a file has no splits; set test_share, or name another file"
@@ -44,21 +44,21 @@ def files_of(path: pathlib.Path, split: str) -> list[pathlib.Path]:
     return splits[split]
 
 
-def missing_parts(files: Sequence[pathlib.Path]) -> list[str]:
+def missing_parts(files: Sequence[storage.Path]) -> list[str]:
     """Returns what is missing of files whose names say how many they are, as `train-00000-of-00002.parquet`."""
     matches = [(match, file.parent) for file in files if (match := PART_OF.fullmatch(file.name))]
     found = Counter((match[1], int(match[2]), match[3], folder) for match, folder in matches)
     return [f"of {parts} parts of {name} there are {have}" for (name, parts, *_), have in found.items() if have < parts]
 
 
-def files_in(path: pathlib.Path) -> tuple[dict[str, list[pathlib.Path]], dict[str, list[pathlib.Path]]]:
+def files_in(path: storage.Path) -> tuple[dict[str, list[storage.Path]], dict[str, list[storage.Path]]]:
     """Returns the data files of a folder by split, and by kind those that are no data."""
-    splits: dict[str, list[pathlib.Path]] = {}
-    others: dict[str, list[pathlib.Path]] = {}
-    for file in sorted(path.rglob("*")):
+    splits: dict[str, list[storage.Path]] = {}
+    others: dict[str, list[storage.Path]] = {}
+    for file in storage.below(path):
         inner = file.relative_to(path)
-        if file.is_dir():
-            if file.is_symlink():
+        if storage.is_folder(file):
+            if storage.is_link(file):
                 others.setdefault("linked folders", []).append(file)
         elif any(part.startswith(".") for part in inner.parts):
             others.setdefault("hidden", []).append(file)
@@ -69,13 +69,13 @@ def files_in(path: pathlib.Path) -> tuple[dict[str, list[pathlib.Path]], dict[st
     return splits, others
 
 
-def split_of(inner: pathlib.Path) -> str:
+def split_of(inner: storage.Path) -> str:
     """Returns the split of a file of a folder, by its path inside the folder."""
     words = (SPLIT.search(part.lower()) for part in reversed(inner.parts))
     return next((word[1] for word in words if word), "train")
 
 
-def named(path: pathlib.Path, files: Sequence[pathlib.Path]) -> str:
+def named(path: storage.Path, files: Sequence[storage.Path]) -> str:
     """Returns the names of files of a folder, the first few of many."""
     names = ", ".join(str(file.relative_to(path)) for file in files[:MAX_NAMED])
     return names + (f" and {len(files) - MAX_NAMED} more" if len(files) > MAX_NAMED else "")

@@ -1,12 +1,12 @@
 """Data sets of `datasets` (hub ids and saved folders) and of `tensorflow-datasets`; imported when one is named."""
 
-import pathlib
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
+from safe_rlhf_jax import storage
 from safe_rlhf_jax.data.records import Record, one_line
 
 
@@ -31,15 +31,15 @@ def read_hub(name: str, split: str) -> Sequence[Record]:
     return rows_of(table)
 
 
-def is_saved(path: pathlib.Path) -> bool:
+def is_saved(path: storage.Path) -> bool:
     """Says whether a folder was written by `save_to_disk`, one data set or several."""
     return any(
-        (path / name).is_file() and any(path.glob(table))
+        storage.is_file(path / name) and bool(storage.matching(path, table))
         for name, table in (("state.json", "*.arrow"), ("dataset_dict.json", "*/*.arrow"))
     )
 
 
-def read_saved(path: pathlib.Path, split: str) -> Sequence[Record]:
+def read_saved(path: storage.Path, split: str) -> Sequence[Record]:
     """Reads a folder that `save_to_disk` of a data set, or of a dictionary of splits, has written.
 
     Raises:
@@ -48,7 +48,7 @@ def read_saved(path: pathlib.Path, split: str) -> Sequence[Record]:
     import datasets
 
     try:
-        table = datasets.load_from_disk(str(path))
+        table = datasets.load_from_disk(str(path))  # of a URI too
     except Exception as error:
         raise ValueError(f"data {path}: cannot be loaded: {one_line(error)}") from error
     splits = table if isinstance(table, datasets.DatasetDict) else {"train": table}

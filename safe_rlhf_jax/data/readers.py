@@ -5,7 +5,6 @@ import functools
 import gzip
 import io
 import json
-import pathlib
 import re
 import sys
 import zlib
@@ -13,6 +12,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from safe_rlhf_jax import storage
 from safe_rlhf_jax.data.formats import FORMATS
 from safe_rlhf_jax.data.records import (
     RESERVED,
@@ -55,7 +55,7 @@ class Problem(NamedTuple):
     shown: str = ""  # what stands there
 
 
-def kind_of(path: pathlib.Path) -> str:
+def kind_of(path: storage.Path) -> str:
     """Returns the suffix that says how a file is read, or "" where it is no data file."""
     suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
     packed = suffixes[-1:] == [".gz"]
@@ -63,7 +63,7 @@ def kind_of(path: pathlib.Path) -> str:
     return kind if kind in SUFFIXES and not (packed and kind == ".parquet") else ""
 
 
-def read_file(path: pathlib.Path) -> list[Record]:
+def read_file(path: storage.Path) -> list[Record]:
     """Returns the records of a .json, .jsonl, .parquet or .csv file; gzip by suffix.
 
     Raises:
@@ -78,14 +78,14 @@ def read_file(path: pathlib.Path) -> list[Record]:
     return read_csv(path, content) if kind == ".csv" else read_json(path, content, kind)
 
 
-def read_bytes(path: pathlib.Path) -> bytes:
+def read_bytes(path: storage.Path) -> bytes:
     """Returns the content of a file that may be compressed.
 
     Raises:
         ValueError: If it cannot be read, or is of another kind than its name says.
     """
     try:
-        content = path.read_bytes()
+        content = storage.read_bytes(path)
         content = gzip.decompress(content) if path.suffix.lower() == ".gz" else content
     except (OSError, EOFError, zlib.error) as error:
         raise ValueError(f"data {path}: cannot be read: {error}") from error
@@ -96,7 +96,7 @@ def read_bytes(path: pathlib.Path) -> bytes:
     return content
 
 
-def check_contents(path: pathlib.Path, content: bytes) -> None:
+def check_contents(path: storage.Path, content: bytes) -> None:
     """A file begins as none that its name does not speak of.
 
     Raises:
@@ -107,7 +107,7 @@ def check_contents(path: pathlib.Path, content: bytes) -> None:
             raise ValueError(f"data {path}: this is {kind}")
 
 
-def decoded(path: pathlib.Path, content: bytes) -> str:
+def decoded(path: storage.Path, content: bytes) -> str:
     """Returns the text of a file.
 
     Raises:
@@ -121,7 +121,7 @@ def decoded(path: pathlib.Path, content: bytes) -> str:
 
 
 def with_problems(
-    path: pathlib.Path, unit: str, records: list[Located], problems: Sequence[tuple[int, Problem]], *, cut: bool = False
+    path: storage.Path, unit: str, records: list[Located], problems: Sequence[tuple[int, Problem]], *, cut: bool = False
 ) -> list[Record]:
     """Returns records in order, with one that says why in the place of each problem.
 
@@ -205,7 +205,7 @@ def objects_of(line: bytes) -> list[Record] | Problem:
     return values if problem is None else problem._replace(shown=text)
 
 
-def read_json(path: pathlib.Path, content: bytes, kind: str) -> list[Record]:
+def read_json(path: storage.Path, content: bytes, kind: str) -> list[Record]:
     """Reads an object per line, or else JSON as a whole."""
     is_list = kind == ".json" and content.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
     lines = [] if is_list else content.split(b"\n")
@@ -222,7 +222,7 @@ def read_json(path: pathlib.Path, content: bytes, kind: str) -> list[Record]:
     return with_problems(path, "line", records, problems, cut=cut)
 
 
-def read_whole(path: pathlib.Path, content: bytes, kind: str) -> list[Record]:
+def read_whole(path: storage.Path, content: bytes, kind: str) -> list[Record]:
     """Reads JSON as a whole: a list of objects, one that holds such a list, or several that follow each other."""
     text = decoded(path, content)
     try:
@@ -242,7 +242,7 @@ def read_whole(path: pathlib.Path, content: bytes, kind: str) -> list[Record]:
     return with_problems(path, "record", records, [(number, p) for number, _, p in numbered if p is not None])
 
 
-def held_by(path: pathlib.Path, value: Record) -> list[Any]:
+def held_by(path: storage.Path, value: Record) -> list[Any]:
     """Returns the records of a file that is one object: itself, or the list of objects in it.
 
     Raises:
@@ -274,7 +274,7 @@ def held_by(path: pathlib.Path, value: Record) -> list[Any]:
 # --- CSV, Parquet
 
 
-def read_csv(path: pathlib.Path, content: bytes) -> list[Record]:
+def read_csv(path: storage.Path, content: bytes) -> list[Record]:
     """Reads comma-separated values with a header; what is blank is null."""
     csv.field_size_limit(sys.maxsize)  # texts may be long
     reader = csv.reader(io.StringIO(decoded(path, content), newline=""), strict=True)
@@ -308,7 +308,7 @@ def read_csv(path: pathlib.Path, content: bytes) -> list[Record]:
     return with_problems(path, "line", records, problems, cut=cut)
 
 
-def column_names(path: pathlib.Path, header: Sequence[str]) -> list[str]:
+def column_names(path: storage.Path, header: Sequence[str]) -> list[str]:
     """Returns the names of columns.
 
     Raises:
@@ -333,17 +333,17 @@ def pyarrow_parquet() -> Any:
     return pyarrow.parquet
 
 
-def read_parquet(path: pathlib.Path) -> list[Record]:
+def read_parquet(path: storage.Path) -> list[Record]:
     """Reads a Parquet file."""
     try:
-        with path.open("rb") as file:
-            beginning = file.read(MAX_SHOWN)
+        beginning = storage.read_bytes(path, MAX_SHOWN)
     except OSError as error:
         raise ValueError(f"data {path}: cannot be read: {error}") from error
     check_contents(path, beginning.removeprefix(b"PAR1"))
     try:
-        names = pyarrow_parquet().read_schema(path).names
-        rows = pyarrow_parquet().read_table(path).to_pylist() if len(set(names)) == len(names) else []
+        with storage.local_copy(path) as file:
+            names = pyarrow_parquet().read_schema(file).names
+            rows = pyarrow_parquet().read_table(file).to_pylist() if len(set(names)) == len(names) else []
     except Exception as error:  # a damaged file raises what it likes
         raise ValueError(f"data {path}: cannot be read as Parquet: {one_line(error)}") from error
     column_names(path, names)

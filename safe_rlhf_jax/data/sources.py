@@ -7,13 +7,13 @@ import difflib
 import functools
 import hashlib
 import json
-import pathlib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from safe_rlhf_jax import storage
 from safe_rlhf_jax.data import demo, hubs
 from safe_rlhf_jax.data.files import files_in, files_of, named
 from safe_rlhf_jax.data.formats import FORMATS, other_formats, recognise
@@ -57,10 +57,10 @@ def read_records(
     return list(records[:limit])
 
 
-def stamp(path: pathlib.Path) -> tuple[str, int, int]:
+def stamp(path: storage.Path) -> tuple[str, int, int, int]:
     """Returns what changes when a file does."""
     try:
-        return str(path), path.stat().st_mtime_ns, path.stat().st_size
+        return str(path), *storage.status(path)
     except OSError as error:
         raise ValueError(f"data {path}: cannot be read: {error}") from error
 
@@ -73,7 +73,7 @@ def read_all(
     format: str | None,
     fields: tuple[tuple[str, str], ...],
     unique: str | None,
-    stamps: tuple[tuple[str, int, int], ...],
+    stamps: tuple[tuple[str, int, int, int], ...],
 ) -> tuple[Record, ...]:
     """Returns all records of `read_records`; `stamps` tell whether files have changed."""
     del stamps
@@ -134,7 +134,7 @@ def read_source(name: str, split: str) -> dict[str, Sequence[Record]]:
     return {f"data {name!r}": records} if records else {}
 
 
-def read_files(files: Sequence[pathlib.Path]) -> dict[str, Sequence[Record]]:
+def read_files(files: Sequence[storage.Path]) -> dict[str, Sequence[Record]]:
     """Returns the records of files by place; among several, one that can hold none is printed and left out."""
     read: dict[str, Sequence[Record]] = {}
     for file in files:
@@ -147,7 +147,7 @@ def read_files(files: Sequence[pathlib.Path]) -> dict[str, Sequence[Record]]:
     return read
 
 
-def read_named(name: str, path: pathlib.Path | None, split: str) -> Sequence[Record]:
+def read_named(name: str, path: storage.Path | None, split: str) -> Sequence[Record]:
     """Returns the records of a data set that is no file: of `DATASETS`, a hub, or a folder that `datasets` saved."""
     if path is not None:
         if beside := [file for files in files_in(path)[0].values() for file in files]:
@@ -184,19 +184,19 @@ def demo_tokenizer_warning(tokenizer: str, names: Sequence[str]) -> str | None:
     )
 
 
-def local_path(name: str) -> pathlib.Path | None:
+def local_path(name: str) -> storage.Path | None:
     """Returns the file or folder behind a name, or None where it is none."""
-    path = pathlib.Path(split_share(name)[0]).expanduser()
-    return path if name not in DATASETS and path.exists() else None
+    path = storage.expanded(split_share(name)[0])
+    return path if name not in DATASETS and (storage.is_file(path) or storage.is_folder(path)) else None
 
 
-def data_files(name: str) -> list[pathlib.Path]:
+def data_files(name: str) -> list[storage.Path]:
     """Returns the local files behind a name, those of all splits."""
     path = local_path(name)
-    if path is None or path.is_file():
+    if path is None or storage.is_file(path):
         return [path] if path is not None else []
     if hubs.is_saved(path):
-        return sorted(path.rglob("*"))
+        return storage.below(path)
     return sorted(file for files in files_in(path)[0].values() for file in files)
 
 

@@ -7,13 +7,13 @@ renders. Which of the tokens are a response's, `texts.encode` finds out.
 import dataclasses
 import datetime
 import functools
-import pathlib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from transformers.utils.chat_template_utils import encode_marked_chat, mark_control_tokens
 
+from safe_rlhf_jax import storage
 from safe_rlhf_jax.data.records import Message
 from safe_rlhf_jax.data.tokenizer import Tokenizer
 
@@ -188,7 +188,7 @@ def load_template(
             ) from error
     else:
         try:
-            source = pathlib.Path(name).expanduser().read_text(encoding="utf-8")
+            source = storage.read_text(storage.expanded(name))
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"template {name!r}: cannot be read: {error}") from error
     given = tuple(sorted((options or {}).items()))

@@ -3,13 +3,13 @@
 import dataclasses
 import importlib.util
 import json
-import pathlib
 from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
 from typing import Any
 
 from transformers import AutoTokenizer
 
+from safe_rlhf_jax import storage
 from safe_rlhf_jax.data.demo import TOKENIZER_PATH
 
 
@@ -101,9 +101,10 @@ def load_tokenizer(name: str) -> Tokenizer:
         ValueError: If it cannot be opened or has no end-of-sequence token.
     """
     source = str(TOKENIZER_PATH) if name == "demo" else name.removeprefix("hf:").removeprefix("path:")
-    folder = pathlib.Path(source).expanduser()
+    folder = storage.expanded(source)
     try:
-        hf = AutoTokenizer.from_pretrained(str(folder) if folder.is_dir() else source, trust_remote_code=False)
+        with storage.local_copy(folder if storage.is_folder(folder) else source) as opened:
+            hf = AutoTokenizer.from_pretrained(opened, trust_remote_code=False)
     except Exception as error:
         raise ValueError(f"tokenizer {name!r}: cannot be opened: {advice(error, folder)}") from error
     if hf.eos_token_id is None:
@@ -121,15 +122,15 @@ def opening(hf: Any) -> tuple[int, ...]:
     return tuple(whole[:start])
 
 
-def advice(error: Exception, folder: pathlib.Path) -> str:
+def advice(error: Exception, folder: storage.Path) -> str:
     """Returns an error of transformers in one line; where a SentencePiece file needs its package, what to install."""
-    files = sorted(file.name for file in folder.glob("*.model"))
+    files = [file.name for file in storage.matching(folder, "*.model")]
     if files and importlib.util.find_spec("sentencepiece") is None:
         return f"{files[0]} is a SentencePiece file; to read it: pip install 'safe_rlhf_jax[sentencepiece]'"
     return " ".join(str(error).split())[:500]
 
 
-def stored_ends(folder: pathlib.Path) -> tuple[int, ...]:
+def stored_ends(folder: storage.Path) -> tuple[int, ...]:
     """Returns the tokens that end a response of the model in a folder: `eos_token_id`, one or several.
 
     As in transformers, generation_config.json counts, and config.json where there is none.
@@ -138,9 +139,9 @@ def stored_ends(folder: pathlib.Path) -> tuple[int, ...]:
         ValueError: If it is no token id, nor a list of them.
     """
     for name in ("generation_config.json", "config.json"):
-        if (folder / name).is_file():
+        if storage.is_file(folder / name):
             try:
-                ends = json.loads((folder / name).read_text(encoding="utf-8")).get("eos_token_id")
+                ends = json.loads(storage.read_text(folder / name)).get("eos_token_id")
             except (ValueError, AttributeError):
                 continue  # the model that it belongs to is refused with the reason
             if ends is not None:

@@ -1,11 +1,12 @@
 """A model's folder: found or downloaded, and what is in it. No weight is read here."""
 
 import json
-import pathlib
 import warnings
 from typing import Any
 
 import jax
+
+from safe_rlhf_jax import storage
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -44,16 +45,16 @@ def say_once(message: str) -> None:
 # --- Folders ----------------------------------------------------------------------------------------------------------
 
 
-def resolve(path_or_id: str | pathlib.Path) -> pathlib.Path:
+def resolve(path_or_id: storage.Place) -> storage.Path:
     """Returns a local folder: the path itself, or the hub's snapshot in its cache (downloaded when missing).
 
     Raises:
         FileNotFoundError: If there is neither, saying what to do.
     """
-    folder = pathlib.Path(path_or_id).expanduser()
-    if folder.is_dir():
+    folder = storage.expanded(path_or_id)
+    if storage.is_folder(folder):
         return folder
-    if folder.is_file():
+    if storage.is_file(folder):
         raise FileNotFoundError(f"{path_or_id}: is a file; name the folder that holds it and its config.json")
     if len(folder.parts) != 2:
         raise FileNotFoundError(f"{path_or_id}: no such folder, and not a hub id of the form owner/name")
@@ -67,50 +68,49 @@ def resolve(path_or_id: str | pathlib.Path) -> pathlib.Path:
         ) from error
 
 
-def download(hub_id: str) -> pathlib.Path:
+def download(hub_id: str) -> storage.Path:
     """Returns the hub's snapshot of a model; what its index names in folders below is fetched too."""
     from huggingface_hub import snapshot_download
 
     patterns: dict[str, Any] = {"allow_patterns": [*WANTED], "ignore_patterns": [*SECOND_COPIES]}
-    folder = pathlib.Path(snapshot_download(hub_id, **patterns))
+    folder = storage.path(snapshot_download(hub_id, **patterns))
     below = sorted({file for file in read_index(folder).values() if "/" in file})
     if below:
         snapshot_download(hub_id, revision=folder.name, allow_patterns=below)
     return folder
 
 
-def read_config(folder: pathlib.Path) -> dict[str, Any]:
+def read_config(folder: storage.Path) -> dict[str, Any]:
     """Returns `config.json`.
 
     Raises:
         FileNotFoundError: If the folder has none.
         ValueError: If the folder is an adapter, or something else stands in place of this file or the tokenizer's.
     """
-    if (folder / ADAPTER).is_file():
+    if storage.is_file(folder / ADAPTER):
         raise ValueError(
             f"{folder}: {ADAPTER} says that this is a PEFT adapter; {MERGE}. If the weights here are merged already, "
             f"remove {ADAPTER} and adapter_model.safetensors"
         )
-    if not (folder / "config.json").is_file():
-        below = sorted(path.parent.name for path in folder.glob("*/config.json"))
+    if not storage.is_file(folder / "config.json"):
+        below = sorted(path.parent.name for path in storage.matching(folder, "*/config.json"))
         there = f"there is one in {', '.join(below[:5])}: name that folder" if below else "or one half written"
         raise FileNotFoundError(f"{folder}: no config.json; not a Hugging Face model folder, {there}")
-    for path in filter(pathlib.Path.is_file, (folder / name for name in TOKENIZER)):  # others open it and say less
+    for path in filter(storage.is_file, (folder / name for name in TOKENIZER)):  # others open it and say less
         if reason := stray(path):
             raise ValueError(f"{path} {reason}")
     return read_json(folder / "config.json")
 
 
-def stray(path: pathlib.Path) -> str | None:
+def stray(path: storage.Path) -> str | None:
     """Returns what a file holds in place of its contents: a pointer, a web page, nothing; None for any other."""
-    with path.open("rb") as stream:
-        start = stream.read(64).lstrip().lower()
+    start = storage.read_bytes(path, 64).lstrip().lower()
     if not start:
         return "is empty; fetch it again"
     return next((reason for opening, reason in STRAYS.items() if start.startswith(opening)), None)
 
 
-def read_json(path: pathlib.Path) -> dict[str, Any]:
+def read_json(path: storage.Path) -> dict[str, Any]:
     """Returns the object in a JSON file.
 
     Raises:
@@ -119,7 +119,9 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     if reason := stray(path):
         raise ValueError(f"{path} {reason}")
     try:
-        value = json.loads(path.read_text(encoding="utf-8-sig"))  # editors of Windows put a mark before the text
+        value = json.loads(
+            storage.read_bytes(path).decode("utf-8-sig")
+        )  # editors of Windows put a mark before the text
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not valid JSON: {error}") from error
     if not isinstance(value, dict):
@@ -130,47 +132,47 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
 # --- Weights ----------------------------------------------------------------------------------------------------------
 
 
-def read_index(folder: pathlib.Path) -> dict[str, str]:
+def read_index(folder: storage.Path) -> dict[str, str]:
     """Returns {tensor: file} of a folder's index, files relative to the folder; nothing where there is no index.
 
     Raises:
         ValueError: If it says no such thing.
     """
     path = folder / INDEX
-    if not path.is_file():
+    if not storage.is_file(path):
         return {}
     found = read_json(path).get("weight_map")
     if not found or not isinstance(found, dict) or not all(isinstance(file, str) for file in found.values()):
         raise ValueError(f"{path}: no weight_map {{tensor: file}}; fetch the index again, or save the model again")
     for file in found.values():
-        if pathlib.PurePath(file).is_absolute() or ".." in pathlib.PurePath(file).parts:
+        if file.startswith("/") or ".." in file.split("/"):
             raise ValueError(f"{path}: weight_map names {file!r}, which is not in the folder")
     return found
 
 
-def weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
+def weight_files(folder: storage.Path) -> list[storage.Path]:
     """Returns the files that hold a folder's tensors.
 
     Raises:
         FileNotFoundError: If there are none, saying what is there instead.
     """
-    if (folder / WEIGHTS).is_file():
-        if others := sorted(path.name for path in folder.glob("model-*-of-*.safetensors")):
+    if storage.is_file(folder / WEIGHTS):
+        if others := sorted(path.name for path in storage.matching(folder, "model-*-of-*.safetensors")):
             say_once(f"{folder}: {WEIGHTS} is opened, as in transformers; {', '.join(others[:3])} are not")
         return [folder / WEIGHTS]
     files = sorted(set(read_index(folder).values()))
     if not files:
         raise FileNotFoundError(f"{folder}: neither {WEIGHTS} nor {INDEX}; {what_else(folder)}")
-    missing = [file for file in files if not (folder / file).is_file()]
+    missing = [file for file in files if not storage.is_file(folder / file)]
     if missing:
         raise FileNotFoundError(f"{folder}: {INDEX} names {', '.join(missing)}, not present; fetch the folder again")
     return [folder / file for file in files]
 
 
-def what_else(folder: pathlib.Path) -> str:
+def what_else(folder: storage.Path) -> str:
     """Returns what a folder without weights holds in their place, and what to do."""
     for patterns, meaning in IN_PLACE_OF_WEIGHTS.items():
-        found = sorted({str(path.relative_to(folder)) for pattern in patterns for path in folder.glob(pattern)})
+        found = [str(path.relative_to(folder)) for path in storage.matching(folder, *patterns)]
         if found:
             more = f" and {len(found) - 3} more" if len(found) > 3 else ""
             return meaning.format(", ".join(found[:3]) + more)

@@ -7,7 +7,6 @@ go from the disk to where they belong one tensor at a time, and back.
 import contextlib
 import dataclasses
 import json
-import pathlib
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any, Literal
 
@@ -19,6 +18,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
+from safe_rlhf_jax import storage
 from safe_rlhf_jax.models.config import Layout, ModelConfig, ScoreType
 from safe_rlhf_jax.models.families import family
 from safe_rlhf_jax.models.families.reading import contradictions
@@ -90,7 +90,7 @@ class Matched:
 
 
 def inspect(
-    path_or_id: str | pathlib.Path,
+    path_or_id: storage.Place,
     head: Literal["lm", "score"] = "lm",
     dtype: str = "float32",
     *,
@@ -107,7 +107,7 @@ def inspect(
         raise ValueError(f"dtype {dtype!r}: pass one of {DTYPES}")
     folder = resolve(path_or_id)
     hf, config = read_model_config(folder)
-    stored = {name: read_json(folder / name) for name in JSON_FILES if (folder / name).is_file()}
+    stored = {name: read_json(folder / name) for name in JSON_FILES if storage.is_file(folder / name)}
     config = dataclasses.replace(config, dtype=dtype, scan_layers=scan_layers, stored=stored)
     tensors = Tensors(folder)
     respell(tensors, config)
@@ -136,7 +136,7 @@ def inspect(
 
 
 def load(
-    path_or_id: str | pathlib.Path,
+    path_or_id: storage.Place,
     head: Literal["lm", "score"] = "lm",
     dtype: str = "float32",
     *,
@@ -197,7 +197,7 @@ def load(
     return found.module, variables
 
 
-def stored_config(folder: pathlib.Path) -> ModelConfig:
+def stored_config(folder: storage.Path) -> ModelConfig:
     """Returns the configuration of a folder's language model, with a head of its own where one is stored.
 
     Raises:
@@ -215,7 +215,7 @@ def stored_config(folder: pathlib.Path) -> ModelConfig:
         return config
 
 
-def read_model_config(folder: pathlib.Path) -> tuple[dict[str, Any], ModelConfig]:
+def read_model_config(folder: storage.Path) -> tuple[dict[str, Any], ModelConfig]:
     """Returns config.json, and the configuration that it describes."""
     hf = read_config(folder)
     with within(folder):
@@ -234,7 +234,7 @@ def read_model_config(folder: pathlib.Path) -> tuple[dict[str, Any], ModelConfig
 
 
 @contextlib.contextmanager
-def within(folder: pathlib.Path) -> Iterator[None]:
+def within(folder: storage.Path) -> Iterator[None]:
     """Names the folder in errors about its contents."""
     try:
         yield
@@ -246,7 +246,7 @@ def within(folder: pathlib.Path) -> Iterator[None]:
 
 
 def save(
-    path: str | pathlib.Path,
+    path: storage.Place,
     module: CausalLM | ScoreModel,
     variables: Variables,
     tokenizer: Any = None,
@@ -254,7 +254,7 @@ def save(
     layout: Layout | None = None,
     ends: Collection[int] = (),
     max_file_bytes: int = MAX_FILE_BYTES,
-) -> pathlib.Path:
+) -> storage.Path:
     """Writes a folder that transformers' `from_pretrained` opens.
 
     Tensors are gathered and written one at a time. With several processes all of them call this, and the first one
@@ -278,7 +278,7 @@ def save(
     Raises:
         ValueError: If the layout cannot hold the model.
     """
-    folder, writes = pathlib.Path(path), jax.process_index() == 0
+    folder, writes = storage.path(path), jax.process_index() == 0
     config, stored, leaves = module.config, module.config.stored, flatten_dict(variables["params"])
     this = family(config.family)
     hf = {name: value for name, value in stored.get("config.json", {}).items() if name not in STALE}
@@ -298,20 +298,23 @@ def save(
     hf |= {"dtype": dtype, "torch_dtype": dtype}  # its name before transformers 5
 
     if writes:
-        folder.mkdir(parents=True, exist_ok=True)
-        for file in [folder / name for name in (*JSON_FILES, INDEX, WEIGHTS)] + [*folder.glob("model-*.safetensors")]:
-            file.unlink(missing_ok=True)
+        storage.make_folder(folder)
+        older = [folder / name for name in (*JSON_FILES, INDEX, WEIGHTS)]
+        # Those of several files, and what a run that was killed had written of one.
+        for file in older + storage.matching(folder, "model-*.safetensors", f"model*{storage.PARTIAL}"):
+            storage.remove(file)
     write_tensors(folder, specs, max_bytes=max_file_bytes, writes=writes)
     if writes:
         if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
+            with storage.local_draft(folder) as local:
+                tokenizer.save_pretrained(local)
         if not isinstance(module, ScoreModel):
             generation = {k: v for k, v in stored.get("generation_config.json", {}).items() if k not in STALE}
             ids = {name: hf[name] for name in TOKEN_IDS if name in hf}
             generation = with_token_ids(ids | generation, tokenizer)
             several = {"eos_token_id": sorted(ends)} if len(ends) > 1 else {}
-            write_json(folder / "generation_config.json", generation | several)
-        write_json(folder / "config.json", hf)
+            storage.write(folder / "generation_config.json", as_json(generation | several))
+        storage.write(folder / "config.json", as_json(hf))
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(f"{folder} is written")
     return folder
@@ -327,8 +330,6 @@ def with_token_ids(fields: Mapping[str, Any], tokenizer: Any) -> dict[str, Any]:
     return out
 
 
-def write_json(path: pathlib.Path, value: Mapping[str, Any]) -> None:
-    """Writes a file that is whole whenever it is there."""
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
-    partial.rename(path)
+def as_json(value: Mapping[str, Any]) -> str:
+    """Returns a JSON file's text."""
+    return json.dumps(value, indent=2, sort_keys=True) + "\n"

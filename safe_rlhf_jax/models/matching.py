@@ -75,7 +75,7 @@ def respell(tensors: Tensors, config: ModelConfig) -> None:
 
     As in transformers, a tied embedding may be stored as the head alone.
     """
-    tensors.rename({name: family(config.family).spellings(name) for name in weight_map(untied(config), None)})
+    tensors.respell({name: family(config.family).spellings(name) for name in weight_map(untied(config), None)})
     embedding, head = shared(config)
     if config.tie_embeddings and embedding not in tensors.entries and head in tensors.entries:
         tensors.entries[embedding] = tensors.entries[head]

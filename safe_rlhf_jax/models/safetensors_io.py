@@ -8,13 +8,13 @@ import dataclasses
 import itertools
 import json
 import math
-import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
+from safe_rlhf_jax import storage
 from safe_rlhf_jax.models.folders import INDEX, WEIGHTS, read_index, stray, weight_files
 
 DTYPES = {name: jnp.dtype(dtype) for name, dtype in {
@@ -32,7 +32,7 @@ PART = 2**18  # numbers that are compared at once
 class Entry:
     """Where a tensor stands."""
 
-    file: pathlib.Path
+    file: storage.Path
     dtype: str
     shape: tuple[int, ...]
     offset: int  # bytes
@@ -49,7 +49,7 @@ class Tensors:
         ValueError: If a file is cut off or no safetensors, or two of them hold one tensor.
     """
 
-    def __init__(self, folder: pathlib.Path):
+    def __init__(self, folder: storage.Path):
         self.folder = folder
         self.entries: dict[str, Entry] = {}
         for file in weight_files(folder):
@@ -61,11 +61,11 @@ class Tensors:
 
     def promised(self, names: Sequence[str]) -> str:
         """Returns where the index says that missing tensors are, in words."""
-        files = {} if (self.folder / WEIGHTS).is_file() else read_index(self.folder)
+        files = {} if storage.is_file(self.folder / WEIGHTS) else read_index(self.folder)
         found = [f"{files[name]} should hold {name!r}" for name in names if name in files]
         return f"; {INDEX} says that {', '.join(found[:3])}: fetch the folder again" if found else ""
 
-    def rename(self, spellings: Mapping[str, Sequence[str]]) -> None:
+    def respell(self, spellings: Mapping[str, Sequence[str]]) -> None:
         """Gives tensors that are stored under another spelling their name."""
         for name, others in spellings.items():
             found = [other for other in others if other in self.entries]
@@ -77,7 +77,7 @@ class Tensors:
         entry = self.entries[name]
         if entry.dtype not in DTYPES:
             raise ValueError(f"{self.folder}: tensor {name!r} is stored as {entry.dtype}; readable are {[*DTYPES]}")
-        return np.memmap(entry.file, DTYPES[entry.dtype], "r", entry.offset, entry.shape).view(np.ndarray)
+        return storage.read_array(entry.file, DTYPES[entry.dtype], entry.shape, entry.offset)
 
     def get(self, name: str, default: Any) -> Any:
         """Returns a tensor, or `default` where there is none."""
@@ -96,7 +96,7 @@ class Tensors:
         return all(np.array_equal(numbers(a[part]), numbers(b[part])) for part in parts)
 
 
-def read_header(file: pathlib.Path) -> dict[str, Entry]:
+def read_header(file: storage.Path) -> dict[str, Entry]:
     """Returns {tensor: where it stands} of a file, whose tensors follow each other up to its end.
 
     Raises:
@@ -104,8 +104,8 @@ def read_header(file: pathlib.Path) -> dict[str, Entry]:
     """
     if reason := stray(file):
         raise ValueError(f"{file}: truncated, or no safetensors file: it {reason}")
-    size = file.stat().st_size
-    with file.open("rb") as stream:
+    size = storage.status(file).size
+    with storage.reading(file) as stream:
         start = 8 + int.from_bytes(stream.read(8), "little")
         if start > min(size, MAX_HEADER):
             raise ValueError(f"{file}: truncated, or no safetensors file ({size} bytes); fetch it again")
@@ -151,7 +151,7 @@ class Spec:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def write_tensors(folder: pathlib.Path, specs: Mapping[str, Spec], *, max_bytes: int, writes: bool = True) -> None:
+def write_tensors(folder: storage.Path, specs: Mapping[str, Spec], *, max_bytes: int, writes: bool = True) -> None:
     """Writes tensors into as few files as `max_bytes` allows, one tensor at a time, and an index if files are several.
 
     Args:
@@ -174,10 +174,10 @@ def write_tensors(folder: pathlib.Path, specs: Mapping[str, Spec], *, max_bytes:
             "metadata": {"total_size": sum(spec.nbytes for spec in specs.values())},
             "weight_map": {name: file for file, group in files.items() for name in group},
         }
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        storage.write(folder / INDEX, json.dumps(index, indent=2) + "\n")
 
 
-def write_file(path: pathlib.Path, specs: Mapping[str, Spec], writes: bool) -> None:
+def write_file(path: storage.Path, specs: Mapping[str, Spec], writes: bool) -> None:
     """Writes one file."""
     # The widest numbers first: then each tensor stands where its numbers are aligned.
     ordered = dict(sorted(specs.items(), key=lambda item: -item[1].dtype.itemsize))
@@ -192,7 +192,7 @@ def write_file(path: pathlib.Path, specs: Mapping[str, Spec], writes: bool) -> N
         for spec in ordered.values():
             spec.make()
         return
-    with path.open("wb") as stream:
+    with storage.writing(path) as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
         for spec in ordered.values():
             stream.write(np.ascontiguousarray(spec.make()).reshape(-1).view(np.uint8).data)

@@ -70,7 +70,7 @@ def test_a_process_that_does_not_write_makes_every_tensor(tmp_path):
 def test_a_tensor_under_another_spelling_gets_its_name(tmp_path):
     save_file({"embed": np.ones(2, np.float32), "head": np.ones(1, np.float32)}, tmp_path / WEIGHTS)
     tensors = Tensors(tmp_path)
-    tensors.rename({"model.embed": ("model.embed", "embed"), "head": ("head", "embed"), "norm": ("norm",)})
+    tensors.respell({"model.embed": ("model.embed", "embed"), "head": ("head", "embed"), "norm": ("norm",)})
     assert {*tensors.entries} == {"model.embed", "head"}
     np.testing.assert_array_equal(tensors["model.embed"], np.ones(2))
 

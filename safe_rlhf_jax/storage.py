@@ -1,0 +1,380 @@
+"""The one door to files: no other module of the package opens, lists, renames or locks any.
+
+A place is a local path, or a `gs://`, `s3://` or `az://` URI that `etils.epath` opens through fsspec. An object store
+has no rename, no append and no lock: objects are written whole, and are there or not. Every function says what it
+gives on a disk, and what an object store gives for the same.
+
+Other modules hold a `Path` for its names (`folder / "config.json"`, `.name`, `.suffix`) and hand it to these functions.
+"""
+
+import contextlib
+import errno
+import fcntl
+import importlib.util
+import io
+import math
+import os
+import pathlib
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
+
+import numpy as np
+from etils import epath
+
+if TYPE_CHECKING:
+    Path = pathlib.Path  # as long as modules open files themselves (tests/test_architecture.py, BESIDE_STORAGE)
+else:
+    Path = pathlib.PurePath  # what others hold: joined, taken apart, never opened
+Place = str | os.PathLike[str]
+
+SCHEMES = {"gs": "gcsfs", "s3": "s3fs", "az": "adlfs"}  # of URIs, and the package that opens them
+PARTIAL = ".partial"  # ends the name of what is being written
+WHOLE, PART = ".whole", ".part"  # objects of lines: all lines up to here, further lines
+
+
+# --- Names ------------------------------------------------------------------------------------------------------------
+
+
+def path(place: Place) -> Path:
+    """Returns a place as a path."""
+    found: Path = at(place)
+    return found
+
+
+def expanded(place: Place) -> Path:
+    """Returns a place that somebody has written as a path: `~` is the home folder."""
+    return path(place) if is_remote(place) else pathlib.Path(place).expanduser()
+
+
+def absolute(place: Place) -> Path:
+    """Returns a path that does not depend on the working directory, links not followed; a URI as it is."""
+    return path(place) if is_remote(place) else pathlib.Path(place).absolute()
+
+
+def at(place: Place) -> Any:
+    """Returns the object that reads and writes a place.
+
+    Local paths are those of `pathlib`: to `epath`, what may not be read is not there, and the size of a file cannot be
+    had where the system does not know its owner by name, as in containers.
+
+    Raises:
+        OSError: If the package that opens it is missing.
+    """
+    text = os.fspath(place)
+    if not is_remote(text):
+        return pathlib.Path(text)
+    package = SCHEMES[text.partition("://")[0]]
+    if importlib.util.find_spec(package) is None:
+        raise OSError(f"{text}: to open it, pip install {package}")
+    return epath.Path(text)
+
+
+def is_remote(place: Place) -> bool:
+    """Says whether a place is in an object store."""
+    scheme, separator, _ = os.fspath(place).partition("://")
+    return bool(separator) and scheme in SCHEMES
+
+
+# --- What is there ----------------------------------------------------------------------------------------------------
+
+
+class Status(NamedTuple):
+    """Changes when a file does."""
+
+    size: int  # bytes
+    modified: int  # ns, of the contents
+    changed: int  # ns, of the file itself; an object's is that of its contents
+
+
+def is_file(place: Place) -> bool:
+    """Says whether there is a file, or an object."""
+    return bool(at(place).is_file())
+
+
+def is_folder(place: Place) -> bool:
+    """Says whether there is a folder; in an object store, whether an object's name begins so."""
+    return bool(at(place).is_dir())
+
+
+def is_link(place: Place) -> bool:
+    """Says whether a path is a symbolic link; an object store has none."""
+    return not is_remote(place) and pathlib.Path(place).is_symlink()
+
+
+def status(place: Place) -> Status:
+    """Returns size and times of a file.
+
+    Raises:
+        OSError: If it is not there, or may not be asked about.
+    """
+    if is_remote(place):
+        found = at(place).stat()
+        return Status(found.length, found.mtime * 10**9, found.mtime * 10**9)
+    of = pathlib.Path(place).stat()
+    return Status(of.st_size, of.st_mtime_ns, of.st_ctime_ns)
+
+
+def matching(folder: Place, *patterns: str) -> list[Path]:
+    """Returns what matches any of some patterns (`*.json`, `*/config.json`) in a folder, sorted."""
+    return sorted({found for pattern in patterns for found in at(folder).glob(pattern)})
+
+
+def below(folder: Place) -> list[Path]:
+    """Returns all that is below a folder, sorted; folders are in it, and not entered where they are links.
+
+    An object store has no folders: only objects are in it.
+    """
+    if not is_remote(folder):
+        return sorted(pathlib.Path(folder).rglob("*"))
+    inside = at(folder).iterdir() if is_folder(folder) else ()
+    return sorted(found for here in inside for found in (below(here) if is_folder(here) else [here]))
+
+
+# --- In ---------------------------------------------------------------------------------------------------------------
+
+
+def reading(place: Place) -> Any:
+    """Returns a file's bytes as a binary stream to close; nothing of it is held that is not read."""
+    return at(place).open("rb")
+
+
+def read_bytes(place: Place, size: int = -1) -> bytes:
+    """Returns the contents of a file, or its first bytes."""
+    with reading(place) as stream:
+        content: bytes = stream.read(size)
+    return content
+
+
+def read_text(place: Place) -> str:
+    """Returns the text of a UTF-8 file; every end of a line is a line feed."""
+    return io.TextIOWrapper(io.BytesIO(read_bytes(place)), encoding="utf-8").read()
+
+
+def read_array(place: Place, dtype: np.dtype, shape: tuple[int, ...], offset: int) -> np.ndarray:
+    """Returns numbers that stand in a file from a byte on, read-only.
+
+    On a disk they are mapped: what is not looked at is not read. Of an object their range is read at once.
+    """
+    if not is_remote(place):
+        return np.memmap(place, dtype, "r", offset, shape).view(np.ndarray)
+    with reading(place) as stream:
+        stream.seek(offset)
+        return np.frombuffer(stream.read(math.prod(shape) * dtype.itemsize), dtype).reshape(shape)
+
+
+@contextlib.contextmanager
+def local_copy(place: Place) -> Iterator[str]:
+    """Gives a local path to a file or folder, for a library that reads no other; on a disk, the very one."""
+    if not is_remote(place):
+        yield os.fspath(place)
+        return
+    source = at(place)
+    with tempfile.TemporaryDirectory() as scratch:
+        target = pathlib.Path(scratch) / source.name
+        for file in [source] if source.is_file() else below(source):
+            copy(file, target / file.relative_to(source))
+        yield str(target)
+
+
+# --- Out --------------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def writing(place: Place) -> Iterator[BinaryIO]:
+    """Takes the bytes of a file, which is there, whole, once the block has ended; until then the old one is, if any.
+
+    On a disk they go into `NAME.partial`, reach the disk, and are renamed; a block that fails leaves nothing. For an
+    object store they are gathered on the disk, and sent as one object. A folder that is missing is made.
+
+    Raises:
+        OSError: If it could not be written, naming the file.
+    """
+    if is_remote(place):
+        with tempfile.TemporaryFile() as scratch:
+            yield scratch
+            scratch.seek(0)
+            with at(place).open("wb") as stream:
+                shutil.copyfileobj(scratch, stream)
+        return
+    target = pathlib.Path(place)
+    partial = target.with_name(target.name + PARTIAL)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("wb") as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        partial.replace(target)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno is not None and str(error.filename) in ("None", str(partial)):
+            error.filename = str(target)
+        raise
+
+
+def write(place: Place, content: str | bytes) -> None:
+    """Writes a file whole, as `writing` does; text as UTF-8."""
+    with writing(place) as stream:
+        stream.write(content.encode() if isinstance(content, str) else content)
+
+
+@contextlib.contextmanager
+def local_draft(folder: Place) -> Iterator[str]:
+    """Gives a local folder, for a library that writes no other; its files are in `folder` once the block has ended.
+
+    On a disk it is the folder itself, made if needed.
+    """
+    if not is_remote(folder):
+        make_folder(folder)
+        yield os.fspath(folder)
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        yield scratch
+        for file in filter(is_file, below(scratch)):
+            copy(file, at(folder) / file.relative_to(scratch).as_posix())
+
+
+def make_folder(folder: Place) -> None:
+    """Makes a folder and those above it, where they are missing; in an object store there is nothing to make."""
+    if not is_remote(folder):
+        pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
+
+
+def copy(source: Place, target: Place) -> None:
+    """Copies a file whole, from anywhere to anywhere."""
+    with reading(source) as old, writing(target) as new:
+        shutil.copyfileobj(old, new)
+
+
+def remove(place: Place) -> None:
+    """Removes a file, or a folder with all that is in it; nothing happens where there is none."""
+    here = at(place)
+    if is_remote(here):
+        for file in [here] if here.is_file() else below(here):
+            at(file).unlink(missing_ok=True)
+    elif here.is_dir() and not here.is_symlink():
+        shutil.rmtree(here)
+    else:
+        here.unlink(missing_ok=True)
+
+
+def move(folder: Place, target: Place) -> None:
+    """Gives a folder another name; where something has it, it stays as it is.
+
+    On a disk this is one step. In an object store everything is copied, and then removed: a move that was cut short
+    leaves all of it in one of the two, and some of it in the other.
+
+    Raises:
+        FileExistsError: If something has the name.
+    """
+    if is_file(target) or is_folder(target):
+        raise FileExistsError(f"{folder}: cannot be moved to {target}, which is there")
+    if not is_remote(folder):
+        pathlib.Path(folder).rename(target)
+        return
+    for file in below(folder):
+        copy(file, at(target) / file.relative_to(at(folder)))
+    remove(folder)
+
+
+# --- Lines ------------------------------------------------------------------------------------------------------------
+#
+# A file that grows. In an object store it is a folder of objects, named by number: `00000003.whole` holds all lines up
+# to there, and `00000004.part` further ones. Each is written once, and by one process, which `locked` sees to.
+
+
+def read_lines(place: Place) -> list[str]:
+    """Returns the lines of a file without their ends; a last one that was never finished is left out.
+
+    Raises:
+        FileNotFoundError: If there is no such file, nor any line of one.
+    """
+    files = parts(place) if is_remote(place) else [place]
+    if not files:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), os.fspath(place))
+    return [line.decode() for line in b"".join(map(read_bytes, files)).split(b"\n")[:-1]]
+
+
+def write_lines(place: Place, lines: Iterable[str]) -> None:
+    """Writes the lines in the place of those that are there; whoever reads meets the old ones or these."""
+    text = "".join(f"{line}\n" for line in lines)
+    if not is_remote(place):
+        write(place, text)
+        return
+    older = parts(place)
+    write(at(place) / f"{1 + number(older):08}{WHOLE}", text)
+    for file in older:
+        remove(file)
+
+
+def append_lines(place: Place, lines: Iterable[str]) -> None:
+    """Writes further lines, in the system's hands when this returns; a kill in between leaves one unfinished at most.
+
+    An object store gets one object for all the lines of a call, which is there whole or not at all.
+    """
+    text = "".join(f"{line}\n" for line in lines)
+    if is_remote(place):
+        write(at(place) / f"{1 + number(parts(place)):08}{PART}", text)
+        return
+    with pathlib.Path(place).open("ab") as stream:
+        stream.write(text.encode())
+
+
+def parts(place: Place) -> list[Path]:
+    """Returns the objects that hold lines, from the newest that holds all lines on."""
+    found = matching(place, f"*{WHOLE}", f"*{PART}")
+    wholes = [i for i, file in enumerate(found) if file.suffix == WHOLE]
+    return found[wholes[-1] :] if wholes else found
+
+
+def number(objects: list[Path]) -> int:
+    """Returns the number of the newest of objects that hold lines."""
+    return int(objects[-1].stem) if objects else 0
+
+
+# --- Claims and room --------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def locked(folder: Place, holder: str) -> Iterator[None]:
+    """Holds a folder, made if needed, for this process; `.lock` in it says who does.
+
+    The lock belongs to the process, not to the file: when the process is gone, however it went, so is the lock. An
+    object store would have to give an object that is written only where there is none, and that expires.
+
+    Raises:
+        BlockingIOError: If another process holds it; says which.
+        OSError: In an object store.
+    """
+    if is_remote(folder):
+        raise OSError(f"{folder}: a folder of an object store cannot be held for one run; name a local folder")
+    make_folder(folder)
+    with (pathlib.Path(folder) / ".lock").open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise BlockingIOError(file.read().strip() or "another process") from None
+        file.truncate(0)
+        file.write(f"{holder}\n")
+        file.flush()
+        yield
+
+
+def standing(place: Place) -> Path:
+    """Returns a path, or the nearest parent that is there; a URI as it is."""
+    here = absolute(place)
+    return here if is_remote(here) else next(found for found in (here, *here.parents) if pathlib.Path(found).exists())
+
+
+def can_write(folder: Place) -> bool:
+    """Says whether files can be made in a folder that is there; of an object store only a write finds out."""
+    return is_remote(folder) or (is_folder(folder) and os.access(folder, os.W_OK | os.X_OK))
+
+
+def free_bytes(place: Place) -> float:
+    """Returns the free space of the disk that a path is on, or will be; that of an object store has no end."""
+    return math.inf if is_remote(place) else shutil.disk_usage(standing(place)).free
