@@ -16,6 +16,9 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 from safe_rlhf_jax import processes
+from safe_rlhf_jax.errors import ConfigError
+
+LOG = logging.getLogger(__name__)
 
 
 @functools.cache
@@ -72,7 +75,7 @@ class Checkpoints:
 
         Raises:
             OSError: If the checkpoint before this one, or the start of this one, could not be written.
-            ValueError: If there is no such metric; the checkpoint is written.
+            ConfigError: If there is no such metric; the checkpoint is written.
         """
         if step in self.manager.all_steps():
             return
@@ -84,7 +87,7 @@ class Checkpoints:
             self.manager.save(step, metrics=rank, args=ocp.args.StandardSave(state))
         if rank is not None and name not in metrics:
             self.close()
-            raise ValueError(
+            raise ConfigError(
                 f"keep_best: {name!r} is not among the metrics of this stage: {', '.join(metrics)}; step {step} is "
                 "saved all the same"
             )
@@ -145,7 +148,7 @@ class Checkpoints:
         """Moves checkpoints {step: what is wrong} out of the way, and says so."""
         aside = self.folder.with_name(f"{self.folder.name}.unreadable")
         for step, problem in problems.items():
-            print(f"checkpoint of step {step} cannot be read ({problem}); it is kept in {aside}")
+            LOG.warning(f"checkpoint of step {step} cannot be read ({problem}); it is kept in {aside}")
             if processes.is_main():
                 aside.mkdir(exist_ok=True)
                 shutil.rmtree(aside / str(step), ignore_errors=True)

@@ -7,6 +7,8 @@ from typing import Any
 
 import jax
 
+from safe_rlhf_jax.errors import ModelError
+
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 # What of a hub's repository is fetched, and what of it is not: second copies of the weights in other layouts.
@@ -84,10 +86,10 @@ def read_config(folder: pathlib.Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: If the folder has none.
-        ValueError: If the folder is an adapter, or something else stands in place of this file or the tokenizer's.
+        ModelError: If the folder is an adapter, or something else stands in place of this file or the tokenizer's.
     """
     if (folder / ADAPTER).is_file():
-        raise ValueError(
+        raise ModelError(
             f"{folder}: {ADAPTER} says that this is a PEFT adapter; {MERGE}. If the weights here are merged already, "
             f"remove {ADAPTER} and adapter_model.safetensors"
         )
@@ -97,7 +99,7 @@ def read_config(folder: pathlib.Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{folder}: no config.json; not a Hugging Face model folder, {there}")
     for path in filter(pathlib.Path.is_file, (folder / name for name in TOKENIZER)):  # others open it and say less
         if reason := stray(path):
-            raise ValueError(f"{path} {reason}")
+            raise ModelError(f"{path} {reason}")
     return read_json(folder / "config.json")
 
 
@@ -114,16 +116,16 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     """Returns the object in a JSON file.
 
     Raises:
-        ValueError: If it holds none, naming the file.
+        ModelError: If it holds none, naming the file.
     """
     if reason := stray(path):
-        raise ValueError(f"{path} {reason}")
+        raise ModelError(f"{path} {reason}")
     try:
         value = json.loads(path.read_text(encoding="utf-8-sig"))  # editors of Windows put a mark before the text
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not valid JSON: {error}") from error
+        raise ModelError(f"{path}: not valid JSON: {error}") from error
     if not isinstance(value, dict):
-        raise ValueError(f"{path}: holds a {type(value).__name__}, not an object")
+        raise ModelError(f"{path}: holds a {type(value).__name__}, not an object")
     return value
 
 
@@ -134,17 +136,17 @@ def read_index(folder: pathlib.Path) -> dict[str, str]:
     """Returns {tensor: file} of a folder's index, files relative to the folder; nothing where there is no index.
 
     Raises:
-        ValueError: If it says no such thing.
+        ModelError: If it says no such thing.
     """
     path = folder / INDEX
     if not path.is_file():
         return {}
     found = read_json(path).get("weight_map")
     if not found or not isinstance(found, dict) or not all(isinstance(file, str) for file in found.values()):
-        raise ValueError(f"{path}: no weight_map {{tensor: file}}; fetch the index again, or save the model again")
+        raise ModelError(f"{path}: no weight_map {{tensor: file}}; fetch the index again, or save the model again")
     for file in found.values():
         if pathlib.PurePath(file).is_absolute() or ".." in pathlib.PurePath(file).parts:
-            raise ValueError(f"{path}: weight_map names {file!r}, which is not in the folder")
+            raise ModelError(f"{path}: weight_map names {file!r}, which is not in the folder")
     return found
 
 
