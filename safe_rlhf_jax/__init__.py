@@ -9,7 +9,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from safe_rlhf_jax.config import RunConfig, load_config
+    from safe_rlhf_jax.config import load_config
     from safe_rlhf_jax.errors import UserError
     from safe_rlhf_jax.models import hf
     from safe_rlhf_jax.objectives import bradley_terry_loss, safety_loss
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 
 __version__: str
 __all__ = [
-    "Policy", "RunConfig", "Scorer", "StageResult", "UserError", "__version__", "ascend_log_multiplier",
+    "Policy", "Scorer", "StageResult", "UserError", "__version__", "ascend_log_multiplier",
     "bradley_terry_loss", "clipped_surrogate", "clipped_value_loss", "gae", "hf", "lagrangian_advantage", "load_config",
     "load_policy", "load_scorer", "run", "safety_loss", "token_scores",
 ]  # fmt: skip
 
 HOMES = {
-    "config": ("RunConfig", "load_config"),
+    "config": ("load_config",),
     "errors": ("UserError",),
     "objectives": ("bradley_terry_loss", "safety_loss"),
     "pipeline": ("Policy", "Scorer", "load_policy", "load_scorer"),

@@ -18,6 +18,7 @@ COMMANDS = {
     "chat": ("chat", "talk to one policy, or to two side by side"),
     "compile": ("compile", "say what a run needs on devices that need not be here"),
 }
+CONFIG_HELP = "a YAML file, or the name of a config that comes with the package, such as quickstart"
 # What libraries would say between our lines, or ask for: no PyTorch is needed, tokenizers work in one process.
 LIBRARIES = {"TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error"}
 

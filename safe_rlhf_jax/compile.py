@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from safe_rlhf_jax.cli import exit_status, prog
+from safe_rlhf_jax.cli import CONFIG_HELP, exit_status, prog
 
 # What keeps libtpu from looking for a machine that is not there, and from locking it.
 COMPILE_ONLY = {
@@ -32,7 +32,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         "says what would make it fit.",
         epilog="Example: python -m safe_rlhf_jax.compile --config configs/beaver_7b/ppo_lag.yaml --topology v5e:8x8",
     )
-    parser.add_argument("--config", required=True, metavar="FILE", help="YAML config, such as configs/quickstart.yaml")
+    parser.add_argument("--config", required=True, metavar="FILE", help=CONFIG_HELP)
     parser.add_argument(
         "--topology",
         required=True,

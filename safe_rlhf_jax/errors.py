@@ -17,5 +17,13 @@ class ModelError(UserError):
     """A model folder that cannot be used; the message names the folder, the field or tensor, and the fix."""
 
 
+class MissingModelError(ModelError, FileNotFoundError):
+    """A model folder, or a file of one, that is not there; the message says what is there instead."""
+
+
+class FileError(UserError, OSError):
+    """A file of a run that cannot be read or written; the message names it and says why."""
+
+
 class NonFiniteError(UserError, FloatingPointError):
     """A number of a run is no longer finite; the message names it, the step and the last good checkpoint."""

@@ -77,6 +77,9 @@ class Policy(Network):
             temperature: 0 is greedy.
             seed: Of sampling.
 
+        Returns:
+            The texts of the responses, special tokens left out.
+
         Raises:
             UserError: If prompt and response do not fit into the positions of the model.
         """
@@ -114,7 +117,18 @@ class Scorer(Network):
     """A reward or cost model: `scorer(prompts, responses)` returns f32[B]."""
 
     def __call__(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> np.ndarray:
-        """Scores complete responses, end-of-sequence token included, in units of the model."""
+        """Scores complete responses, end-of-sequence token included.
+
+        Args:
+            prompts: Texts, or conversations [{role, content}, …] that end with the user.
+            responses: The answer to each of them.
+
+        Returns:
+            f32[B], in units of the model.
+
+        Raises:
+            UserError: If a text has more tokens than the model has positions.
+        """
         texts = [
             [*turns(prompt), {"role": "assistant", "content": response}]
             for prompt, response in zip(prompts, responses, strict=True)
@@ -158,8 +172,11 @@ def load_policy(path_or_id: str, *, template: str | Template | None = None, dtyp
         dtype: Of parameters and matmuls.
         tokenizer: By default the one beside the model.
 
+    Returns:
+        The policy.
+
     Raises:
-        FileNotFoundError: If there is no such model.
+        MissingModelError: If there is no such model.
         UserError: If it cannot be opened, or the template is unknown.
     """
     return Policy(path_or_id, *open_network(path_or_id, "lm", template, dtype, tokenizer, None))
@@ -176,8 +193,11 @@ def load_scorer(path_or_id: str, *, template: str | Template | None = None, dtyp
         tokenizer: By default the one beside the model.
         score_type: What it is used as, "reward" or "cost"; by default what the folder says.
 
+    Returns:
+        The scorer.
+
     Raises:
-        FileNotFoundError: If there is no such model.
+        MissingModelError: If there is no such model.
         UserError: If it cannot be opened, holds no scores or those of another kind, or the template is unknown.
     """
     return Scorer(path_or_id, *open_network(path_or_id, "score", template, dtype, tokenizer, score_type))

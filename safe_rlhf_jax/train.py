@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from safe_rlhf_jax.cli import exit_status, prog
+from safe_rlhf_jax.cli import CONFIG_HELP, exit_status, prog
 
 if TYPE_CHECKING:
     from safe_rlhf_jax.config import RunConfig
@@ -25,7 +25,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         epilog="Example: python -m safe_rlhf_jax.train --config configs/quickstart.yaml seed=1 workdir=runs/seed1 "
         "stages.ppo_lag.algorithm.lagrange.lr=0.05",
     )
-    parser.add_argument("--config", required=True, metavar="FILE", help="YAML config, such as configs/quickstart.yaml")
+    parser.add_argument("--config", required=True, metavar="FILE", help=CONFIG_HELP)
     parser.add_argument(
         "overrides", nargs="*", metavar="dotted.key=value", help="overrides; stages by index or name; values are YAML"
     )
@@ -54,14 +54,23 @@ def keep_freed_memory() -> None:
 
 @dataclasses.dataclass(frozen=True)
 class StageResult:
-    """What a finished stage has left in its folder."""
+    """What a finished stage has left in its folder.
+
+    Attributes:
+        name: Of the stage.
+        kind: Of the stage, such as "sft" or "rl".
+        folder: Where everything is.
+        export: The network, for `load_policy` or `load_scorer`; None where the stage makes none.
+        metrics: The figures of its end.
+        warnings: What speaks against the stage.
+    """
 
     name: str
-    kind: str  # of the stage, such as "sft" or "rl"
+    kind: str
     folder: pathlib.Path
-    export: pathlib.Path | None  # the network, for `load_policy` or `load_scorer`; None where the stage makes none
+    export: pathlib.Path | None
     metrics: Mapping[str, float]
-    warnings: tuple[str, ...]  # what speaks against the stage
+    warnings: tuple[str, ...]
 
 
 def run(config: "RunConfig | str | pathlib.Path", overrides: Sequence[str] = ()) -> dict[str, StageResult]:

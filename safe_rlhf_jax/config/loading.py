@@ -22,6 +22,9 @@ def load_config(path: str | pathlib.Path, overrides: Sequence[str] = ()) -> RunC
         path: The file, or the name of one that comes with the package, such as "quickstart".
         overrides: Such as `stages.1.algorithm.lagrange.lr=0.05`; stages by index or name, values are YAML.
 
+    Returns:
+        The config, frozen.
+
     Raises:
         ConfigError: Names the field, the value and the nearest valid key.
     """

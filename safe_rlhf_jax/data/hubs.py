@@ -84,7 +84,7 @@ def read_tfds(name: str, split: str) -> Sequence[Record]:
     try:
         import tensorflow_datasets as tfds
     except ImportError as error:
-        raise DataError(f"data 'tfds:{name}': pip install tensorflow-datasets") from error
+        raise DataError(f"data 'tfds:{name}': needs tensorflow-datasets: pip install 'safe_rlhf_jax[tfds]'") from error
     try:
         source = tfds.data_source(name, split=split)
     except Exception as error:

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from safe_rlhf_jax.errors import ModelError
+from safe_rlhf_jax.errors import MissingModelError, ModelError
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -50,19 +50,19 @@ def resolve(path_or_id: str | pathlib.Path) -> pathlib.Path:
     """Returns a local folder: the path itself, or the hub's snapshot in its cache (downloaded when missing).
 
     Raises:
-        FileNotFoundError: If there is neither, saying what to do.
+        MissingModelError: If there is neither, saying what to do.
     """
     folder = pathlib.Path(path_or_id).expanduser()
     if folder.is_dir():
         return folder
     if folder.is_file():
-        raise FileNotFoundError(f"{path_or_id}: is a file; name the folder that holds it and its config.json")
+        raise MissingModelError(f"{path_or_id}: is a file; name the folder that holds it and its config.json")
     if len(folder.parts) != 2:
-        raise FileNotFoundError(f"{path_or_id}: no such folder, and not a hub id of the form owner/name")
+        raise MissingModelError(f"{path_or_id}: no such folder, and not a hub id of the form owner/name")
     try:
         return download(str(path_or_id))
     except Exception as error:
-        raise FileNotFoundError(
+        raise MissingModelError(
             f"{path_or_id}: no such folder, and not to be had from the hub ({' '.join(str(error).split())}). Check the "
             "id; log in with `hf auth login` if it is gated or private; with HF_HUB_OFFLINE=1 or without a network it "
             f"must be in the cache already (`hf download {path_or_id}`); or give a local folder."
@@ -85,7 +85,7 @@ def read_config(folder: pathlib.Path) -> dict[str, Any]:
     """Returns `config.json`.
 
     Raises:
-        FileNotFoundError: If the folder has none.
+        MissingModelError: If the folder has none.
         ModelError: If the folder is an adapter, or something else stands in place of this file or the tokenizer's.
     """
     if (folder / ADAPTER).is_file():
@@ -96,7 +96,7 @@ def read_config(folder: pathlib.Path) -> dict[str, Any]:
     if not (folder / "config.json").is_file():
         below = sorted(path.parent.name for path in folder.glob("*/config.json"))
         there = f"there is one in {', '.join(below[:5])}: name that folder" if below else "or one half written"
-        raise FileNotFoundError(f"{folder}: no config.json; not a Hugging Face model folder, {there}")
+        raise MissingModelError(f"{folder}: no config.json; not a Hugging Face model folder, {there}")
     for path in filter(pathlib.Path.is_file, (folder / name for name in TOKENIZER)):  # others open it and say less
         if reason := stray(path):
             raise ModelError(f"{path} {reason}")
@@ -154,7 +154,7 @@ def weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
     """Returns the files that hold a folder's tensors.
 
     Raises:
-        FileNotFoundError: If there are none, saying what is there instead.
+        MissingModelError: If there are none, saying what is there instead.
     """
     if (folder / WEIGHTS).is_file():
         if others := sorted(path.name for path in folder.glob("model-*-of-*.safetensors")):
@@ -162,10 +162,10 @@ def weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
         return [folder / WEIGHTS]
     files = sorted(set(read_index(folder).values()))
     if not files:
-        raise FileNotFoundError(f"{folder}: neither {WEIGHTS} nor {INDEX}; {what_else(folder)}")
+        raise MissingModelError(f"{folder}: neither {WEIGHTS} nor {INDEX}; {what_else(folder)}")
     missing = [file for file in files if not (folder / file).is_file()]
     if missing:
-        raise FileNotFoundError(f"{folder}: {INDEX} names {', '.join(missing)}, not present; fetch the folder again")
+        raise MissingModelError(f"{folder}: {INDEX} names {', '.join(missing)}, not present; fetch the folder again")
     return [folder / file for file in files]
 
 

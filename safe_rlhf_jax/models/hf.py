@@ -173,7 +173,7 @@ def load(
         variables: {"params": …} and, for reward and cost models, {"stats": {mean, var, count}}.
 
     Raises:
-        FileNotFoundError: If the folder or a file of it is missing.
+        MissingModelError: If the folder or a file of it is missing.
         ModelError: If a file is cut off, a tensor is missing, unknown, of another shape or not finite, or a switch is
             not supported; names the file, tensor or field.
     """
@@ -202,7 +202,7 @@ def stored_config(folder: pathlib.Path) -> ModelConfig:
     """Returns the configuration of a folder's language model, with a head of its own where one is stored.
 
     Raises:
-        FileNotFoundError: If there is no config.json.
+        MissingModelError: If there is no config.json.
         ModelError: For a field that is not supported, naming it.
     """
     _, config = read_model_config(folder)
