@@ -55,14 +55,16 @@ def outside(wheel, tmp_path_factory):
     return folder, run
 
 
-def test_wheel_holds_configs_tokenizer_and_the_mark_of_types(wheel):
+def test_wheel_holds_every_file_of_the_package_and_the_configs(wheel):
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
         ours = archive.read("safe_rlhf_jax/configs/quickstart.yaml")
     assert ours == (ROOT / "configs" / "quickstart.yaml").read_bytes()
     configs = {f"safe_rlhf_jax/configs/{path.relative_to(ROOT / 'configs')}" for path in ROOT.glob("configs/**/*.yaml")}
-    tokenizer = {f"safe_rlhf_jax/data/demo/tokenizer/{name}.json" for name in ("tokenizer", "tokenizer_config")}
-    assert configs | tokenizer | {"safe_rlhf_jax/py.typed", "safe_rlhf_jax/data/demo/world.py"} <= names
+    files = [path for path in ROOT.glob("safe_rlhf_jax/**/*") if path.is_file() and path.parent.name != "__pycache__"]
+    package = {str(path.relative_to(ROOT)) for path in files}
+    assert {"safe_rlhf_jax/py.typed", "safe_rlhf_jax/data/demo/tokenizer/tokenizer.json"} <= package
+    assert not (configs | package) - names
     assert not {name.partition("/")[0] for name in names if "dist-info" not in name} - {"safe_rlhf_jax"}
 
 
