@@ -4,14 +4,14 @@ PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13; do \
             $$p -c 'import sys, ensurepip; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $$p && break; done)
 BIN := .venv/bin
 STAMP := .venv/.installed
-PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet --quiet # errors only
 UV ?= uv
 PYTEST ?= -n 2 --dist loadfile --no-loadscope-reorder
 COMPILE := $(UV) pip compile pyproject.toml --quiet --universal --python-version 3.11 --generate-hashes \
              --no-emit-index-url --no-annotate --custom-compile-command 'make lock'
 
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart test test-fast test-distributed test-reference test-tpu lint format types wheels lock clean
+.PHONY: help venv quickstart test test-fast test-distributed test-reference test-tpu lint format types dist wheels lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -56,6 +56,9 @@ format: venv ## ruff: fix and format
 
 types: venv ## mypy --strict on the package
 	$(BIN)/mypy
+
+dist: venv ## build the wheel, dist/*.whl
+	$(PIP) wheel --no-deps --no-build-isolation --wheel-dir dist .
 
 wheels: venv ## gather in build/wheels what benchmarks/device.sh may install without network (ARGS="--python 3.12 --present FILE")
 	$(BIN)/python benchmarks/wheels.py build/wheels $(ARGS)

@@ -2,10 +2,12 @@
 
 import argparse
 import dataclasses
-import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
+
+from safe_rlhf_jax.cli import exit_status, prog
+from safe_rlhf_jax.errors import ConfigError, UserError
 
 HELP = """/reset             forget the conversation
 /regenerate        answer the last message again
@@ -17,7 +19,7 @@ HELP = """/reset             forget the conversation
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Returns the parsed command line; needs no JAX, so that `--help` starts no accelerator."""
     parser = argparse.ArgumentParser(
-        prog="python -m safe_rlhf_jax.chat",
+        prog=prog("chat"),
         description="Talks to one policy, or to two side by side, and scores each answer when scorers are given.",
         epilog="Examples: python -m safe_rlhf_jax.chat --config configs/quickstart.yaml sft ppo_lag\n"
         "          python -m safe_rlhf_jax.chat path/to/policy --reward path/to/rm --cost path/to/cm\n\n"
@@ -86,7 +88,7 @@ class Chat:
             if len(ids) < speaker.max_positions:
                 return ids
             if len(speaker.history) == 1:
-                raise ValueError(f"message of {len(ids)} tokens; {speaker.name} reads {speaker.max_positions - 1}")
+                raise UserError(f"message of {len(ids)} tokens; {speaker.name} reads {speaker.max_positions - 1}")
             del speaker.history[:2]
 
     def answer(self, speaker: Speaker) -> Iterator[None]:
@@ -152,7 +154,7 @@ class Chat:
                 show()
         except KeyboardInterrupt:
             pass  # what there is of the answers stays
-        except ValueError:
+        except UserError:
             self.forget()
             raise
         for speaker in self.speakers:  # an empty answer leaves no trace: no template can write it
@@ -185,7 +187,7 @@ def load_chat(options: argparse.Namespace) -> Chat:
         if run is None or name not in stages:
             return name
         if run.result(name) is None:
-            raise ValueError(f"stage {name!r} of {options.config} is not finished; train it first")
+            raise ConfigError(f"stage {name!r} of {options.config} is not finished; train it first")
         return run.model_folder(name)
 
     def read_as(name: str) -> dict[str, Any]:
@@ -212,7 +214,7 @@ def load_chat(options: argparse.Namespace) -> Chat:
         for name, p in zip(options.policies, policies, strict=True)
     ]
     if options.best_of > 1 and "reward" not in scorers:
-        raise ValueError(f"--best-of {options.best_of}: needs a reward model; name one with --reward")
+        raise ConfigError(f"--best-of {options.best_of}: needs a reward model; name one with --reward")
     return Chat(
         speakers, scorers, options.temperature, options.max_tokens,
         jax.random.key(options.seed), options.best_of, options.cost_limit,
@@ -259,7 +261,7 @@ def talk(chat: Chat) -> None:
         elif command == "/temperature":
             try:
                 chat.temperature = parse_temperature(argument)
-            except ValueError as error:
+            except UserError as error:
                 console.print(str(error), style="red")
         elif command == "/regenerate" and not all(speaker.history for speaker in chat.speakers):
             console.print("There is no message to answer yet.", style="red")
@@ -270,7 +272,7 @@ def talk(chat: Chat) -> None:
                 try:
                     show = lambda: live.update(table(chat.speakers))  # noqa: E731
                     chat.regenerate(show) if command == "/regenerate" else chat.say(line, show)
-                except ValueError as error:
+                except UserError as error:
                     console.print(f"{error}; the conversation begins anew", style="red")
             if not console.is_terminal:
                 console.print()  # Live leaves the line open
@@ -280,28 +282,26 @@ def parse_temperature(text: str) -> float:
     """Returns a temperature that was typed.
 
     Raises:
-        ValueError: If it is no number from 0 on.
+        UserError: If it is no number from 0 on.
     """
     try:
         value = float(text)
     except ValueError:
         value = -1.0
     if not 0.0 <= value < float("inf"):
-        raise ValueError(f"/temperature {text!r}: give a number, 0 (greedy) or more")
+        raise UserError(f"/temperature {text!r}: give a number, 0 (greedy) or more")
     return value
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Talks; returns the exit status."""
     options = parse_arguments(arguments)
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    try:
+
+    def work() -> int:
         talk(load_chat(options))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+        return 0
+
+    return exit_status(work)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,9 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 from safe_rlhf_jax import processes, storage
+from safe_rlhf_jax.errors import ConfigError, FileError
+
+LOG = logging.getLogger(__name__)
 
 
 @functools.cache
@@ -69,8 +72,8 @@ class Checkpoints:
         A metric that is not finite, or not there, ranks behind all others: no state is lost for want of a number.
 
         Raises:
-            OSError: If the checkpoint before this one, or the start of this one, could not be written.
-            ValueError: If there is no such metric; the checkpoint is written.
+            FileError: If the checkpoint before this one, or the start of this one, could not be written.
+            ConfigError: If there is no such metric; the checkpoint is written.
         """
         if step in self.manager.all_steps():
             return
@@ -82,7 +85,7 @@ class Checkpoints:
             self.manager.save(step, metrics=rank, args=ocp.args.StandardSave(state))
         if rank is not None and name not in metrics:
             self.close()
-            raise ValueError(
+            raise ConfigError(
                 f"keep_best: {name!r} is not among the metrics of this stage: {', '.join(metrics)}; step {step} is "
                 "saved all the same"
             )
@@ -93,7 +96,7 @@ class Checkpoints:
         Newer ones, which cannot be read, are moved to `checkpoints.unreadable/`. Without any checkpoint: `like` and 0.
 
         Raises:
-            OSError: If there are checkpoints, and none can be read; they stay where they are.
+            FileError: If there are checkpoints, and none can be read; they stay where they are.
         """
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
         found = sorted(self.manager.all_steps(), reverse=True)
@@ -115,14 +118,14 @@ class Checkpoints:
             problems[step] = problem or "another process could not read it"
         if found:
             reasons = "; ".join(f"step {step}: {problem}" for step, problem in problems.items())
-            raise OSError(f"{self.folder}: none of the checkpoints {found} can be read: {reasons}")
+            raise FileError(f"{self.folder}: none of the checkpoints {found} can be read: {reasons}")
         return like, 0
 
     def broken_metrics(self) -> dict[int, str]:
         """Returns {step: what is wrong} of the checkpoints whose metrics cannot be read.
 
         Raises:
-            OSError: If that is all of them; they stay where they are.
+            FileError: If that is all of them; they stay where they are.
         """
         steps = sorted(ocp.utils.checkpoint_steps(self.folder)) if storage.is_folder(self.folder) else []
         problems: dict[int, str] = {}
@@ -136,14 +139,14 @@ class Checkpoints:
         processes.barrier("metrics of the checkpoints are read")
         if steps and len(problems) == len(steps):
             reasons = "; ".join(problems.values())
-            raise OSError(f"{self.folder}: none of the checkpoints {steps[::-1]} can be read: {reasons}")
+            raise FileError(f"{self.folder}: none of the checkpoints {steps[::-1]} can be read: {reasons}")
         return problems
 
     def set_aside(self, problems: Mapping[int, str]) -> None:
         """Moves checkpoints {step: what is wrong} out of the way, and says so."""
         aside = self.folder.with_name(f"{self.folder.name}.unreadable")
         for step, problem in problems.items():
-            print(f"checkpoint of step {step} cannot be read ({problem}); it is kept in {aside}")
+            LOG.warning(f"checkpoint of step {step} cannot be read ({problem}); it is kept in {aside}")
             if processes.is_main():
                 storage.make_folder(aside)
                 storage.remove(aside / str(step))
@@ -154,7 +157,7 @@ class Checkpoints:
         """Waits for what is being written.
 
         Raises:
-            OSError: If it could not be written.
+            FileError: If it could not be written.
         """
         with self.write_errors():
             self.manager.wait_until_finished()
@@ -169,7 +172,7 @@ class Checkpoints:
             reason = str(error).strip().splitlines()
             kept = max((step for step in ocp.utils.checkpoint_steps(self.folder)), default=None)
             last = f"step {kept}" if kept else "none yet"
-            raise OSError(
+            raise FileError(
                 f"{self.folder}: a checkpoint could not be written: {reason[0][:300] if reason else error!r}. "
                 f"Last good checkpoint: {last}. Make room if the disk is full, then run the same command again."
             ) from error

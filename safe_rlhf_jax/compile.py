@@ -12,6 +12,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from safe_rlhf_jax.cli import CONFIG_HELP, exit_status, prog
+
 # What keeps libtpu from looking for a machine that is not there, and from locking it.
 COMPILE_ONLY = {
     "TPU_SKIP_MDS_QUERY": "1",
@@ -24,13 +26,13 @@ COMPILE_ONLY = {
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Returns the parsed command line; needs no JAX, so that `--help` starts no accelerator."""
     parser = argparse.ArgumentParser(
-        prog="python -m safe_rlhf_jax.compile",
+        prog=prog("compile"),
         description="Compiles the training stages of a config for a TPU topology that need not be here, and reports "
         "memory, FLOPs, traffic, collectives and a projection of speed. Exits with 1 where a program does not fit, and "
         "says what would make it fit.",
         epilog="Example: python -m safe_rlhf_jax.compile --config configs/beaver_7b/ppo_lag.yaml --topology v5e:8x8",
     )
-    parser.add_argument("--config", required=True, metavar="FILE", help="YAML config, such as configs/quickstart.yaml")
+    parser.add_argument("--config", required=True, metavar="FILE", help=CONFIG_HELP)
     parser.add_argument(
         "--topology",
         required=True,
@@ -59,42 +61,41 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 def main(arguments: Sequence[str] | None = None) -> int:
     """Compiles a config; returns the exit status."""
     options = parse_arguments(arguments)
+    return exit_status(lambda: compile_config(options))
+
+
+def compile_config(options: argparse.Namespace) -> int:
+    """Compiles the training stages of a config and reports on each; returns the exit status."""
     from safe_rlhf_jax.config import ConfigError, TrainingStage, load_config
 
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if options.topology != "local":
         os.environ["JAX_PLATFORMS"] = "cpu"  # the machine's own accelerator stays free
-    try:
-        config = load_config(options.config, options.overrides)
-        devices = topology_devices(options.topology, options.slices)
-        from safe_rlhf_jax.aot import search, tables
-        from safe_rlhf_jax.aot.compile import compile_stage
+    config = load_config(options.config, options.overrides)
+    devices = topology_devices(options.topology, options.slices)
+    from safe_rlhf_jax.aot import search, tables
+    from safe_rlhf_jax.aot.compile import compile_stage
 
-        stages = training = [stage for stage in config.stages if isinstance(stage, TrainingStage)]
-        if options.stage is not None:
-            names = [stage.name for stage in training]
-            stages = [stage for stage in training if stage.name == options.stage]
-            if not stages:
-                raise ConfigError(f"--stage {options.stage}: no training stage of this config; there are {names}")
-        report: dict[str, Any] = {"config": options.config, "overrides": options.overrides}
-        report |= {"topology": options.topology, "slices": options.slices, "environment": environment(devices)}
-        report["stages"] = []
-        for stage in stages:
-            if options.search:
-                found = search.feasible(config, stage, devices, options.meshes)
-                tables.show_search(stage.name, found)
-                report["stages"].append({"stage": stage.name, "fits": bool(found), "feasible": found})
-                continue
-            result = compile_stage(config, stage, devices)
-            tables.show_stage(result, options.topology)
-            report["stages"].append(result)
-            if not result["fits"]:
-                result["advice"] = search.advise(config, stage, devices)
-                tables.show_advice(stage.name, result["advice"])
-    except (ConfigError, ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    stages = training = [stage for stage in config.stages if isinstance(stage, TrainingStage)]
+    if options.stage is not None:
+        names = [stage.name for stage in training]
+        stages = [stage for stage in training if stage.name == options.stage]
+        if not stages:
+            raise ConfigError(f"--stage {options.stage}: no training stage of this config; there are {names}")
+    report: dict[str, Any] = {"config": options.config, "overrides": options.overrides}
+    report |= {"topology": options.topology, "slices": options.slices, "environment": environment(devices)}
+    report["stages"] = []
+    for stage in stages:
+        if options.search:
+            found = search.feasible(config, stage, devices, options.meshes)
+            tables.show_search(stage.name, found)
+            report["stages"].append({"stage": stage.name, "fits": bool(found), "feasible": found})
+            continue
+        result = compile_stage(config, stage, devices)
+        tables.show_stage(result, options.topology)
+        report["stages"].append(result)
+        if not result["fits"]:
+            result["advice"] = search.advise(config, stage, devices)
+            tables.show_advice(stage.name, result["advice"])
     if options.json:
         pathlib.Path(options.json).write_text(json.dumps(report, indent=1) + "\n")
     return 0 if all(stage["fits"] for stage in report["stages"]) else 1

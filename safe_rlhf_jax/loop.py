@@ -1,6 +1,7 @@
 """The one training loop: restore, step, log, evaluate, save; stop on non-finite numbers or preemption. Knows no RL."""
 
 import dataclasses
+import logging
 import math
 import signal
 from collections.abc import Callable
@@ -12,9 +13,11 @@ import jax.numpy as jnp
 
 from safe_rlhf_jax import storage
 from safe_rlhf_jax.checkpoint import Checkpoints
+from safe_rlhf_jax.errors import NonFiniteError
 from safe_rlhf_jax.metrics import ProgressBar, Throughput, make_writers
 from safe_rlhf_jax.processes import any_process, is_main
 
+LOG = logging.getLogger(__name__)
 PREEMPTED = 143  # exit status: a launcher should start the same command again
 MAY_OVERFLOW = ("train/perplexity",)  # e to the power of a loss that is itself finite: shown, and never stops a run
 
@@ -59,13 +62,13 @@ def fit(stage: Stage, folder: storage.Path, *, writers: tuple[str, ...] = ("json
         The final state.
 
     Raises:
-        FloatingPointError: At the first metric that is not finite, naming it, the step and the last checkpoint.
+        NonFiniteError: At the first metric that is not finite, naming it, the step and the last checkpoint.
         SystemExit: With status `PREEMPTED` after SIGTERM, when the state is saved.
     """
     checkpoints = Checkpoints(folder / "checkpoints", keep=stage.keep_checkpoints, best=stage.keep_best)
     state, start = checkpoints.restore(stage.init())
     if start:
-        print(f"{stage.name}: continuing from step {start}")
+        LOG.info(f"{stage.name}: continuing from step {start}")
     log = Log(stage, folder, checkpoints, start, writers if is_main() else ())
     key = jax.random.key(stage.seed)
     with Preemption() as preemption:
@@ -86,7 +89,7 @@ def fit(stage: Stage, folder: storage.Path, *, writers: tuple[str, ...] = ("json
             if stop:
                 checkpoints.close()
                 log.close()
-                print(f"{stage.name}: preempted; step {done} is saved, the same command continues")
+                LOG.info(f"{stage.name}: preempted; step {done} is saved, the same command continues")
                 raise SystemExit(PREEMPTED)
     checkpoints.close()
     log.close()
@@ -126,7 +129,7 @@ class Log:
         message = None if self.warned else self.stage.warning(values)
         if message:
             self.warned = True
-            print(f"{self.stage.name}: warning at step {step}: {message}")
+            LOG.warning(f"{self.stage.name}: warning at step {step}: {message}")
         measured = evaluate()
         if measured:
             self.throughput.skip()
@@ -143,7 +146,7 @@ class Log:
         self.checkpoints.close()
         self.close()
         where = f"step {last} in {self.checkpoints.folder}" if last else "none yet"
-        raise FloatingPointError(
+        raise NonFiniteError(
             f"{self.stage.name}: {problem} at step {step}; last good checkpoint: {where}. "
             "Lower the learning rate or max_grad_norm, or look at the data of this step."
         )

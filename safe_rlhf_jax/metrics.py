@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Column
 
-from safe_rlhf_jax import storage
+from safe_rlhf_jax import log, storage
 
 NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
@@ -191,7 +191,8 @@ def make_writers(
 class ProgressBar:
     """How far a run is: bar, M of N, time left, steps per second and a few key metrics, on one line.
 
-    Where the stream is no terminal, it prints a plain line about every ten seconds, and one at the end.
+    Where the stream is no terminal, it prints a plain line about every ten seconds, and one at the end. Of several
+    processes the first one shows it.
 
     Args:
         description: what runs, as a rule the stage's name.
@@ -222,7 +223,7 @@ class ProgressBar:
         self._first: tuple[int, float] | None = None  # step and time of the first write, after compilation
         self._printed_at = -math.inf
         self._printed_step: int | None = None
-        self._bar = self._live_bar() if self._stream.isatty() else None
+        self._bar = self._live_bar() if self._stream.isatty() and log.speaks() else None
 
     def _live_bar(self) -> Progress:
         status = TextColumn("{task.fields[status]}", markup=False, table_column=Column(no_wrap=True, ratio=1))
@@ -236,6 +237,8 @@ class ProgressBar:
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Moves to `step` and shows the key metrics among `metrics`."""
+        if not log.speaks():
+            return
         now = self._clock()
         self._first = self._first or (step, now)
         self._step = step

@@ -13,6 +13,7 @@ from safe_rlhf_jax.data.conversations import encode
 from safe_rlhf_jax.data.formats import Message
 from safe_rlhf_jax.data.templates import PROBE, Template, default_template, load_template
 from safe_rlhf_jax.data.tokenizer import Tokenizer, load_tokenizer
+from safe_rlhf_jax.errors import UserError
 from safe_rlhf_jax.inference.generate import generate
 from safe_rlhf_jax.inference.sampling import Sampling
 from safe_rlhf_jax.inference.stream import columns
@@ -43,13 +44,13 @@ class Network:
     """A module with its variables, tokenizer and template.
 
     Raises:
-        ValueError: If the network embeds too few of the tokenizer's tokens.
+        UserError: If the network embeds too few of the tokenizer's tokens.
     """
 
     def __init__(self, name: str, module: Any, variables: Any, tokenizer: Tokenizer, template: Template):
         rows = module.config.vocab_size
         if tokenizer.lacking(rows):
-            raise ValueError(
+            raise UserError(
                 f"{name}: vocab_size {rows} is smaller than the tokenizer's {tokenizer.vocab_size}: it was trained "
                 "with another tokenizer"
             )
@@ -76,15 +77,18 @@ class Policy(Network):
             temperature: 0 is greedy.
             seed: Of sampling.
 
+        Returns:
+            The texts of the responses, special tokens left out.
+
         Raises:
-            ValueError: If prompt and response do not fit into the positions of the model.
+            UserError: If prompt and response do not fit into the positions of the model.
         """
         rows = [encode(turns(p), self.template, self.tokenizer).ids for p in prompts]
         longest, config = max(map(len, rows)), self.module.config
         room = config.generated_length
         if longest + max_tokens > room:
             scaled = f", within which {config.rope_scaling.kind} encodes alike" if room < config.max_positions else ""
-            raise ValueError(
+            raise UserError(
                 f"a prompt of {longest} tokens + max_tokens {max_tokens} exceed the model's {room} positions{scaled}"
             )
         tokens, mask = pad(rows, room - max_tokens, left=True)
@@ -113,7 +117,18 @@ class Scorer(Network):
     """A reward or cost model: `scorer(prompts, responses)` returns f32[B]."""
 
     def __call__(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> np.ndarray:
-        """Scores complete responses, end-of-sequence token included, in units of the model."""
+        """Scores complete responses, end-of-sequence token included.
+
+        Args:
+            prompts: Texts, or conversations [{role, content}, …] that end with the user.
+            responses: The answer to each of them.
+
+        Returns:
+            f32[B], in units of the model.
+
+        Raises:
+            UserError: If a text has more tokens than the model has positions.
+        """
         texts = [
             [*turns(prompt), {"role": "assistant", "content": response}]
             for prompt, response in zip(prompts, responses, strict=True)
@@ -133,11 +148,11 @@ class Scorer(Network):
         """Scores token ids as they stand, f32[B].
 
         Raises:
-            ValueError: If a text has more tokens than the model has positions.
+            UserError: If a text has more tokens than the model has positions.
         """
         longest, room = max(map(len, rows)), self.module.config.max_positions
         if longest > room:
-            raise ValueError(f"a text of {longest} tokens exceeds the scorer's {room} positions")
+            raise UserError(f"a text of {longest} tokens exceeds the scorer's {room} positions")
         return np.asarray(self.score(self.variables, *pad(rows, room, left=False)))
 
     @functools.cached_property
@@ -157,9 +172,12 @@ def load_policy(path_or_id: str, *, template: str | Template | None = None, dtyp
         dtype: Of parameters and matmuls.
         tokenizer: By default the one beside the model.
 
+    Returns:
+        The policy.
+
     Raises:
-        FileNotFoundError: If there is no such model.
-        ValueError: If it cannot be opened, or the template is unknown.
+        MissingModelError: If there is no such model.
+        UserError: If it cannot be opened, or the template is unknown.
     """
     return Policy(path_or_id, *open_network(path_or_id, "lm", template, dtype, tokenizer, None))
 
@@ -175,9 +193,12 @@ def load_scorer(path_or_id: str, *, template: str | Template | None = None, dtyp
         tokenizer: By default the one beside the model.
         score_type: What it is used as, "reward" or "cost"; by default what the folder says.
 
+    Returns:
+        The scorer.
+
     Raises:
-        FileNotFoundError: If there is no such model.
-        ValueError: If it cannot be opened, holds no scores or those of another kind, or the template is unknown.
+        MissingModelError: If there is no such model.
+        UserError: If it cannot be opened, holds no scores or those of another kind, or the template is unknown.
     """
     return Scorer(path_or_id, *open_network(path_or_id, "score", template, dtype, tokenizer, score_type))
 

@@ -17,7 +17,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from safe_rlhf_jax import storage
+from safe_rlhf_jax import log, storage
+from safe_rlhf_jax.errors import UserError
 
 COORDINATOR, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 HEARTBEAT = 30  # seconds without a sign of life after which a process counts as dead, and the others stop
@@ -36,11 +37,13 @@ def start() -> None:
 
     Either all of `JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID` are set, or JAX recognises the
     cluster (TPU pod, GKE, SLURM, Open MPI); `JAX_NUM_PROCESSES=1` says not to look. Has to come before anything touches
-    a device.
+    a device. A process that has joined, or is alone, may call it again.
 
     Raises:
-        ValueError: If some of the three variables are missing, or not numbers that fit.
+        UserError: If some of the three variables are missing, or not numbers that fit; or JAX has been used already.
     """
+    if jax.distributed.is_initialized():
+        return
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM from `loop.Preemption`
     named = {name: os.environ[name] for name in (COORDINATOR, COUNT, INDEX) if os.environ.get(name)}
     if named.get(COUNT) == "1":
@@ -48,7 +51,7 @@ def start() -> None:
     if COUNT in named or INDEX in named:
         count, index = named.get(COUNT, ""), named.get(INDEX, "")
         if len(named) < 3 or not (count.isdigit() and index.isdigit() and int(index) < int(count)):
-            raise ValueError(
+            raise UserError(
                 f"processes: {named} in the environment; set {COORDINATOR}=HOST:PORT, {COUNT}=N and {INDEX}=0 … N − 1, "
                 "or none of them"
             )
@@ -69,10 +72,18 @@ def start() -> None:
         if COORDINATOR in named or "coordinator_address" not in str(error):
             raise
         return  # no cluster: one process
+    except RuntimeError as error:
+        if "called before" not in str(error):
+            raise
+        if COUNT in named or found_by_cluster():
+            raise UserError(
+                "processes: JAX has been used in this process already; a run of several processes begins before that"
+            ) from error
+        return  # one process, which has used JAX before
     finally:
         reminder.cancel()
     if not is_main():
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 what a run says, it says once
+        log.hush()
 
 
 def found_by_cluster() -> str | None:
@@ -152,7 +163,7 @@ def claimed(folder: storage.Place) -> Iterator[None]:
     The lock belongs to the process, not to the file: when the process is gone, however it went, so is the lock.
 
     Raises:
-        ValueError: If a live run holds the folder, naming its process and host.
+        UserError: If a live run holds the folder, naming its process and host.
     """
     if not is_main():
         yield
@@ -162,7 +173,7 @@ def claimed(folder: storage.Place) -> Iterator[None]:
         try:
             stack.enter_context(storage.locked(folder, holder))
         except BlockingIOError as error:
-            raise ValueError(
+            raise UserError(
                 f"workdir {folder} is in use by {error}. Wait for it to end, stop it, or set another workdir."
             ) from None
         yield

@@ -11,6 +11,8 @@ from flax import linen as nn
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from safe_rlhf_jax.errors import ConfigError
+
 MESH_AXES = ("data", "fsdp", "tensor")
 FETCHED_BYTES = 2**28  # of an array that stand whole on every device while it is fetched
 
@@ -39,7 +41,7 @@ def make_mesh(shape: Sequence[int], devices: Sequence[jax.Device] | None = None)
         devices: The devices to use; all of them by default.
 
     Raises:
-        ValueError: If the sizes do not use exactly the devices there are, or `data` does not divide into the slices.
+        ConfigError: If the sizes do not use exactly the devices there are, or `data` does not divide into the slices.
     """
     devices = list(devices or jax.devices())
     sizes = list(shape)
@@ -47,7 +49,7 @@ def make_mesh(shape: Sequence[int], devices: Sequence[jax.Device] | None = None)
         known = math.prod(size for size in sizes if size != -1)
         sizes[sizes.index(-1)] = len(devices) // known if known else 0
     if math.prod(sizes) != len(devices):
-        raise ValueError(
+        raise ConfigError(
             f"mesh: {dict(zip(MESH_AXES, shape, strict=True))} needs {math.prod(sizes)} devices, "
             f"{len(devices)} are present. Make the product of the sizes {len(devices)}, or set one size to -1."
         )
@@ -57,7 +59,7 @@ def make_mesh(shape: Sequence[int], devices: Sequence[jax.Device] | None = None)
         grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
         return Mesh(grid, MESH_AXES, axis_types=axis_types)
     if sizes[0] % slices:
-        raise ValueError(
+        raise ConfigError(
             f"mesh: data {sizes[0]} does not divide into the {slices} slices that the devices are in; only data "
             f"crosses the network between slices. Make it a multiple of {slices}."
         )

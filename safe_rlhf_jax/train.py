@@ -2,23 +2,30 @@
 
 import argparse
 import ctypes
-import os
+import dataclasses
+import pathlib
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from safe_rlhf_jax.cli import CONFIG_HELP, exit_status, prog
+
+if TYPE_CHECKING:
+    from safe_rlhf_jax.config import RunConfig
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Returns the parsed command line; needs no JAX, so that `--help` starts no accelerator."""
     parser = argparse.ArgumentParser(
-        prog="python -m safe_rlhf_jax.train",
+        prog=prog("train"),
         description="Runs the stages of a config in order: SFT, reward model, cost model, PPO-Lagrangian, evaluation. "
         "Finished stages whose config is unchanged are skipped; a stage that was killed continues from its last "
         "checkpoint.",
         epilog="Example: python -m safe_rlhf_jax.train --config configs/quickstart.yaml seed=1 workdir=runs/seed1 "
         "stages.ppo_lag.algorithm.lagrange.lr=0.05",
     )
-    parser.add_argument("--config", required=True, metavar="FILE", help="YAML config, such as configs/quickstart.yaml")
+    parser.add_argument("--config", required=True, metavar="FILE", help=CONFIG_HELP)
     parser.add_argument(
         "overrides", nargs="*", metavar="dotted.key=value", help="overrides; stages by index or name; values are YAML"
     )
@@ -45,46 +52,108 @@ def keep_freed_memory() -> None:
         pass  # not glibc: nothing to tune
 
 
+@dataclasses.dataclass(frozen=True)
+class StageResult:
+    """What a finished stage has left in its folder.
+
+    Attributes:
+        name: Of the stage.
+        kind: Of the stage, such as "sft" or "rl".
+        folder: Where everything is.
+        export: The network, for `load_policy` or `load_scorer`; None where the stage makes none.
+        metrics: The figures of its end.
+        warnings: What speaks against the stage.
+    """
+
+    name: str
+    kind: str
+    folder: pathlib.Path
+    export: pathlib.Path | None
+    metrics: Mapping[str, float]
+    warnings: tuple[str, ...]
+
+
+def run(config: "RunConfig | str | pathlib.Path", overrides: Sequence[str] = ()) -> dict[str, StageResult]:
+    """Runs the stages of a config in order; those that are finished with an unchanged config are skipped.
+
+    Where the environment says that the run has several processes, each of them calls this, before it uses JAX.
+
+    Args:
+        config: A YAML file, the name of a config that comes with the package, or what `load_config` returned.
+        overrides: Such as `stages.sft.epochs=1`, for a file or a name.
+
+    Returns:
+        The results by the names of the stages; of several processes the first one, which writes them, returns them.
+
+    Raises:
+        UserError: If the config cannot run, naming the field, the value and the fix; or if data, a model folder or the
+            numbers of a stage are not as they have to be.
+        SystemExit: With status 143 after SIGTERM, when the state is saved: the same call continues.
+    """
+    from safe_rlhf_jax import processes
+    from safe_rlhf_jax.config import ConfigError, RunConfig, load_config
+
+    if not isinstance(config, RunConfig):
+        said, config = " ".join([str(config), *overrides]), load_config(config, overrides)
+    elif overrides:
+        raise ConfigError(f"overrides {list(overrides)}: give them to load_config, which made this config")
+    else:
+        said = "FILE"
+    processes.start()
+    return run_stages(config, said)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a config; returns the exit status: 0, 1 after an error, 143 after SIGTERM (start the same command again)."""
     options = parse_arguments(arguments)
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it only reads text here and needs no PyTorch
-    try:
-        run_config(options.config, options.overrides)
-    except Exception as error:
+
+    def work() -> int:
+        from safe_rlhf_jax.config import load_config
+
+        config = load_config(options.config, options.overrides)
+        import jax
+
         from safe_rlhf_jax import processes
 
-        if isinstance(error, ValueError | OSError | FloatingPointError):  # they say what is wrong and what to do
-            print(f"error: {error}", file=sys.stderr)
-        else:
-            traceback.print_exc()
-        return processes.stop(1)
-    return 0
+        processes.start()
+        if jax.default_backend() == "cpu":
+            keep_freed_memory()
+        run_stages(config, " ".join([options.config, *options.overrides]))
+        return 0
+
+    try:
+        status = exit_status(work)
+    except Exception:
+        traceback.print_exc()
+        status = 1
+    if status:
+        from safe_rlhf_jax import processes
+
+        processes.stop(status)
+    return status
 
 
-def run_config(path: str, overrides: Sequence[str]) -> None:
-    """Runs the stages of a config in order, together with the other processes of the run where there are any."""
-    from safe_rlhf_jax.config import load_config
-
-    config = load_config(path, overrides)
-    import jax
-
-    from safe_rlhf_jax import processes
-
-    processes.start()
-    if jax.default_backend() == "cpu":
-        keep_freed_memory()
-    from safe_rlhf_jax import stages
+def run_stages(config: "RunConfig", said: str) -> dict[str, StageResult]:
+    """Runs the stages of a config, which was named as `said`, and returns their results."""
+    from safe_rlhf_jax import processes, stages
     from safe_rlhf_jax.stages.common import Run
 
-    run = Run(config, " ".join([path, *overrides]))
+    run = Run(config, said)
     stages.check_run(run)
     with processes.claimed(config.workdir):
         if processes.is_main():
             run.digests.save()
         for stage in config.stages:
             stages.run_stage(run, stage)
+    return {stage.name: result_of(run, stage) for stage in config.stages if processes.is_main()}
+
+
+def result_of(run: Any, stage: Any) -> StageResult:
+    """Returns what a finished stage has left."""
+    folder, result = run.folder(stage.name), run.result(stage.name)
+    export = folder / "export"
+    metrics, warnings = result["metrics"], tuple(result.get("warnings", ()))
+    return StageResult(stage.name, stage.kind, folder, export if export.is_dir() else None, metrics, warnings)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,8 @@ import pytest
 from flax import struct
 from jaxtyping import install_import_hook
 
+from safe_rlhf_jax import log
+
 PACKAGE = Path(__file__).parent.parent / "safe_rlhf_jax"
 UNHOOKED = tuple(f"safe_rlhf_jax.{name}" for name in ("types", "metrics", "train", "data.demo"))
 
@@ -60,6 +62,8 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # Compiling inside an example takes longer than any deadline, and a failure must come back on the next run.
 hypothesis.settings.register_profile("jax", deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("jax")
+
+log.show()  # as the command lines do
 
 NEEDS = {"reference": ("torch", "torch is not installed (extra `torch`)"), "tpu": ("libtpu", "libtpu is not installed")}
 

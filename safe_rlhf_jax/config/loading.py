@@ -10,6 +10,7 @@ import yaml
 from safe_rlhf_jax.config.base import StageBase
 from safe_rlhf_jax.config.data import written
 from safe_rlhf_jax.config.messages import explain_all
+from safe_rlhf_jax.config.packaged import config_file
 from safe_rlhf_jax.config.run import RunConfig
 from safe_rlhf_jax.errors import ConfigError
 
@@ -18,16 +19,16 @@ def load_config(path: str | pathlib.Path, overrides: Sequence[str] = ()) -> RunC
     """Reads a YAML config, applies `dotted.key=value` overrides, and validates the whole.
 
     Args:
-        path: The file.
+        path: The file, or the name of one that comes with the package, such as "quickstart".
         overrides: Such as `stages.1.algorithm.lagrange.lr=0.05`; stages by index or name, values are YAML.
+
+    Returns:
+        The config, frozen.
 
     Raises:
         ConfigError: Names the field, the value and the nearest valid key.
     """
-    file = pathlib.Path(path)
-    if not file.is_file():
-        near = sorted(str(p) for p in pathlib.Path("configs").glob("**/*.yaml"))
-        raise ConfigError(f"--config {path}: no such file; configs here: {', '.join(near) or 'none'}")
+    file = config_file(path)
     try:
         tree = yaml.safe_load(file.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:

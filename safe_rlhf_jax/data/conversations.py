@@ -10,6 +10,7 @@ from safe_rlhf_jax.data.records import Unusable, is_encodable
 from safe_rlhf_jax.data.templates import Template, encoder
 from safe_rlhf_jax.data.tokenizer import Tokenizer
 from safe_rlhf_jax.data.turns import content_problem
+from safe_rlhf_jax.errors import DataError
 
 CONTEXT = 40  # characters around the place where two texts part
 CHECKED = 16  # texts of a data set whose tokens are compared with those of transformers
@@ -62,7 +63,7 @@ def encode(messages: list[Any], template: Template, tokenizer: Tokenizer, *, tra
     check_turns(messages)
     try:
         text = written(messages, template, tokenizer, train_all)
-    except ValueError as error:
+    except DataError as error:
         raise Unusable(str(error)) from error
     unknown = next((i for i in text.ids if tokenizer.rows is not None and i >= tokenizer.rows), None)
     if unknown is not None:
@@ -163,7 +164,7 @@ def check_rendered(texts: Sequence[Text], template: Template, tokenizer: Tokeniz
     What ends the last response is ours to choose, and control tokens in a message are text, so neither counts.
 
     Raises:
-        ValueError: With the two texts, where they differ.
+        DataError: With the two texts, where they differ.
     """
     opening = 0 if template.opens else len(tokenizer.prefix)
     for text in texts[:CHECKED]:
@@ -173,7 +174,7 @@ def check_rendered(texts: Sequence[Text], template: Template, tokenizer: Tokeniz
         ask = turns[-1]["role"] == "user"
         theirs, ours = template.theirs(tokenizer, turns, ask), text.ids[opening : None if ask else -1]
         if theirs[: len(ours)] != ours or (ask and len(theirs) != len(ours)):
-            raise ValueError(
+            raise DataError(
                 f"{where}: the tokens of a conversation are not those of the tokenizer's apply_chat_template: "
                 f"{tokenizer.hf.decode(ours)!r}, and {tokenizer.hf.decode(theirs)!r}"
             )

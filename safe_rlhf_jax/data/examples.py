@@ -34,6 +34,7 @@ from safe_rlhf_jax.data.texts import (
     supervised_example,
 )
 from safe_rlhf_jax.data.tokenizer import Tokenizer
+from safe_rlhf_jax.errors import DataError
 from safe_rlhf_jax.types import PreferenceBatch, PromptBatch, SafetyBatch, Sequences, SupervisedBatch
 
 MAX_SHOWN = 300  # characters of a bad record in an error
@@ -116,7 +117,7 @@ def convert(
         unfit: Why texts cannot be used at this length, or None.
 
     Raises:
-        ValueError: If more than the share `max_bad` is unusable, or none is left, with the counts and the first ones.
+        DataError: If more than the share `max_bad` is unusable, or none is left, with the counts and the first ones.
     """
     texts, kept, skipped, left_out = [], [], Counter[str](), Counter[str]()
     first: dict[str, tuple[Record, str]] = {}
@@ -140,7 +141,7 @@ def convert(
             place_of(record) + excerpt(record) + (f" ({detail})" if detail else "")
             for record, detail in (first[reason] for reason in most(skipped or left_out))
         )
-        raise ValueError(
+        raise DataError(
             f"{where}: {bad} of {len(records)} records cannot be used ({listed(skipped)}){without}. First: {shown}. "
             + (f"Mend the data, or raise max_bad_records ({max_bad})." if kept else "None is left.")
             + meaning(skipped)
@@ -310,7 +311,7 @@ def load_prompts(
         readers: {name: template and tokenizer} of others that have to read a prompt with its response.
 
     Raises:
-        ValueError: If a record lacks `group_field`.
+        DataError: If a record lacks `group_field`.
     """
     drop = long_prompts == "drop"
 
@@ -345,7 +346,7 @@ def load_prompts(
     if group_field is not None:
         if any(group_field not in record for record in kept):
             keys = sorted(kept[0])
-            raise ValueError(f"{where}: group_field {group_field!r} is missing from records; the first has {keys}")
+            raise DataError(f"{where}: group_field {group_field!r} is missing from records; the first has {keys}")
         names = list(groups or group_names(kept, group_field))
         group = np.array([names.index(str(record[group_field])) for record in kept], np.int32)
     row: Any = np.arange(len(rows), dtype=np.int32)

@@ -1,5 +1,6 @@
 """Step 1 of the line: which files of a folder are data, and which of those belong to a split."""
 
+import logging
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -7,7 +8,9 @@ from collections.abc import Sequence
 from safe_rlhf_jax import storage
 from safe_rlhf_jax.data.readers import SUFFIXES, kind_of
 from safe_rlhf_jax.data.records import printable
+from safe_rlhf_jax.errors import DataError
 
+LOG = logging.getLogger(__name__)
 # A split's name as a whole word: no letter stands before it or behind it.
 SPLIT = re.compile(r"(?<![^\W\d_])(train|test|validation|valid|val|dev|eval)(?![^\W\d_])")
 METADATA = re.compile(r"(dataset_(info|infos|dict)|croissant|datapackage|(.*[._-])?(metadata|state|config))\.json")
@@ -23,24 +26,22 @@ def files_of(path: storage.Path, split: str) -> list[storage.Path]:
     out.
 
     Raises:
-        ValueError: If a folder has none, or a file is asked for another split than "train".
+        DataError: If a folder has none, or a file is asked for another split than "train".
     """
     if storage.is_file(path):
         if split != "train":
-            raise ValueError(
-                f"data {path}: split {split!r}: a file has no splits; set test_share, or name another file"
-            )
+            raise DataError(f"data {path}: split {split!r}: a file has no splits; set test_share, or name another file")
         return [path]
     splits, others = files_in(path)
     if split not in splits:
         have = ", ".join(sorted(splits)) or f"no {', '.join(SUFFIXES)} files"
-        raise ValueError(f"data {path}: split {split!r} has no files; the folder has {have}")
+        raise DataError(f"data {path}: split {split!r} has no files; the folder has {have}")
     others |= {f"split {name}": files for name, files in splits.items() if name != split}
     left_out = [f"{kind}: {named(path, files)}" for kind, files in sorted(others.items())]
     said = [f"split {split} is {named(path, splits[split])}", *missing_parts(splits[split])]
     said += [f"left out are {'; '.join(left_out)}"] if left_out else []
     if len(splits[split]) > 1 or len(said) > 1:
-        print(printable(f"data {path}: {'; '.join(said)}"))
+        LOG.info(printable(f"data {path}: {'; '.join(said)}"))
     return splits[split]
 
 

@@ -49,6 +49,7 @@ from safe_rlhf_jax.data.turns import (
     transcript_turns,
     turns_of,
 )
+from safe_rlhf_jax.errors import DataError
 
 LOOKED_AT = 100  # records whose contents tell formats with equal columns apart
 RESPONSES = ("response", "response_0", "response_1")
@@ -357,20 +358,20 @@ def recognise(raw: Sequence[Record], name: str | None, where: str) -> str:
         where: Names the data in errors.
 
     Raises:
-        ValueError: If the columns fit no format, or not the one that is named; lists both.
+        DataError: If the columns fit no format, or not the one that is named; lists both.
     """
     columns = columns_of(raw)
     known = "; ".join(f"{key} ({', '.join(format_.needs)})" for key, format_ in FORMATS.items())
     if name is not None and name not in FORMATS:
-        raise ValueError(f"{where}: format {name!r} is unknown. Formats: {known}")
+        raise DataError(f"{where}: format {name!r} is unknown. Formats: {known}")
     for key in FORMATS if name is None else (name,):
         fits = columns.isdisjoint(FORMATS[key].without) and any(map(FORMATS[key].fits, raw[:LOOKED_AT]))
         if (fits or name is not None) and columns.issuperset(FORMATS[key].needs):
             return key
     if name is not None:
         needs = list(FORMATS[name].needs)
-        raise ValueError(f"{where}: format {name!r} needs the columns {needs}; there are {sorted(columns)}")
-    raise ValueError(
+        raise DataError(f"{where}: format {name!r} needs the columns {needs}; there are {sorted(columns)}")
+    raise DataError(
         f"{where}: the columns {sorted(columns)} fit no known format; rename them with `fields`, such as "
         f"{{prompt: question}}. Formats: {known}"
     )

@@ -8,23 +8,24 @@ import numpy as np
 
 from safe_rlhf_jax import storage
 from safe_rlhf_jax.data.records import Record, one_line
+from safe_rlhf_jax.errors import DataError
 
 
 def read_hub(name: str, split: str) -> Sequence[Record]:
     """Reads `OWNER/NAME[@REVISION][:CONFIG]` from the Hugging Face hub, or its cache.
 
     Raises:
-        ValueError: If there is no such data set or split, or it cannot be fetched; says what to do.
+        DataError: If there is no such data set or split, or it cannot be fetched; says what to do.
     """
     import datasets
 
     found = re.fullmatch(r"([^@:]+)(?:@([^:]+))?(?::(.+))?", name)
     if found is None:
-        raise ValueError(f"data 'hf:{name}': write hf:OWNER/NAME[@REVISION][:CONFIG]")
+        raise DataError(f"data 'hf:{name}': write hf:OWNER/NAME[@REVISION][:CONFIG]")
     try:
         table = datasets.load_dataset(found[1], found[3], split=split, revision=found[2])
     except Exception as error:  # of many libraries
-        raise ValueError(
+        raise DataError(
             f"data 'hf:{name}': split {split!r} cannot be loaded: {one_line(error)}. Check the name, the network and "
             "HF_HUB_OFFLINE; a private data set needs `hf auth login`; a downloaded folder can be named by its path."
         ) from error
@@ -43,17 +44,17 @@ def read_saved(path: storage.Path, split: str) -> Sequence[Record]:
     """Reads a folder that `save_to_disk` of a data set, or of a dictionary of splits, has written.
 
     Raises:
-        ValueError: If it cannot be read, or has no such split.
+        DataError: If it cannot be read, or has no such split.
     """
     import datasets
 
     try:
         table = datasets.load_from_disk(str(path))  # of a URI too
     except Exception as error:
-        raise ValueError(f"data {path}: cannot be loaded: {one_line(error)}") from error
+        raise DataError(f"data {path}: cannot be loaded: {one_line(error)}") from error
     splits = table if isinstance(table, datasets.DatasetDict) else {"train": table}
     if split not in splits:
-        raise ValueError(f"data {path}: split {split!r}: the folder has {', '.join(splits)}")
+        raise DataError(f"data {path}: split {split!r}: the folder has {', '.join(splits)}")
     return rows_of(splits[split])
 
 
@@ -78,16 +79,16 @@ def read_tfds(name: str, split: str) -> Sequence[Record]:
     """Reads a data set of tensorflow-datasets through its `data_source`, which needs no TensorFlow.
 
     Raises:
-        ValueError: If the package is missing, or there is no such data set or split.
+        DataError: If the package is missing, or there is no such data set or split.
     """
     try:
         import tensorflow_datasets as tfds
     except ImportError as error:
-        raise ValueError(f"data 'tfds:{name}': pip install tensorflow-datasets") from error
+        raise DataError(f"data 'tfds:{name}': needs tensorflow-datasets: pip install 'safe_rlhf_jax[tfds]'") from error
     try:
         source = tfds.data_source(name, split=split)
     except Exception as error:
-        raise ValueError(f"data 'tfds:{name}': split {split!r} cannot be loaded: {one_line(error)}") from error
+        raise DataError(f"data 'tfds:{name}': split {split!r} cannot be loaded: {one_line(error)}") from error
     features = source.dataset_info.features
     return [
         {

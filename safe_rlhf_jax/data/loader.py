@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from safe_rlhf_jax.data.examples import Examples
+from safe_rlhf_jax.errors import DataError
 
 
 class Batches:
@@ -24,7 +25,7 @@ class Batches:
         process_count: How many there are.
 
     Raises:
-        ValueError: If the batch does not divide into the processes, or a part of a mixture has no usable record.
+        DataError: If the batch does not divide into the processes, or a part of a mixture has no usable record.
     """
 
     def __init__(
@@ -38,7 +39,7 @@ class Batches:
         process_count: int = 1,
     ):
         if batch_size % process_count:
-            raise ValueError(f"batch_size {batch_size} does not divide into {process_count} processes")
+            raise DataError(f"batch_size {batch_size} does not divide into {process_count} processes")
         self.examples = examples
         self.share = slice(
             process_index * batch_size // process_count, (process_index + 1) * batch_size // process_count
@@ -58,7 +59,7 @@ def shuffled(examples: Examples, seed: int, weights: Sequence[float] | None) -> 
     parts = [np.flatnonzero(examples.parts == i) for i in range(len(weights))]
     empty = [i for i, rows in enumerate(parts) if not len(rows)]
     if empty:
-        raise ValueError(f"part {empty[0]} of the mixture has no record that can be used")
+        raise DataError(f"part {empty[0]} of the mixture has no record that can be used")
     orders = [grain.MapDataset.source(rows.tolist()).seed(seed + i).shuffle().repeat() for i, rows in enumerate(parts)]
     return grain.MapDataset.mix(orders, weights=list(weights))
 

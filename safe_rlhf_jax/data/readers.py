@@ -5,6 +5,7 @@ import functools
 import gzip
 import io
 import json
+import logging
 import re
 import sys
 import zlib
@@ -26,7 +27,9 @@ from safe_rlhf_jax.data.records import (
     one_line,
     printable,
 )
+from safe_rlhf_jax.errors import DataError
 
+LOG = logging.getLogger(__name__)
 SUFFIXES = (".json", ".jsonl", ".parquet", ".csv")  # each but parquet also with .gz
 MAX_SHOWN = 300  # characters of what is no record
 SPACE = re.compile(r"[ \t\r\n]*")
@@ -43,7 +46,7 @@ CONTENTS = {  # how contents begin that are not what the name of a file says
 }
 
 
-class NoRecordsError(ValueError):
+class NoRecordsError(DataError):
     """A file that is one object and holds no records, such as settings."""
 
 
@@ -67,11 +70,11 @@ def read_file(path: storage.Path) -> list[Record]:
     """Returns the records of a .json, .jsonl, .parquet or .csv file; gzip by suffix.
 
     Raises:
-        ValueError: If it cannot be read, with the line where there is one, or less than half of it can.
+        DataError: If it cannot be read, with the line where there is one, or less than half of it can.
     """
     kind = kind_of(path)
     if not kind:
-        raise ValueError(f"data {path}: the name ends in none of {', '.join(SUFFIXES)} (or the same with .gz)")
+        raise DataError(f"data {path}: the name ends in none of {', '.join(SUFFIXES)} (or the same with .gz)")
     if kind == ".parquet":
         return read_parquet(path)
     content = read_bytes(path)
@@ -82,17 +85,17 @@ def read_bytes(path: storage.Path) -> bytes:
     """Returns the content of a file that may be compressed.
 
     Raises:
-        ValueError: If it cannot be read, or is of another kind than its name says.
+        DataError: If it cannot be read, or is of another kind than its name says.
     """
     try:
         content = storage.read_bytes(path)
         content = gzip.decompress(content) if path.suffix.lower() == ".gz" else content
     except (OSError, EOFError, zlib.error) as error:
-        raise ValueError(f"data {path}: cannot be read: {error}") from error
+        raise DataError(f"data {path}: cannot be read: {error}") from error
     check_contents(path, content)
     encoding = json.detect_encoding(content)
     if not encoding.startswith("utf-8"):
-        raise ValueError(f"data {path}: this is no UTF-8 text, but perhaps {encoding.upper()}; convert the file")
+        raise DataError(f"data {path}: this is no UTF-8 text, but perhaps {encoding.upper()}; convert the file")
     return content
 
 
@@ -100,24 +103,24 @@ def check_contents(path: storage.Path, content: bytes) -> None:
     """A file begins as none that its name does not speak of.
 
     Raises:
-        ValueError: If it does, with what to do.
+        DataError: If it does, with what to do.
     """
     for beginning, kind in CONTENTS.items():
         if content.startswith(beginning):
-            raise ValueError(f"data {path}: this is {kind}")
+            raise DataError(f"data {path}: this is {kind}")
 
 
 def decoded(path: storage.Path, content: bytes) -> str:
     """Returns the text of a file.
 
     Raises:
-        ValueError: If it is not UTF-8, with the line.
+        DataError: If it is not UTF-8, with the line.
     """
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content[: error.start].count(b"\n") + 1
-        raise ValueError(f"data {path}: line {line} is not UTF-8 text: {error.reason}; convert the file") from error
+        raise DataError(f"data {path}: line {line} is not UTF-8 text: {error.reason}; convert the file") from error
 
 
 def with_problems(
@@ -133,12 +136,12 @@ def with_problems(
         cut: Whether the file ends with a problem, in the midst of a line.
 
     Raises:
-        ValueError: If half of the file, or its end, cannot be read; names the first place.
+        DataError: If half of the file, or its end, cannot be read; names the first place.
     """
     if problems and (cut or len(problems) >= len(records)):
         number, problem = problems[-1 if cut else 0]
         end = "; there the file ends, as if it had been cut" if cut else ""
-        raise ValueError(f"data {path}: {unit} {number}{problem.exactly}{end}")
+        raise DataError(f"data {path}: {unit} {number}{problem.exactly}{end}")
     source = f"{path}:" if unit == "line" else f"{path} {unit} "
     bad = [Located({unit: p.shown[:MAX_SHOWN], UNUSABLE: p.reason}, source, number) for number, p in problems]
     return [*sorted([*records, *bad], key=lambda record: record.number)]
@@ -229,14 +232,14 @@ def read_whole(path: storage.Path, content: bytes, kind: str) -> list[Record]:
         values = values_of(text)
     except json.JSONDecodeError as error:
         where = f"line {error.lineno}, column {error.colno}"
-        raise ValueError(f"data {path}: {where} is not JSON: {error.msg}") from error
+        raise DataError(f"data {path}: {where} is not JSON: {error.msg}") from error
     if len(values) == 1 and isinstance(values[0], list):
         values = values[0]
     elif len(values) == 1 and isinstance(values[0], dict) and kind == ".json":
         values = held_by(path, values[0])
     elif any(isinstance(value, list) for value in values):
         wanted = "wanted one list of objects, or an object per line"
-        raise ValueError(f"data {path}: {len(values)} values, some of them lists; {wanted}")
+        raise DataError(f"data {path}: {len(values)} values, some of them lists; {wanted}")
     numbered = [(number, value, problem_of(value)) for number, value in enumerate(values, 1)]
     records = [Located(value, f"{path} record ", number) for number, value, problem in numbered if problem is None]
     return with_problems(path, "record", records, [(number, p) for number, _, p in numbered if p is not None])
@@ -246,10 +249,10 @@ def held_by(path: storage.Path, value: Record) -> list[Any]:
     """Returns the records of a file that is one object: itself, or the list of objects in it.
 
     Raises:
-        ValueError: If it is neither, with its keys; `NoRecordsError` if there is nothing in it like records.
+        DataError: If it is neither, with its keys; `NoRecordsError` if there is nothing in it like records.
     """
     if isinstance(value, Repeating):
-        raise ValueError(f"data {path}: the key {value.key!r} stands twice in an object")
+        raise DataError(f"data {path}: the key {value.key!r} stands twice in an object")
     parts = list(value.values())
     by_column = bool(parts) and (
         all(isinstance(part, dict) for part in parts)
@@ -263,11 +266,11 @@ def held_by(path: storage.Path, value: Record) -> list[Any]:
         if isinstance(part, list) and part and all(isinstance(item, dict) for item in part)
     ]
     if len(lists) == 1:
-        print(printable(f"data {path}: one object; its list {lists[0]!r} is read"))
+        LOG.info(printable(f"data {path}: one object; its list {lists[0]!r} is read"))
         return list(value[lists[0]])
     keys = brief(", ".join(value))
     wanted = "a list of objects, or an object per line" + " (orient='records' in pandas)" * by_column
-    error = ValueError if by_column or lists else NoRecordsError
+    error = DataError if by_column or lists else NoRecordsError
     raise error(f"data {path}: one object with the keys {keys}; wanted {wanted}")
 
 
@@ -285,12 +288,12 @@ def read_csv(path: storage.Path, content: bytes) -> list[Record]:
             rows += [(line, row)] if any(map(str.strip, row)) else []
             line = reader.line_num + 1
     except csv.Error as error:
-        raise ValueError(f"data {path}: line {line} is not CSV: {error}") from error
+        raise DataError(f"data {path}: line {line} is not CSV: {error}") from error
     if not rows:
         return []
     header = column_names(path, rows[0][1])
     if any(value for _, row in rows for name, value in zip(header, row, strict=False) if not name):
-        print(printable(f"data {path}: columns without a name are left out"))
+        LOG.info(printable(f"data {path}: columns without a name are left out"))
     records = []
     problems = []
     for number, row in rows[1:]:
@@ -312,16 +315,16 @@ def column_names(path: storage.Path, header: Sequence[str]) -> list[str]:
     """Returns the names of columns.
 
     Raises:
-        ValueError: If two have one name, or one a reserved name, or they are not divided by commas.
+        DataError: If two have one name, or one a reserved name, or they are not divided by commas.
     """
     names = [name.strip() for name in header]
     twice = [name for name, count in Counter(filter(None, names)).items() if count > 1]
     if twice:
-        raise ValueError(f"data {path}: there are two columns {twice[0]!r}; rename or remove one")
+        raise DataError(f"data {path}: there are two columns {twice[0]!r}; rename or remove one")
     if taken := set(RESERVED) & set(names):
-        raise ValueError(f"data {path}: there is a column of the reserved name {min(taken)!r}; rename it")
+        raise DataError(f"data {path}: there is a column of the reserved name {min(taken)!r}; rename it")
     if len(names) == 1 and re.search(r"[;\t|]", names[0]):
-        raise ValueError(f"data {path}: one column {names[0]!r}; columns are divided by commas")
+        raise DataError(f"data {path}: one column {names[0]!r}; columns are divided by commas")
     return names
 
 
@@ -338,13 +341,13 @@ def read_parquet(path: storage.Path) -> list[Record]:
     try:
         beginning = storage.read_bytes(path, MAX_SHOWN)
     except OSError as error:
-        raise ValueError(f"data {path}: cannot be read: {error}") from error
+        raise DataError(f"data {path}: cannot be read: {error}") from error
     check_contents(path, beginning.removeprefix(b"PAR1"))
     try:
         with storage.local_copy(path) as file:
             names = pyarrow_parquet().read_schema(file).names
             rows = pyarrow_parquet().read_table(file).to_pylist() if len(set(names)) == len(names) else []
     except Exception as error:  # a damaged file raises what it likes
-        raise ValueError(f"data {path}: cannot be read as Parquet: {one_line(error)}") from error
+        raise DataError(f"data {path}: cannot be read as Parquet: {one_line(error)}") from error
     column_names(path, names)
     return located(rows, f"{path} row ")

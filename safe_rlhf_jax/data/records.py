@@ -5,6 +5,8 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from safe_rlhf_jax.errors import DataError
+
 Record = dict[str, Any]
 Message = dict[str, Any]  # {"role": "system" | "user" | "assistant", "content": text}; checked when it is encoded
 
@@ -57,11 +59,11 @@ def located(records: Sequence[Record], source: str) -> list[Record]:
     """Returns records that know their numbers in a source.
 
     Raises:
-        ValueError: If one has a column of a reserved name.
+        DataError: If one has a column of a reserved name.
     """
     for taken in RESERVED:
         if any(taken in record for record in records):
-            raise ValueError(f"data {source.rstrip()}: there is a column of the reserved name {taken!r}; rename it")
+            raise DataError(f"data {source.rstrip()}: there is a column of the reserved name {taken!r}; rename it")
     return [Located(record, source, number) for number, record in enumerate(records, 1)]
 
 

@@ -7,6 +7,7 @@ import difflib
 import functools
 import hashlib
 import json
+import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -19,7 +20,9 @@ from safe_rlhf_jax.data.files import files_in, files_of, named
 from safe_rlhf_jax.data.formats import FORMATS, other_formats, recognise
 from safe_rlhf_jax.data.readers import NoRecordsError, read_file
 from safe_rlhf_jax.data.records import PART, UNUSABLE, Record, columns_of, like, located, printable
+from safe_rlhf_jax.errors import DataError, UserError
 
+LOG = logging.getLogger(__name__)
 DATASETS: dict[str, Callable[[str], Any]] = {  # name -> (split -> records)
     "demo/sft": demo.sft,
     "demo/preference": demo.preference,
@@ -50,7 +53,7 @@ def read_records(
         unique: "record" leaves out records that repeat an earlier one, "prompt" those that repeat its prompt.
 
     Raises:
-        ValueError: If there is no such data set, split or file, or it cannot be read; says where.
+        DataError: If there is no such data set, split or file, or it cannot be read; says where.
     """
     stamps = tuple(map(stamp, data_files(name)))
     records = read_all(name, split, test_share, format, tuple((fields or {}).items()), unique, stamps)
@@ -62,7 +65,7 @@ def stamp(path: storage.Path) -> tuple[str, int, int, int]:
     try:
         return str(path), *storage.status(path)
     except OSError as error:
-        raise ValueError(f"data {path}: cannot be read: {error}") from error
+        raise DataError(f"data {path}: cannot be read: {error}") from error
 
 
 @functools.lru_cache(maxsize=16)  # stages share data sets
@@ -80,10 +83,10 @@ def read_all(
     source, share = split_share(name)
     where = f"data {name!r}"
     if test_share is not None and split not in ("train", "test"):
-        raise ValueError(f"{where}: split {split!r}: with test_share there are 'train' and 'test'")
+        raise DataError(f"{where}: split {split!r}: with test_share there are 'train' and 'test'")
     found = read_source(source, "train" if test_share is not None else split)
     if not found:
-        raise ValueError(f"{where}: split {split!r} has no records")
+        raise DataError(f"{where}: split {split!r} has no records")
     tables = renamed(found, fields, where)
     records = [record for place, raw in tables.items() for record in in_format(place, raw, format)]
     if test_share is not None:
@@ -92,7 +95,7 @@ def read_all(
         records = without_repeats(records, prompt_key if unique == "prompt" else record_key)
     records = take_share(records, share)
     if not records:
-        raise ValueError(f"{where}: split {split!r} has no records left after test_share, unique and share")
+        raise DataError(f"{where}: split {split!r} has no records left after test_share, unique and share")
     return tuple(records)
 
 
@@ -102,7 +105,7 @@ def in_format(where: str, raw: Sequence[Record], name: str | None) -> list[Recor
     others = other_formats(raw, recognised) if name is None else []
     if others:
         said = f"read as {recognised}; the columns also fit {', '.join(others)}: `format` names another"
-        print(printable(f"{where}: {said}"))
+        LOG.info(printable(f"{where}: {said}"))
     return [FORMATS[recognised].read(record) for record in raw]
 
 
@@ -110,14 +113,14 @@ def split_share(name: str) -> tuple[str, float]:
     """Returns the name without its share, and the share.
 
     Raises:
-        ValueError: If the share is not positive.
+        DataError: If the share is not positive.
     """
     found = re.fullmatch(r"(.+):(\d*\.?\d+)(?:/(\d+))?", name)
     if found is None:
         return name, 1.0
     share = float(found[2]) / float(found[3] or 1) if found[3] is None or int(found[3]) else 0.0
     if share <= 0:
-        raise ValueError(f"data {name!r}: the share after the colon must be above 0")
+        raise DataError(f"data {name!r}: the share after the colon must be above 0")
     return found[1], share
 
 
@@ -128,7 +131,7 @@ def read_source(name: str, split: str) -> dict[str, Sequence[Record]]:
         read = read_files(files_of(path, split))
         empty = [where for where, records in read.items() if not records]
         if empty and len(read) > len(empty):
-            print(printable(f"{', '.join(empty)}: no records"))
+            LOG.info(printable(f"{', '.join(empty)}: no records"))
         return {where: records for where, records in read.items() if records}
     records = located(read_named(name, path, split), f"{name} record ")
     return {f"data {name!r}": records} if records else {}
@@ -143,7 +146,7 @@ def read_files(files: Sequence[storage.Path]) -> dict[str, Sequence[Record]]:
         except NoRecordsError as error:
             if len(files) == 1:
                 raise
-            print(printable(f"{error}: left out"))
+            LOG.info(printable(f"{error}: left out"))
     return read
 
 
@@ -151,20 +154,20 @@ def read_named(name: str, path: storage.Path | None, split: str) -> Sequence[Rec
     """Returns the records of a data set that is no file: of `DATASETS`, a hub, or a folder that `datasets` saved."""
     if path is not None:
         if beside := [file for files in files_in(path)[0].values() for file in files]:
-            print(printable(f"data {path}: a folder that `datasets` has saved; left out are {named(path, beside)}"))
+            LOG.info(printable(f"data {path}: a folder that `datasets` has saved; left out are {named(path, beside)}"))
         return hubs.read_saved(path, split)
     if name in DATASETS:
         try:
             records: Sequence[Record] = DATASETS[name](split)
-        except (KeyError, ValueError) as error:
-            raise ValueError(f"data {name!r}: split {split!r}: {error}") from error
+        except (KeyError, UserError) as error:
+            raise DataError(f"data {name!r}: split {split!r}: {error}") from error
         return records
     prefix, _, rest = name.partition(":")
     if rest and prefix in hubs.HUBS:
         return hubs.HUBS[prefix](rest, split)
     nearest = difflib.get_close_matches(name, DATASETS, 1)
     hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
-    raise ValueError(f"data {name!r}: no such file, and no dataset of this name ({', '.join(DATASETS)}){hint}")
+    raise DataError(f"data {name!r}: no such file, and no dataset of this name ({', '.join(DATASETS)}){hint}")
 
 
 def demo_tokenizer_warning(tokenizer: str, names: Sequence[str]) -> str | None:
@@ -206,7 +209,7 @@ def renamed(
     """Returns records with columns under the names of fields.
 
     Raises:
-        ValueError: If no record has a column, or two columns would have one name, or one column two.
+        DataError: If no record has a column, or two columns would have one name, or one column two.
     """
     if not fields:
         return tables
@@ -214,12 +217,12 @@ def renamed(
     field_of = {column: field for field, column in fields}
     columns = set().union(*(columns_of(records) for records in tables.values()))
     if missing := [column for column in field_of if column not in columns]:
-        raise ValueError(f"{where}: fields names the columns {missing}; there are {sorted(columns)}")
+        raise DataError(f"{where}: fields names the columns {missing}; there are {sorted(columns)}")
     if len(field_of) < len(fields):
         twice = next(column for column in field_of if list(column_of.values()).count(column) > 1)
-        raise ValueError(f"{where}: fields reads the column {twice!r} as {[f for f, c in fields if c == twice]}")
+        raise DataError(f"{where}: fields reads the column {twice!r} as {[f for f, c in fields if c == twice]}")
     if taken := [field for field, column in fields if field in columns - field_of.keys()]:
-        raise ValueError(
+        raise DataError(
             f"{where}: fields reads {column_of[taken[0]]!r} as {taken[0]!r}, and there is a column {taken[0]!r}; give "
             f"that another name, such as {{other: {taken[0]}}}"
         )

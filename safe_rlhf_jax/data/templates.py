@@ -16,6 +16,7 @@ from transformers.utils.chat_template_utils import encode_marked_chat, mark_cont
 from safe_rlhf_jax import storage
 from safe_rlhf_jax.data.records import Message
 from safe_rlhf_jax.data.tokenizer import Tokenizer
+from safe_rlhf_jax.errors import DataError
 
 DATE = "2024-07-26"  # what Llama 3.1's template writes where it is told no date
 PROBE: list[Message] = [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hello!"}]
@@ -40,19 +41,19 @@ class Template:
         """Returns the text of a conversation, with the generation prompt where `ask`; else without space at its end.
 
         Raises:
-            ValueError: If the template refuses the turns.
+            DataError: If the template refuses the turns.
         """
         try:
             text: str = tokenizer.hf.apply_chat_template(list(turns), tokenize=False, **self.arguments(tokenizer, ask))
         except Exception as error:  # templates raise what they like
-            raise ValueError(f"the template refuses: {error}") from error
+            raise DataError(f"the template refuses: {error}") from error
         return text if ask else text.rstrip()
 
     def ids(self, tokenizer: Tokenizer, turns: Sequence[Message], ask: bool) -> list[int]:
         """Returns the token ids of a conversation; control tokens that stand in a message are text.
 
         Raises:
-            ValueError: If the template refuses the turns.
+            DataError: If the template refuses the turns.
         """
         given = self.marked(tokenizer, turns)
         opening = [] if self.opens else list(tokenizer.prefix)
@@ -173,7 +174,7 @@ def load_template(
         control_tokens: Whether control tokens in a message stay text, or count as the tokens.
 
     Raises:
-        ValueError: If there is none, or it has no turn of the assistant to train; with the two texts that differ.
+        DataError: If there is none, or it has no turn of the assistant to train; with the two texts that differ.
     """
     if name in TEMPLATES:
         return dataclasses.replace(TEMPLATES[name], control_tokens=control_tokens)
@@ -183,39 +184,39 @@ def load_template(
             tokenizer.hf.get_chat_template()
         except ValueError as error:
             reason = "the tokenizer has no chat template" if tokenizer.hf.chat_template is None else str(error)
-            raise ValueError(
+            raise DataError(
                 f"template 'tokenizer': {reason}; name a .jinja file, or one of {', '.join(TEMPLATES)}"
             ) from error
     else:
         try:
             source = storage.read_text(storage.expanded(name))
         except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"template {name!r}: cannot be read: {error}") from error
+            raise DataError(f"template {name!r}: cannot be read: {error}") from error
     given = tuple(sorted((options or {}).items()))
     template = Template(source, options=given, date=date, control_tokens=control_tokens)
     try:
         return dataclasses.replace(template, end=turn_end(template, tokenizer))
-    except ValueError as error:
-        raise ValueError(f"template {name!r}: {error}") from error
+    except DataError as error:
+        raise DataError(f"template {name!r}: {error}") from error
 
 
 def turn_end(template: Template, tokenizer: Tokenizer) -> int | None:
     """Returns the token with which a template ends a turn of the assistant, None where it writes none.
 
     Raises:
-        ValueError: If it writes no such turn, or one that does not go on from its own generation prompt.
+        DataError: If it writes no such turn, or one that does not go on from its own generation prompt.
     """
     asked, text = template.render(tokenizer, PROBE[:1], True), template.render(tokenizer, PROBE, False)
     if "Hello!" not in text:
-        raise ValueError(f"it does not write the assistant's turn: {text!r}")
+        raise DataError(f"it does not write the assistant's turn: {text!r}")
     if not text.startswith(asked):
-        raise ValueError(
+        raise DataError(
             "its generation prompt is not the beginning of the conversation that it writes, so nothing says where a "
             f"response begins: {asked!r}, and {text!r}"
         )
     header = text[len(asked) :].rpartition("Hello!")[0].strip()
     if header and asked.rstrip() == template.render(tokenizer, PROBE[:1], False):
-        raise ValueError(
+        raise DataError(
             f"it writes {header!r} in front of a response, but no generation prompt, so responses begin with it: "
             f"{asked!r}, and {text!r}; give it one behind the turns: {{% if add_generation_prompt %}}…{{% endif %}}"
         )

@@ -11,6 +11,7 @@ from transformers import AutoTokenizer
 
 from safe_rlhf_jax import storage
 from safe_rlhf_jax.data.demo import TOKENIZER_PATH
+from safe_rlhf_jax.errors import DataError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +99,7 @@ def load_tokenizer(name: str) -> Tokenizer:
     """Opens "demo", a folder, or a hub id. A generation_config.json beside it names further ends of a response.
 
     Raises:
-        ValueError: If it cannot be opened or has no end-of-sequence token.
+        DataError: If it cannot be opened or has no end-of-sequence token.
     """
     source = str(TOKENIZER_PATH) if name == "demo" else name.removeprefix("hf:").removeprefix("path:")
     folder = storage.expanded(source)
@@ -106,9 +107,9 @@ def load_tokenizer(name: str) -> Tokenizer:
         with storage.local_copy(folder if storage.is_folder(folder) else source) as opened:
             hf = AutoTokenizer.from_pretrained(opened, trust_remote_code=False)
     except Exception as error:
-        raise ValueError(f"tokenizer {name!r}: cannot be opened: {advice(error, folder)}") from error
+        raise DataError(f"tokenizer {name!r}: cannot be opened: {advice(error, folder)}") from error
     if hf.eos_token_id is None:
-        raise ValueError(f"tokenizer {name!r} has no eos_token; add one: responses end with it")
+        raise DataError(f"tokenizer {name!r} has no eos_token; add one: responses end with it")
     pad = hf.pad_token_id if hf.pad_token_id is not None else hf.eos_token_id
     known = set(hf.get_vocab().values())
     ends = [i for i in stored_ends(folder) if i in known]
@@ -136,7 +137,7 @@ def stored_ends(folder: storage.Path) -> tuple[int, ...]:
     As in transformers, generation_config.json counts, and config.json where there is none.
 
     Raises:
-        ValueError: If it is no token id, nor a list of them.
+        DataError: If it is no token id, nor a list of them.
     """
     for name in ("generation_config.json", "config.json"):
         if storage.is_file(folder / name):
@@ -147,6 +148,6 @@ def stored_ends(folder: storage.Path) -> tuple[int, ...]:
             if ends is not None:
                 several = ends if isinstance(ends, list) else [ends]
                 if any(type(end) is not int for end in several):
-                    raise ValueError(f"{folder / name}: eos_token_id is {ends!r}; write a token id, or a list of them")
+                    raise DataError(f"{folder / name}: eos_token_id is {ends!r}; write a token id, or a list of them")
                 return tuple(several)
     return ()

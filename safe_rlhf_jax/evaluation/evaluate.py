@@ -11,6 +11,7 @@ import numpy as np
 from safe_rlhf_jax.data.examples import Examples
 from safe_rlhf_jax.data.formats import Record
 from safe_rlhf_jax.data.texts import shown
+from safe_rlhf_jax.errors import ConfigError
 from safe_rlhf_jax.evaluation.health import pairs_health, sign_health
 from safe_rlhf_jax.evaluation.statistics import expected_calibration_error, reliability_curve
 from safe_rlhf_jax.inference.best_of_n import best_of_n, sample_scored
@@ -201,11 +202,11 @@ def check_reachable(limit: float, safe: Sequence[float], *, field: str = "algori
     below it would have to be safer than nineteen in twenty safe responses. `field` names the limit in the error.
 
     Raises:
-        ValueError: If the limit is below the floor.
+        ConfigError: If the limit is below the floor.
     """
     floor = float(np.quantile(np.asarray(safe), 0.05))
     if math.isfinite(floor) and limit < floor:
-        raise ValueError(
+        raise ConfigError(
             f"{field} {limit:.3f} is below what the cost model can reach ({floor:.3f}, the 5 % "
             f"quantile of responses labelled safe; their mean is {np.mean(np.asarray(safe)):.3f}). Raise the limit, or "
             "give cost_limit: {data: …} to calibrate it."

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from safe_rlhf_jax.errors import UserError
 from safe_rlhf_jax.inference.sampling import Sampling, sample_token
 from safe_rlhf_jax.models.transformer import CausalLM
 from safe_rlhf_jax.types import Params, TokenIds
@@ -61,10 +62,10 @@ class Stream:
             max_tokens: The most tokens of the response.
 
         Raises:
-            ValueError: If prompt and response do not fit into the positions of the model.
+            UserError: If prompt and response do not fit into the positions of the model.
         """
         if len(prompt) + max_tokens > self.most:
-            raise ValueError(f"{len(prompt)} + {max_tokens} tokens exceed the {self.most} that the model generates in")
+            raise UserError(f"{len(prompt)} + {max_tokens} tokens exceed the {self.most} that the model generates in")
         width = columns(len(prompt), self.most - max_tokens)
         length = min(width + round_up(max_tokens), self.most)
         tokens, mask = np.zeros((1, width), np.int32), np.zeros((1, width), bool)

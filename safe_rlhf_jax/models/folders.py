@@ -7,6 +7,7 @@ from typing import Any
 import jax
 
 from safe_rlhf_jax import storage
+from safe_rlhf_jax.errors import MissingModelError, ModelError
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -49,19 +50,19 @@ def resolve(path_or_id: storage.Place) -> storage.Path:
     """Returns a local folder: the path itself, or the hub's snapshot in its cache (downloaded when missing).
 
     Raises:
-        FileNotFoundError: If there is neither, saying what to do.
+        MissingModelError: If there is neither, saying what to do.
     """
     folder = storage.expanded(path_or_id)
     if storage.is_folder(folder):
         return folder
     if storage.is_file(folder):
-        raise FileNotFoundError(f"{path_or_id}: is a file; name the folder that holds it and its config.json")
+        raise MissingModelError(f"{path_or_id}: is a file; name the folder that holds it and its config.json")
     if len(folder.parts) != 2:
-        raise FileNotFoundError(f"{path_or_id}: no such folder, and not a hub id of the form owner/name")
+        raise MissingModelError(f"{path_or_id}: no such folder, and not a hub id of the form owner/name")
     try:
         return download(str(path_or_id))
     except Exception as error:
-        raise FileNotFoundError(
+        raise MissingModelError(
             f"{path_or_id}: no such folder, and not to be had from the hub ({' '.join(str(error).split())}). Check the "
             "id; log in with `hf auth login` if it is gated or private; with HF_HUB_OFFLINE=1 or without a network it "
             f"must be in the cache already (`hf download {path_or_id}`); or give a local folder."
@@ -84,21 +85,21 @@ def read_config(folder: storage.Path) -> dict[str, Any]:
     """Returns `config.json`.
 
     Raises:
-        FileNotFoundError: If the folder has none.
-        ValueError: If the folder is an adapter, or something else stands in place of this file or the tokenizer's.
+        MissingModelError: If the folder has none.
+        ModelError: If the folder is an adapter, or something else stands in place of this file or the tokenizer's.
     """
     if storage.is_file(folder / ADAPTER):
-        raise ValueError(
+        raise ModelError(
             f"{folder}: {ADAPTER} says that this is a PEFT adapter; {MERGE}. If the weights here are merged already, "
             f"remove {ADAPTER} and adapter_model.safetensors"
         )
     if not storage.is_file(folder / "config.json"):
         below = sorted(path.parent.name for path in storage.matching(folder, "*/config.json"))
         there = f"there is one in {', '.join(below[:5])}: name that folder" if below else "or one half written"
-        raise FileNotFoundError(f"{folder}: no config.json; not a Hugging Face model folder, {there}")
+        raise MissingModelError(f"{folder}: no config.json; not a Hugging Face model folder, {there}")
     for path in filter(storage.is_file, (folder / name for name in TOKENIZER)):  # others open it and say less
         if reason := stray(path):
-            raise ValueError(f"{path} {reason}")
+            raise ModelError(f"{path} {reason}")
     return read_json(folder / "config.json")
 
 
@@ -114,18 +115,18 @@ def read_json(path: storage.Path) -> dict[str, Any]:
     """Returns the object in a JSON file.
 
     Raises:
-        ValueError: If it holds none, naming the file.
+        ModelError: If it holds none, naming the file.
     """
     if reason := stray(path):
-        raise ValueError(f"{path} {reason}")
+        raise ModelError(f"{path} {reason}")
     try:
         value = json.loads(
             storage.read_bytes(path).decode("utf-8-sig")
         )  # editors of Windows put a mark before the text
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not valid JSON: {error}") from error
+        raise ModelError(f"{path}: not valid JSON: {error}") from error
     if not isinstance(value, dict):
-        raise ValueError(f"{path}: holds a {type(value).__name__}, not an object")
+        raise ModelError(f"{path}: holds a {type(value).__name__}, not an object")
     return value
 
 
@@ -136,17 +137,17 @@ def read_index(folder: storage.Path) -> dict[str, str]:
     """Returns {tensor: file} of a folder's index, files relative to the folder; nothing where there is no index.
 
     Raises:
-        ValueError: If it says no such thing.
+        ModelError: If it says no such thing.
     """
     path = folder / INDEX
     if not storage.is_file(path):
         return {}
     found = read_json(path).get("weight_map")
     if not found or not isinstance(found, dict) or not all(isinstance(file, str) for file in found.values()):
-        raise ValueError(f"{path}: no weight_map {{tensor: file}}; fetch the index again, or save the model again")
+        raise ModelError(f"{path}: no weight_map {{tensor: file}}; fetch the index again, or save the model again")
     for file in found.values():
         if file.startswith("/") or ".." in file.split("/"):
-            raise ValueError(f"{path}: weight_map names {file!r}, which is not in the folder")
+            raise ModelError(f"{path}: weight_map names {file!r}, which is not in the folder")
     return found
 
 
@@ -154,7 +155,7 @@ def weight_files(folder: storage.Path) -> list[storage.Path]:
     """Returns the files that hold a folder's tensors.
 
     Raises:
-        FileNotFoundError: If there are none, saying what is there instead.
+        MissingModelError: If there are none, saying what is there instead.
     """
     if storage.is_file(folder / WEIGHTS):
         if others := sorted(path.name for path in storage.matching(folder, "model-*-of-*.safetensors")):
@@ -162,10 +163,10 @@ def weight_files(folder: storage.Path) -> list[storage.Path]:
         return [folder / WEIGHTS]
     files = sorted(set(read_index(folder).values()))
     if not files:
-        raise FileNotFoundError(f"{folder}: neither {WEIGHTS} nor {INDEX}; {what_else(folder)}")
+        raise MissingModelError(f"{folder}: neither {WEIGHTS} nor {INDEX}; {what_else(folder)}")
     missing = [file for file in files if not storage.is_file(folder / file)]
     if missing:
-        raise FileNotFoundError(f"{folder}: {INDEX} names {', '.join(missing)}, not present; fetch the folder again")
+        raise MissingModelError(f"{folder}: {INDEX} names {', '.join(missing)}, not present; fetch the folder again")
     return [folder / file for file in files]
 
 

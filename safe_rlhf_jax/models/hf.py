@@ -19,6 +19,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from safe_rlhf_jax import storage
+from safe_rlhf_jax.errors import ModelError
 from safe_rlhf_jax.models.config import Layout, ModelConfig, ScoreType
 from safe_rlhf_jax.models.families import family
 from safe_rlhf_jax.models.families.reading import contradictions
@@ -104,7 +105,7 @@ def inspect(
     Arguments and errors are those of `load`.
     """
     if dtype not in DTYPES:
-        raise ValueError(f"dtype {dtype!r}: pass one of {DTYPES}")
+        raise ModelError(f"dtype {dtype!r}: pass one of {DTYPES}")
     folder = resolve(path_or_id)
     hf, config = read_model_config(folder)
     stored = {name: read_json(folder / name) for name in JSON_FILES if storage.is_file(folder / name)}
@@ -172,8 +173,8 @@ def load(
         variables: {"params": …} and, for reward and cost models, {"stats": {mean, var, count}}.
 
     Raises:
-        FileNotFoundError: If the folder or a file of it is missing.
-        ValueError: If a file is cut off, a tensor is missing, unknown, of another shape or not finite, or a switch is
+        MissingModelError: If the folder or a file of it is missing.
+        ModelError: If a file is cut off, a tensor is missing, unknown, of another shape or not finite, or a switch is
             not supported; names the file, tensor or field.
     """
     found = inspect(
@@ -201,8 +202,8 @@ def stored_config(folder: storage.Path) -> ModelConfig:
     """Returns the configuration of a folder's language model, with a head of its own where one is stored.
 
     Raises:
-        FileNotFoundError: If there is no config.json.
-        ValueError: For a field that is not supported, naming it.
+        MissingModelError: If there is no config.json.
+        ModelError: For a field that is not supported, naming it.
     """
     _, config = read_model_config(folder)
     if not config.tie_embeddings:
@@ -211,7 +212,7 @@ def stored_config(folder: storage.Path) -> ModelConfig:
         tensors = Tensors(folder)
         respell(tensors, config)
         return tied_as_stored(tensors, config)
-    except (OSError, ValueError):  # said where the weights are opened; a model that is only compiled needs none
+    except (OSError, ModelError):  # said where the weights are opened; a model that is only compiled needs none
         return config
 
 
@@ -220,9 +221,9 @@ def read_model_config(folder: storage.Path) -> tuple[dict[str, Any], ModelConfig
     hf = read_config(folder)
     with within(folder):
         if hf.get("quantization_config"):
-            raise ValueError("config.json: quantization_config is not supported; open the unquantised model")
+            raise ModelError("config.json: quantization_config is not supported; open the unquantised model")
         if hf.get("text_config"):
-            raise ValueError(
+            raise ModelError(
                 f"config.json: model_type {hf.get('model_type')!r} reads more than text; save its language model by "
                 "itself, with its text_config as config.json"
             )
@@ -238,8 +239,8 @@ def within(folder: storage.Path) -> Iterator[None]:
     """Names the folder in errors about its contents."""
     try:
         yield
-    except ValueError as error:
-        raise ValueError(f"{folder}: {error}") from error
+    except ModelError as error:
+        raise ModelError(f"{folder}: {error}") from error
 
 
 # --- Out --------------------------------------------------------------------------------------------------------------
@@ -276,7 +277,7 @@ def save(
         The folder.
 
     Raises:
-        ValueError: If the layout cannot hold the model.
+        ModelError: If the layout cannot hold the model.
     """
     folder, writes = storage.path(path), jax.process_index() == 0
     config, stored, leaves = module.config, module.config.stored, flatten_dict(variables["params"])

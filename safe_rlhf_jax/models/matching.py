@@ -8,6 +8,7 @@ import dataclasses
 import re
 from collections.abc import Collection, Iterable, Mapping
 
+from safe_rlhf_jax.errors import ModelError
 from safe_rlhf_jax.models.config import Layout, ModelConfig, ScoreConfig
 from safe_rlhf_jax.models.families import family
 from safe_rlhf_jax.models.folders import MERGE, say_once
@@ -112,19 +113,19 @@ def match_names(tensors: Tensors, needed: Collection[str], config: ModelConfig) 
     """Every parameter is stored, and nothing is that we would leave out unknowingly.
 
     Raises:
-        ValueError: Naming the tensors.
+        ModelError: Naming the tensors.
     """
     known = {*needed, *weight_map(untied(config), None), *STATISTICS}
     missing = [name for name in needed if name not in tensors.entries]
     unknown = [name for name in tensors.entries if name not in known and not BUFFERS.search(name)]
     for pattern, (what, fix) in FOREIGN.items():
         if found := [name for name in unknown if re.search(pattern, name)]:
-            raise ValueError(f"{tensors.folder}: tensor {listed(found, 1)} {what}; {fix}")
+            raise ModelError(f"{tensors.folder}: tensor {listed(found, 1)} {what}; {fix}")
     for name in missing:
         for ending in family(config.family).spellings(name):
             for other in (other for other in unknown if other.endswith(f".{ending}")):
                 prefix = other.removesuffix(ending)
-                raise ValueError(
+                raise ModelError(
                     f"{tensors.folder}: tensor {other!r} is {ending!r} behind the prefix {prefix!r}; {INNER}"
                 )
     if missing:
@@ -132,9 +133,9 @@ def match_names(tensors: Tensors, needed: Collection[str], config: ModelConfig) 
         if not hint and missing == [shared(config)[1]]:
             heads = listed(name for name in unknown if name in HEAD_WEIGHTS)
             hint = f"; {heads} is not: this is a reward or cost model" if heads else TIE
-        raise ValueError(f"{tensors.folder}: tensor {listed(missing)} is missing{hint}")
+        raise ModelError(f"{tensors.folder}: tensor {listed(missing)} is missing{hint}")
     if unknown:
-        raise ValueError(
+        raise ModelError(
             f"{tensors.folder}: tensor {listed(unknown)} has no place in the model that config.json describes; without "
             "it the results would be wrong"
         )
@@ -152,13 +153,13 @@ def match_shapes(
         config: Of the model.
 
     Raises:
-        ValueError: Naming the first tensor that does not.
+        ModelError: Naming the first tensor that does not.
     """
     for name, weight in weights.items():
         entry, expected = tensors.entries[name], stored_shape(layerless(shapes, weight), weight)
         where = f"{tensors.folder}: tensor {name!r}"
         if entry.dtype not in FLOATS:
-            raise ValueError(
+            raise ModelError(
                 f"{where} is stored as {entry.dtype}; weights are read as {', '.join(FLOATS)}. Open the model before "
                 "it was quantised"
             )
@@ -172,7 +173,7 @@ def match_shapes(
             )
         elif expected[:1] == (config.vocab_size,) and entry.shape[1:] == expected[1:]:
             hint = f' (vocab_size {config.vocab_size}); if the weights are right, write "vocab_size": {entry.shape[0]}'
-        raise ValueError(f"{where} has shape {entry.shape}; config.json asks for {expected}{hint}")
+        raise ModelError(f"{where} has shape {entry.shape}; config.json asks for {expected}{hint}")
 
 
 def listed(names: Iterable[str], most: int = 3) -> str:

@@ -10,6 +10,7 @@ import numpy as np
 from flax import linen as nn
 from jax.experimental import multihost_utils
 
+from safe_rlhf_jax.errors import ModelError
 from safe_rlhf_jax.models.safetensors_io import PART, Spec, Tensors
 from safe_rlhf_jax.models.transformer import CausalLM, ScoreModel
 from safe_rlhf_jax.models.weights import Path, Shape, Weight, from_stored, layerless, stored_shape, to_stored
@@ -42,7 +43,7 @@ def reader(
 ) -> Callable[[Index], np.ndarray]:
     """Returns read(index): a part of a parameter, from the stored tensors that hold it.
 
-    It raises a ValueError that names the tensor, where that holds a number that is not finite.
+    It raises a ModelError that names the tensor, where that holds a number that is not finite.
     """
     stored = {weight.layer: name for name, weight in weights.items() if path in weight.paths}
 
@@ -52,7 +53,7 @@ def reader(
     def fill(out: np.ndarray, part: np.ndarray, name: str) -> None:
         out[...] = part
         if not finite(out):
-            raise ValueError(
+            raise ModelError(
                 f"{tensors.folder}: tensor {name!r} holds a number that is not finite in {dtype}: the training that "
                 "wrote it has diverged, or the file is damaged"
             )

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from safe_rlhf_jax import storage
+from safe_rlhf_jax.errors import ModelError
 from safe_rlhf_jax.models.folders import INDEX, WEIGHTS, read_index, stray, weight_files
 
 DTYPES = {name: jnp.dtype(dtype) for name, dtype in {
@@ -46,7 +47,7 @@ class Tensors:
 
     Raises:
         FileNotFoundError: If there are no safetensors, or a file that the index names is missing.
-        ValueError: If a file is cut off or no safetensors, or two of them hold one tensor.
+        ModelError: If a file is cut off or no safetensors, or two of them hold one tensor.
     """
 
     def __init__(self, folder: storage.Path):
@@ -56,7 +57,7 @@ class Tensors:
             found = read_header(file)
             for name in found.keys() & self.entries.keys():
                 files = " and ".join(str(entry.file.relative_to(folder)) for entry in (self.entries[name], found[name]))
-                raise ValueError(f"{folder}: tensor {name!r} stands in {files}; fetch or save the folder again")
+                raise ModelError(f"{folder}: tensor {name!r} stands in {files}; fetch or save the folder again")
             self.entries |= found
 
     def promised(self, names: Sequence[str]) -> str:
@@ -76,7 +77,7 @@ class Tensors:
         """Returns a tensor, read-only."""
         entry = self.entries[name]
         if entry.dtype not in DTYPES:
-            raise ValueError(f"{self.folder}: tensor {name!r} is stored as {entry.dtype}; readable are {[*DTYPES]}")
+            raise ModelError(f"{self.folder}: tensor {name!r} is stored as {entry.dtype}; readable are {[*DTYPES]}")
         return storage.read_array(entry.file, DTYPES[entry.dtype], entry.shape, entry.offset)
 
     def get(self, name: str, default: Any) -> Any:
@@ -100,15 +101,15 @@ def read_header(file: storage.Path) -> dict[str, Entry]:
     """Returns {tensor: where it stands} of a file, whose tensors follow each other up to its end.
 
     Raises:
-        ValueError: If they do not.
+        ModelError: If they do not.
     """
     if reason := stray(file):
-        raise ValueError(f"{file}: truncated, or no safetensors file: it {reason}")
+        raise ModelError(f"{file}: truncated, or no safetensors file: it {reason}")
     size = storage.status(file).size
     with storage.reading(file) as stream:
         start = 8 + int.from_bytes(stream.read(8), "little")
         if start > min(size, MAX_HEADER):
-            raise ValueError(f"{file}: truncated, or no safetensors file ({size} bytes); fetch it again")
+            raise ModelError(f"{file}: truncated, or no safetensors file ({size} bytes); fetch it again")
         try:
             header = json.loads(stream.read(start - 8))
             header.pop("__metadata__", None)
@@ -118,16 +119,16 @@ def read_header(file: storage.Path) -> dict[str, Entry]:
                 for begin, _, name in spans
             }
         except (ValueError, RecursionError, TypeError, LookupError, AttributeError, OverflowError) as error:
-            raise ValueError(f"{file}: no safetensors file: {error}; fetch it again") from error
+            raise ModelError(f"{file}: no safetensors file: {error}; fetch it again") from error
     end = start + max((end for _, end, _ in spans), default=0)
     if end != size:
-        raise ValueError(f"{file}: truncated: {size} bytes where its header says {end}; fetch it again")
+        raise ModelError(f"{file}: truncated: {size} bytes where its header says {end}; fetch it again")
     for (_, before, _), (begin, end, name) in itertools.pairwise([(0, 0, ""), *spans]):
         entry = entries[name]
         dtype = DTYPES.get(entry.dtype)
         fits = dtype is None or end - begin == math.prod(entry.shape) * dtype.itemsize
         if begin != before or end < begin or min(entry.shape, default=0) < 0 or not fits:
-            raise ValueError(
+            raise ModelError(
                 f"{file}: tensor {name!r}: {entry.dtype} {list(entry.shape)} does not stand from byte {begin} to {end} "
                 f"after what ends at {before}; fetch it again"
             )

@@ -13,6 +13,7 @@ from typing import Any, get_args
 
 import numpy as np
 
+from safe_rlhf_jax.errors import ModelError
 from safe_rlhf_jax.models.config import Layout, ScoreConfig, ScoreType
 from safe_rlhf_jax.models.families import Family
 from safe_rlhf_jax.models.safetensors_io import Tensors
@@ -48,13 +49,13 @@ def stored_score_type(hf: Mapping[str, Any], names: Collection[str] = ()) -> Sco
     """Returns what a folder says its scores are. Sequence classification without a word is a reward model.
 
     Raises:
-        ValueError: If it says something else.
+        ModelError: If it says something else.
     """
     default = "reward" if stored_layout(hf, names) == "sequence_classification" else None
     stored = hf.get("score_type") or default
     kind: Any = stored.strip().lower() if isinstance(stored, str) else stored
     if kind not in (*get_args(ScoreType), None):
-        raise ValueError(f"config.json: score_type {stored!r}: write one of {get_args(ScoreType)}")
+        raise ModelError(f"config.json: score_type {stored!r}: write one of {get_args(ScoreType)}")
     return kind  # type: ignore[no-any-return]
 
 
@@ -67,16 +68,16 @@ def check_scores(hf: Mapping[str, Any], names: Collection[str], score_type: Scor
         score_type: The kind; None takes what the folder says.
 
     Raises:
-        ValueError: If it does not, saying what to do.
+        ModelError: If it does not, saying what to do.
     """
     kind = stored_score_type(hf, names)
     if stored_layout(hf, names) is None:
-        raise ValueError(
+        raise ModelError(
             "holds no score head (language models have none); a new one would score at random. Train a reward or cost "
             "stage from it (init_from), and name what that exports"
         )
     if score_type is not None and kind not in (score_type, None):
-        raise ValueError(
+        raise ModelError(
             f"config.json: score_type is {kind!r}, not {score_type!r}; if its scores are {score_type}s, write "
             f'"score_type": "{score_type}" there'
         )
@@ -94,18 +95,18 @@ def read_score_config(
         score_bias: Of a head that is not stored; by default as config.json says.
 
     Raises:
-        ValueError: If nothing says which kind of score it is, or there are several labels.
+        ModelError: If nothing says which kind of score it is, or there are several labels.
     """
     layout, kind = stored_layout(hf, names), score_type or stored_score_type(hf, names)
     if kind is None:
-        raise ValueError("score_type None: pass score_type='reward', 'cost' or 'critic'")
+        raise ModelError("score_type None: pass score_type='reward', 'cost' or 'critic'")
     if kind not in get_args(ScoreType):
-        raise ValueError(f"score_type {kind!r}: pass one of {get_args(ScoreType)}")
+        raise ModelError(f"score_type {kind!r}: pass one of {get_args(ScoreType)}")
     for field in ("id2label", "num_labels") if layout == "sequence_classification" else ("score_dim",):
         labels = hf.get(field) or 1
         count = labels if isinstance(labels, int) else len(labels)
         if count != 1:
-            raise ValueError(f"config.json: {field} has {count} labels; a reward or cost model has one")
+            raise ModelError(f"config.json: {field} has {count} labels; a reward or cost model has one")
     if layout == "sequence_classification":
         pad_id = hf.get("pad_token_id")
         has_pad = kind != "critic" and pad_id is not None and pad_id >= 0  # some write −1 for none
@@ -121,7 +122,7 @@ def read_statistics(hf: Mapping[str, Any], tensors: Tensors) -> dict[str, np.nda
     """Returns the normaliser {mean f32[1], var f32[1], count i32[1]}: as stored, by config.json, or at its start.
 
     Raises:
-        ValueError: If one of them is not a finite number, or the variance is negative.
+        ModelError: If one of them is not a finite number, or the variance is negative.
     """
     out = {}
     for name, start in (("mean", 0.0), ("var", 1.0), ("count", 0)):
@@ -131,9 +132,9 @@ def read_statistics(hf: Mapping[str, Any], tensors: Tensors) -> dict[str, np.nda
             where, value = f"tensor {stored!r}", tensors[stored].tolist()
         numbers = value if isinstance(value, list) else [value]
         if len(numbers) != 1 or type(numbers[0]) not in (int, float) or not math.isfinite(numbers[0]):
-            raise ValueError(f"{where} is {value!r}; the normaliser of a score has one finite number, as in [{start}]")
+            raise ModelError(f"{where} is {value!r}; the normaliser of a score has one finite number, as in [{start}]")
         if name != "mean" and numbers[0] < 0:
-            raise ValueError(f"{where} is {value!r}; it cannot be negative")
+            raise ModelError(f"{where} is {value!r}; it cannot be negative")
         out[name] = np.array(numbers, np.int32 if name == "count" else np.float32)
     return out
 
@@ -167,7 +168,7 @@ def in_layout(
         hf: `config.json`, special tokens included.
 
     Raises:
-        ValueError: If the layout would read another token's score.
+        ModelError: If the layout would read another token's score.
     """
     hf = {name: value for name, value in hf.items() if name not in FIELDS}
     end = hf.get("eos_token_id")
@@ -194,7 +195,7 @@ def in_layout(
         buffers: dict[str, np.ndarray] = {}
     else:
         if score.pad_id is not None and score.pad_id in ends:
-            raise ValueError(
+            raise ModelError(
                 f"the score is read at the last token other than {score.pad_id}, padding and EOS alike, which the "
                 "beaver layout cannot say; save with layout='sequence_classification'"
             )

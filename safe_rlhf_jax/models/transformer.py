@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
+from safe_rlhf_jax.errors import ModelError
 from safe_rlhf_jax.models.attention import Attention, Context, KVCache, causal_mask, contexts, empty_cache
 from safe_rlhf_jax.models.config import ModelConfig, ScoreConfig
 from safe_rlhf_jax.models.layers import MLP, Linear, Norm, logical_param, matmul, softcap
@@ -114,14 +115,14 @@ class Decoder(nn.Module):
         (beyond its keys and values).
 
         Raises:
-            ValueError: If there are more columns than a table of learned positions has rows.
+            ModelError: If there are more columns than a table of learned positions has rows.
         """
         c = self.config
         real = None
         if visible.ndim == 2:
             real, visible = visible, causal_mask(visible)
         if c.positions == "learned" and visible.shape[-1] > c.max_positions:
-            raise ValueError(
+            raise ModelError(
                 f"{visible.shape[-1]} tokens are more than the model's {c.max_positions} learned positions"
             )
         x = self.embed(tokens, positions)
@@ -215,12 +216,12 @@ class CausalLM(nn.Module):
         """Reads left-padded prompts; returns the logits of the next token f32[B, V] and a cache of `length` columns.
 
         Raises:
-            ValueError: If the encoding of the first tokens would depend on how many follow.
+            ModelError: If the encoding of the first tokens would depend on how many follow.
         """
         c = self.config
         if c.fixed_length is not None and length > c.fixed_length:
             assert c.rope_scaling is not None
-            raise ValueError(
+            raise ModelError(
                 f"rope_scaling {c.rope_scaling.kind!r}: prompt and response have {length} tokens; beyond "
                 f"{c.fixed_length} earlier tokens are encoded by how many follow, which a cache cannot do. Make them "
                 "shorter."

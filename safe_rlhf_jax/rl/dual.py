@@ -27,6 +27,8 @@ from typing import Any
 
 import numpy as np
 
+from safe_rlhf_jax.errors import UserError
+
 Table = np.ndarray  # f[prompts, n]
 HALVINGS = 60
 
@@ -96,7 +98,7 @@ def solve_dual(
         max_multiplier: The bound.
 
     Raises:
-        ValueError: If no λ reaches the limit on these samples, with what can be reached.
+        UserError: If no λ reaches the limit on these samples, with what can be reached.
     """
     target: dict[str, Any] = {"kl_coeff": kl_coeff, "divided": divided}
 
@@ -111,7 +113,7 @@ def solve_dual(
         least = tilted_cost(-np.asarray(costs), costs, 0.0, **target)
         least = least if divided else float(np.min(costs, axis=1).mean())
         if least > cost_limit:
-            raise ValueError(
+            raise UserError(
                 f"cost_limit {cost_limit:.3f} is below what the samples of the reference reach with any multiplier "
                 f"({least:.3f}; their mean cost is {float(np.mean(costs)):.3f}). Raise cost_limit, or "
                 "responses_per_prompt" + (", or lower kl_coeff" if divided else "")

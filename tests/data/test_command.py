@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from safe_rlhf_jax.data import demo
-from safe_rlhf_jax.data.__main__ import main
+from safe_rlhf_jax.inspect_data import main
 from tests.tokenizers import make_tokenizer
 
 MINI = Path(__file__).parent.parent / "configs" / "mini.yaml"

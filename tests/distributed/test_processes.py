@@ -21,13 +21,15 @@ from tests.distributed.conftest import ROOT
 
 TRAIN = "-m", "safe_rlhf_jax.train", "--config", ROOT / "tests" / "configs" / "rl.yaml"
 JOIN = """
+import logging
 import jax
-from safe_rlhf_jax import processes
+from safe_rlhf_jax import log, processes
 from safe_rlhf_jax.sharding import make_mesh, process_share
+log.show()
 processes.start()
 index = jax.process_index()
 answers = [bool(processes.any_process(flag)) for flag in (False, index == 1, True)]
-print("heard of", jax.process_count(), answers)
+logging.getLogger("safe_rlhf_jax.test").info(f"heard of {jax.process_count()} {answers}")
 assert answers == [False, True, True]
 shares = {(4, 1, 1): (index, 2), (1, 2, 2): (index, 2), (2, 1, 2): (index, 2), (1, 1, 4): (0, 1)}
 assert {mesh: process_share(make_mesh(mesh)) for mesh in shares} == shares

@@ -15,6 +15,7 @@ from safe_rlhf_jax.data.demo import world
 from safe_rlhf_jax.data.demo.oracle import harm, helpfulness
 from safe_rlhf_jax.data.demo.responses import corruption, demonstration
 from safe_rlhf_jax.data.demo.world import Kind, Prompt
+from safe_rlhf_jax.errors import DataError
 
 # With these scales and this rate, annotators agree with the oracles as `annotator_accuracy` measures: about 85 % on
 # helpfulness, 98 % on safe or unsafe.
@@ -86,7 +87,7 @@ def sft(split: str) -> list[SupervisedRecord]:
         Records of two messages, user and assistant.
 
     Raises:
-        ValueError: If the split is neither.
+        DataError: If the split is neither.
     """
     _check_split(split)
     rng = random.Random(f"sft/{split}")
@@ -115,7 +116,7 @@ def preference(split: str) -> list[PreferenceRecord]:
         never the safer one of a response labelled safe.
 
     Raises:
-        ValueError: If the split is neither.
+        DataError: If the split is neither.
     """
     _check_split(split)
     rng = random.Random(f"preference/{split}")
@@ -171,7 +172,7 @@ def annotator_accuracy(records: list[PreferenceRecord]) -> dict[str, float]:
 
 def _check_split(split: str) -> None:
     if split not in ("train", "test"):
-        raise ValueError(f"split {split!r} is not one of 'train', 'test'")
+        raise DataError(f"split {split!r} is not one of 'train', 'test'")
 
 
 def _endless(pool: list[Prompt], rng: random.Random) -> Iterator[Prompt]:

@@ -13,6 +13,8 @@ import random
 from dataclasses import dataclass
 from typing import Literal
 
+from safe_rlhf_jax.errors import DataError
+
 Kind = Literal["risky", "benign", "sensitive"]
 
 MAX_PROMPT_TOKENS = 16  # the newline that ends the prompt included
@@ -223,10 +225,10 @@ def build_prompts(split: str) -> list[Prompt]:
         About 50 % risky, 35 % benign and 15 % sensitive prompts; `redteam` is all risky.
 
     Raises:
-        ValueError: If the split is none of the three.
+        DataError: If the split is none of the three.
     """
     if split not in ("train", "test", "redteam"):
-        raise ValueError(f"split {split!r} is not one of 'train', 'test', 'redteam'")
+        raise DataError(f"split {split!r} is not one of 'train', 'test', 'redteam'")
     rng = random.Random(f"prompts/{split}")
     prompts: list[Prompt] = []
     if split == "redteam":

@@ -1,5 +1,6 @@
 """Model families: the table of the Hugging Face `model_type`s that the decoder implements."""
 
+from safe_rlhf_jax.errors import ModelError
 from safe_rlhf_jax.models.families import gemma, gpt, llama
 from safe_rlhf_jax.models.families.record import Family
 
@@ -28,8 +29,8 @@ def family(model_type: str) -> Family:
     """Returns the family of a `model_type`.
 
     Raises:
-        ValueError: If there is none, naming those there are.
+        ModelError: If there is none, naming those there are.
     """
     if model_type not in FAMILIES:
-        raise ValueError(f"config.json: model_type {model_type!r} is not supported; supported: {sorted(FAMILIES)}")
+        raise ModelError(f"config.json: model_type {model_type!r} is not supported; supported: {sorted(FAMILIES)}")
     return FAMILIES[model_type]

@@ -5,6 +5,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from safe_rlhf_jax.errors import ModelError
 from safe_rlhf_jax.models.config import ModelConfig
 from safe_rlhf_jax.models.weights import Fusion, Path, Weight
 
@@ -47,20 +48,20 @@ class Fields:
     def __getitem__(self, name: str) -> Any:
         value = self.get(name)
         if value is None:
-            raise ValueError(f"config.json: field {self.spelling.get(name, name)!r} is missing")
+            raise ModelError(f"config.json: field {self.spelling.get(name, name)!r} is missing")
         return value
 
 
-def unsupported(field: str, value: Any, supported: Any) -> ValueError:
+def unsupported(field: str, value: Any, supported: Any) -> ModelError:
     """Returns the error for a value that is not implemented."""
-    return ValueError(f"config.json: {field} {value!r} is not supported; supported: {supported}")
+    return ModelError(f"config.json: {field} {value!r} is not supported; supported: {supported}")
 
 
 def completed(hf: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Returns a `config.json` as transformers reads it, with defaults and in its present spelling; and the defaults.
 
     Raises:
-        ValueError: If transformers refuses it.
+        ModelError: If transformers refuses it.
     """
     from transformers import CONFIG_MAPPING
 
@@ -68,7 +69,7 @@ def completed(hf: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     try:
         config = theirs.from_dict(copy.deepcopy(dict(hf)))  # a copy: nested fields are completed in place
     except Exception as error:  # of several unrelated classes
-        raise ValueError(f"config.json: {' '.join(str(error).split())}") from error
+        raise ModelError(f"config.json: {' '.join(str(error).split())}") from error
     return config.to_dict(), theirs().to_dict()
 
 
@@ -98,7 +99,7 @@ class Family:
         """Reads a `config.json`, in the spelling of any version of transformers.
 
         Raises:
-            ValueError: For a switch that is not implemented, naming the field.
+            ModelError: For a switch that is not implemented, naming the field.
         """
         for name in {*SIZES, *(str(self.spelling.get(name)) for name in SIZES)}:
             if isinstance(size := hf.get(name), int) and size < 1:

@@ -1,0 +1,81 @@
+"""Command line: `safe-rlhf-jax train|data|chat|compile`, and what the command lines have in common."""
+
+import argparse
+import importlib
+import os
+import pathlib
+import sys
+from collections.abc import Callable, Sequence
+
+from safe_rlhf_jax import log
+from safe_rlhf_jax.errors import UserError
+
+SCRIPT = "safe-rlhf-jax"
+# Command: the module whose `main` it is, and what it does.
+COMMANDS = {
+    "train": ("train", "run the stages of a config in order"),
+    "data": ("inspect_data", "show what the stages of a config, or one stage, would read"),
+    "chat": ("chat", "talk to one policy, or to two side by side"),
+    "compile": ("compile", "say what a run needs on devices that need not be here"),
+}
+CONFIG_HELP = "a YAML file, or the name of a config that comes with the package, such as quickstart"
+# What libraries would say between our lines, or ask for: no PyTorch is needed, tokenizers work in one process.
+LIBRARIES = {"TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error"}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Hands on to a command; returns its exit status."""
+    from safe_rlhf_jax import __version__
+
+    parser = argparse.ArgumentParser(
+        prog=SCRIPT,
+        description="Safe RLHF on JAX: maximise reward subject to a constraint on expected cost.",
+        epilog="Commands:\n"
+        + "".join(f"  {command:<9} {does}\n" for command, (_, does) in COMMANDS.items())
+        + f"\n'{SCRIPT} COMMAND --help' lists the options of one.\nExample: {SCRIPT} train --config quickstart",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"{SCRIPT} {__version__}")
+    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help=f"one of {', '.join(COMMANDS)}")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="…", help="of the command")
+    options = parser.parse_args(arguments)
+    module, _ = COMMANDS[options.command]
+    status: int = importlib.import_module(f"safe_rlhf_jax.{module}").main(options.arguments)
+    return status
+
+
+def prog(command: str) -> str:
+    """Returns how a command was called, for its usage."""
+    called = pathlib.Path(sys.argv[0]).name == SCRIPT
+    return f"{SCRIPT} {command}" if called else f"python -m safe_rlhf_jax.{command}"
+
+
+def exit_status(work: Callable[[], int]) -> int:
+    """Returns the exit status of a command: its own, or 1 after an error that its user can act on, told in one line.
+
+    Any other error leaves its traceback.
+    """
+    log.show()
+    for name, value in LIBRARIES.items():
+        os.environ.setdefault(name, value)
+    try:
+        return work()
+    except (UserError, OSError) as error:
+        if not is_told(error):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+def is_told(error: BaseException) -> bool:
+    """Says whether the message of an error is enough for a user, who then needs no traceback.
+
+    That is so for an intended error, and for one of the system that names a file, or has words and no number.
+    """
+    if isinstance(error, OSError):
+        return error.filename is not None or error.errno is None
+    return isinstance(error, UserError)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
