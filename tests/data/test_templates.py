@@ -331,7 +331,9 @@ def test_prompt_of_several_responses_is_rendered_once_unless_it_holds_more_than_
         rendered_prompts.clear()
         for turn, answer in zip(prompts, ("use salt", "use flour"), strict=True):
             turns = [turn, {"role": "assistant", "content": answer}]
-            ids = encode(turns, template, tokenizer).ids[:-1]
+            text = encode(turns, template, tokenizer)
+            ids = text.ids[:-1]
+            assert not text.apart
             assert ids == rendered(tokenizer, turns, chat_template=template.source)[: len(ids)]
         assert len(rendered_prompts) == times
 
