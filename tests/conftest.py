@@ -26,6 +26,8 @@ import pytest
 from flax import struct
 from jaxtyping import install_import_hook
 
+from tests import moments
+
 PACKAGE = Path(__file__).parent.parent / "safe_rlhf_jax"
 UNHOOKED = tuple(f"safe_rlhf_jax.{name}" for name in ("types", "metrics", "train", "data.demo"))
 
@@ -86,7 +88,9 @@ def train_process():
     def run(*overrides, config=MINI, prelude="", timeout=300):
         code = f"{prelude}\nimport sys\nfrom safe_rlhf_jax.train import main\nsys.exit(main())"
         command = [sys.executable, "-c", code, "--config", str(config), *overrides]
-        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
+        return moments.checked(
+            subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
+        )
 
     return run
 

@@ -15,9 +15,9 @@ from safe_rlhf_jax.data.tokenizer import load_tokenizer
 from safe_rlhf_jax.models import hf
 from safe_rlhf_jax.models.config import ScoreConfig
 from safe_rlhf_jax.stages import Run, check_run, reinforcement
-from safe_rlhf_jax.stages.check import check_model, check_stored
+from safe_rlhf_jax.stages.check import check_model, check_same_architecture, check_stored
 from safe_rlhf_jax.stages.common import model_config, open_model
-from tests.helpers import make_lm, make_scorer, tiny_config
+from tests.helpers import make_lm, make_scorer, stage_of, tiny_config
 from tests.tokenizers import make_tokenizer
 
 MINI = Path(__file__).parent / "configs" / "mini.yaml"
@@ -180,7 +180,7 @@ def test_a_policy_whose_encoding_changes_on_the_way_is_refused_before_it_generat
     with pytest.raises(cfg.ConfigError, match=r"init_from .*long' has 8 positions, beyond which .* cannot generate"):
         checked(stored, tmp_path, f"stages.ppo_lag.init_from=path:{folder}")
     run = Run(cfg.load_config(MINI, [f"workdir={tmp_path}"]))
-    check_model(run, run.config.stages[0], "init_from", f"path:{folder}")  # reading a text needs no cache
+    check_model(run, stage_of(run.config, "sft"), "init_from", f"path:{folder}")  # reading a text needs no cache
 
 
 def test_a_model_that_is_only_called_tied_differs_in_architecture_from_one_that_is(stored, tmp_path):
@@ -191,6 +191,18 @@ def test_a_model_that_is_only_called_tied_differs_in_architecture_from_one_that_
     head = lambda t: t | {"lm_head.weight": t["model.embed_tokens.weight"] + 1.0}  # noqa: E731
     with pytest.warns(UserWarning, match="differs"):
         assert not model_config(run, f"path:{edited(folder, tmp_path / 'other', head)}").tie_embeddings
+
+
+def test_settings_of_execution_are_no_part_of_an_architecture(tmp_path):
+    """A new network has those of the run, one from a folder the defaults."""
+    config = model_config(Run(cfg.load_config(MINI, [f"workdir={tmp_path}"])), "preset:tiny")
+    folder = hf.save(tmp_path / "policy", *make_lm(config))
+    execution = {"dtype": "bfloat16", "remat": "full", "scan_layers": True, "gather_to_decode": True}
+    assert execution.keys() == cfg.Execution.model_fields.keys()
+    for setting in ({}, *({name: value} for name, value in execution.items())):
+        overrides = [f"execution={json.dumps(setting)}", f"stages.evaluate.policies=[sft, 'path:{folder}']"]
+        run = Run(cfg.load_config(MINI, [f"workdir={tmp_path}", *overrides]))
+        check_same_architecture(run, stage_of(run.config, "evaluate"))
 
 
 @pytest.mark.parametrize("kind", ["reward", "cost"])
