@@ -55,7 +55,8 @@ def run(tmp_path):
     """Makes a run of stages; those that it needs are filled in."""
 
     def make(*stages, **options):
-        pairs_ = {"init_from": "preset:tiny", "data": {"name": "demo/preference", "limit": 64}, "max_length": 48}
+        data = {"name": "demo/preference", "split": "test", "limit": 64}
+        pairs_ = {"init_from": "preset:tiny", "data": data, "max_length": 48}
         models = {"reward_model": "reward", "cost_model": "cost", **LENGTHS}
         sampling = {"init_from": "preset:tiny", "prompts": {"name": "demo/prompts", "limit": 64}} | models
         common = {
@@ -295,7 +296,8 @@ def test_prompts_that_are_trained_on_and_measured_are_counted_whatever_their_fil
     assert "20 of 40 records (50%)" in said
     (said,) = overlap(run, cost | {"data": {"name": "a.jsonl", "limit": 10}, "eval_data": {"name": "a.jsonl"}})
     assert "10 of 40 records (25%)" in said
-    mixture = [{"name": "demo/preference", "limit": 50}, {"name": "a.jsonl", "limit": 30, "unique": "prompt"}]
+    world = {"name": "demo/preference", "split": "test", "limit": 50}
+    mixture = [world, {"name": "a.jsonl", "limit": 30, "unique": "prompt"}]
     (said,) = overlap(run, cost | {"data": mixture, "eval_data": {"name": "b.jsonl"}})
     assert "30 of 40 records (75%)" in said
 
@@ -313,7 +315,8 @@ def test_evaluation_on_prompts_that_a_stage_before_was_trained_on_is_said_with_t
     rl = {"kind": "rl", "prompts": {"name": name, "test_share": 0.1}}
     test = {"name": name, "test_share": 0.3, "split": "test"}
     policy = {"kind": "evaluate", "policies": ["rl"], "prompts": [{"name": "demo/prompts", "split": "test"}, test]}
-    made = run(REWARD, COST, rl, policy)
+    scored = {"data": {"name": jsonl(tmp_path / "b.jsonl", pairs(range(200, 240)))}}
+    made = run(REWARD | scored, COST | scored, rl, policy)
     (said,) = [text for text in warnings(made) if "trained on is measured" in text]
     trained, measured = made.records(cfg.Data(**rl["prompts"])), made.records(cfg.Data(**test))
     shared = len({record["prompt"] for record in trained} & {record["prompt"] for record in measured})
@@ -412,11 +415,11 @@ def test_data_that_is_too_small_is_said_with_what_it_means(run, stages, said):
     assert any(all(part in text for part in said) for text in found), found
 
 
-def test_data_that_is_large_enough_is_passed_without_a_word(run):
-    enough = {"eval_data": {"name": "demo/preference", "split": "test", "limit": 500}}
-    demo = {"data": {"name": "demo/preference", "limit": 500}}
+def test_data_that_is_large_enough_is_passed_without_a_word(run, tmp_path):
+    enough = {"data": {"name": jsonl(tmp_path / "train.jsonl", pairs(range(500)))}}
+    enough |= {"eval_data": {"name": jsonl(tmp_path / "test.jsonl", pairs(range(500, 1000)))}}
     rl = {"kind": "rl", "eval_prompts": {"name": "demo/prompts", "split": "test"}}
-    assert warnings(run({"kind": "sft"}, REWARD | demo | enough, COST | demo | enough, rl)) == []
+    assert warnings(run({"kind": "sft"}, REWARD | enough, COST | enough, rl)) == []
 
 
 @pytest.mark.parametrize(
