@@ -1,5 +1,6 @@
-"""Small networks and random batches."""
+"""Small networks and random batches, and what is looked at in many tests."""
 
+import contextlib
 import functools
 
 import jax
@@ -51,6 +52,27 @@ def make_scorer(score_type, config, seed=0, **score):
 def apply(module, variables, *args, method=None):
     """`module.apply`, compiled: op by op it takes longer."""
     return module.apply(variables, *args, method=method)
+
+
+@contextlib.contextmanager
+def compilations():
+    """Collects the seconds of every compilation within the block; a program from the cache on disk is one as well."""
+    found = []
+
+    def listen(event, seconds, **_):
+        if event == "/jax/core/compile/backend_compile_duration":
+            found.append(seconds)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield found
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def stage_of(config, name):
+    """The stage of a run's config with a name."""
+    return next(stage for stage in config.stages if stage.name == name)
 
 
 def random_lengths(rng, batch, length):

@@ -17,7 +17,7 @@ LEVELS = (
     {"models"},
     {"optim", "inference", *(f"aot.{name}" for name in READINGS)},
     {"objectives", "rl", "evaluation", "data"},
-    {"checkpoint", "loop", "config", "pipeline"},
+    {"checkpoint", "loop", "config", "pipeline", "testing"},
     {"stages"},
     {"aot"},
     {"cli", "train", "compile", "chat", "inspect_data", "data.__main__"},

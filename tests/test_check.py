@@ -14,9 +14,9 @@ from safe_rlhf_jax.data.tokenizer import load_tokenizer
 from safe_rlhf_jax.models import hf
 from safe_rlhf_jax.models.config import ScoreConfig
 from safe_rlhf_jax.stages import Run, check_run
-from safe_rlhf_jax.stages.check import check_model, check_stored
+from safe_rlhf_jax.stages.check import check_model, check_same_architecture, check_stored
 from safe_rlhf_jax.stages.datasets import load_data
-from tests.helpers import make_lm, make_scorer, tiny_config
+from tests.helpers import make_lm, make_scorer, stage_of, tiny_config
 from tests.tokenizers import make_tokenizer
 
 MINI = Path(__file__).parent / "configs" / "mini.yaml"
@@ -182,7 +182,7 @@ def test_a_policy_whose_encoding_changes_on_the_way_is_refused_before_it_generat
         checked(stored, tmp_path, f"stages.ppo_lag.init_from=path:{folder}")
     run = Run(cfg.load_config(MINI, [f"workdir={tmp_path}"]))
     use = cfg.ModelUse(f"path:{folder}")
-    check_model(run, run.config.stages[0], "init_from", use)  # reading a text needs no cache
+    check_model(run, stage_of(run.config, "sft"), "init_from", use)  # reading a text needs no cache
 
 
 def test_a_model_that_is_only_called_tied_differs_in_architecture_from_one_that_is(stored, tmp_path):
@@ -193,6 +193,18 @@ def test_a_model_that_is_only_called_tied_differs_in_architecture_from_one_that_
     head = lambda t: t | {"lm_head.weight": t["model.embed_tokens.weight"] + 1.0}  # noqa: E731
     with pytest.warns(UserWarning, match="differs"):
         assert not run.networks.config(f"path:{edited(folder, tmp_path / 'other', head)}").tie_embeddings
+
+
+def test_settings_of_execution_are_no_part_of_an_architecture(tmp_path):
+    """A new network has those of the run, one from a folder the defaults."""
+    config = Run(cfg.load_config(MINI, [f"workdir={tmp_path}"])).networks.config("preset:tiny")
+    folder = hf.save(tmp_path / "policy", *make_lm(config))
+    execution = {"dtype": "bfloat16", "remat": "full", "scan_layers": True, "gather_to_decode": True}
+    assert execution.keys() == cfg.Execution.model_fields.keys()
+    for setting in ({}, *({name: value} for name, value in execution.items())):
+        overrides = [f"execution={json.dumps(setting)}", f"stages.evaluate.policies=[sft, 'path:{folder}']"]
+        run = Run(cfg.load_config(MINI, [f"workdir={tmp_path}", *overrides]))
+        check_same_architecture(run, stage_of(run.config, "evaluate"))
 
 
 @pytest.mark.parametrize("kind", ["reward", "cost"])

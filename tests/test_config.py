@@ -8,6 +8,7 @@ import yaml
 
 from safe_rlhf_jax import config as cfg
 from safe_rlhf_jax import train
+from tests.helpers import stage_of
 
 MINI = Path(__file__).parent / "configs" / "mini.yaml"
 ROOT = Path(__file__).parent.parent
@@ -78,7 +79,7 @@ def test_sampling_that_trains_on_another_distribution_is_refused_with_the_reason
 
 def test_evaluation_may_sample_as_it_likes():
     config = cfg.load_config(MINI, ["stages.evaluate.top_k=5", "stages.evaluate.temperature=0"])
-    assert config.stages[4].top_k == 5
+    assert stage_of(config, "evaluate").top_k == 5
 
 
 @pytest.mark.parametrize(
@@ -279,7 +280,7 @@ def test_overrides_reach_stages_by_index_and_by_name():
 
 def test_dumped_config_loads_as_the_run_up_to_its_stage(tmp_path):
     config = cfg.load_config(MINI)
-    (tmp_path / "config.yaml").write_text(cfg.dump(config, config.stages[3]))
+    (tmp_path / "config.yaml").write_text(cfg.dump(config, stage_of(config, "ppo_lag")))
     again = cfg.load_config(tmp_path / "config.yaml")
     assert again.stages == config.stages[:4]
     assert again.execution == config.execution

@@ -5,7 +5,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -86,9 +85,7 @@ def test_local_hands_termination_on(tmp_path):
     )
     assert {process.stdout.readline(), process.stdout.readline()} == {"[0] ready\n", "[1] ready\n"}
     process.send_signal(signal.SIGTERM)
-    started = time.monotonic()
     assert process.wait(timeout=60) == 143
-    assert time.monotonic() - started < 30
 
 
 def test_tpu_slice_is_created_installed_on_and_run_on_all_hosts_and_deleted_on_request():

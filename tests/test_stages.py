@@ -11,6 +11,7 @@ from safe_rlhf_jax.rl.algorithms import ALGORITHMS
 from safe_rlhf_jax.sharding import replicated
 from safe_rlhf_jax.stages import Run, reinforcement, unused
 from safe_rlhf_jax.stages.datasets import load_data
+from tests.helpers import compilations, stage_of
 
 MINI = Path(__file__).parent / "configs" / "mini.yaml"
 
@@ -52,7 +53,7 @@ def test_folder_is_moved_to_a_name_that_is_free(tmp_path):
 def test_second_step_does_not_recompile_and_nothing_is_transferred(mini_run, fuse):
     overrides = [f"workdir={mini_run[0]}", f"stages.ppo_lag.fuse={fuse}"]
     run = Run(cfg.load_config(MINI, overrides))
-    stage = run.config.stages[3]
+    stage = stage_of(run.config, "ppo_lag")
     prompts = load_data(run, stage, "prompts")
     batch = reinforcement.prompt_batches(run, stage, prompts, 0)
     with jax.set_mesh(run.mesh):
@@ -63,18 +64,10 @@ def test_second_step_does_not_recompile_and_nothing_is_transferred(mini_run, fus
         batches, keys = [batch(i) for i in range(3)], jax.random.split(jax.random.key(0), 3)
         keys = [jax.device_put(key, replicated(run.mesh)) for key in keys]
         state, _ = step(state, frozen, batches[0], keys[0])
-        with jax.log_compiles(False), pytest.MonkeyPatch.context() as patch:
-            compilations = []
-            original = jax._src.compiler.compile_or_get_cached
-            patch.setattr(
-                jax._src.compiler,
-                "compile_or_get_cached",
-                lambda *a, **k: compilations.append(a[1]) or original(*a, **k),
-            )
-            with jax.transfer_guard("disallow"):
-                for i in (1, 2):
-                    state, _ = step(state, frozen, batches[i], keys[i])
-        assert not compilations
+        with compilations() as found, jax.transfer_guard("disallow"):
+            for i in (1, 2):
+                state, _ = step(state, frozen, batches[i], keys[i])
+        assert not found
     assert int(state.step) == 3
 
 

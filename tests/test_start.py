@@ -18,6 +18,7 @@ from safe_rlhf_jax.stages.held_out import warn_of_overlap
 from safe_rlhf_jax.stages.kinds import idle_settings, kind_of
 from safe_rlhf_jax.stages.metric_names import training_metrics
 from safe_rlhf_jax.stages.room import check_room
+from tests.helpers import stage_of
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted([*ROOT.glob("configs/**/*.yaml"), *ROOT.glob("tests/configs/*.yaml")])
@@ -54,7 +55,8 @@ def run(tmp_path):
     """Makes a run of stages; those that it needs are filled in."""
 
     def make(*stages, **options):
-        pairs_ = {"init_from": "preset:tiny", "data": {"name": "demo/preference", "limit": 64}, "max_length": 48}
+        data = {"name": "demo/preference", "split": "test", "limit": 64}
+        pairs_ = {"init_from": "preset:tiny", "data": data, "max_length": 48}
         models = {"reward_model": "reward", "cost_model": "cost", **LENGTHS}
         sampling = {"init_from": "preset:tiny", "prompts": {"name": "demo/prompts", "limit": 64}} | models
         common = {
@@ -88,7 +90,7 @@ def test_fixed_limit_is_held_against_single_answers_that_the_cost_model_is_evalu
     limit = {"algorithm": {"lagrange": {"cost_limit": 5.0}}}
     made = run(REWARD, {"kind": "cost", "data": data, "eval_data": data}, {"kind": "rl", **limit})
     check_run(made)
-    pairs_ = labelled_data(made, made.config.stages[2], "cost")
+    pairs_ = labelled_data(made, stage_of(made.config, "rl"), "cost")
     assert len(pairs_) == 40
     assert pairs_.arrays.safer_is_safe.all()
     assert not pairs_.arrays.unsafer_is_safe.any()
@@ -101,7 +103,7 @@ def test_fixed_limit_is_not_checked_where_responses_have_one_label_and_the_run_s
     held_out = {"name": jsonl(tmp_path / "test.jsonl", alike)}
     stage = {"kind": "rl", "algorithm": {"lagrange": {"cost_limit": 5.0}}}
     made = run(REWARD, {"kind": "cost", "eval_data": held_out}, stage)
-    assert cost_limits(made, made.config.stages[2], "cost") == ((5.0,), "as configured")
+    assert cost_limits(made, stage_of(made.config, "rl"), "cost") == ((5.0,), "as configured")
     (said,) = made.warnings["rl"]
     assert "whether algorithm.lagrange.cost_limit can be reached is not checked" in said
     assert said.endswith(f"eval_data of cost has only {'safe' if label else 'unsafe'} ones")
@@ -114,7 +116,7 @@ def test_limit_is_calibrated_on_single_answers(run, tmp_path, monkeypatch):
     check_run(made)
     scores = lambda run, stage, signal, data: {"safe": [-1.0] * len(data), "unsafe": [2.0] * len(data)}  # noqa: E731
     monkeypatch.setattr("safe_rlhf_jax.stages.constraints.labelled_costs", scores)
-    (limits, source) = cost_limits(made, made.config.stages[2], "cost")
+    (limits, source) = cost_limits(made, stage_of(made.config, "rl"), "cost")
     assert limits == (0.5,)
     assert "mean cost of 40 responses labelled safe" in source
 
@@ -136,7 +138,7 @@ def test_fixed_limit_is_held_against_a_mixture_read_as_the_cost_model_reads_it(r
     limit = {"algorithm": {"lagrange": {"cost_limit": 5.0}}, "max_prompt_length": 16, "max_response_length": 8}
     made = run(REWARD, {"kind": "cost", "data": data, "eval_data": data, "max_length": 256}, {"kind": "rl", **limit})
     check_run(made)
-    assert len(labelled_data(made, made.config.stages[2], "cost")) == 40
+    assert len(labelled_data(made, stage_of(made.config, "rl"), "cost")) == 40
 
 
 # --- Groups
@@ -227,9 +229,9 @@ def test_config_that_a_stage_leaves_loads_as_it_was_and_has_no_setting_that_does
 def test_config_of_every_algorithm_loads_again(run, tmp_path, name):
     paired = {"responses_per_prompt": 2, "cost_model": "cost"} if ALGORITHMS[name].baseline else {}
     config = run(REWARD, COST, {"kind": "rl", "algorithm": {"name": name}} | paired).config
-    (tmp_path / "again.yaml").write_text(cfg.dump(config, config.stages[2], idle_settings))
-    again = cfg.load_config(tmp_path / "again.yaml").stages[2]
-    assert again == config.stages[2]
+    stage = stage_of(config, "rl")
+    (tmp_path / "again.yaml").write_text(cfg.dump(config, stage, idle_settings))
+    assert stage_of(cfg.load_config(tmp_path / "again.yaml"), "rl") == stage
     assert ("lagrange" in (tmp_path / "again.yaml").read_text()) == ALGORITHMS[name].constrained
 
 
@@ -294,7 +296,8 @@ def test_prompts_that_are_trained_on_and_measured_are_counted_whatever_their_fil
     assert "20 of 40 records (50%)" in said
     (said,) = overlap(run, cost | {"data": {"name": "a.jsonl", "limit": 10}, "eval_data": {"name": "a.jsonl"}})
     assert "10 of 40 records (25%)" in said
-    mixture = [{"name": "demo/preference", "limit": 50}, {"name": "a.jsonl", "limit": 30, "unique": "prompt"}]
+    world = {"name": "demo/preference", "split": "test", "limit": 50}
+    mixture = [world, {"name": "a.jsonl", "limit": 30, "unique": "prompt"}]
     (said,) = overlap(run, cost | {"data": mixture, "eval_data": {"name": "b.jsonl"}})
     assert "30 of 40 records (75%)" in said
 
@@ -312,7 +315,8 @@ def test_evaluation_on_prompts_that_a_stage_before_was_trained_on_is_said_with_t
     rl = {"kind": "rl", "prompts": {"name": name, "test_share": 0.1}}
     test = {"name": name, "test_share": 0.3, "split": "test"}
     policy = {"kind": "evaluate", "policies": ["rl"], "prompts": [{"name": "demo/prompts", "split": "test"}, test]}
-    made = run(REWARD, COST, rl, policy)
+    scored = {"data": {"name": jsonl(tmp_path / "b.jsonl", pairs(range(200, 240)))}}
+    made = run(REWARD | scored, COST | scored, rl, policy)
     (said,) = [text for text in warnings(made) if "trained on is measured" in text]
     trained, measured = made.records(cfg.Data(**rl["prompts"])), made.records(cfg.Data(**test))
     shared = len({record["prompt"] for record in trained} & {record["prompt"] for record in measured})
@@ -411,11 +415,11 @@ def test_data_that_is_too_small_is_said_with_what_it_means(run, stages, said):
     assert any(all(part in text for part in said) for text in found), found
 
 
-def test_data_that_is_large_enough_is_passed_without_a_word(run):
-    enough = {"eval_data": {"name": "demo/preference", "split": "test", "limit": 500}}
-    demo = {"data": {"name": "demo/preference", "limit": 500}}
+def test_data_that_is_large_enough_is_passed_without_a_word(run, tmp_path):
+    enough = {"data": {"name": jsonl(tmp_path / "train.jsonl", pairs(range(500)))}}
+    enough |= {"eval_data": {"name": jsonl(tmp_path / "test.jsonl", pairs(range(500, 1000)))}}
     rl = {"kind": "rl", "eval_prompts": {"name": "demo/prompts", "split": "test"}}
-    assert warnings(run({"kind": "sft"}, REWARD | demo | enough, COST | demo | enough, rl)) == []
+    assert warnings(run({"kind": "sft"}, REWARD | enough, COST | enough, rl)) == []
 
 
 @pytest.mark.parametrize(
@@ -556,7 +560,7 @@ def measured(folder, prefix):
 
 def test_names_known_before_training_are_those_of_a_run(mini_run):
     made = Run(cfg.load_config(ROOT / "tests" / "configs" / "mini.yaml", [f"workdir={mini_run[0]}"]))
-    for stage in made.config.stages[:4]:
+    for stage in (stage_of(made.config, name) for name in ("sft", "reward", "cost", "ppo_lag")):
         loaded = {"prompts": load_data(made, stage, "prompts")} if stage.kind == "rl" else {}
         training = kind_of(stage).training
         assert training_metrics(made, stage, training, loaded) == measured(mini_run[0] / stage.name, "train/")

@@ -4,7 +4,6 @@ import json
 import shutil
 import subprocess
 import sys
-import time
 
 import jax
 import jax.numpy as jnp
@@ -35,9 +34,7 @@ def test_help_starts_neither_jax_nor_anything_slow():
         "try:\n    train.main(['--help'])\nexcept SystemExit as stop:\n    assert stop.code == 0\n"
         "assert not {'jax', 'transformers', 'pydantic'} & set(sys.modules)"
     )
-    started = time.monotonic()
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert time.monotonic() - started < 5
     assert "--config FILE" in process.stdout
     assert "dotted.key=value" in process.stdout
 

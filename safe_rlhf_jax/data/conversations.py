@@ -65,8 +65,8 @@ def encode(messages: list[Any], template: Template, tokenizer: Tokenizer, *, tra
         text = written(messages, template, tokenizer, train_all)
     except DataError as error:
         raise Unusable(str(error)) from error
-    unknown = next((i for i in text.ids if tokenizer.rows is not None and i >= tokenizer.rows), None)
-    if unknown is not None:
+    if tokenizer.rows is not None and max(text.ids, default=0) >= tokenizer.rows:
+        unknown = next(i for i in text.ids if i >= tokenizer.rows)
         raise Unusable(f"token {tokenizer.quoted([unknown])}, for which a model has no row")
     return text
 
@@ -79,8 +79,8 @@ def written(messages: list[Any], template: Template, tokenizer: Tokenizer, train
     places = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     places = places if train_all else places[-1:]
     ids = template.ids(tokenizer, messages, False)
-    asked = [template.ids(tokenizer, messages[:i], True) for i in places]
-    apart = any(common(prompt, ids) < len(prompt) for prompt in asked)
+    asked = [template.asked_ids(tokenizer, messages[:i]) for i in places]
+    apart = any(ids[: len(prompt)] != prompt for prompt in asked)
     if apart:
         ids, spans = tokenised_apart(messages, places, template, tokenizer)
     else:

@@ -19,6 +19,7 @@ from safe_rlhf_jax.data.tokenizer import Tokenizer
 from safe_rlhf_jax.errors import DataError
 
 DATE = "2024-07-26"  # what Llama 3.1's template writes where it is told no date
+REMEMBERED = 4096  # prompts whose tokens are kept
 PROBE: list[Message] = [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hello!"}]
 
 
@@ -59,6 +60,16 @@ class Template:
         opening = [] if self.opens else list(tokenizer.prefix)
         return opening + encoder(tokenizer, marked=given != list(turns))(self.render(tokenizer, given, ask))
 
+    def asked_ids(self, tokenizer: Tokenizer, turns: Sequence[Message]) -> list[int]:
+        """Returns the ids of a prompt, remembered where turns are text only: both sides of a pair, and more, share it.
+
+        Raises:
+            ValueError: If the template refuses the turns.
+        """
+        if any(turn.keys() != {"role", "content"} for turn in turns):
+            return self.ids(tokenizer, turns, True)
+        return remembered_ids(self, tokenizer, tuple((turn["role"], turn["content"]) for turn in turns))
+
     def theirs(self, tokenizer: Tokenizer, turns: Sequence[Message], ask: bool) -> list[int]:
         """Returns the token ids that transformers itself makes of a conversation, control tokens and all."""
         ids: list[int] = tokenizer.hf.apply_chat_template(
@@ -90,6 +101,12 @@ class Template:
 def encoder(tokenizer: Tokenizer, *, marked: bool) -> Callable[[str], list[int]]:
     """Returns text -> token ids, of a text in which control tokens are marked or of one without."""
     return functools.partial(encode_marked_chat, tokenizer.hf) if marked else tokenizer.encode
+
+
+@functools.lru_cache(maxsize=REMEMBERED)
+def remembered_ids(template: Template, tokenizer: Tokenizer, turns: tuple[tuple[str, str], ...]) -> list[int]:
+    """Returns the token ids of (role, content) turns with the generation prompt. Nobody may change them."""
+    return template.ids(tokenizer, [{"role": role, "content": content} for role, content in turns], True)
 
 
 @functools.cache

@@ -25,6 +25,7 @@ from safe_rlhf_jax.stages.host_signals import open_scorers
 from safe_rlhf_jax.stages.reinforcement import build_networks, hyperparameters
 from safe_rlhf_jax.stages.rejection import build_fine_tuning
 from safe_rlhf_jax.stages.sampling import sampler_of
+from tests.helpers import stage_of
 
 ROOT = Path(__file__).parent.parent.parent
 MINI = Path(__file__).parent.parent / "configs" / "mini.yaml"
@@ -204,7 +205,7 @@ def described(tree):
 
 def test_the_program_of_shapes_is_the_program_of_training(mini):
     """Same text before XLA optimises it, so the same after."""
-    run, stage = Run(mini), mini.stages[0]
+    run, stage = Run(mini), stage_of(mini, "sft")
     with jax.set_mesh(run.mesh):
         (real,) = training_of(stage).programs(run, stage)
         (program,) = training_of(stage).programs(AbstractRun(mini, run.mesh), stage)
@@ -218,7 +219,8 @@ def test_the_program_of_shapes_is_the_program_of_training(mini):
 @pytest.mark.slow
 def test_abstract_networks_have_the_shapes_and_shardings_of_real_ones(mini):
     """Of an RL stage whose models all come from a preset."""
-    stage = mini.stages[3].model_copy(update=dict.fromkeys(("init_from", "reward_model", "cost_model"), "preset:tiny"))
+    models = dict.fromkeys(("init_from", "reward_model", "cost_model"), "preset:tiny")
+    stage = stage_of(mini, "ppo_lag").model_copy(update=models)
     real, abstract = Run(mini), AbstractRun(mini, make_mesh((1, 4, 2)))
     with jax.set_mesh(real.mesh):
         groups = ("benign", "risky", "sensitive")
@@ -227,7 +229,7 @@ def test_abstract_networks_have_the_shapes_and_shardings_of_real_ones(mini):
 
 
 def test_flops_of_an_update_are_three_forward_passes_and_four_with_full_rematerialisation(mini):
-    run, stage = AbstractRun(mini, make_mesh((1, 4, 2))), mini.stages[3]
+    run, stage = AbstractRun(mini, make_mesh((1, 4, 2))), stage_of(mini, "ppo_lag")
     assert step_flops(run, stage, recomputed=True) == step_flops(run, stage, recomputed=False)
     full = mini.model_copy(update={"execution": mini.execution.model_copy(update={"remat": "full"})})
     again = step_flops(AbstractRun(full, run.mesh), stage, recomputed=True)

@@ -59,12 +59,15 @@ def devices(request):
 
 @pytest.fixture(scope="module")
 def compile_for(devices):
-    """Compiles a stage on a mesh; `change` may replace the jitted function. One result per set of arguments."""
+    """Compiles a stage on a mesh; `change` may replace the jitted function. One result per set of arguments.
+
+    `tag` names what a test has replaced in the package.
+    """
     PRESETS["probe"] = PROBE
     done = {}
 
-    def build(stage="sft", mesh=(1, 4, 2), change=None, topology=None, dtype="bfloat16", **model):
-        key = stage, mesh, change, dtype, *model.items()
+    def build(stage="sft", mesh=(1, 4, 2), change=None, tag="", topology=None, dtype="bfloat16", **model):
+        key = stage, mesh, change, tag, topology, dtype, *model.items()
         if key not in done:
             PRESETS["probe"] = PROBE | model
             tree = {"workdir": "runs/probe", "assume": "probe", "stages": [STAGES[stage]]}
@@ -138,11 +141,7 @@ def test_logits_of_a_whole_batch_never_stand_in_memory(sound):
 
 def test_logits_that_are_not_chunked_would_be_seen(compile_for, monkeypatch):
     monkeypatch.setattr(ops, "LOGITS_CHUNK", 10**6)
-    assert logits_in_memory(compile_for(change=unchunked))
-
-
-def unchunked(function, mesh):
-    return function
+    assert logits_in_memory(compile_for(tag="unchunked"))
 
 
 def test_parameters_are_gathered_layer_by_layer(sound):
@@ -196,11 +195,7 @@ def test_over_a_square_torus_libtpu_all_reduces_what_is_to_be_scattered(devices)
 def test_gradients_that_the_compiler_reduces_as_it_likes_would_be_seen(compile_for, devices, monkeypatch):
     only_for_tpu(devices)
     monkeypatch.setattr(layers, "scattered", lambda x, names: x)
-    assert gradients_given_whole(compile_for(mesh=(1, 2, 8), topology="v5p:2x2x4", change=as_it_likes, **WIDE))
-
-
-def as_it_likes(function, mesh):
-    return function
+    assert gradients_given_whole(compile_for(mesh=(1, 2, 8), topology="v5p:2x2x4", tag="as it likes", **WIDE))
 
 
 def only_for_tpu(devices):
@@ -222,11 +217,7 @@ def test_gradients_summed_in_bfloat16_would_be_seen(compile_for, devices, monkey
     only_for_tpu(devices)
     rounded = lambda x, matrix, names, dtype: jnp.matmul(x, matrix.astype(x.dtype))  # noqa: E731
     monkeypatch.setattr(layers, "matmul", rounded)
-    assert properties.summed_in(compile_for(change=in_bfloat16).collectives, "bf16", ("data", "fsdp"), WIDTH)
-
-
-def in_bfloat16(function, mesh):
-    return function
+    assert properties.summed_in(compile_for(tag="in bfloat16").collectives, "bf16", ("data", "fsdp"), WIDTH)
 
 
 @pytest.mark.tpu
@@ -239,11 +230,7 @@ def test_products_of_a_float32_network_are_whole_on_a_tpu(compile_for, devices):
 def test_products_of_float32_that_a_tpu_rounds_would_be_seen(compile_for, devices, monkeypatch):
     only_for_tpu(devices)
     monkeypatch.setattr(layers, "precision_of", lambda x: None)
-    assert properties.rounded_products(compile_for(dtype="float32", change=as_the_backend_likes).module)
-
-
-def as_the_backend_likes(function, mesh):
-    return function
+    assert properties.rounded_products(compile_for(dtype="float32", tag="as the backend likes").module)
 
 
 def test_no_collective_has_the_whole_vocabulary(sound):
@@ -252,11 +239,7 @@ def test_no_collective_has_the_whole_vocabulary(sound):
 
 def test_a_collective_with_the_whole_vocabulary_would_be_seen(compile_for, monkeypatch):
     monkeypatch.setitem(sharding.LOGICAL_RULES, "vocab", None)
-    assert properties.with_dimension(compile_for(change=whole_vocabulary).collectives, VOCAB)
-
-
-def whole_vocabulary(function, mesh):
-    return function
+    assert properties.with_dimension(compile_for(tag="whole vocabulary").collectives, VOCAB)
 
 
 def test_the_state_is_donated(sound):

@@ -312,6 +312,32 @@ def test_prompt_and_response_are_tokenised_as_generation_sees_them(tokenizer, te
     check()
 
 
+def test_prompt_of_several_responses_is_rendered_once_unless_it_holds_more_than_text(tokenizer, tmp_path, monkeypatch):
+    (tmp_path / "named.jinja").write_text(
+        "{% for m in messages %}{{ (m.name or m.role) + ': ' + m.content }}"
+        "{{ eos_token if m.role == 'assistant' else '\\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+    )
+    template = load_template(str(tmp_path / "named.jinja"), tokenizer)
+    rendered_prompts, render = [], type(template).render
+
+    def seen(self, tokenizer, turns, ask):
+        rendered_prompts.extend([list(turns)] if ask and "bread" in turns[0]["content"] else [])
+        return render(self, tokenizer, turns, ask)
+
+    monkeypatch.setattr(type(template), "render", seen)
+    plain = {"role": "user", "content": "how to bake bread"}
+    for prompts, times in (([plain, dict(plain)], 1), ([plain | {"name": "ann"}, plain | {"name": "bob"}], 2)):
+        rendered_prompts.clear()
+        for turn, answer in zip(prompts, ("use salt", "use flour"), strict=True):
+            turns = [turn, {"role": "assistant", "content": answer}]
+            text = encode(turns, template, tokenizer)
+            ids = text.ids[:-1]
+            assert not text.apart
+            assert ids == rendered(tokenizer, turns, chat_template=template.source)[: len(ids)]
+        assert len(rendered_prompts) == times
+
+
 def test_bos_of_a_template_is_not_written_twice(tokenizer, templates):
     row = load_supervised([{"messages": dialogue("how", "so .")}], templates["llama2"], tokenizer, **OPTIONS).arrays
     assert row.tokens[0].tolist().count(tokenizer.hf.bos_token_id) == 1

@@ -11,6 +11,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+from tests import moments
 from tests.distributed.conftest import ROOT
 
 CONFIG, STEPS = ROOT / "tests" / "configs" / "rl.yaml", 8
@@ -20,30 +21,25 @@ pytestmark = [pytest.mark.slow, pytest.mark.distributed, pytest.mark.timeout(300
 
 # A thread waits for the moment, then a little longer, then kills its process, which never gets beyond its export.
 KILL = """
-import os, pathlib, signal, sys, threading, time
-from safe_rlhf_jax.stages import reinforcement
+import pathlib, threading, time
+from tests import moments
 folder, asked = pathlib.Path({folder!r}), []
 def lines():
     metrics = folder / "metrics.jsonl"
     return metrics.read_text().count(chr(10)) if metrics.exists() else 0
-moments = {{
+when = {{
     "compile": lambda: asked,
     "step": lambda: lines() >= {step},
     "save": lambda: list(folder.glob("checkpoints/*tmp*")),
     "export": lambda: (folder / "export").exists(),
 }}
 def watch():
-    while not moments[{moment!r}]():
+    while not when[{moment!r}]():
         time.sleep(0.001)
     time.sleep({delay})
-    os.kill(os.getpid(), signal.SIGKILL)
-original = reinforcement.prompt_batches
-def prompt_batches(*args):
-    batches = original(*args)
-    return lambda step: asked.append(step) or batches(step)
-reinforcement.prompt_batches = prompt_batches
-export = reinforcement.export
-reinforcement.export = lambda *args: (export(*args), time.sleep(60))
+    moments.die()
+moments.before_batch(asked.append)
+moments.after("stages.reinforcement:export", lambda *_: time.sleep(60))
 threading.Thread(target=watch, daemon=True).start()
 """
 
@@ -60,7 +56,8 @@ def train(models, tmp_path_factory):
     def run(workdir, prelude="", **more):
         code = f"{prelude}\nimport sys\nfrom safe_rlhf_jax.train import main\nsys.exit(main())"
         command = [sys.executable, "-c", code, "--config", CONFIG, f"workdir={workdir}", *models]
-        return subprocess.run(command, env=environment | more, capture_output=True, text=True, timeout=600)
+        options = {"capture_output": True, "text": True, "timeout": 600}
+        return moments.checked(subprocess.run(command, env=environment | more, **options))
 
     return run
 

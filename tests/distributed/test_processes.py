@@ -195,10 +195,8 @@ def test_termination_of_one_process_stops_all_and_death_of_one_ends_all(start_pr
 
     processes = start_processes(2, *endless, devices=2)
     wait_for(saved + 3)
-    died = time.monotonic()
     processes[1].kill()
-    first, _ = outputs(processes)
-    assert time.monotonic() - died < 60
+    first, _ = outputs(processes, timeout=60)
     assert f"continuing from step {saved}" in first
     assert processes[0].returncode not in (0, 143)
     assert re.search("another (task|process) died", first)  # as JAX says it, or we

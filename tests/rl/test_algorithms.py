@@ -14,6 +14,7 @@ from safe_rlhf_jax.rl.losses import clipped_surrogate, pairwise_surrogate, seque
 from safe_rlhf_jax.rl.step import estimate_advantages, learn, make_step
 from safe_rlhf_jax.rl.update import in_pairs, in_rows
 from safe_rlhf_jax.types import ScoredRollout
+from tests.helpers import compilations
 from tests.rl.test_step import KEY, run_learn
 from tests.rl.world import PROMPT, RESPONSE, ROWS, fresh, make_prompts, make_rollout, make_world
 
@@ -207,10 +208,13 @@ def test_pairwise_form_with_zero_multiplier_has_the_advantages_of_the_reward(alg
 def test_critic_free_iteration_runs_from_prompts_and_compiles_once(algorithm):
     world = make_world(algorithm, num_responses=CRITIC_FREE[algorithm], minibatches=2)
     step = jax.jit(make_step(world.networks, world.algorithm, world.hp))
-    state = fresh(world.state)
-    for _ in range(2):
-        state, metrics = step(state, world.frozen, make_prompts(4), KEY)
-    assert step._cache_size() == 1
+    state, prompts = fresh(world.state), make_prompts(4)
+    with compilations() as first:
+        state, _ = step(state, world.frozen, prompts, KEY)
+    with compilations() as again:
+        state, metrics = step(state, world.frozen, prompts, KEY)
+    assert first
+    assert not again
     assert int(state.step) == 2
     assert state.critics == {}
     assert not [name for name in metrics if "critic" in name or "value" in name]

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from benchmarks.constrained_optimum import BETA, PROMPTS, TablePolicy, make_world, mean_cost, plain_lagrangian
 from safe_rlhf_jax.rl.dual import dual_value, effective_sample_size, solve_dual, tilted_cost, tilted_weights
+from safe_rlhf_jax.testing.worlds import BETA, PROMPTS, TablePolicy, make_world, mean_cost, plain_lagrangian
 
 SAMPLES = 20_000
 EXACT = {True: mean_cost, False: plain_lagrangian}

@@ -11,6 +11,7 @@ from safe_rlhf_jax.rl.advantages import whiten
 from safe_rlhf_jax.rl.kl import KLControl, adapt, k2, k3, move_reference, start_reference
 from safe_rlhf_jax.rl.losses import clipped_surrogate, negative_entropy, policy_ratio
 from safe_rlhf_jax.rl.update import distance_terms, kl_coefficient, response_mask, rollout_log_probs
+from tests.helpers import compilations
 from tests.rl.test_step import KEY, run_learn
 from tests.rl.world import fresh, make_rollout, make_world
 
@@ -116,12 +117,15 @@ def following():
     control = KLControl(target=0.1, refresh_every=2)
     world = make_world(kl_coeff=0.2, kl=control, minibatches=2, optimizer=optax.adamw(1e-2))
     step = jax.jit(world.learn, donate_argnums=0)
-    state, states, metrics = fresh(world.state), [], []
+    state, states, metrics, compiled = fresh(world.state), [], [], []
     for i in range(3):
-        state, measured = step(state, world.frozen, make_rollout(seed=i), None, KEY)
+        rollout = make_rollout(seed=i)
+        with compilations() as found:
+            state, measured = step(state, world.frozen, rollout, None, KEY)
         states.append(fresh(state))
         metrics.append(measured)
-    assert step._cache_size() == 1
+        compiled.append(bool(found))
+    assert compiled == [True, False, False]
     return world, states, metrics
 
 

@@ -9,21 +9,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.constrained_optimum import (
-    CASES,
-    FAULTS,
+from benchmarks.constrained_optimum import tables
+from safe_rlhf_jax.testing.faults import FAULTS, run_fault
+from safe_rlhf_jax.testing.optimum import CASES, compare, run_case, within
+from safe_rlhf_jax.testing.worlds import (
     TablePolicy,
-    compare,
     divergence,
     expectation,
     make_world,
     mean_cost,
     plain_lagrangian,
-    run_case,
-    run_fault,
-    tables,
     tilted,
-    within,
     without_future_kl,
 )
 

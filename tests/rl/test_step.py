@@ -11,16 +11,16 @@ from jax.sharding import NamedSharding
 
 from safe_rlhf_jax.objectives import lm_loss, token_weights
 from safe_rlhf_jax.ops import masked_mean
-from safe_rlhf_jax.rl import step as step_module
 from safe_rlhf_jax.rl import update as update_module
 from safe_rlhf_jax.rl.constraints import named_rows
 from safe_rlhf_jax.rl.kl import KLControl, k2
 from safe_rlhf_jax.rl.losses import clipped_surrogate
 from safe_rlhf_jax.rl.rollout import map_slices
-from safe_rlhf_jax.rl.step import collect, estimate_advantages, is_truncated, learn, make_step
+from safe_rlhf_jax.rl.step import collect, estimate_advantages, is_truncated, make_step
 from safe_rlhf_jax.sharding import make_mesh, named_shardings, replicated, shard_batch
 from safe_rlhf_jax.stages.common import jit_step
 from safe_rlhf_jax.types import Experience, RLState, ScoredRollout
+from tests.helpers import compilations
 from tests.rl.world import CONFIG, PROMPT, RESPONSE, ROWS, make_prompts, make_rollout, make_texts, make_world
 
 KEY = jax.random.key(3)
@@ -345,10 +345,10 @@ def copy(tree):
 def test_second_step_does_not_recompile(compiled):
     _, step, state, frozen, prompts, key = compiled
     state, _ = step(copy(state), frozen, prompts, key)
-    compilations = step._cache_size()
-    for _ in range(2):
-        state, _ = step(state, frozen, prompts, key)
-    assert step._cache_size() == compilations == 1
+    with compilations() as found:
+        for _ in range(2):
+            state, _ = step(state, frozen, prompts, key)
+    assert not found
     assert int(state.step) == 3
 
 
@@ -431,4 +431,3 @@ def test_learn_needs_no_key_beyond_the_order_of_minibatches():
     (a, _), (b, _) = (run_learn(shuffled, key=jax.random.key(i)) for i in (0, 1))
     with pytest.raises(AssertionError):
         chex.assert_trees_all_equal(trained(a), trained(b))
-    assert learn is step_module.learn
