@@ -68,6 +68,11 @@ class Run:
         shards = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
         return -(-EVAL_BATCH // shards) * shards
 
+    def rows(self, data: Examples, most: int = EVAL_BATCH) -> int:
+        """Returns the rows of a batch of data that is only read: as many as there are, up to `most`, in whole shards."""
+        shards = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        return -(-min(most, len(data)) // shards) * shards
+
     def folder(self, name: str) -> pathlib.Path:
         """Returns the folder of a stage."""
         return pathlib.Path(self.config.workdir) / name

@@ -18,7 +18,7 @@ from safe_rlhf_jax.inference.best_of_n import make_sampler
 from safe_rlhf_jax.inference.sampling import Sampling
 from safe_rlhf_jax.metrics import read_jsonl
 from safe_rlhf_jax.processes import is_main
-from safe_rlhf_jax.stages.common import Run, described, open_model, oracle_for, report_data
+from safe_rlhf_jax.stages.common import Run, described, only_read, open_model, oracle_for, report_data
 from safe_rlhf_jax.stages.host_signals import host_scores, open_scorers
 from safe_rlhf_jax.stages.reinforcement import load_prompts
 from safe_rlhf_jax.stages.sampling import scores_of_several
@@ -42,9 +42,10 @@ def run_evaluation(run: Run, stage: cfg.EvaluateStage, folder: pathlib.Path) -> 
 def sample_policies(run: Run, stage: cfg.EvaluateStage) -> dict[str, list[evaluate.Sample]]:
     """Returns the samples of every policy on every set of prompts."""
     seed = run.config.seed if stage.seed is None else stage.seed
-    module, baseline = open_model(run, stage.policies[0], "lm")
     scorers = open_scorers(run, {"reward": stage.reward_model, "cost": stage.cost_model})
-    frozen = Frozen(reference=baseline["params"], scorers=scorers.variables)
+    baseline, *_ = stage.policies
+    module, reference = open_policy(run, baseline)
+    frozen = Frozen(reference=reference, scorers=scorers.variables)
     sampler: dict[str, Any] = {
         "response_length": stage.max_response_length,
         "eos_id": run.ends,
@@ -67,13 +68,13 @@ def sample_policies(run: Run, stage: cfg.EvaluateStage) -> dict[str, list[evalua
 
     out: dict[str, list[evaluate.Sample]] = {}
     for name in stage.policies:
-        params = open_model(run, name, "lm")[1]["params"]
+        params = reference if name == baseline else open_policy(run, name)[1]
         for row, number in rows_of(stage, name).items():
             out[row] = []
             for data, prompts in prompt_sets:
                 out[row] += evaluate.collect_samples(
                     functools.partial(answer, params, number, prompts),
-                    in_order(prompts, stage.batch_size),
+                    in_order(prompts, run.rows(prompts, stage.batch_size)),
                     prompts,
                     key=jax.random.key(seed),
                     ends=run.ends,
@@ -83,7 +84,14 @@ def sample_policies(run: Run, stage: cfg.EvaluateStage) -> dict[str, list[evalua
                     oracle=oracle_for(data),
                 )
             print(f"{stage.name}: {row}: {len(out[row])} responses")
+        del params  # before the next one is opened
     return out
+
+
+def open_policy(run: Run, name: str) -> tuple[Any, Any]:
+    """Returns a policy that is only sampled from: the network, and its parameters as they are multiplied."""
+    module, variables = open_model(run, name, "lm")
+    return module, only_read(run, variables["params"])
 
 
 def rows_of(stage: cfg.EvaluateStage, policy: str) -> dict[str, int]:
