@@ -12,6 +12,7 @@ from safe_rlhf_jax import config as cfg
 from safe_rlhf_jax.data.examples import Examples
 from safe_rlhf_jax.data.loader import in_order
 from safe_rlhf_jax.evaluation import evaluate
+from safe_rlhf_jax.evaluation.provenance import code_version, machine
 from safe_rlhf_jax.evaluation.report import Report, summary_table, write_report
 from safe_rlhf_jax.evaluation.statistics import summarize
 from safe_rlhf_jax.inference.best_of_n import make_sampler
@@ -111,18 +112,20 @@ def make_report(run: Run, stage: cfg.EvaluateStage, policies: dict[str, list[eva
             continue
         seconds[other.name] = result["seconds"]
         facts += [f"{other.name}: {warning}" for warning in result.get("warnings", ())]
-        scores = run.folder(other.name) / "scores.json"
+        scores, metrics = run.folder(other.name) / "scores.json", run.folder(other.name) / "metrics.jsonl"
         if other.name in (stage.reward_model, stage.cost_model):
             nothing_known: dict[str, Any] = {"scores_by_label": {}, "health": None}
             scorers[result["kind"]] = json.loads(scores.read_text()) if scores.is_file() else nothing_known
-        if result["kind"] == "rl" and other.name in stage.policies:
-            history[other.name] = read_jsonl(run.folder(other.name) / "metrics.jsonl")
+        if metrics.is_file() and other.name in (*stage.policies, stage.reward_model, stage.cost_model):
+            history[other.name] = read_jsonl(metrics)
         if isinstance(other, cfg.RLStage) and "cost_limit" in result and limit is None:
             limit = result["cost_limit"]
             groups = other.algorithm.lagrange.constrained_groups
             constrained = list(groups) if groups else None
             facts.append(f"cost limit d = {limit:.3f}: {result['cost_limit_source']}")
     facts += [f"{stage.name}: {warning}" for warning in run.warnings.get(stage.name, ())]
+    oracles = [oracle for data in stage.prompts if (oracle := oracle_for(data))]
+    written = run.folder(stage.name) / "config.yaml"
     return Report(
         title=run.config.title,
         command=f"python -m safe_rlhf_jax.train --config {run.config_path}",
@@ -133,4 +136,31 @@ def make_report(run: Run, stage: cfg.EvaluateStage, policies: dict[str, list[eva
         cost_limit=limit,
         stage_seconds=seconds,
         constrained_groups=constrained,
+        measures=tuple(dict.fromkeys(measure for oracle in oracles for measure in oracle.measures)),
+        note=" ".join(dict.fromkeys(oracle.note for oracle in oracles)),
+        provenance=provenance_of(run, stage),
+        config=written.read_text() if written.is_file() else "",
     )
+
+
+def provenance_of(run: Run, stage: cfg.EvaluateStage) -> dict[str, str]:
+    """Returns {what: which} of the prompts, the models, the sampling and the code."""
+    made = {other.name: other for other in run.config.stages}
+    models = {name: "policy" for name in stage.policies} | {stage.reward_model: "reward", stage.cost_model: "cost"}
+    sampling = ("temperature", "top_k", "top_p", "repetition_penalty", "max_prompt_length", "max_response_length")
+    return {
+        "prompts": "; ".join(described(data) for data in stage.prompts),
+        **{f"{role} {name}": origin(made.get(name)) for name, role in models.items()},
+        "sampling": ", ".join(f"{name} {getattr(stage, name)}" for name in sampling),
+        "tokenizer": run.config.tokenizer,
+        "code": code_version(),
+        "machine": machine(),
+    }
+
+
+def origin(stage: Any) -> str:
+    """Returns how a model was made, in words: by a stage of this run, or elsewhere."""
+    if stage is None:
+        return "as it is"
+    data = [described(getattr(stage, name)) for name in ("data", "prompts") if getattr(stage, name, None)]
+    return "; ".join([f"{stage.kind} stage", *(f"{k} {v}" for k, v in cfg.references(stage).items()), *data])
