@@ -88,7 +88,8 @@ def write_report(folder: Path, report: Report) -> Path:
         counts=tables.prompt_counts(report.policies),
         by_oracle=tables.metrics(summaries, report.measures, colours),
         by_models=tables.metrics(summaries, tables.SCORES, colours),
-        win_rates=tables.win_rates(report.policies),
+        win_rates=tables.win_rates(report.policies, by_kind=False),
+        win_rates_by_kind=tables.win_rates(report.policies, by_kind=True),
         texts=tables.metrics(summaries, tables.TEXTS, colours),
         scorers=tables.scorers(report.scorers),
         health={

@@ -50,8 +50,7 @@ def reward_cost_scatter(
         return None
     columns = len(points) if len(points) < 3 else 2 if len(points) == 4 else 3
     rows = math.ceil(len(points) / columns)
-    width = WIDTH if columns > 1 else 0.6 * WIDTH
-    figure, axes = grid(rows, columns, width=width, height=4.2 * rows + 0.6, share=True)
+    figure, axes = grid(rows, columns, width=WIDTH, height=4.2 * rows + 0.6, share=True)
     everything = [s for samples in points.values() for s in samples]
     x_range = padded([float(s["reward"]) for s in everything])
     y_range = padded([*(float(s["cost"]) for s in everything), 0.0, *([] if cost_limit is None else [cost_limit])])

@@ -106,14 +106,17 @@ def prompt_counts(policies: Mapping[str, Sequence[Sample]]) -> list[str]:
     return lines
 
 
-def win_rates(policies: Mapping[str, Sequence[Sample]]) -> Table | None:
-    """Each later policy against each earlier one, prompt by prompt, on all test prompts and on each kind of prompts."""
+def win_rates(policies: Mapping[str, Sequence[Sample]], *, by_kind: bool) -> Table | None:
+    """Each later policy against each earlier one, prompt by prompt: on all test prompts, or on each kind of prompts."""
+    kinds = kinds_of_prompts(asked(policies))
+    if by_kind and kinds.keys() == {ALL}:
+        return None  # there is but one
     has_oracle = any(s.get("helpfulness") is not None for samples in policies.values() for s in samples)
     better = ("more helpful", "helpfulness", False) if has_oracle else ("higher reward", "reward", False)
     columns = (better, ("lower cost", "cost", True))
     rows = []
     for earlier, later in combinations(policies, 2):
-        for kind, where in ({ALL: (TEST, None)} | kinds_of_prompts(asked(policies))).items():
+        for kind, where in (kinds if by_kind else {ALL: (TEST, None)}).items():
             a, b = (select(policies[policy], *where) for policy in (later, earlier))
             rates = [paired_win_rate(a, b, score, lower_wins=lower_wins) for _, score, lower_wins in columns]
             if any(rates):

@@ -247,8 +247,8 @@ def regroup(samples, group_of):
 def written(tmp_path, report):
     """Win rates as {(policies, prompts): cells}, the kinds of the prompts in the page, and the page."""
     text = write_report(tmp_path, report).read_text(encoding="utf-8")
-    table = text.partition("<th>win rate</th>")[2].partition("</table>")[0]
-    rows = [re.findall(r"<td>(.*?)</td>", row) for row in table.split("<tr>")[1:]]
+    tables = [part.partition("</table>")[0] for part in text.split("<th>win rate</th>")[1:]]
+    rows = [re.findall(r"<td>(.*?)</td>", row) for table in tables for row in table.split("<tr>")[1:]]
     shown = re.findall(r'<article class="answers" data-kind="(.*?)"', text)
     return {(row[0], row[1]): row[2:] for row in rows}, shown, text
 
