@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
+from safe_rlhf_jax.config.algorithm import Lagrange
 from safe_rlhf_jax.config.data import Schema, Share, parts_of, source
 from safe_rlhf_jax.config.messages import did_you_mean, nearest_multiples
 from safe_rlhf_jax.config.uses import DataUse, Makes, ModelUse
@@ -37,6 +38,16 @@ class StageBase(Schema):
     lengths: ClassVar[tuple[str, ...]] = ()  # settings whose sum is the tokens of a text
     kind: str
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_\-]+$")]
+
+    @property
+    def scorers(self) -> dict[str, str]:
+        """{signal: model}."""
+        return {}
+
+    @property
+    def limits(self) -> dict[str, Lagrange]:
+        """{cost signal: its limit}."""
+        return {}
 
     def models(self) -> dict[str, ModelUse]:
         """Returns the models that the stage reads, by field."""

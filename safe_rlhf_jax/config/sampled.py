@@ -161,7 +161,7 @@ class RLStage(TrainingStage):
                 yield f"{field} names {name!r}, which solves one limit of the mean cost, not this one"
 
 
-class RejectionStage(TrainingStage, Rounds):
+class RejectionStage(Rounds, TrainingStage):
     """Rejection sampling: supervised fine-tuning on the policy's own best feasible responses, in rounds."""
 
     makes: ClassVar[Makes] = "policy"
@@ -174,17 +174,13 @@ class RejectionStage(TrainingStage, Rounds):
         """Returns the policy and the models that score, by field."""
         return {"init_from": ModelUse(self.init_from, may_be_new=True, generates=True)} | Rounds.models(self)
 
-    def datasets(self) -> dict[str, DataUse]:
-        """Returns the prompts that are answered and trained on, and those that are held out, by field."""
-        return Rounds.datasets(self)
-
     def mistakes(self, earlier: Sequence[StageBase]) -> Iterator[str]:
         """Yields what is wrong beside the stages before, and with batches."""
         yield from super().mistakes(earlier)
         yield from indivisible("batch_size", self.batch_size, "microbatches", self.microbatches)
 
 
-class DualStage(StageBase, DualFields):
+class DualStage(DualFields, StageBase):
     """One-shot dual: the multiplier λ* from samples of the reference alone, for `algorithm.lagrange.init`."""
 
     lengths: ClassVar[tuple[str, ...]] = ("max_prompt_length", "max_response_length")
@@ -193,10 +189,6 @@ class DualStage(StageBase, DualFields):
     def models(self) -> dict[str, ModelUse]:
         """Returns the reference and the models that score, by field."""
         return {"init_from": ModelUse(self.init_from, may_be_new=True, generates=True)} | DualFields.models(self)
-
-    def datasets(self) -> dict[str, DataUse]:
-        """Returns the prompts that are answered, and what the limit is calibrated on, by field."""
-        return DualFields.datasets(self)
 
 
 class EvaluateStage(StageBase):

@@ -10,6 +10,7 @@ import numpy as np
 
 from safe_rlhf_jax.data.examples import Examples
 from safe_rlhf_jax.data.formats import Record
+from safe_rlhf_jax.data.oracles import Oracle
 from safe_rlhf_jax.data.texts import shown
 from safe_rlhf_jax.errors import ConfigError
 from safe_rlhf_jax.evaluation.health import pairs_health, sign_health
@@ -21,7 +22,6 @@ from safe_rlhf_jax.ops import response_log_probs, sequence_scores
 from safe_rlhf_jax.types import Frozen, Params, PreferenceBatch, PromptBatch, SafetyBatch, Sequences, TokenIds
 
 Sample = dict[str, Any]
-Oracle = Callable[[str, str], dict[str, Any]]  # (prompt, response) -> fields of a sample
 
 
 def make_respond(
@@ -122,8 +122,9 @@ def collect_samples(
                 "harmful": None,
                 "severity": None,
                 "refusal": None,
+                "measured": {},
             }
-            samples.append(sample | (oracle(prompt, response) if oracle else {}))
+            samples.append(sample | (oracle.read(prompt, response, split) if oracle else {}))
     return samples
 
 

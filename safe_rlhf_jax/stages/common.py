@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from safe_rlhf_jax import config as cfg
-from safe_rlhf_jax.data import demo
+from safe_rlhf_jax.data.demo import oracle_for as oracle_for
 from safe_rlhf_jax.data.examples import Examples
 from safe_rlhf_jax.data.formats import Record
 from safe_rlhf_jax.data.loader import Batches
@@ -50,11 +50,10 @@ class Run:
         """Returns how a model reads its texts: as the run does, or as it does itself."""
         return self.own.get(reference) or Encoding(self.tokenizer, self.template)
 
-    @property
-    def eval_batch(self) -> int:
-        """Rows of a batch that is only read."""
+    def rows(self, data: Examples, most: int = EVAL_BATCH) -> int:
+        """Returns the rows of a batch of data that is only read: all there are, up to `most`, in whole shards."""
         shards = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
-        return -(-EVAL_BATCH // shards) * shards
+        return -(-min(most, len(data)) // shards) * shards
 
     def folder(self, name: str) -> pathlib.Path:
         """Returns the folder of a stage."""
@@ -162,23 +161,6 @@ def export_errors(folder: pathlib.Path) -> Iterator[None]:
         raise OSError(
             f"{where} could not be written: {reason}. Make room if the disk is full, then run the same command again"
         ) from error
-
-
-def oracle_for(data: cfg.Data) -> Callable[[str, str], dict[str, Any]] | None:
-    """Returns the ground truth of the embedded world for its own prompts, None for any other data."""
-    if not data.name.startswith("demo/"):
-        return None
-
-    def oracle(prompt: str, response: str) -> dict[str, Any]:
-        harm = demo.harm(response, prompt)
-        return {
-            "helpfulness": demo.helpfulness(prompt, response),
-            "harmful": harm.is_harmful,
-            "severity": harm.severity,
-            "refusal": demo.is_refusal(response),
-        }
-
-    return oracle
 
 
 def report_data(name: str, data: Examples) -> None:

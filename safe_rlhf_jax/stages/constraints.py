@@ -99,7 +99,7 @@ def labelled_costs(run: Run, stage: Limited, signal: str, data: examples.Example
     report_data(f"{stage.name}: cost_limit", data)
     module, variables = run.networks.open(stage.scorers[signal], "score", score_type="cost")
     score = evaluate.make_score(module)
-    batches = in_order(data, run.eval_batch)
+    batches = in_order(data, run.rows(data))
     out = evaluate.evaluate_pairs(lambda texts: run.get(score(variables, run.put(texts))), batches)
     by_label: dict[str, list[float]] = out["scores_by_label"]
     return by_label

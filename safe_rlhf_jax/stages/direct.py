@@ -82,7 +82,7 @@ def rank_by_models(run: Run, stage: cfg.DPOStage, pairs: examples.Examples) -> e
     for kind, model, weight in (("reward", stage.reward_model, 1.0), ("cost", stage.cost_model, -stage.multiplier)):
         module, variables = run.networks.open(str(model), "score", score_type=kind)  # type: ignore[arg-type]
         score = evaluate.make_score(module)
-        batches = in_order(as_read_by(run, stage, str(model), pairs), run.eval_batch)
+        batches = in_order(read := as_read_by(run, stage, str(model), pairs), run.rows(read))
         for side, name in enumerate(("chosen", "rejected")):
             parts = [
                 run.get(score(variables, run.put(getattr(batch, name))))[:valid]  # type: ignore[index]
@@ -154,7 +154,7 @@ def direct_evaluate(
     run: Run, stage: cfg.DPOStage, module: CausalLM, reference: Params, pairs: examples.Examples
 ) -> Callable[[TrainState], dict[str, Any]]:
     """Returns evaluate(state): the loss and its metrics on held-out pairs."""
-    batches = in_order(pairs, run.eval_batch)
+    batches = in_order(pairs, run.rows(pairs))
     ratios = jax.jit(functools.partial(objectives.pair_log_ratios, module))
 
     def evaluate_state(state: TrainState) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from safe_rlhf_jax import config as cfg
 from safe_rlhf_jax.data.examples import Examples
 from safe_rlhf_jax.data.loader import in_order
 from safe_rlhf_jax.evaluation import evaluate
+from safe_rlhf_jax.evaluation.provenance import code_version, machine
 from safe_rlhf_jax.evaluation.report import Report, summary_table, write_report
 from safe_rlhf_jax.evaluation.statistics import summarize
 from safe_rlhf_jax.inference.best_of_n import make_sampler
@@ -43,9 +44,10 @@ def run_evaluation(run: Run, stage: cfg.EvaluateStage, folder: pathlib.Path) -> 
 def sample_policies(run: Run, stage: cfg.EvaluateStage) -> dict[str, list[evaluate.Sample]]:
     """Returns the samples of every policy on every set of prompts."""
     seed = run.config.seed if stage.seed is None else stage.seed
-    module, baseline = run.networks.open(stage.policies[0], "lm")
     scorers = open_scorers(run, stage.scorers)
-    frozen = Frozen(reference=baseline["params"], scorers=scorers.variables)
+    baseline, *_ = stage.policies
+    module, reference = open_policy(run, baseline)
+    frozen = Frozen(reference=reference, scorers=scorers.variables)
     sampler: dict[str, Any] = {
         "response_length": stage.max_response_length,
         "eos_id": run.ends,
@@ -68,13 +70,13 @@ def sample_policies(run: Run, stage: cfg.EvaluateStage) -> dict[str, list[evalua
 
     out: dict[str, list[evaluate.Sample]] = {}
     for name in stage.policies:
-        params = run.networks.open(name, "lm")[1]["params"]
+        params = reference if name == baseline else open_policy(run, name)[1]
         for row, number in rows_of(stage, name).items():
             out[row] = []
             for data, prompts in prompt_sets:
                 out[row] += evaluate.collect_samples(
                     functools.partial(answer, params, number, prompts),
-                    in_order(prompts, stage.batch_size),
+                    in_order(prompts, run.rows(prompts, stage.batch_size)),
                     prompts,
                     key=jax.random.key(seed),
                     ends=run.ends,
@@ -84,7 +86,14 @@ def sample_policies(run: Run, stage: cfg.EvaluateStage) -> dict[str, list[evalua
                     oracle=oracle_for(data),
                 )
             print(f"{stage.name}: {row}: {len(out[row])} responses")
+        del params  # before the next one is opened
     return out
+
+
+def open_policy(run: Run, name: str) -> tuple[Any, Any]:
+    """Returns a policy that is only sampled from: the network, and its parameters as they are multiplied."""
+    module, variables = run.networks.open(name, "lm")
+    return module, run.networks.only_read(variables["params"])
 
 
 def rows_of(stage: cfg.EvaluateStage, policy: str) -> dict[str, int]:
@@ -104,18 +113,20 @@ def make_report(run: Run, stage: cfg.EvaluateStage, policies: dict[str, list[eva
             continue
         seconds[other.name] = result["seconds"]
         facts += [f"{other.name}: {warning}" for warning in result.get("warnings", ())]
-        scores = run.folder(other.name) / "scores.json"
+        scores, metrics = run.folder(other.name) / "scores.json", run.folder(other.name) / "metrics.jsonl"
         if other.name in (stage.reward_model, stage.cost_model):
             nothing_known: dict[str, Any] = {"scores_by_label": {}, "health": None}
             scorers[result["kind"]] = json.loads(scores.read_text()) if scores.is_file() else nothing_known
-        if result["kind"] == "rl" and other.name in stage.policies:
-            history[other.name] = read_jsonl(run.folder(other.name) / "metrics.jsonl")
-        if isinstance(other, cfg.RLStage) and "cost_limit" in result and limit is None:
+        if metrics.is_file() and other.name in (*stage.policies, stage.reward_model, stage.cost_model):
+            history[other.name] = read_jsonl(metrics)
+        if other.limits and other.makes == "policy" and "cost_limit" in result and limit is None:
             limit = result["cost_limit"]
-            groups = other.algorithm.lagrange.constrained_groups
+            groups = other.limits["cost"].constrained_groups
             constrained = list(groups) if groups else None
             facts.append(f"cost limit d = {limit:.3f}: {result['cost_limit_source']}")
     facts += [f"{stage.name}: {warning}" for warning in run.warnings.get(stage.name, ())]
+    oracles = [oracle for data in stage.prompts if (oracle := oracle_for(data))]
+    written = run.folder(stage.name) / "config.yaml"
     return Report(
         title=run.config.title,
         command=f"python -m safe_rlhf_jax.train --config {run.config_path}",
@@ -126,7 +137,35 @@ def make_report(run: Run, stage: cfg.EvaluateStage, policies: dict[str, list[eva
         cost_limit=limit,
         stage_seconds=seconds,
         constrained_groups=constrained,
+        measures=tuple(dict.fromkeys(measure for oracle in oracles for measure in oracle.measures)),
+        note=" ".join(dict.fromkeys(oracle.note for oracle in oracles)),
+        provenance=provenance_of(run, stage),
+        config=written.read_text() if written.is_file() else "",
     )
+
+
+def provenance_of(run: Run, stage: cfg.EvaluateStage) -> dict[str, str]:
+    """Returns {what: which} of the prompts, the models, the sampling and the code."""
+    made = {other.name: other for other in run.config.stages}
+    models = {name: "policy" for name in stage.policies} | {stage.reward_model: "reward", stage.cost_model: "cost"}
+    sampling = ("temperature", "top_k", "top_p", "repetition_penalty", "max_prompt_length", "max_response_length")
+    return {
+        "prompts": "; ".join(described(data) for data in stage.prompts),
+        **{f"{role} {name}": origin(made.get(name)) for name, role in models.items()},
+        "sampling": ", ".join(f"{name} {getattr(stage, name)}" for name in sampling),
+        "tokenizer": run.config.tokenizer,
+        "code": code_version(),
+        "machine": machine(),
+    }
+
+
+def origin(stage: cfg.StageBase | None) -> str:
+    """Returns how a model was made, in words: by a stage of this run, or elsewhere."""
+    if stage is None:
+        return "as it is"
+    models = [f"{field} {use.reference}" for field, use in stage.models().items()]
+    data = [described(use.data) for use in stage.datasets().values() if use.role == "train"]
+    return "; ".join([f"{stage.kind} stage", *models, *data])
 
 
 EVALUATE = Kind(cfg.EvaluateStage, run_evaluation)

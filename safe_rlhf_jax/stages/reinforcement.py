@@ -268,7 +268,7 @@ def make_evaluate(
     def evaluate_policy(params: Any) -> dict[str, float]:
         samples = evaluate.collect_samples(
             functools.partial(answer, params),
-            in_order(prompts, run.eval_batch),
+            in_order(prompts, run.rows(prompts)),
             prompts,
             key=jax.random.key(run.seed(stage)),
             ends=run.ends,
@@ -294,7 +294,7 @@ def measured_on_prompts(run: Run, stage: Any, loaded: Mapping[str, examples.Exam
         return {"tokens": batch.tokens, "length": np.zeros(rows)} | dict.fromkeys(numbers, np.zeros(rows))
 
     samples = evaluate.collect_samples(
-        respond, in_order(prompts, run.eval_batch), prompts, key=jax.random.key(0), ends=(), decode=lambda _: "",
+        respond, in_order(prompts, run.rows(prompts)), prompts, key=jax.random.key(0), ends=(), decode=lambda _: "",
         split="test", group_field=stage.group_field, oracle=oracle_for(stage.eval_prompts),
     )  # fmt: skip
     return {name for name in summarize(samples) if "/" not in name}

@@ -174,7 +174,7 @@ def sft_evaluate(
 ) -> Callable[[TrainState], dict[str, Any]]:
     """Returns evaluate(state): loss in nats per response token, and its perplexity."""
     del stage, frozen
-    rows = run.eval_batch
+    rows = run.rows(data)
     batches = in_order(data, rows)
 
     @jax.jit
@@ -196,7 +196,7 @@ def pairs_evaluate(
 ) -> Callable[[TrainState], dict[str, Any]]:
     """Returns evaluate(state): ranking and sign accuracy, calibration, health and score distributions, held out."""
     del stage, frozen
-    batches, score = in_order(data, run.eval_batch), evaluate.make_score(module)
+    batches, score = in_order(data, run.rows(data)), evaluate.make_score(module)
 
     def evaluate_state(state: TrainState) -> dict[str, Any]:
         variables = {"params": state.params, "stats": state.stats}

@@ -5,6 +5,7 @@ import itertools
 import random
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
@@ -47,6 +48,28 @@ def unsafe(*codes):
 
 
 # --- Oracles
+
+
+def test_responses_count_for_the_measures_of_their_kind_of_prompt():
+    read = demo.oracle_for(SimpleNamespace(name="demo/prompts")).read
+    harmful = read(RISKY, unsafe("one"), "test")
+    assert harmful["measured"] == {
+        "harm_rate": True, "harm_rate_all": True, "helpfulness_risky": harmful["helpfulness"],
+        f"harm_rate_by_category/{THEFT}": True,
+    }  # fmt: skip
+    assert (harmful["harmful"], harmful["severity"], harmful["refusal"]) == (True, 1, False)
+    assert read(RISKY, REFUSAL, "redteam")["measured"] == {"harm_rate_redteam": False}
+    for prompt in (BENIGN, SENSITIVE):
+        assert read(prompt, REFUSAL, "test")["measured"] == {
+            "harm_rate_all": False, "helpfulness_benign": 0.0, "refusal_benign": True,
+        }  # fmt: skip
+
+
+def test_every_measure_of_the_oracle_has_a_column():
+    oracle = demo.oracle_for(SimpleNamespace(name="demo/prompts:0.5"))
+    names = {name.partition("/")[0] for p in PROMPTS for s in SPLITS for name in oracle.read(p, "", s)["measured"]}
+    assert names == {measure.name for measure in oracle.measures}
+    assert demo.oracle_for(SimpleNamespace(name="my_demo/prompts.jsonl")) is None
 
 
 def test_prompts_are_parsed_from_their_text():

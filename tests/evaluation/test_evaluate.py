@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from safe_rlhf_jax.data.examples import Examples
+from safe_rlhf_jax.data.oracles import Oracle
 from safe_rlhf_jax.evaluation.evaluate import (
     best_responses,
     calibrated_limit,
@@ -95,13 +96,13 @@ def test_samples_carry_scores_oracle_and_group_and_skip_filled_rows():
         decode=lambda ids: " ".join(map(str, ids)),
         split="test",
         group_field="kind",
-        oracle=lambda prompt, response: {"helpfulness": len(response) / 10, "harmful": prompt == "b"},
+        oracle=Oracle(lambda p, r, split: {"helpfulness": len(r) / 10, "harmful": p == "b"}, (), ""),
     )
     assert [s["prompt"] for s in samples] == ["a", "b", "c"]
     assert samples[1] == {
         "prompt": "b", "response": "2 7", "group": "risky", "split": "test", "category": "c", "length": 2,
         "truncated": True, "kl": 0.25, "reward": 2.0, "cost": 3.0, "helpfulness": 0.3, "harmful": True,
-        "severity": None, "refusal": None,
+        "severity": None, "refusal": None, "measured": {},
     }  # fmt: skip
 
 

@@ -4,12 +4,12 @@ import dataclasses
 import json
 import math
 from collections import defaultdict
-from html import escape
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
+from markupsafe import escape
 from scipy.stats import binomtest
 
 from safe_rlhf_jax import config as cfg
@@ -391,7 +391,7 @@ def test_health_is_in_result_and_scores_and_report_and_doubts_follow_the_stage(n
     finish(run, name, **result)
     page = report_of(run, tmp_path)
     assert f"<h3>{name.capitalize()} model</h3>" in page
-    assert all(escape(problem) in page for problem in problems)
+    assert all(str(escape(problem)) in page for problem in problems)
     assert f"Doubts about the {name} model: {len(problems)}" in page
     assert "by prompt source" in page
 

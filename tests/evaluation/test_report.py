@@ -10,11 +10,22 @@ import pytest
 from rich.console import Console
 
 from safe_rlhf_jax import evaluation
-from safe_rlhf_jax.evaluation import plots
-from safe_rlhf_jax.evaluation.report import MOST_GROUPS, Report, summary_table, write_report
-from safe_rlhf_jax.evaluation.statistics import paired_win_rate, summarize
+from safe_rlhf_jax.data.oracles import Measure
+from safe_rlhf_jax.evaluation import plots, provenance, score_plots
+from safe_rlhf_jax.evaluation.provenance import code_version
+from safe_rlhf_jax.evaluation.report import Report, figures, summary_table, write_report
+from safe_rlhf_jax.evaluation.responses import BEST, CHANGED, MOST_PROMPTS, UNSAFE, WORST, answers_of
+from safe_rlhf_jax.evaluation.statistics import MOST_GROUPS, paired_win_rate, summarize
 
-FIGURES = ("headline", "reward_cost", "training", "harm_by_category", "score_distributions")
+FIGURES = (
+    "headline", "reward_cost", "quadrants", "distributions", "harm", "lengths", "training", "score_distributions",
+)  # fmt: skip
+MEASURES = (
+    Measure("harm_rate", "harm, risky prompts", True, "↓"),
+    Measure("harm_rate_redteam", "harm, red team", True, "↓"),
+    Measure("helpfulness_benign", "helpfulness, benign", better="↑"),
+    Measure("harm_rate_by_category", "harm by category", True),
+)
 CATEGORIES = ("privacy_violation", "theft", "fraud", "violence", "cybercrime", "drugs")
 WORDS = [
     "first",
@@ -62,6 +73,10 @@ def make_samples(rng, *, harm=0.5, skill=0.6, oracle=True, prompts=120):
             "severity": int(harmful) if oracle else None,
             "refusal": bool(rng.random() < 0.02) if oracle else None,
         }
+        if oracle:
+            name = "helpfulness_benign" if group != "risky" else "harm_rate" if split == "test" else "harm_rate_redteam"
+            sample["measured"] = {name: harmful if group == "risky" else helpfulness}
+            sample["measured"] |= {f"harm_rate_by_category/{sample['category']}": harmful} if group == "risky" else {}
         samples.append(sample)
     return samples
 
@@ -110,6 +125,10 @@ def make_report(*, prompts=120, steps=80, oracle=True):
         cost_limit=-1.8,
         stage_seconds={"sft": 41.2, "reward": 33.0, "cost": 34.5, "ppo_lag": 190.1, "ppo": 120.0, "evaluate": 21.3},
         constrained_groups=["risky"],
+        measures=MEASURES if oracle else (),
+        note="Harm is read by an oracle.",
+        provenance={"prompts": "data of <b>mine</b>", "code": code_version()},
+        config="seed: 0\ntitle: <i>mine</i>\n",
     )
 
 
@@ -130,8 +149,9 @@ def test_report_is_one_self_contained_file_with_every_figure(full_page):
     page, text = full_page, full_page.read_text(encoding="utf-8")
     assert page.name == "report.html"
     assert text.count("data:image/png;base64,") == len(FIGURES)
-    assert re.findall(r'(?:src|href)="(?!data:)', text) == []
-    assert "<script" not in text
+    assert re.findall(r'(?:src|href)="(?!data:|#)', text) == []
+    assert text.count("<script>") == 1
+    assert set(re.findall(r'href="#(\w+)"', text)) == set(re.findall(r'<h2 id="(\w+)"', text))
     assert "http" not in re.sub(r"base64,[^\"]*", "", text)
     for name in FIGURES:
         assert (page.parent / f"{name}.png").read_bytes().startswith(b"\x89PNG")
@@ -150,17 +170,26 @@ def test_report_escapes_text_from_prompts_responses_and_names(tmp_path):
         report, policies=policies, title=attack, command=attack, summary_lines=[attack], history={}, scorers={}
     )
     text = write_report(tmp_path, report).read_text(encoding="utf-8")
-    assert "<script" not in text
+    assert attack not in text
+    assert text.count("<script") == 1  # our own
     assert text.count("&lt;script&gt;") > 30
 
 
-def test_report_shows_about_twelve_prompts_from_every_group(full_page):
+def test_report_says_what_it_was_made_of(full_page):
     text = full_page.read_text(encoding="utf-8")
-    kinds = re.findall(r'<tr class="prompt">.*?<small>(.*?)</small>', text)
-    assert len(kinds) == 12
-    assert {kind.split(" · ")[0] for kind in kinds} == {"test", "redteam"}
-    assert {kind.split(" · ")[1] for kind in kinds} == {"risky", "benign", "sensitive"}
-    assert text.count("<td>PPO-Lag</td>") == 12
+    assert "data of &lt;b&gt;mine&lt;/b&gt;" in text
+    assert "title: &lt;i&gt;mine&lt;/i&gt;" in text
+    assert "safe_rlhf_jax " in text
+
+
+def test_code_is_named_by_version_and_where_it_lies_in_git_by_commit(monkeypatch):
+    answers = {"ls-files": "__init__.py", "rev-parse": "abc", "status": ""}
+    monkeypatch.setattr(provenance, "git", lambda command, *_: answers[command])
+    assert code_version().endswith(", commit abc")
+    answers["status"] = " M loop.py"
+    assert code_version().endswith(", commit abc, with changes since")
+    answers["ls-files"] = ""  # installed into the repository of something else
+    assert "commit" not in code_version()
 
 
 def test_report_without_oracle_falls_back_to_the_models(tmp_path):
@@ -168,9 +197,10 @@ def test_report_without_oracle_falls_back_to_the_models(tmp_path):
     text = write_report(tmp_path, report).read_text(encoding="utf-8")
     assert "mean reward" in text
     assert "higher reward" in text
-    assert "more helpful, benign" not in text
+    assert "<th>more helpful</th>" not in text
     assert ">harmless<" not in text
-    assert not (tmp_path / "harm_by_category.png").exists()
+    assert "oracle" not in text
+    assert "No ground truth is known" in text
 
 
 def test_report_with_one_policy_and_nothing_else(tmp_path):
@@ -215,11 +245,11 @@ def regroup(samples, group_of):
 
 
 def written(tmp_path, report):
-    """Win rates as {(policies, prompts): cells}, the shown prompts, and the page."""
+    """Win rates as {(policies, prompts): cells}, the kinds of the prompts in the page, and the page."""
     text = write_report(tmp_path, report).read_text(encoding="utf-8")
-    table = text.partition("<th>win rate</th>")[2].partition("</table>")[0]
-    rows = [re.findall(r"<td>(.*?)</td>", row) for row in table.split("<tr>")[1:]]
-    shown = re.findall(r'<tr class="prompt">.*?<small>(.*?)</small>', text)
+    tables = [part.partition("</table>")[0] for part in text.split("<th>win rate</th>")[1:]]
+    rows = [re.findall(r"<td>(.*?)</td>", row) for table in tables for row in table.split("<tr>")[1:]]
+    shown = re.findall(r'<article class="answers" data-kind="(.*?)"', text)
     return {(row[0], row[1]): row[2:] for row in rows}, shown, text
 
 
@@ -238,22 +268,22 @@ def test_every_section_shows_something_whatever_the_groups_are(tmp_path, group_o
     rate = paired_win_rate(report.policies["after"], report.policies["before"], "reward")
     assert wins["after against before", "test prompts"][0].startswith(f"{rate['rate']:.1%}<span")
     assert all(cell != "–" for cells in wins.values() for cell in cells)
-    assert {kind.partition(" · ")[2] for kind in shown} == (set(kinds) or {""})
-    assert 12 <= len(shown) <= max(12, len(kinds))
-    assert text.count("<td>after</td>") == len(shown)
+    assert set(shown) == (set(kinds) or {""})
+    assert len(shown) == 60
+    assert all(f'<option value="kind:{kind}">' in text for kind in kinds)
     counts = ", ".join(f"{kind}: {60 // len(kinds)}" for kind in kinds)
     assert f"Test prompts: 60{f' ({counts})' if kinds else ''}. Reward" in text
-    for name in ("headline", "reward_cost"):
+    for name in FIGURES[:6]:  # the others are of training
         assert (tmp_path / f"{name}.png").exists()
     assert not [word for word in ("risky", "benign", "sensitive", "red team", "oracle") if word in text]
 
 
 def test_scatter_has_every_group_and_takes_the_smallest_of_many_together(tmp_path):
     def legend(report):
-        (drawn,) = plots.reward_cost_scatter(report.policies).legends
+        (drawn,) = score_plots.reward_cost_scatter(report.policies).legends
         return [text.get_text() for text in drawn.get_texts()][:-1]  # the last one is the boundary
 
-    assert legend(regrouped(lambda i: "all")) == ["all"]
+    assert legend(regrouped(lambda i: "all")) == ["responses"]
     assert legend(regrouped(lambda i: ("law", "medicine")[i % 2])) == ["law", "medicine"]
     sizes = legend(regrouped(lambda i: f"topic {int(len(plots.GROUP_STYLES) * 2 * (i / 60) ** 2)}"))
     assert len(sizes) == len(plots.GROUP_STYLES)
@@ -262,14 +292,14 @@ def test_scatter_has_every_group_and_takes_the_smallest_of_many_together(tmp_pat
 
 def test_scatter_says_the_share_of_the_constrained_groups_by_their_names():
     report = regrouped(lambda i: ("law", "medicine")[i % 2], policies=1)
-    figure = plots.reward_cost_scatter(report.policies, 0.0, ["law"])
+    figure = score_plots.reward_cost_scatter(report.policies, 0.0, ["law"])
     law = [s["cost"] > 0 for s in report.policies["before"] if s["group"] == "law"]
     assert f", {np.mean(law):.0%} of law prompts" in figure.axes[0].texts[0].get_text()
 
 
 def test_more_groups_than_a_page_holds_are_taken_together_and_none_is_lost(tmp_path):
     wins, shown, text = written(tmp_path, regrouped(lambda i: f"topic {i % 40}", prompts=80))
-    assert len(shown) == MOST_GROUPS
+    assert len(set(shown)) == MOST_GROUPS
     assert ("after against before", f"{41 - MOST_GROUPS} others") in wins
     assert f"{41 - MOST_GROUPS} others: {2 * (41 - MOST_GROUPS)})" in text
 
@@ -279,14 +309,15 @@ def test_prompts_that_repeat_are_shown_once_and_counted_as_what_they_are(tmp_pat
     policies = {name: [*samples, *samples[:20]] for name, samples in report.policies.items()}
     wins, shown, text = written(tmp_path, replace(report, policies=policies))
     assert "Test prompts: 80, 60 of them different." in text
-    assert len(shown) == 12
+    assert len(shown) == 60
     assert wins == written(tmp_path, report)[0]  # the same responses to the same prompts
 
 
 def test_one_policy_without_groups_shows_its_responses(tmp_path):
     wins, shown, text = written(tmp_path, regrouped(lambda i: "all", policies=1))
     assert wins == {}
-    assert len(shown) == 12
+    assert len(shown) == 60
+    assert CHANGED not in text
     assert "Test prompts: 60." in text
 
 
@@ -295,15 +326,62 @@ def test_red_team_prompts_alone_have_win_rates_and_responses(tmp_path):
     policies = {name: [s | {"split": "redteam"} for s in samples] for name, samples in report.policies.items()}
     wins, shown, text = written(tmp_path, replace(report, policies=policies))
     assert list(wins) == [("after against before", "red team")]
-    assert len(shown) == 12
+    assert shown == ["red team"] * 60
+    for name in FIGURES[:6]:
+        assert (tmp_path / f"{name}.png").exists() == (name != "headline")  # its numbers are of test prompts
     assert "Red-team prompts: 60." in text
     assert "Test prompts" not in text
 
 
-def test_groups_of_the_embedded_world_are_named_in_its_own_table_only():
+def test_embedded_world_is_known_to_itself_only():
     package = Path(evaluation.__file__).parent
-    named = [p.name for p in package.glob("*.py") if re.search("risky|benign|sensitive", p.read_text(encoding="utf-8"))]
-    assert named == []
+    files = [p for p in package.rglob("*") if p.suffix in (".py", ".html", ".js")]
+    assert len(files) > 10
+    named = "risky|benign|sensitive|demo|harm_rate|embedded world"
+    assert [p.name for p in files if re.search(named, p.read_text(encoding="utf-8"))] == []
+
+
+def test_samples_worth_reading_come_first_and_say_why():
+    def of(prompt, reward, cost):
+        return {"prompt": prompt, "response": "r", "group": "all", "split": "test", "reward": reward, "cost": cost}
+
+    first = [of(f"p{i}", i / 10, -1.0) for i in range(20)]
+    last = [of(f"p{i}", i / 10, -1.0) for i in range(20)]
+    last[7] = of("p7", 9.0, -1.0)  # the best, and much changed
+    last[3] = of("p3", 0.0, 8.0)  # the worst
+    answers = {answer.prompt: answer for answer in answers_of({"first": first, "last": last})}
+    assert set(answers) == {f"p{i}" for i in range(20)}
+    assert answers["p7"].tags == [BEST, CHANGED]
+    assert answers["p3"].tags == [WORST, CHANGED, UNSAFE]
+    picked = [answer.picked for answer in answers.values()]
+    assert picked == sorted(picked, reverse=True)
+    assert (sum(BEST in a.tags for a in answers.values()), sum(WORST in a.tags for a in answers.values())) == (4, 4)
+    assert answers["p7"].responses == {"first": first[7], "last": last[7]}
+
+
+def test_page_holds_a_bounded_number_of_prompts_of_every_group():
+    report = regrouped(lambda i: f"topic {i % 5 if i < 20 else 0}", prompts=3 * MOST_PROMPTS)
+    answers = answers_of(report.policies)
+    assert len(answers) == MOST_PROMPTS
+    assert {answer.kind for answer in answers} == {f"topic {i}" for i in range(5)}
+
+
+@pytest.mark.parametrize("policies", [1, 2, 6, 9])
+@pytest.mark.parametrize("group", ["all", "topic"])
+def test_every_figure_shows_something_for_any_number_of_policies_with_and_without_groups(policies, group):
+    rng = np.random.default_rng(0)
+    samples = {f"policy {i}": make_samples(rng, oracle=False, prompts=12) for i in range(policies)}
+    samples = {n: regroup(s, lambda i: group if group == "all" else f"{group} {i % 2}") for n, s in samples.items()}
+    history = {name: [{"step": i, "train/loss": 1 / (1 + i)} for i in range(9)] for name in samples}
+    report = Report("Any", "command", [], samples, make_report(prompts=0).scorers, history, 0.5)
+    colours = plots.policy_colours(list(samples))
+    drawn = figures(report, {name: summarize(s) for name, s in samples.items()}, colours)
+    assert list(drawn) == list(FIGURES)
+    for name, figure in drawn.items():
+        panels = [axes for axes in figure.axes if axes.get_visible()]
+        assert panels, name
+        assert all(axes.has_data() for axes in panels), name
+        assert figure.get_figwidth() <= plots.WIDTH, name
 
 
 def test_rewriting_removes_figures_that_no_longer_apply(tmp_path):

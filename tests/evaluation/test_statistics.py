@@ -7,12 +7,15 @@ import numpy as np
 import pytest
 
 from safe_rlhf_jax.evaluation.statistics import (
+    ALL,
+    QUADRANTS,
     bootstrap_interval,
+    breakdowns,
     distinct_n,
     expected_calibration_error,
     largest,
     paired_win_rate,
-    rate_by_category,
+    quadrants,
     reliability_curve,
     summarize,
     wilson_interval,
@@ -152,31 +155,51 @@ def test_largest_names_stay_and_the_rarest_go_together():
     assert largest([], 3) == {}
 
 
-def test_harm_by_category_is_over_prompts_that_invite_harm_or_all_where_no_group_says_which_do():
-    named = [sample(harmful=True), sample(group="benign", category="gardening")]
-    assert rate_by_category(named) == {"theft": (1.0, 1)}
-    unnamed = [s | {"group": "all"} for s in named]
-    assert rate_by_category(unnamed) == {"gardening": (0.0, 1), "theft": (1.0, 1)}
+def test_quadrants_are_the_shares_of_helpful_and_harmless_responses():
+    samples = [sample(reward=2.0), sample(reward=2.0, cost=0.0), sample(reward=1.0, cost=3.0), sample(cost=None)]
+    assert quadrants(samples, 1.0) == dict(zip(QUADRANTS, (2 / 3, 0, 0, 1 / 3), strict=True))
+    assert quadrants([], 1.0) == {}
 
 
-def test_summarize_separates_splits_and_groups():
+def test_breakdown_is_of_harm_where_it_is_known_and_else_of_positive_costs():
+    first = [sample(harmful=True, cost=-1.0), sample(group="law"), sample(split="redteam", harmful=True)]
+    known = breakdowns({"a": first, "b": first[:1]}, {})
+    by_prompts = known["harmful responses, by prompts"]
+    assert by_prompts == {
+        "law": {"a": (0.0, 1), "b": (0, 0)}, "risky": {"a": (1.0, 1), "b": (1.0, 1)},
+        "red team": {"a": (1.0, 1), "b": (0, 0)},
+    }  # fmt: skip
+    unknown = breakdowns({"a": [s | {"harmful": None, "group": "all"} for s in first]}, {})
+    assert unknown == {"responses with cost > 0, by prompts": {ALL: {"a": (0.0, 2)}, "red team": {"a": (0.0, 1)}}}
+
+
+def test_breakdown_is_by_the_parts_that_were_measured_or_else_by_category():
+    samples = [sample(), sample(category="law_and,order", harmful=True)]
+    assert breakdowns({"a": samples}, {})["harmful responses, by category"] == {
+        "law and, order": {"a": (1.0, 1)}, "theft": {"a": (0.0, 1)}
+    }  # fmt: skip
+    parts = [s | {"measured": {f"harm_by/{s['category']}": s["harmful"]}} for s in samples]
+    found = breakdowns({"a": parts}, {"harm_by": "harm, by part"})
+    assert list(found) == ["harmful responses, by prompts", "harm, by part"]
+    assert found["harm, by part"]["theft"] == {"a": (0.0, 1)}
+
+
+def test_summarize_averages_what_an_oracle_measured_and_splits_the_models_opinions():
     samples = [
-        sample(harmful=True, cost=2.0, category="theft"),
-        sample(harmful=False, category="fraud"),
-        sample(harmful=True, split="redteam", cost=3.0),
-        sample(group="benign", category=None, refusal=True, helpfulness=0.0, reward=-1.0),
-        sample(group="sensitive", category=None, helpfulness=1.0),
+        sample(measured={"harm": True, "harm_by/theft": True, "help": 0.25}, cost=2.0),
+        sample(measured={"harm": False, "harm_by/fraud": False, "help": 0.75}),
+        sample(measured={"harm_redteam": True}, split="redteam", cost=3.0),
+        sample(group="benign", reward=-1.0),
+        sample(group="sensitive"),
     ]
     summary = summarize(samples)
-    assert summary["harm_rate"] == 0.5
-    assert summary["harm_rate_all"] == 0.25
-    assert summary["harm_rate_redteam"] == 1.0
-    assert summary["harm_rate_by_category/theft"] == 1.0
-    assert summary["harm_rate_by_category/fraud"] == 0.0
-    assert (summary["harm_rate_low"], summary["harm_rate_high"]) == wilson_interval(1, 2)
-    assert summary["helpfulness_benign"] == 0.5
-    assert summary["helpfulness_risky"] == 0.5
-    assert summary["refusal_benign"] == 0.5
+    assert summary["harm"] == 0.5
+    assert (summary["harm_low"], summary["harm_high"]) == wilson_interval(1, 2)
+    assert (summary["help"], summary["help_low"], summary["help_high"]) == (0.5, 0.25, 0.75)
+    assert summary["harm_redteam"] == 1.0
+    assert summary["harm_by/theft"] == 1.0
+    assert summary["harm_by/fraud"] == 0.0
+    assert "harm_by/theft_low" not in summary
     assert summary["reward_mean"] == 0.5  # red-team samples do not count
     assert summary["cost_mean"] == -0.25
     assert summary["cost_positive_share"] == 0.25

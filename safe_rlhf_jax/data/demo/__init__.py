@@ -1,11 +1,13 @@
 """The embedded world: a synthetic, inoffensive assistant world in which helpfulness and harm are known.
 
 `prompts`, `sft` and `preference` make its records; `helpfulness`, `harm` and `is_refusal` judge a response by parsing
-it; `TOKENIZER_PATH` is the folder of its tokenizer. See `world` for the grammar.
+it, and `oracle_for` turns that into measures for the report; `TOKENIZER_PATH` is the folder of its tokenizer. See
+`world` for the grammar.
 """
 
 from pathlib import Path
 
+from safe_rlhf_jax.data.demo.measures import oracle_for
 from safe_rlhf_jax.data.demo.oracle import Harm, PromptInfo, harm, helpfulness, is_refusal, parse_prompt
 from safe_rlhf_jax.data.demo.records import annotator_accuracy, preference, prompts, sft
 from safe_rlhf_jax.data.demo.world import HARM_CATEGORIES, MAX_PROMPT_TOKENS, MAX_RESPONSE_TOKENS
@@ -23,6 +25,7 @@ __all__ = [
     "harm",
     "helpfulness",
     "is_refusal",
+    "oracle_for",
     "parse_prompt",
     "preference",
     "prompts",

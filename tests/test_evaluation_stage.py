@@ -1,0 +1,92 @@
+"""What the evaluate stage holds and computes."""
+
+import gc
+from pathlib import Path
+
+import jax
+import pytest
+import yaml
+
+from safe_rlhf_jax import config as cfg
+from safe_rlhf_jax.data.tokenizer import load_tokenizer
+from safe_rlhf_jax.models import hf
+from safe_rlhf_jax.stages import Run, evaluation
+from tests.helpers import make_lm, make_scorer, perturbed, tiny_config
+
+TOKENIZER = load_tokenizer("demo")
+CONFIG = tiny_config(vocab_size=TOKENIZER.vocab_size, hidden_size=16, num_layers=1, head_dim=4)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Three policies and two scorers behind paths."""
+    folder = tmp_path_factory.mktemp("models")
+    made = {name: make_lm(CONFIG) for name in "abc"} | {kind: make_scorer(kind, CONFIG) for kind in ("reward", "cost")}
+    for seed, (name, (module, variables)) in enumerate(made.items()):
+        hf.save(folder / name, module, perturbed(variables, seed), TOKENIZER.hf)
+    return folder
+
+
+def run_of(tmp_path: Path, models: Path, policies: str = "a", limits=(16,), **settings) -> Run:
+    stage = {
+        "name": "evaluate", "kind": "evaluate", "policies": [f"path:{models}/{name}" for name in policies],
+        "reward_model": f"path:{models}/reward", "cost_model": f"path:{models}/cost", "max_prompt_length": 24,
+        "prompts": [{"name": "demo/prompts", "split": "test", "limit": limit} for limit in limits],
+        "max_response_length": 3,
+    }  # fmt: skip
+    tree = {"workdir": str(tmp_path / "run"), "template": "plain", "stages": [stage | settings]}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree | {"execution": {"dtype": "bfloat16"}}))
+    return Run(cfg.load_config(tmp_path / "config.yaml", []))
+
+
+@pytest.fixture
+def batches(monkeypatch):
+    """Rows of each batch of each set of prompts that `sample_policies` would have answered; nothing is computed."""
+    rows = []
+
+    def collect_samples(respond, batches, *_, **__):
+        rows.append([len(batch.tokens) for batch, _ in batches])
+        return []
+
+    monkeypatch.setattr(evaluation.evaluate, "collect_samples", collect_samples)
+    return rows
+
+
+def sample(run: Run) -> None:
+    with jax.set_mesh(run.mesh):
+        evaluation.sample_policies(run, run.config.stages[0])
+
+
+def test_evaluation_computes_as_many_rows_as_there_are_prompts_in_whole_shards(models, tmp_path, batches):
+    run = run_of(tmp_path, models, limits=(16, 3, 40), batch_size=32)
+    assert dict(run.mesh.shape)["data"] == 8
+    sample(run)
+    assert batches == [[16], [8], [32, 32]]
+
+
+def alive() -> int:
+    gc.collect()
+    return sum(array.nbytes for array in jax.live_arrays())
+
+
+def test_evaluation_holds_frozen_networks_once_as_they_are_multiplied_and_policies_one_at_a_time(
+    models, tmp_path, batches, monkeypatch
+):
+    run, opened, before = run_of(tmp_path, models, "abc"), {}, alive()
+    with jax.set_mesh(run.mesh):
+        scorers = evaluation.open_scorers(run, {kind: f"path:{models}/{kind}" for kind in ("reward", "cost")})
+        reference = evaluation.only_read(run, evaluation.open_model(run, f"path:{models}/a", "lm")[1]["params"])
+    held = alive() - before
+    assert {str(leaf.dtype) for leaf in jax.tree.leaves(reference)} == {"bfloat16", "float32"}  # norms
+    del scorers, reference
+    open_model = evaluation.open_model
+
+    def recorded(run, name, *rest):
+        opened.setdefault(Path(name).name, []).append(alive() - before)
+        return open_model(run, name, *rest)
+
+    monkeypatch.setattr(evaluation, "open_model", recorded)
+    sample(run)
+    assert [(name, len(times)) for name, times in opened.items()] == [("a", 1), ("b", 1), ("c", 1)]
+    assert opened["b"] == opened["c"] == [pytest.approx(held, abs=4096)]  # keys and the like
+    assert len(batches) == 3
