@@ -1,11 +1,11 @@
 """A run on devices that need not exist, whose arrays are shapes."""
 
 import dataclasses
-import pathlib
 
 from jax.sharding import Mesh
 
 from safe_rlhf_jax import config as cfg
+from safe_rlhf_jax import storage
 from safe_rlhf_jax.config.messages import did_you_mean
 from safe_rlhf_jax.data.tokenizer import Tokenizer, load_tokenizer
 from safe_rlhf_jax.errors import ConfigError
@@ -30,8 +30,8 @@ class AbstractRun(Run):
         if config.assume is not None and config.assume not in PRESETS:
             hint = did_you_mean(config.assume, PRESETS)
             raise ConfigError(f"assume: preset {config.assume!r} is unknown; presets: {sorted(PRESETS)}{hint}")
-        local = config.tokenizer == "demo" or pathlib.Path(config.tokenizer.removeprefix("path:")).expanduser().is_dir()
-        if local or config.assume is None:
+        folder = storage.expanded(config.tokenizer.removeprefix("path:"))
+        if config.tokenizer == "demo" or storage.is_folder(folder) or config.assume is None:
             self.tokenizer = load_tokenizer(config.tokenizer)
         else:
             size = PRESETS[config.assume]["vocab_size"]
