@@ -3,7 +3,12 @@
 import ast
 import importlib
 import itertools
+import json
+import os
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -205,3 +210,34 @@ def test_algorithm_snippet_runs_an_iteration_and_reaches_its_optimum(monkeypatch
     assert "train/cost_critic_loss" in metrics
     assert "train/multiplier" in metrics
     exec(snippet("algorithm-test"), {})
+
+
+@pytest.mark.slow
+def test_kind_of_stage_that_is_added_by_the_diff_runs_after_another_and_is_checked(tmp_path):
+    """In a copy of the package."""
+    text = page("docs/adding.md")
+    diff, file, config = (
+        re.search(pattern, text, re.DOTALL)[1]
+        for pattern in (
+            r"```diff\n(--- a/safe_rlhf_jax/config/run.py.*?)```",
+            r"```python\n# kind\n(.*?)```",
+            r"```yaml\n# tested: kind\n(.*?)```",
+        )
+    )
+    shutil.copytree(ROOT / "safe_rlhf_jax", tmp_path / "safe_rlhf_jax")
+    subprocess.run(["git", "apply", "-"], input=diff, text=True, cwd=tmp_path, check=True)
+    (tmp_path / "safe_rlhf_jax" / "stages" / "perplexity.py").write_text(file)
+    (tmp_path / "config.yaml").write_text(config)
+
+    def train(*overrides):
+        command = [sys.executable, "-m", "safe_rlhf_jax.train", "--config", "config.yaml", "workdir=run", *overrides]
+        environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+
+    wrong = train("stages.measured.policy=stf")
+    assert wrong.returncode == 1
+    assert "policy names 'stf', which is no earlier stage" in wrong.stderr
+    assert train().returncode == 0
+    result = json.loads((tmp_path / "run" / "measured" / "result.json").read_text())
+    assert result["metrics"]["eval/perplexity"] > 1
+    assert "measured: finished, config unchanged; skipped" in train().stdout

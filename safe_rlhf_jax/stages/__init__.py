@@ -45,7 +45,7 @@ def run_stage(run: Run, stage: cfg.StageBase) -> None:
         partial = folder / "result.json.partial"
         partial.write_text(json.dumps(result, indent=2) + "\n")
         partial.rename(folder / "result.json")
-    shown = result["metrics"] if stage.makes is not None else {}  # what makes no model has shown its figures
+    shown = result["metrics"] if kind_of(stage).shows_metrics else {}
     print(f"{stage.name}: done in {seconds:.0f} s" + "".join(f"; {k} {v:.4g}" for k, v in shown.items()))
 
 

@@ -168,4 +168,4 @@ def origin(stage: cfg.StageBase | None) -> str:
     return "; ".join([f"{stage.kind} stage", *models, *data])
 
 
-EVALUATE = Kind(cfg.EvaluateStage, run_evaluation)
+EVALUATE = Kind(cfg.EvaluateStage, run_evaluation, shows_metrics=False)

@@ -22,6 +22,8 @@ class Kind:
         load: (run, stage, field of `datasets()`) -> examples.
         check: (run, stage, examples by field) -> None; raises before the first stage trains.
         idle: stage -> {setting, dotted: why it changes nothing}.
+        training: Of a kind that trains.
+        shows_metrics: They are printed at its end; an evaluation has its table.
     """
 
     schema: type[cfg.StageBase]
@@ -30,6 +32,7 @@ class Kind:
     check: Callable[[Run, Any, Mapping[str, Examples]], None] = lambda *_: None
     idle: Callable[[Any], dict[str, str]] = lambda _: {}
     training: "Training | None" = None
+    shows_metrics: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
