@@ -203,7 +203,7 @@ def load_chat(options: argparse.Namespace) -> Chat:
         policies.append(load_policy(folder(name), **read_as(name)))
     scorers = {}
     for signal in ("reward", "cost"):
-        trained = [name for name, stage in stages.items() if stage.kind == signal and run and run.result(name)]
+        trained = [name for name, stage in stages.items() if stage.makes == signal and run and run.result(name)]
         scorer_name = getattr(options, signal) or (trained[-1] if trained else None)
         if scorer_name is not None:
             scorers[signal] = load_scorer(folder(scorer_name), **read_as(scorer_name), score_type=signal)

@@ -70,28 +70,11 @@ class Use:
 
 def uses_of(config: Any) -> Iterator[Use]:
     """Yields all data that the stages of a config read."""
-    from safe_rlhf_jax import config as cfg
-
     for stage in config.stages:
-        if isinstance(stage, cfg.SupervisedStage):
-            by_safety = stage.kind == "cost" or getattr(stage, "preference", None) == "harmlessness"  # type: ignore[attr-defined]
-            kind = "cost" if by_safety else "sft" if isinstance(stage, cfg.SFTStage) else "reward"
-            found = [(field, kind, getattr(stage, field), stage.max_length) for field in ("data", "eval_data")]
-        elif isinstance(stage, cfg.RLStage | cfg.SampledPrompts):
-            total, prompts = stage.max_prompt_length + stage.max_response_length, ("prompts", "eval_prompts")
-            found = [(name, "prompts", getattr(stage, name, None), stage.max_prompt_length) for name in prompts]
-            found += [("ptx", "sft", getattr(stage, "ptx", None), total)]
-            for signal, lagrange in stage.limits.items():
-                data = getattr(lagrange.cost_limit, "data", None)
-                found += [(f"cost_limit of {signal}", "cost", data, total)]
-        elif isinstance(stage, cfg.EvaluateStage):
-            found = [(f"prompts.{i}", "prompts", data, stage.max_prompt_length) for i, data in enumerate(stage.prompts)]
-        else:
-            continue
         options = {name: getattr(stage, name) for name in ("long_prompts", "group_field") if hasattr(stage, name)}
-        for field, kind, data, length in found:
-            if data is not None:
-                yield Use(f"{stage.name}: {field}", kind, data, length, options if kind == "prompts" else {})
+        for field, use in stage.datasets().items():
+            more = options if use.reads == "prompts" else {}
+            yield Use(f"{stage.name}: {field}", use.reads, use.data, use.max_length, more)
 
 
 def use_of(options: argparse.Namespace, tokenizer: Any, template: Any) -> Use:

@@ -23,7 +23,9 @@ REMATS = ("none", "dots", "full")  # from the fastest to the smallest
 MESHES = 4  # of those whose parameters fit, so many are tried for an advice
 
 
-def feasible(config: cfg.RunConfig, stage: Any, devices: Sequence[jax.Device], count: int) -> list[dict[str, Any]]:
+def feasible(
+    config: cfg.RunConfig, stage: cfg.TrainingStage, devices: Sequence[jax.Device], count: int
+) -> list[dict[str, Any]]:
     """Returns the variants that fit on the `count` most promising meshes, the fastest projected step first.
 
     Each core looks into one mesh at a time.
@@ -34,7 +36,7 @@ def feasible(config: cfg.RunConfig, stage: Any, devices: Sequence[jax.Device], c
     return sorted(found, key=lambda variant: variant.get("projected", {}).get("step_seconds", 0.0))
 
 
-def advise(config: cfg.RunConfig, stage: Any, devices: Sequence[jax.Device]) -> dict[str, Any] | None:
+def advise(config: cfg.RunConfig, stage: cfg.TrainingStage, devices: Sequence[jax.Device]) -> dict[str, Any] | None:
     """Returns the cheapest change that fits, None where nothing does.
 
     It tries more microbatches first, then more rematerialisation, then other meshes.
@@ -52,7 +54,7 @@ def sizes(mesh: cfg.Mesh) -> tuple[int, int, int]:
     return mesh.data, mesh.fsdp, mesh.tensor
 
 
-def meshes(config: cfg.RunConfig, stage: Any, devices: Sequence[jax.Device]) -> list[cfg.Mesh]:
+def meshes(config: cfg.RunConfig, stage: cfg.TrainingStage, devices: Sequence[jax.Device]) -> list[cfg.Mesh]:
     """Returns the meshes that the stage divides into and whose arguments alone fit, the most promising first.
 
     That is the one that gathers least while it decodes: parameters over `fsdp` are gathered for every token, those over
@@ -80,7 +82,7 @@ def shapes(devices: int) -> Iterator[cfg.Mesh]:
                 yield cfg.Mesh(data=devices // (fsdp * tensor), fsdp=fsdp, tensor=tensor)
 
 
-def held_bytes(run: AbstractRun, stage: Any) -> int:
+def held_bytes(run: AbstractRun, stage: cfg.TrainingStage) -> int:
     """Returns the bytes per device that a step holds whatever else it does: its arguments."""
     with jax.set_mesh(run.mesh):
         return argument_bytes(run, stage)
@@ -88,7 +90,7 @@ def held_bytes(run: AbstractRun, stage: Any) -> int:
 
 def variants(
     config: cfg.RunConfig,
-    stage: Any,
+    stage: cfg.TrainingStage,
     devices: Sequence[jax.Device],
     mesh: cfg.Mesh,
     remats: Sequence[str] = REMATS,
@@ -128,7 +130,7 @@ def generates(stage: cfg.StageBase) -> bool:
     return any(use.generates for use in stage.models().values())
 
 
-def microbatch_counts(stage: Any, mesh: cfg.Mesh) -> list[int]:
+def microbatch_counts(stage: cfg.TrainingStage, mesh: cfg.Mesh) -> list[int]:
     """Returns the microbatches that a batch divides into: the stage's own number, and powers of two times it."""
     shards = mesh.data * mesh.fsdp * stage.minibatches
     return [n for n in (stage.microbatches * 2**i for i in range(20)) if stage.rows % (shards * n) == 0]
@@ -136,7 +138,7 @@ def microbatch_counts(stage: Any, mesh: cfg.Mesh) -> list[int]:
 
 def fewest_microbatches(
     config: cfg.RunConfig,
-    stage: Any,
+    stage: cfg.TrainingStage,
     devices: Sequence[jax.Device],
     counts: Sequence[int],
     *,
@@ -167,7 +169,9 @@ def fewest_microbatches(
     return None
 
 
-def attempt(config: cfg.RunConfig, stage: Any, devices: Sequence[jax.Device], microbatches: int) -> dict[str, Any]:
+def attempt(
+    config: cfg.RunConfig, stage: cfg.TrainingStage, devices: Sequence[jax.Device], microbatches: int
+) -> dict[str, Any]:
     """Compiles one variant; returns its overrides, what it needs and whether that fits."""
     started = time.monotonic()
     report = compile_stage(config, stage.model_copy(update={"microbatches": microbatches}), devices)

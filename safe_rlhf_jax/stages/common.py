@@ -1,7 +1,6 @@
 """What stages share: the run, opening networks, making states, compiling steps, exporting."""
 
 import contextlib
-import functools
 import json
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
@@ -108,20 +107,6 @@ def read_mixture(data: cfg.Mixture) -> list[Record]:
     """Returns the records of a data set, or of all parts of a mixture."""
     parts = [read_records(**part.model_dump(exclude={"weight"})) for part in cfg.parts_of(data)]
     return mix(parts) if len(parts) > 1 else parts[0]
-
-
-def handed_on(load: Callable[..., Examples]) -> Callable[..., Examples]:
-    """Makes load(run, stage, data, …) keep what the check loads until the stage asks for it, and then forget it."""
-
-    @functools.wraps(load)
-    def once(run: Run, stage: Any, data: cfg.Mixture, *more: str) -> Examples:
-        key = load.__name__, stage.name, repr(data), *more
-        if key in run.loaded:
-            return run.loaded.pop(key)
-        run.loaded[key] = load(run, stage, data, *more)
-        return run.loaded[key]
-
-    return once
 
 
 def described(data: cfg.Mixture) -> str:

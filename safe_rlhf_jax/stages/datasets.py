@@ -11,12 +11,12 @@ from safe_rlhf_jax.stages.common import Run, described
 Load = Callable[[Run, Any, str], Examples]  # (run, stage, field of `datasets()`)
 
 
-def load_data(run: Run, stage: Any, field: str) -> Examples:
+def load_data(run: Run, stage: cfg.StageBase, field: str) -> Examples:
     """Returns the examples of a data set, as the run writes its texts."""
     return load_records(run, stage, field, run.records(stage.datasets()[field].data))
 
 
-def load_records(run: Run, stage: Any, field: str, records: Any) -> Examples:
+def load_records(run: Run, stage: cfg.StageBase, field: str, records: Any) -> Examples:
     """Returns the examples of records that stand for a data set."""
     use: cfg.DataUse = stage.datasets()[field]
     shared: dict[str, Any] = {
@@ -36,25 +36,25 @@ def load_records(run: Run, stage: Any, field: str, records: Any) -> Examples:
         run.template,
         run.tokenizer,
         long_prompts=getattr(stage, "long_prompts", "drop"),
-        group_field=stage.group_field,
+        group_field=getattr(stage, "group_field", None),
         readers={model: (encoding.template, encoding.tokenizer) for model, encoding in own.items()},
         **shared,
     )
 
 
-def keep(run: Run, stage: Any, field: str, load: Load = load_data) -> Examples:
+def keep(run: Run, stage: cfg.StageBase, field: str, load: Load = load_data) -> Examples:
     """Loads a data set before the first stage runs, so that nothing about it is left to raise later."""
     run.loaded[stage.name, field] = load(run, stage, field)
     return run.loaded[stage.name, field]
 
 
-def take(run: Run, stage: Any, field: str, load: Load = load_data) -> Examples:
+def take(run: Run, stage: cfg.StageBase, field: str, load: Load = load_data) -> Examples:
     """Returns a data set that has been kept, and forgets it; loads it where it has not."""
     kept = run.loaded.pop((stage.name, field), None)
     return load(run, stage, field) if kept is None else kept
 
 
-def stored(run: Run, stage: Any, field: str, load: Load) -> Examples:
+def stored(run: Run, stage: cfg.StageBase, field: str, load: Load) -> Examples:
     """Returns data that the check asks for first and its stage last: loaded once, and forgotten after that."""
     if (stage.name, field) in run.loaded:
         return run.loaded.pop((stage.name, field))

@@ -14,7 +14,7 @@ from safe_rlhf_jax.data.sources import opening
 from safe_rlhf_jax.stages.common import Run, described
 
 
-def warn_of_overlap(run: Run, stage: Any) -> None:
+def warn_of_overlap(run: Run, stage: cfg.StageBase) -> None:
     """Says how much of what a stage measures on opens with a prompt that it, or a stage it is built on, trains on."""
     known: dict[str, set[str]] = {}  # how the conversations of a data set open
     for field, data, (model, stages) in held_out(run, stage):
@@ -33,7 +33,7 @@ def warn_of_overlap(run: Run, stage: Any) -> None:
             )
 
 
-def held_out(run: Run, stage: Any) -> Iterator[tuple[str, cfg.Mixture, tuple[Any, Sequence[Any]]]]:
+def held_out(run: Run, stage: cfg.StageBase) -> Iterator[tuple[str, cfg.Mixture, tuple[Any, Sequence[Any]]]]:
     """Yields (setting, data, the stage whose training it must not meet and those of its run) of what a stage measures.
 
     Data that a limit is calibrated on counts where its cost model goes over its own data more than once: from the
@@ -49,13 +49,13 @@ def held_out(run: Run, stage: Any) -> Iterator[tuple[str, cfg.Mixture, tuple[Any
                 yield field, use.data, (cost, others)
 
 
-def training_data(stages: Sequence[Any], stage: Any) -> list[tuple[str, cfg.Mixture]]:
+def training_data(stages: Sequence[Any], stage: cfg.StageBase) -> list[tuple[str, cfg.Mixture]]:
     """Returns (stage and setting, data) of what a stage of a run, and all that it is built on, are trained on."""
     uses = [(f"{one.name}.{field}", use) for one in lineage(stages, stage) for field, use in one.datasets().items()]
     return [(where, use.data) for where, use in uses if use.role == "train"]
 
 
-def lineage(stages: Sequence[Any], stage: Any) -> list[Any]:
+def lineage(stages: Sequence[Any], stage: cfg.StageBase) -> list[Any]:
     """Returns a stage of a run, and all that it is built on."""
     found, pending = [], [(stage, stages)]
     while pending:

@@ -243,7 +243,7 @@ def compile_step(
 
 
 def make_evaluate(
-    run: Run, stage: Any, policy: Any, reference: Any, scorers: Scorers
+    run: Run, stage: cfg.RLStage | cfg.RejectionStage, policy: Any, reference: Any, scorers: Scorers
 ) -> Callable[[Any], dict[str, float]]:
     """Returns evaluate(the policy's params): it answers `eval_prompts`, sampled as in training."""
     if stage.eval_prompts is None:
@@ -283,9 +283,11 @@ def make_evaluate(
     return evaluate_policy
 
 
-def measured_on_prompts(run: Run, stage: Any, loaded: Mapping[str, examples.Examples]) -> set[str]:
+def measured_on_prompts(
+    run: Run, stage: cfg.RLStage | cfg.RejectionStage, loaded: Mapping[str, examples.Examples]
+) -> set[str]:
     """Returns the names of what is measured on `eval_prompts`, from an empty response to every prompt."""
-    prompts = loaded["eval_prompts"]
+    prompts, (data,) = loaded["eval_prompts"], cfg.parts_of(stage.eval_prompts)
 
     def respond(batch: Any, key: jax.Array) -> dict[str, Any]:
         del key
@@ -295,7 +297,7 @@ def measured_on_prompts(run: Run, stage: Any, loaded: Mapping[str, examples.Exam
 
     samples = evaluate.collect_samples(
         respond, in_order(prompts, run.rows(prompts)), prompts, key=jax.random.key(0), ends=(), decode=lambda _: "",
-        split="test", group_field=stage.group_field, oracle=oracle_for(stage.eval_prompts),
+        split="test", group_field=stage.group_field, oracle=oracle_for(data),
     )  # fmt: skip
     return {name for name in summarize(samples) if "/" not in name}
 

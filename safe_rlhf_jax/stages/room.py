@@ -5,10 +5,10 @@ import math
 import os
 import pathlib
 import shutil
+from typing import Any
 
 import jax
 
-from safe_rlhf_jax import config as cfg
 from safe_rlhf_jax.errors import ConfigError
 from safe_rlhf_jax.models.config import ModelConfig
 from safe_rlhf_jax.models.transformer import CausalLM
@@ -35,13 +35,14 @@ def check_room(run: Run) -> None:
         if not here.is_dir() or not os.access(here, os.W_OK | os.X_OK):
             raise ConfigError(f"{stage.name}: {here} cannot be written to; mend that, or set another workdir")
         training = kind_of(stage).training
-        if not isinstance(stage, cfg.TrainingStage) or training is None:
+        if training is None:
             continue
-        policy, *others = map(size, [stage.init_from, *training.critics(stage)])
+        trained: Any = stage
+        policy, *others = map(size, [trained.init_from, *training.critics(trained)])
         state = TRAINED * (policy + sum(others))
         # The one that is being written stands beside those that are kept.
         started = (run.folder(stage.name) / "checkpoints").is_dir()
-        kept = 0 if started else stage.keep_checkpoints + (stage.keep_best is not None)
+        kept = 0 if started else trained.keep_checkpoints + (trained.keep_best is not None)
         needed += (kept + 1) * state + PARAMETER * policy
         if needed > free:
             run.warn(

@@ -3,8 +3,6 @@
 None of this makes training impossible, so none of it ends a run.
 """
 
-from typing import Any
-
 import numpy as np
 
 from safe_rlhf_jax import config as cfg
@@ -16,7 +14,7 @@ SEVERAL = 8  # records with one label; fewer may have it by chance
 MANY = 0.05  # share of pairs that look alike
 
 
-def data_warnings(stage: Any, field: str, use: cfg.DataUse, data: Examples) -> list[str]:
+def data_warnings(stage: cfg.StageBase, field: str, use: cfg.DataUse, data: Examples) -> list[str]:
     """Returns what speaks against a data set where a stage uses it, in words, each with what to do.
 
     Args:
@@ -54,7 +52,7 @@ def few_to_measure(field: str, use: cfg.DataUse, data: Examples) -> str | None:
     )
 
 
-def alike_when_cut(stage: Any, field: str, data: Examples) -> str | None:
+def alike_when_cut(stage: cfg.StageBase, field: str, data: Examples) -> str | None:
     """Pairs that differ only where they are cut off have been left out."""
     left_out, total = data.skipped.get(ALIKE, 0), len(data) + sum(data.skipped.values())
     if left_out <= MANY * total:

@@ -205,13 +205,13 @@ def pairs_evaluate(
     return evaluate_state
 
 
-def supervised_programs(task: Task, run: Run, stage: Any) -> Iterator[Program]:
+def supervised_programs(task: Task, run: Run, stage: cfg.SupervisedStage) -> Iterator[Program]:
     """Yields the step of a stage that trains on records, at the full length of its texts."""
     _, state, frozen, step = build_supervised(task, run, stage, TOTAL_STEPS)
     yield Program("step", step, (state, frozen, put(run, task.batch(stage)), random_key()))
 
 
-def supervised_flops(task: Task, run: Run, stage: Any, again: float) -> dict[str, float]:
+def supervised_flops(task: Task, run: Run, stage: cfg.SupervisedStage, again: float) -> dict[str, float]:
     """Returns the FLOPs of a step: a pass forward, two backward, and those of what is only read."""
     rows, logits = task.sides * stage.batch_size, stage.max_length if task.head == "lm" else 0
     passes = 3 * again + task.frozen_passes
