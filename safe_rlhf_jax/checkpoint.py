@@ -18,7 +18,7 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, L
 from safe_rlhf_jax import processes
 from safe_rlhf_jax.errors import ConfigError, FileError
 
-LOG = logging.getLogger(__name__)
+LOGGER = logging.getLogger(__name__)
 
 
 @functools.cache
@@ -148,7 +148,7 @@ class Checkpoints:
         """Moves checkpoints {step: what is wrong} out of the way, and says so."""
         aside = self.folder.with_name(f"{self.folder.name}.unreadable")
         for step, problem in problems.items():
-            LOG.warning(f"checkpoint of step {step} cannot be read ({problem}); it is kept in {aside}")
+            LOGGER.warning(f"checkpoint of step {step} cannot be read ({problem}); it is kept in {aside}")
             if processes.is_main():
                 aside.mkdir(exist_ok=True)
                 shutil.rmtree(aside / str(step), ignore_errors=True)
