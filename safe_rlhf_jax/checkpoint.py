@@ -16,7 +16,7 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, L
 from safe_rlhf_jax import processes, storage
 from safe_rlhf_jax.errors import ConfigError, FileError
 
-LOG = logging.getLogger(__name__)
+LOGGER = logging.getLogger(__name__)
 
 
 @functools.cache
@@ -146,7 +146,7 @@ class Checkpoints:
         """Moves checkpoints {step: what is wrong} out of the way, and says so."""
         aside = self.folder.with_name(f"{self.folder.name}.unreadable")
         for step, problem in problems.items():
-            LOG.warning(f"checkpoint of step {step} cannot be read ({problem}); it is kept in {aside}")
+            LOGGER.warning(f"checkpoint of step {step} cannot be read ({problem}); it is kept in {aside}")
             if processes.is_main():
                 storage.make_folder(aside)
                 storage.remove(aside / str(step))

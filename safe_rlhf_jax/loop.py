@@ -17,7 +17,7 @@ from safe_rlhf_jax.errors import NonFiniteError
 from safe_rlhf_jax.metrics import ProgressBar, Throughput, make_writers
 from safe_rlhf_jax.processes import any_process, is_main
 
-LOG = logging.getLogger(__name__)
+LOGGER = logging.getLogger(__name__)
 PREEMPTED = 143  # exit status: a launcher should start the same command again
 MAY_OVERFLOW = ("train/perplexity",)  # e to the power of a loss that is itself finite: shown, and never stops a run
 
@@ -68,7 +68,7 @@ def fit(stage: Stage, folder: storage.Path, *, writers: tuple[str, ...] = ("json
     checkpoints = Checkpoints(folder / "checkpoints", keep=stage.keep_checkpoints, best=stage.keep_best)
     state, start = checkpoints.restore(stage.init())
     if start:
-        LOG.info(f"{stage.name}: continuing from step {start}")
+        LOGGER.info(f"{stage.name}: continuing from step {start}")
     log = Log(stage, folder, checkpoints, start, writers if is_main() else ())
     key = jax.random.key(stage.seed)
     with Preemption() as preemption:
@@ -89,7 +89,7 @@ def fit(stage: Stage, folder: storage.Path, *, writers: tuple[str, ...] = ("json
             if stop:
                 checkpoints.close()
                 log.close()
-                LOG.info(f"{stage.name}: preempted; step {done} is saved, the same command continues")
+                LOGGER.info(f"{stage.name}: preempted; step {done} is saved, the same command continues")
                 raise SystemExit(PREEMPTED)
     checkpoints.close()
     log.close()
@@ -129,7 +129,7 @@ class Log:
         message = None if self.warned else self.stage.warning(values)
         if message:
             self.warned = True
-            LOG.warning(f"{self.stage.name}: warning at step {step}: {message}")
+            LOGGER.warning(f"{self.stage.name}: warning at step {step}: {message}")
         measured = evaluate()
         if measured:
             self.throughput.skip()

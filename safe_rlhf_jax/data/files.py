@@ -10,7 +10,7 @@ from safe_rlhf_jax.data.readers import SUFFIXES, kind_of
 from safe_rlhf_jax.data.records import printable
 from safe_rlhf_jax.errors import DataError
 
-LOG = logging.getLogger(__name__)
+LOGGER = logging.getLogger(__name__)
 # A split's name as a whole word: no letter stands before it or behind it.
 SPLIT = re.compile(r"(?<![^\W\d_])(train|test|validation|valid|val|dev|eval)(?![^\W\d_])")
 METADATA = re.compile(r"(dataset_(info|infos|dict)|croissant|datapackage|(.*[._-])?(metadata|state|config))\.json")
@@ -41,7 +41,7 @@ def files_of(path: storage.Path, split: str) -> list[storage.Path]:
     said = [f"split {split} is {named(path, splits[split])}", *missing_parts(splits[split])]
     said += [f"left out are {'; '.join(left_out)}"] if left_out else []
     if len(splits[split]) > 1 or len(said) > 1:
-        LOG.info(printable(f"data {path}: {'; '.join(said)}"))
+        LOGGER.info(printable(f"data {path}: {'; '.join(said)}"))
     return splits[split]
 
 

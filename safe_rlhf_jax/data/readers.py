@@ -29,7 +29,7 @@ from safe_rlhf_jax.data.records import (
 )
 from safe_rlhf_jax.errors import DataError
 
-LOG = logging.getLogger(__name__)
+LOGGER = logging.getLogger(__name__)
 SUFFIXES = (".json", ".jsonl", ".parquet", ".csv")  # each but parquet also with .gz
 MAX_SHOWN = 300  # characters of what is no record
 SPACE = re.compile(r"[ \t\r\n]*")
@@ -266,7 +266,7 @@ def held_by(path: storage.Path, value: Record) -> list[Any]:
         if isinstance(part, list) and part and all(isinstance(item, dict) for item in part)
     ]
     if len(lists) == 1:
-        LOG.info(printable(f"data {path}: one object; its list {lists[0]!r} is read"))
+        LOGGER.info(printable(f"data {path}: one object; its list {lists[0]!r} is read"))
         return list(value[lists[0]])
     keys = brief(", ".join(value))
     wanted = "a list of objects, or an object per line" + " (orient='records' in pandas)" * by_column
@@ -293,7 +293,7 @@ def read_csv(path: storage.Path, content: bytes) -> list[Record]:
         return []
     header = column_names(path, rows[0][1])
     if any(value for _, row in rows for name, value in zip(header, row, strict=False) if not name):
-        LOG.info(printable(f"data {path}: columns without a name are left out"))
+        LOGGER.info(printable(f"data {path}: columns without a name are left out"))
     records = []
     problems = []
     for number, row in rows[1:]:

@@ -22,7 +22,7 @@ from safe_rlhf_jax.data.readers import NoRecordsError, read_file
 from safe_rlhf_jax.data.records import PART, UNUSABLE, Record, columns_of, like, located, printable
 from safe_rlhf_jax.errors import DataError, UserError
 
-LOG = logging.getLogger(__name__)
+LOGGER = logging.getLogger(__name__)
 DATASETS: dict[str, Callable[[str], Any]] = {  # name -> (split -> records)
     "demo/sft": demo.sft,
     "demo/preference": demo.preference,
@@ -105,7 +105,7 @@ def in_format(where: str, raw: Sequence[Record], name: str | None) -> list[Recor
     others = other_formats(raw, recognised) if name is None else []
     if others:
         said = f"read as {recognised}; the columns also fit {', '.join(others)}: `format` names another"
-        LOG.info(printable(f"{where}: {said}"))
+        LOGGER.info(printable(f"{where}: {said}"))
     return [FORMATS[recognised].read(record) for record in raw]
 
 
@@ -131,7 +131,7 @@ def read_source(name: str, split: str) -> dict[str, Sequence[Record]]:
         read = read_files(files_of(path, split))
         empty = [where for where, records in read.items() if not records]
         if empty and len(read) > len(empty):
-            LOG.info(printable(f"{', '.join(empty)}: no records"))
+            LOGGER.info(printable(f"{', '.join(empty)}: no records"))
         return {where: records for where, records in read.items() if records}
     records = located(read_named(name, path, split), f"{name} record ")
     return {f"data {name!r}": records} if records else {}
@@ -146,7 +146,7 @@ def read_files(files: Sequence[storage.Path]) -> dict[str, Sequence[Record]]:
         except NoRecordsError as error:
             if len(files) == 1:
                 raise
-            LOG.info(printable(f"{error}: left out"))
+            LOGGER.info(printable(f"{error}: left out"))
     return read
 
 
@@ -154,7 +154,8 @@ def read_named(name: str, path: storage.Path | None, split: str) -> Sequence[Rec
     """Returns the records of a data set that is no file: of `DATASETS`, a hub, or a folder that `datasets` saved."""
     if path is not None:
         if beside := [file for files in files_in(path)[0].values() for file in files]:
-            LOG.info(printable(f"data {path}: a folder that `datasets` has saved; left out are {named(path, beside)}"))
+            said = f"a folder that `datasets` has saved; left out are {named(path, beside)}"
+            LOGGER.info(printable(f"data {path}: {said}"))
         return hubs.read_saved(path, split)
     if name in DATASETS:
         try:
