@@ -52,7 +52,7 @@ def training_curves(
 ) -> Figure | None:
     """λ, costs, reward, KL, length and losses over the steps; a panel per metric that was recorded."""
     curves = {title: {name: _series(rows, key) for name, rows in history.items()} for key, title, _ in CURVES}
-    losses = {f"Loss, {name}": {name: _series(rows, LOSS)} for name, rows in history.items()}
+    losses = {f"Loss, {short(name)}": {name: _series(rows, LOSS)} for name, rows in history.items()}
     named = [*CURVES, *((LOSS, title, "loss") for title in losses)]
     curves |= losses
     panels = [curve for curve in named if any(values.size for _, values in curves[curve[1]].values())]
@@ -69,7 +69,7 @@ def training_curves(
             if values.size > 40:  # the noisy line stays visible behind its running mean
                 ax.plot(steps, values, color=colours[name], lw=0.7, alpha=0.3)
                 values = _running_mean(values, values.size // 20)
-            ax.plot(steps, values, color=colours[name], lw=1.7, label=name)
+            ax.plot(steps, values, color=colours[name], lw=1.7, label=short(name))
         if key == limited and cost_limit is not None:
             line = ax.axhline(cost_limit, color=LIMIT, lw=1.4, ls=(0, (5, 3)))
             ax.legend([line], [f"cost limit {cost_limit:.2f}"], frameon=False, fontsize=8, loc="upper right")
@@ -107,7 +107,7 @@ def headline_bars(
             end, offset = (high, (0, 3)) if value >= 0 else (low, (0, -12))
             ax.annotate(text, (i, end), offset, textcoords="offset points", ha="center", fontsize=9, fontweight="bold")
         slanted: dict[str, Any] = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"} if crowded else {}
-        ax.set_xticks(range(len(summaries)), list(summaries), **slanted)
+        ax.set_xticks(range(len(summaries)), [short(name) for name in summaries], **slanted)
         ax.set_title(title, fontsize=10)
         ax.axhline(0, color=INK, lw=0.8)
         ax.grid(visible=False, axis="x")
@@ -158,6 +158,12 @@ def grid(
         ax.set_axisbelow(True)
         ax.tick_params(labelsize=9, length=3)
     return figure, axes
+
+
+def short(name: str, most: int = 36) -> str:
+    """A name that fits beside a bar; matplotlib hides what begins with an underscore."""
+    name = f" {name}" if name.startswith("_") else name
+    return name if len(name) <= most else f"{name[: most // 2 - 1]}…{name[-most // 2 :]}"
 
 
 def legend_below(figure: Figure, handles: Mapping[str, Any]) -> Any:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import matplotlib
 from matplotlib.figure import Figure
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
@@ -16,8 +17,6 @@ from safe_rlhf_jax.data.oracles import Measure
 from safe_rlhf_jax.evaluation import plots, responses, score_plots, tables
 from safe_rlhf_jax.evaluation.health import doubts
 from safe_rlhf_jax.evaluation.statistics import breakdowns, summarize
-
-OLD_FIGURES = ("harm_by_category",)  # written by earlier versions
 
 
 @dataclass(frozen=True)
@@ -62,16 +61,13 @@ def write_report(folder: Path, report: Report) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     summaries = {name: summarize(samples) for name, samples in report.policies.items()}
     colours = plots.policy_colours([*report.policies, *(n for n in report.history if n not in report.policies)])
-    drawn = figures(report, summaries, colours)
-    for name in (*drawn, *OLD_FIGURES):
-        (folder / f"{name}.png").unlink(missing_ok=True)  # of an earlier run: must not pass for one of this run
     images = {}
-    for name, figure in drawn.items():
-        if figure is not None:
-            buffer = io.BytesIO()
-            figure.savefig(buffer, format="png")
-            (folder / f"{name}.png").write_bytes(buffer.getvalue())
-            images[name] = base64.b64encode(buffer.getvalue()).decode("ascii")
+    for name, png in drawn(figures(report, summaries, colours)).items():
+        path = folder / f"{name}.png"
+        path.unlink(missing_ok=True)  # a figure of an earlier run must not pass for one of this run
+        if png is not None:
+            path.write_bytes(png)
+            images[name] = base64.b64encode(png).decode("ascii")
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("safe_rlhf_jax.evaluation"),
         autoescape=True,
@@ -105,21 +101,35 @@ def write_report(folder: Path, report: Report) -> Path:
     return path
 
 
+def drawn(figures: Mapping[str, Figure | None]) -> dict[str, bytes | None]:
+    """Figures as PNGs."""
+    out: dict[str, bytes | None] = {}
+    for name, figure in figures.items():
+        buffer = io.BytesIO()
+        if figure is not None:
+            figure.savefig(buffer, format="png")
+        out[name] = buffer.getvalue() or None
+    return out
+
+
 def figures(report: Report, summaries: tables.Summaries, colours: Mapping[str, str]) -> dict[str, Figure | None]:
     """{name of the file: figure}, None for what there is nothing to show of."""
     headline = [(m.name, f"{m.heading} {m.better}", m.is_share) for m in tables.headline(summaries, report.measures)]
     scores = (("reward", "reward (reward-model score)"), ("cost", "cost (cost-model score)"))
     titles = {measure.name: measure.heading for measure in report.measures}
-    return {
-        "headline": plots.headline_bars(summaries, colours, headline),
-        "reward_cost": score_plots.reward_cost_scatter(report.policies, report.cost_limit, report.constrained_groups),
-        "quadrants": score_plots.quadrant_bars(report.policies),
-        "distributions": score_plots.violins(report.policies, colours, scores, report.cost_limit),
-        "harm": score_plots.breakdown_bars(breakdowns(report.policies, titles), colours),
-        "lengths": score_plots.violins(report.policies, colours, (("length", "response length (tokens)"),)),
-        "training": plots.training_curves(report.history, colours, report.cost_limit),
-        "score_distributions": score_plots.label_distributions(report.scorers, report.cost_limit),
-    }
+    with matplotlib.rc_context({"text.parse_math": False}):  # names may hold dollars
+        return {
+            "headline": plots.headline_bars(summaries, colours, headline),
+            "reward_cost": score_plots.reward_cost_scatter(
+                report.policies, report.cost_limit, report.constrained_groups
+            ),
+            "quadrants": score_plots.quadrant_bars(report.policies),
+            "distributions": score_plots.violins(report.policies, colours, scores, report.cost_limit),
+            "harm": score_plots.breakdown_bars(breakdowns(report.policies, titles), colours),
+            "lengths": score_plots.violins(report.policies, colours, (("length", "response length (tokens)"),)),
+            "training": plots.training_curves(report.history, colours, report.cost_limit),
+            "score_distributions": score_plots.label_distributions(report.scorers, report.cost_limit),
+        }
 
 
 def summary_table(report: Report) -> Table:

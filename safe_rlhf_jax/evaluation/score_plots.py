@@ -22,6 +22,7 @@ from safe_rlhf_jax.evaluation.plots import (
     handles_of,
     legend_below,
     padded,
+    short,
 )
 from safe_rlhf_jax.evaluation.statistics import (
     QUADRANTS,
@@ -61,9 +62,9 @@ def reward_cost_scatter(
         for (group, behind), (colour, marker) in zip(groups.items(), GROUP_STYLES, strict=False):
             members = [s for s in samples if s["group"] in behind]
             if members:
-                label = "responses" if list(groups) == ["all"] else group
+                label = "responses" if list(groups) == ["all"] else short(group)
                 draw_group(ax, members, label=label, colour=colour, marker=marker, corner=(x_range[0], y_range[0]))
-        ax.set_title(name, fontweight="bold", pad=20)
+        ax.set_title(short(name), fontweight="bold", pad=20)
         costs = present(samples, "cost")
         note = f"cost > 0: {np.mean(np.asarray(costs) > 0):.0%} of {len(costs)}"
         constrained = present([s for s in samples if s["group"] in (constrained_groups or ())], "cost")
@@ -129,7 +130,7 @@ def quadrant_bars(policies: Policies) -> Figure | None:
                 }
                 ax.text(left + found[name] / 2, y, f"{found[name]:.0%}", **place)
             left += found[name]
-    ax.set_yticks(range(len(shares)), list(shares))
+    ax.set_yticks(range(len(shares)), [short(name) for name in shares])
     ax.set(xlim=(0, 1), xlabel="share of responses")
     ax.invert_yaxis()
     ax.xaxis.set_major_formatter(PercentFormatter(1))
@@ -169,7 +170,7 @@ def violins(
             ax.axvline(0, color=INK, lw=1.1, label="safe boundary")
             if cost_limit is not None:
                 ax.axvline(cost_limit, color=LIMIT, lw=1.4, ls=DASHES, label=f"cost limit {cost_limit:.2f}")
-        ax.set_yticks(range(len(chosen)), list(chosen) if ax is axes[0] else [""] * len(chosen))
+        ax.set_yticks(range(len(chosen)), [short(name) if ax is axes[0] else "" for name in chosen])
         ax.set(xlabel=title, ylim=(len(chosen) - 0.4, -0.6))
         ax.grid(visible=False, axis="y")
     handles = handles_of(axes)
@@ -193,7 +194,7 @@ def breakdown_bars(breakdowns: Mapping[str, Counts], colours: Mapping[str, str])
             where = [y + 0.41 - (i + 0.5) * thickness for y, _, _ in bars]
             shares = np.asarray([true / n for _, true, n in bars])
             errors = np.abs(np.asarray([wilson_interval(true, n) for _, true, n in bars]).reshape(-1, 2).T - shares)
-            ax.barh(where, shares, thickness * 0.9, color=colours[policy], label=policy)
+            ax.barh(where, shares, thickness * 0.9, color=colours[policy], label=short(policy))
             ax.errorbar(shares, where, xerr=errors, fmt="none", ecolor=INK, elinewidth=0.8, capsize=1.5)
         sizes = [max(n for _, n in rows[name].values()) for name in names]
         ax.set_yticks(range(len(names)), [f"{short(c)}  (n = {n})" for c, n in zip(names, sizes, strict=True)])
@@ -207,11 +208,6 @@ def breakdown_bars(breakdowns: Mapping[str, Counts], colours: Mapping[str, str])
 def ratio(count: tuple[float, int]) -> float:
     """The share of a count, −1 for no count."""
     return count[0] / count[1] if count[1] else -1.0
-
-
-def short(name: str, most: int = 40) -> str:
-    """A name that fits beside a bar."""
-    return name if len(name) <= most else f"{name[: most - 1]}…"
 
 
 def label_distributions(scorers: Mapping[str, Mapping[str, Any]], cost_limit: float | None = None) -> Figure | None:

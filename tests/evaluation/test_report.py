@@ -12,6 +12,7 @@ from rich.console import Console
 from safe_rlhf_jax import evaluation
 from safe_rlhf_jax.data.oracles import Measure
 from safe_rlhf_jax.evaluation import plots, provenance, score_plots
+from safe_rlhf_jax.evaluation import report as report_module
 from safe_rlhf_jax.evaluation.provenance import code_version
 from safe_rlhf_jax.evaluation.report import Report, figures, summary_table, write_report
 from safe_rlhf_jax.evaluation.responses import BEST, CHANGED, MOST_PROMPTS, UNSAFE, WORST, answers_of
@@ -139,6 +140,12 @@ def _warnings_are_errors():
         yield
 
 
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Tests of the page alone need no figures."""
+    monkeypatch.setattr(report_module, "drawn", lambda _: {})
+
+
 @pytest.fixture(scope="module")
 def full_page(tmp_path_factory):
     """The path of a report with nothing missing."""
@@ -157,7 +164,7 @@ def test_report_is_one_self_contained_file_with_every_figure(full_page):
         assert (page.parent / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_report_escapes_text_from_prompts_responses_and_names(tmp_path):
+def test_report_escapes_text_from_prompts_responses_and_names(tmp_path, undrawn):
     attack = "<script>alert('x')</script>"
     report = make_report(prompts=12)
     policies = {
@@ -297,14 +304,14 @@ def test_scatter_says_the_share_of_the_constrained_groups_by_their_names():
     assert f", {np.mean(law):.0%} of law prompts" in figure.axes[0].texts[0].get_text()
 
 
-def test_more_groups_than_a_page_holds_are_taken_together_and_none_is_lost(tmp_path):
+def test_more_groups_than_a_page_holds_are_taken_together_and_none_is_lost(tmp_path, undrawn):
     wins, shown, text = written(tmp_path, regrouped(lambda i: f"topic {i % 40}", prompts=80))
     assert len(set(shown)) == MOST_GROUPS
     assert ("after against before", f"{41 - MOST_GROUPS} others") in wins
     assert f"{41 - MOST_GROUPS} others: {2 * (41 - MOST_GROUPS)})" in text
 
 
-def test_prompts_that_repeat_are_shown_once_and_counted_as_what_they_are(tmp_path):
+def test_prompts_that_repeat_are_shown_once_and_counted_as_what_they_are(tmp_path, undrawn):
     report = regrouped(lambda i: "all")
     policies = {name: [*samples, *samples[:20]] for name, samples in report.policies.items()}
     wins, shown, text = written(tmp_path, replace(report, policies=policies))
@@ -313,7 +320,7 @@ def test_prompts_that_repeat_are_shown_once_and_counted_as_what_they_are(tmp_pat
     assert wins == written(tmp_path, report)[0]  # the same responses to the same prompts
 
 
-def test_one_policy_without_groups_shows_its_responses(tmp_path):
+def test_one_policy_without_groups_shows_its_responses(tmp_path, undrawn):
     wins, shown, text = written(tmp_path, regrouped(lambda i: "all", policies=1))
     assert wins == {}
     assert len(shown) == 60
@@ -366,7 +373,15 @@ def test_page_holds_a_bounded_number_of_prompts_of_every_group():
     assert {answer.kind for answer in answers} == {f"topic {i}" for i in range(5)}
 
 
-@pytest.mark.parametrize("policies", [1, 2, 6, 9])
+def test_names_may_hold_what_figures_would_read_as_markup(tmp_path):
+    report = regrouped(lambda i: ("_under", "$\\frac$", "x" * 200)[i % 3], prompts=12)
+    figure = score_plots.reward_cost_scatter(report.policies)
+    assert [text.get_text() for text in figure.legends[0].get_texts()][1] == " _under"
+    policies = {f"_{name} $a": samples for name, samples in report.policies.items()}
+    assert write_report(tmp_path, replace(report, policies=policies)).is_file()
+
+
+@pytest.mark.parametrize("policies", [1, 6, 9])
 @pytest.mark.parametrize("group", ["all", "topic"])
 def test_every_figure_shows_something_for_any_number_of_policies_with_and_without_groups(policies, group):
     rng = np.random.default_rng(0)
