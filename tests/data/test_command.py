@@ -91,7 +91,8 @@ def test_data_of_every_stage_of_a_config_is_shown(capsys):
     assert main(["--config", str(MINI), "stages.sft.data.limit=10"]) == 0
     out = capsys.readouterr().out
     for part in (
-        "sft: data", "sft: eval_data", "reward: data", "cost: eval_data", "ppo_lag: prompts", "ppo_lag: algorithm.lagrange.cost_limit.data",
+        "sft: data", "sft: eval_data", "reward: data", "cost: eval_data", "ppo_lag: prompts",
+        "ppo_lag: algorithm.lagrange.cost_limit.data",
         "evaluate: prompts.0", "evaluate: prompts.1", "10 records, 10 can be used",
     ):  # fmt: skip
         assert part in out, part
