@@ -50,6 +50,9 @@ bounds from below on time, and say what a phase is bound by. FLOPs are counted f
 length; HBM bytes and collectives are read from the optimised program, loops as often as they run. MFU counts the
 model's FLOPs only, not what rematerialisation repeats. Compile times are wall-clock, on two cores that had other work
 as well. Capacity is what the compiler leaves of the chip's memory to a program.
+
+The first two rows are compiled since gradients are reduced in float32
+([decision 19](decisions/0019-sums-in-float32.md)); the others are from before, and would send up to a sixth more.
 """
 
 SEARCH_INTRODUCTION = """\
