@@ -40,6 +40,7 @@ FILE_METHODS = {
     "read_bytes", "read_text", "rename", "rglob", "rmdir", "stat", "tofile", "touch", "unlink", "write_bytes",
     "write_text",
 }  # fmt: skip
+NO_PATHS = {"networks", "storage"}  # what has methods of these names
 NO_FILES = {"_exit", "cpu_count", "devnull", "environ", "getpid", "path.commonprefix"}  # of os
 # Modules that still touch files themselves. The list only gets shorter.
 BESIDE_STORAGE = {
@@ -182,7 +183,7 @@ def file_uses(tree):
             yield f"open, line {node.lineno}"
         if isinstance(node, ast.Attribute):
             base, _, rest = ast.unparse(node).partition(".")
-            method = node.attr in FILE_METHODS and base != "storage"
+            method = node.attr in FILE_METHODS and ast.unparse(node.value).rpartition(".")[2] not in NO_PATHS
             system = base == "os" and rest != "path" and not any(rest.startswith(name) for name in NO_FILES)
             if method or system:
                 yield f"{base}.{rest}, line {node.lineno}"
@@ -214,6 +215,8 @@ def test_modules_beside_storage_exist():
         ("from os.path import exists", True),
         ("os.environ.setdefault('A', 'b')", False),
         ("storage.is_file(folder / 'a')", False),
+        ("run.networks.open('a', 'lm')", False),
+        ("run.folder('a').open()", True),
         ("path.name.replace('a', 'b')", False),
     ],
 )
