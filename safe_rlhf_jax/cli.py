@@ -3,7 +3,6 @@
 import argparse
 import importlib
 import os
-import pathlib
 import sys
 from collections.abc import Callable, Sequence
 
@@ -46,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def prog(command: str) -> str:
     """Returns how a command was called, for its usage."""
-    called = pathlib.Path(sys.argv[0]).name == SCRIPT
+    called = os.path.basename(sys.argv[0]) == SCRIPT
     return f"{SCRIPT} {command}" if called else f"python -m safe_rlhf_jax.{command}"
 
 

@@ -7,11 +7,11 @@ exist. Exit status 0: everything fits. 1: something does not, or the config is w
 import argparse
 import json
 import os
-import pathlib
 import sys
 from collections.abc import Sequence
 from typing import Any
 
+from safe_rlhf_jax import storage
 from safe_rlhf_jax.cli import CONFIG_HELP, exit_status, prog
 
 # What keeps libtpu from looking for a machine that is not there, and from locking it.
@@ -97,7 +97,7 @@ def compile_config(options: argparse.Namespace) -> int:
             result["advice"] = search.advise(config, stage, devices)
             tables.show_advice(stage.name, result["advice"])
     if options.json:
-        pathlib.Path(options.json).write_text(json.dumps(report, indent=1) + "\n")
+        storage.write(options.json, json.dumps(report, indent=1) + "\n")
     return 0 if all(stage["fits"] for stage in report["stages"]) else 1
 
 

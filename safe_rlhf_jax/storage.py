@@ -18,15 +18,12 @@ import pathlib
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from etils import epath
 
-if TYPE_CHECKING:
-    Path = pathlib.Path  # as long as modules open files themselves (tests/test_architecture.py, BESIDE_STORAGE)
-else:
-    Path = pathlib.PurePath  # what others hold: joined, taken apart, never opened
+Path = pathlib.PurePath  # what others hold: joined, taken apart, never opened
 Place = str | os.PathLike[str]
 
 SCHEMES = {"gs": "gcsfs", "s3": "s3fs", "az": "adlfs"}  # of URIs, and the package that opens them
@@ -44,13 +41,18 @@ def path(place: Place) -> Path:
 
 
 def expanded(place: Place) -> Path:
-    """Returns a place that somebody has written as a path: `~` is the home folder."""
-    return path(place) if is_remote(place) else pathlib.Path(place).expanduser()
+    """Returns a place that somebody has written as a path: `~` is the home folder, `~NAME` that of a user there is."""
+    return path(place) if is_remote(place) else path(os.path.expanduser(place))
 
 
 def absolute(place: Place) -> Path:
     """Returns a path that does not depend on the working directory, links not followed; a URI as it is."""
     return path(place) if is_remote(place) else pathlib.Path(place).absolute()
+
+
+def real(place: Place) -> Path:
+    """Returns the one path of what is there: absolute, links followed; a URI, or what is not there, as it is."""
+    return path(place) if is_remote(place) or not os.path.exists(place) else path(os.path.realpath(place))
 
 
 def at(place: Place) -> Any:
@@ -86,6 +88,11 @@ class Status(NamedTuple):
     size: int  # bytes
     modified: int  # ns, of the contents
     changed: int  # ns, of the file itself; an object's is that of its contents
+
+
+def exists(place: Place) -> bool:
+    """Says whether anything has the name."""
+    return bool(at(place).exists())
 
 
 def is_file(place: Place) -> bool:
@@ -270,7 +277,7 @@ def move(folder: Place, target: Place) -> None:
     Raises:
         FileExistsError: If something has the name.
     """
-    if is_file(target) or is_folder(target):
+    if exists(target):
         raise FileExistsError(f"{folder}: cannot be moved to {target}, which is there")
     if not is_remote(folder):
         pathlib.Path(folder).rename(target)
@@ -367,7 +374,7 @@ def locked(folder: Place, holder: str) -> Iterator[None]:
 def standing(place: Place) -> Path:
     """Returns a path, or the nearest parent that is there; a URI as it is."""
     here = absolute(place)
-    return here if is_remote(here) else next(found for found in (here, *here.parents) if pathlib.Path(found).exists())
+    return here if is_remote(here) else next(found for found in (here, *here.parents) if exists(found))
 
 
 def can_write(folder: Place) -> bool:

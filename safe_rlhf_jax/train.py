@@ -3,12 +3,12 @@
 import argparse
 import ctypes
 import dataclasses
-import pathlib
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from safe_rlhf_jax import storage
 from safe_rlhf_jax.cli import CONFIG_HELP, exit_status, prog
 
 if TYPE_CHECKING:
@@ -67,13 +67,13 @@ class StageResult:
 
     name: str
     kind: str
-    folder: pathlib.Path
-    export: pathlib.Path | None
+    folder: storage.Path
+    export: storage.Path | None
     metrics: Mapping[str, float]
     warnings: tuple[str, ...]
 
 
-def run(config: "RunConfig | str | pathlib.Path", overrides: Sequence[str] = ()) -> dict[str, StageResult]:
+def run(config: "RunConfig | storage.Place", overrides: Sequence[str] = ()) -> dict[str, StageResult]:
     """Runs the stages of a config in order; those that are finished with an unchanged config are skipped.
 
     Where the environment says that the run has several processes, each of them calls this, before it uses JAX.
@@ -153,7 +153,7 @@ def result_of(run: Any, stage: Any) -> StageResult:
     folder, result = run.folder(stage.name), run.result(stage.name)
     export = folder / "export"
     metrics, warnings = result["metrics"], tuple(result.get("warnings", ()))
-    return StageResult(stage.name, stage.kind, folder, export if export.is_dir() else None, metrics, warnings)
+    return StageResult(stage.name, stage.kind, folder, export if storage.is_folder(export) else None, metrics, warnings)
 
 
 if __name__ == "__main__":

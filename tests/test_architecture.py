@@ -29,7 +29,7 @@ ONLY = {
     "log": set(),
     "storage": set(),
     "data": {"data", "errors", "storage", "types"},
-    "config": {"config", "errors", "models.config"},
+    "config": {"config", "errors", "models.config", "storage"},
 }
 FORBIDDEN_IMPORTS = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "joblib", "shelve"}
 FORBIDDEN_ARGUMENTS = {"trust_remote_code", "allow_pickle"}  # = True
@@ -37,18 +37,13 @@ FORBIDDEN_ARGUMENTS = {"trust_remote_code", "allow_pickle"}  # = True
 FILE_MODULES = {"etils", "fcntl", "filelock", "fsspec", "glob", "mmap", "pathlib", "shutil", "tempfile"}
 FILE_METHODS = {
     "exists", "expanduser", "fromfile", "glob", "is_dir", "is_file", "is_symlink", "iterdir", "memmap", "mkdir", "open",
-    "read_bytes", "read_text", "rename", "rglob", "rmdir", "stat", "tofile", "touch", "unlink", "write_bytes",
-    "write_text",
+    "read_bytes", "read_text", "rename", "resolve", "rglob", "rmdir", "stat", "tofile", "touch", "unlink",
+    "write_bytes", "write_text",
 }  # fmt: skip
-NO_PATHS = {"networks", "storage"}  # what has methods of these names
-NO_FILES = {"_exit", "cpu_count", "devnull", "environ", "getpid", "path.commonprefix"}  # of os
-# Modules that still touch files themselves. The list only gets shorter.
-BESIDE_STORAGE = {
-    "compile", "config.data", "config.loading", "data.demo", "evaluation.report", "processes", "stages", "stages.check",
-    "stages.common", "stages.direct", "stages.dual", "stages.encoding", "stages.evaluation", "stages.hashing",
-    "stages.held_out", "stages.programs", "stages.reinforcement", "stages.rejection", "stages.room",
-    "stages.supervised",
-}  # fmt: skip
+OURS = ("storage.", "hf.resolve", "run.networks.open")  # of the package, which ask storage
+NO_FILES = (
+    "os._exit", "os.cpu_count", "os.devnull", "os.environ", "os.getpid", "os.path.basename", "os.path.commonprefix",
+)  # fmt: skip
 
 LEVEL_OF = {part: level for level, parts in enumerate(LEVELS) for part in parts}
 
@@ -182,24 +177,17 @@ def file_uses(tree):
         if isinstance(node, ast.Call) and ast.unparse(node.func) == "open":
             yield f"open, line {node.lineno}"
         if isinstance(node, ast.Attribute):
-            base, _, rest = ast.unparse(node).partition(".")
-            method = node.attr in FILE_METHODS and ast.unparse(node.value).rpartition(".")[2] not in NO_PATHS
-            system = base == "os" and rest != "path" and not any(rest.startswith(name) for name in NO_FILES)
+            name = ast.unparse(node)
+            method = node.attr in FILE_METHODS and not name.startswith(OURS)
+            system = name.startswith("os.") and name != "os.path" and not name.startswith(NO_FILES)
             if method or system:
-                yield f"{base}.{rest}, line {node.lineno}"
+                yield f"{name}, line {node.lineno}"
 
 
 @pytest.mark.parametrize("module", [name for name in MODULES if name != "storage"])
 def test_only_storage_touches_files(module):
     uses = sorted(file_uses(parse(module)))
-    if module in BESIDE_STORAGE:
-        assert uses, f"{module} asks storage: take it off the list"
-    else:
-        assert not uses, f"{module}: {uses}: ask storage"
-
-
-def test_modules_beside_storage_exist():
-    assert MODULES.keys() >= BESIDE_STORAGE
+    assert not uses, f"{module}: {uses}: ask storage"
 
 
 @pytest.mark.parametrize(
@@ -213,10 +201,13 @@ def test_modules_beside_storage_exist():
         ("os.replace(a, b)", True),
         ("os.path.exists(a)", True),
         ("from os.path import exists", True),
+        ("archive.open(name)", True),
+        ("path.resolve()", True),
         ("os.environ.setdefault('A', 'b')", False),
         ("storage.is_file(folder / 'a')", False),
-        ("run.networks.open('a', 'lm')", False),
+        ("run.networks.open('sft', 'lm')", False),
         ("run.folder('a').open()", True),
+        ("hf.resolve('folder')", False),
         ("path.name.replace('a', 'b')", False),
     ],
 )

@@ -1,12 +1,13 @@
 """Schemas of data, and what all schemas share."""
 
-import os
 import re
 from collections.abc import Collection
 from typing import Annotated, Any, ClassVar, Literal
 
 import pydantic
 from pydantic import Field, PositiveFloat, PositiveInt
+
+from safe_rlhf_jax import storage
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 TEMPLATE_NAMES = ("plain", "beaver", "alpaca", "tokenizer")
@@ -97,5 +98,4 @@ Single = Annotated[Data, pydantic.AfterValidator(no_weights)]  # one data set, r
 def source(name: str) -> str:
     """Returns the source behind a data set's name: without its share, and one spelling for one file."""
     bare = re.sub(r":\d*\.?\d+(/\d+)?$", "", name)
-    path = os.path.expanduser(bare)
-    return os.path.realpath(path) if os.path.exists(path) else bare
+    return bare if storage.is_remote(bare) else str(storage.real(storage.expanded(bare)))

@@ -1,12 +1,12 @@
 """A config file, with overrides, as a `RunConfig`; and back."""
 
-import pathlib
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import pydantic
 import yaml
 
+from safe_rlhf_jax import storage
 from safe_rlhf_jax.config.base import StageBase
 from safe_rlhf_jax.config.data import written
 from safe_rlhf_jax.config.messages import explain_all
@@ -15,7 +15,7 @@ from safe_rlhf_jax.config.run import RunConfig
 from safe_rlhf_jax.errors import ConfigError
 
 
-def load_config(path: str | pathlib.Path, overrides: Sequence[str] = ()) -> RunConfig:
+def load_config(path: storage.Place, overrides: Sequence[str] = ()) -> RunConfig:
     """Reads a YAML config, applies `dotted.key=value` overrides, and validates the whole.
 
     Args:
@@ -30,7 +30,7 @@ def load_config(path: str | pathlib.Path, overrides: Sequence[str] = ()) -> RunC
     """
     file = config_file(path)
     try:
-        tree = yaml.safe_load(file.read_text())
+        tree = yaml.safe_load(storage.read_text(file))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(tree, dict):

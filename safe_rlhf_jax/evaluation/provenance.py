@@ -1,13 +1,14 @@
 """Which code and which libraries made a report."""
 
 import importlib.metadata
-import pathlib
 import platform
 import subprocess
 
 import jax
 
-PACKAGE = pathlib.Path(__file__).parent.parent
+from safe_rlhf_jax import storage
+
+PACKAGE = storage.path(__file__).parent.parent
 
 
 def code_version() -> str:

@@ -4,7 +4,6 @@ import base64
 import io
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import jinja2
@@ -13,6 +12,7 @@ from matplotlib.figure import Figure
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from safe_rlhf_jax import storage
 from safe_rlhf_jax.data.oracles import Measure
 from safe_rlhf_jax.evaluation import plots, responses, score_plots, tables
 from safe_rlhf_jax.evaluation.health import doubts
@@ -56,17 +56,16 @@ class Report:
     config: str = ""
 
 
-def write_report(folder: Path, report: Report) -> Path:
+def write_report(folder: storage.Path, report: Report) -> storage.Path:
     """Writes `report.html` and its figures into `folder`, and returns the path of the page."""
-    folder.mkdir(parents=True, exist_ok=True)
     summaries = {name: summarize(samples) for name, samples in report.policies.items()}
     colours = plots.policy_colours([*report.policies, *(n for n in report.history if n not in report.policies)])
     images = {}
     for name, png in drawn(figures(report, summaries, colours)).items():
         path = folder / f"{name}.png"
-        path.unlink(missing_ok=True)  # a figure of an earlier run must not pass for one of this run
+        storage.remove(path)  # a figure of an earlier run must not pass for one of this run
         if png is not None:
-            path.write_bytes(png)
+            storage.write(path, png)
             images[name] = base64.b64encode(png).decode("ascii")
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("safe_rlhf_jax.evaluation"),
@@ -97,7 +96,7 @@ def write_report(folder: Path, report: Report) -> Path:
         seconds=tables.seconds(report.stage_seconds),
     )
     path = folder / "report.html"
-    path.write_text(page + "\n", encoding="utf-8")
+    storage.write(path, page + "\n")
     return path
 
 

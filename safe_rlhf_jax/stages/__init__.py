@@ -6,12 +6,12 @@ make a model leave `export/`.
 
 import itertools
 import json
-import pathlib
 import time
 
 import jax
 
 from safe_rlhf_jax import config as cfg
+from safe_rlhf_jax import storage
 from safe_rlhf_jax.processes import any_process, barrier, is_main
 from safe_rlhf_jax.stages.check import check_run
 from safe_rlhf_jax.stages.common import Run
@@ -42,26 +42,23 @@ def run_stage(run: Run, stage: cfg.StageBase) -> None:
     result |= {"config_hash": run.hashes[stage.name], "kind": stage.kind, "seconds": seconds}
     result |= {"warnings": run.warnings.get(stage.name, [])}
     if is_main():
-        partial = folder / "result.json.partial"
-        partial.write_text(json.dumps(result, indent=2) + "\n")
-        partial.rename(folder / "result.json")
+        storage.write(folder / "result.json", json.dumps(result, indent=2) + "\n")
     shown = result["metrics"] if kind_of(stage).shows_metrics else {}
     print(f"{stage.name}: done in {seconds:.0f} s" + "".join(f"; {k} {v:.4g}" for k, v in shown.items()))
 
 
-def prepare(run: Run, stage: cfg.StageBase, folder: pathlib.Path) -> None:
+def prepare(run: Run, stage: cfg.StageBase, folder: storage.Path) -> None:
     """Makes the folder of a stage, with what identifies it; one that holds another config is moved aside."""
     mark = folder / "config_hash"
-    if mark.is_file() and mark.read_text() != run.hashes[stage.name]:
-        aside = unused(folder.with_name(f"{folder.name}.{mark.read_text()}"))
-        folder.rename(aside)
+    if storage.is_file(mark) and (earlier := storage.read_text(mark)) != run.hashes[stage.name]:
+        aside = unused(folder.with_name(f"{folder.name}.{earlier}"))
+        storage.move(folder, aside)
         print(f"{stage.name}: the config has changed; the earlier result is kept in {aside}")
-    folder.mkdir(parents=True, exist_ok=True)
-    mark.write_text(run.hashes[stage.name])
-    (folder / "config.yaml").write_text(cfg.dump(run.config, stage, idle_settings))
+    storage.write(mark, run.hashes[stage.name])
+    storage.write(folder / "config.yaml", cfg.dump(run.config, stage, idle_settings))
 
 
-def unused(path: pathlib.Path) -> pathlib.Path:
+def unused(path: storage.Path) -> storage.Path:
     """Returns the path, or where it exists the first of path.2, path.3, … that does not."""
     candidates = itertools.chain([path], (path.with_name(f"{path.name}.{i}") for i in itertools.count(2)))
-    return next(candidate for candidate in candidates if not candidate.exists())
+    return next(candidate for candidate in candidates if not storage.exists(candidate))

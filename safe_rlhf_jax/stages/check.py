@@ -5,9 +5,9 @@ An error here costs seconds, and would cost hours later.
 
 import dataclasses
 import importlib.util
-import pathlib
 
 from safe_rlhf_jax import config as cfg
+from safe_rlhf_jax import storage
 from safe_rlhf_jax.config.messages import nearest_divisors, nearest_multiples
 from safe_rlhf_jax.data.conversations import encode
 from safe_rlhf_jax.data.examples import Examples
@@ -173,7 +173,7 @@ def check_folder(run: Run, where: str, use: cfg.ModelUse) -> None:
         )
 
 
-def check_stored(use: cfg.ModelUse, folder: pathlib.Path) -> None:
+def check_stored(use: cfg.ModelUse, folder: storage.Path) -> None:
     """A folder's tensors are those of its config.json, and its scores of the kind that they are used as."""
     stored, kind = hf.stored_score_type(hf.read_config(folder)), use.scores
     if use.as_stored and stored != kind:

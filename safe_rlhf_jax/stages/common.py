@@ -2,11 +2,11 @@
 
 import contextlib
 import json
-import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from safe_rlhf_jax import config as cfg
+from safe_rlhf_jax import storage
 from safe_rlhf_jax.data.demo import oracle_for as oracle_for
 from safe_rlhf_jax.data.examples import Examples
 from safe_rlhf_jax.data.formats import Record
@@ -42,7 +42,7 @@ class Run:
         self.networks = Weights(self)
         self.loaded: dict[tuple[str, ...], Examples] = {}  # by the check, waiting for their stages
         texts = [encoding.identity, {name: own.identity for name, own in self.own.items()}]
-        self.digests = Digests(pathlib.Path(config.workdir) / DIGESTS)
+        self.digests = Digests(storage.path(config.workdir) / DIGESTS)
         self.hashes = stage_hashes(config, texts, self.digests)
 
     def encoding(self, reference: str) -> Encoding:
@@ -54,14 +54,14 @@ class Run:
         shards = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
         return -(-min(most, len(data)) // shards) * shards
 
-    def folder(self, name: str) -> pathlib.Path:
+    def folder(self, name: str) -> storage.Path:
         """Returns the folder of a stage."""
-        return pathlib.Path(self.config.workdir) / name
+        return storage.path(self.config.workdir) / name
 
     def result(self, name: str) -> dict[str, Any] | None:
         """Returns `result.json` of a stage that is finished with the present config, else None."""
         path = self.folder(name) / "result.json"
-        result = json.loads(path.read_text()) if path.is_file() else None
+        result = json.loads(storage.read_text(path)) if storage.is_file(path) else None
         return result if result and result["config_hash"] == self.hashes[name] else None
 
     def model_folder(self, reference: str) -> str:
@@ -125,7 +125,7 @@ def read_length(run: Run, reference: str, length: int) -> int:
     return run.networks.config(reference).max_positions if reference in run.own else length
 
 
-def export(run: Run, folder: pathlib.Path, module: Any, state: TrainState, layout: Layout | None = None) -> None:
+def export(run: Run, folder: storage.Path, module: Any, state: TrainState, layout: Layout | None = None) -> None:
     """Writes `export/`, a Hugging Face folder of the network and the tokenizer; `layout` is that of a score model."""
     variables = {"params": state.params} | ({"stats": state.stats} if state.stats else {})
     with export_errors(folder / "export"):
@@ -133,14 +133,14 @@ def export(run: Run, folder: pathlib.Path, module: Any, state: TrainState, layou
 
 
 @contextlib.contextmanager
-def export_errors(folder: pathlib.Path) -> Iterator[None]:
+def export_errors(folder: storage.Path) -> Iterator[None]:
     """Turns what the system says of a file that cannot be written into one clear error that names it."""
     try:
         yield
     except Exception as error:
         if not isinstance(error, OSError) and "os error" not in str(error):  # as `tokenizers` reports one
             raise
-        written = sorted(folder.glob("*"), key=lambda path: path.stat().st_mtime_ns)
+        written = sorted(storage.matching(folder, "*"), key=lambda path: storage.status(path).modified)
         where = getattr(error, "filename", None) or (written[-1] if written else folder)
         reason = getattr(error, "strerror", None) or error
         raise OSError(

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,7 +11,7 @@ import numpy as np
 import optax
 
 from safe_rlhf_jax import config as cfg
-from safe_rlhf_jax import objectives
+from safe_rlhf_jax import objectives, storage
 from safe_rlhf_jax.data import examples
 from safe_rlhf_jax.data.formats import UNUSABLE, Record, Unusable
 from safe_rlhf_jax.data.loader import in_order
@@ -172,7 +171,7 @@ def direct_evaluate(
     return evaluate_state
 
 
-def run_merge(run: Run, stage: cfg.MergeStage, folder: pathlib.Path) -> dict[str, Any]:
+def run_merge(run: Run, stage: cfg.MergeStage, folder: storage.Path) -> dict[str, Any]:
     """Runs a merge stage: parameters (1 − w)·a + w·b.
 
     Source: Wachi et al. 2024 (arXiv 2404.11049), P-SACPO, after Wortsman et al. 2022 (arXiv 2203.05482).

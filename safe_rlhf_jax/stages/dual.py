@@ -1,13 +1,13 @@
 """One-shot dual: the multiplier from samples of the reference alone."""
 
 import dataclasses
-import pathlib
 from typing import Any
 
 import jax
 import numpy as np
 
 from safe_rlhf_jax import config as cfg
+from safe_rlhf_jax import storage
 from safe_rlhf_jax.rl.dual import solve_dual
 from safe_rlhf_jax.stages.common import Run, report_data
 from safe_rlhf_jax.stages.constraints import check_constraints, cost_limits
@@ -19,7 +19,7 @@ from safe_rlhf_jax.stages.sampling import is_limited, sampled, sampler_of, some_
 FEW = 2.0  # effective samples per prompt below which λ* says little about the optimum
 
 
-def run_dual(run: Run, stage: cfg.DualStage, folder: pathlib.Path) -> dict[str, Any]:
+def run_dual(run: Run, stage: cfg.DualStage, folder: storage.Path) -> dict[str, Any]:
     """Runs a dual stage; its result holds the multiplier and what is expected there."""
     del folder  # there is nothing but the result
     prompts = take(run, stage, "prompts")

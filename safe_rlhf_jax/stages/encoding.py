@@ -1,10 +1,10 @@
 """How the models of a run read text: its tokenizer and template, and those of scorers that have their own."""
 
 import dataclasses
-import pathlib
 from typing import Any
 
 from safe_rlhf_jax import config as cfg
+from safe_rlhf_jax import storage
 from safe_rlhf_jax.data.conversations import encode
 from safe_rlhf_jax.data.templates import PROBE, TEMPLATES, Template, default_template, load_template
 from safe_rlhf_jax.data.tokenizer import Tokenizer, load_tokenizer, stored_ends
@@ -64,7 +64,7 @@ def run_template(config: cfg.RunConfig, name: str, tokenizer: Tokenizer, options
     return load_template(name, tokenizer, options=options, date=date, control_tokens=control_tokens)
 
 
-def model_folders(config: cfg.RunConfig) -> dict[str, pathlib.Path]:
+def model_folders(config: cfg.RunConfig) -> dict[str, storage.Path]:
     """Returns {model: folder} of all models of a run that are in one."""
     named = dict.fromkeys(reference for stage in config.stages for reference in references(stage).values())
     return {reference: folder for reference in named if (folder := model_folder(reference)) is not None}
@@ -80,7 +80,7 @@ def named_scorers(config: cfg.RunConfig) -> dict[str, str]:
     }
 
 
-def policy_folders(config: cfg.RunConfig) -> dict[str, pathlib.Path]:
+def policy_folders(config: cfg.RunConfig) -> dict[str, storage.Path]:
     """Returns {model: folder} of those that do not score."""
     scorers = named_scorers(config)
     return {reference: folder for reference, folder in model_folders(config).items() if reference not in scorers}
@@ -91,7 +91,7 @@ def is_scorer(field: str) -> bool:
     return field.startswith(("reward_model", "cost_model"))
 
 
-def model_folder(reference: str) -> pathlib.Path | None:
+def model_folder(reference: str) -> storage.Path | None:
     """Returns the folder behind `path:…` or `hf:…`, None where there is none (the check says so where it is needed)."""
     prefix, _, rest = reference.partition(":")
     if not rest or prefix not in ("path", "hf"):
@@ -107,12 +107,12 @@ def references(stage: cfg.StageBase) -> dict[str, str]:
     return {field: use.reference for field, use in stage.models().items()}
 
 
-def has_tokenizer(folder: pathlib.Path) -> bool:
+def has_tokenizer(folder: storage.Path) -> bool:
     """Says whether there is a tokenizer in a folder."""
-    return any((folder / name).is_file() for name in TOKENIZER_FILES)
+    return any(storage.is_file(folder / name) for name in TOKENIZER_FILES)
 
 
-def stored_rows(folder: pathlib.Path) -> int | None:
+def stored_rows(folder: storage.Path) -> int | None:
     """Returns the rows of the embedding of the model in a folder, None where its config.json does not say."""
     try:
         rows = hf.read_config(folder).get("vocab_size")
@@ -174,7 +174,7 @@ def described(run: Any) -> list[str]:
             f"ends of responses: {'; '.join(parts)}. Generation stops at each, training teaches "
             f"{tokenizer.quoted([taught])}"
         )
-    beside = pathlib.Path(run.config.tokenizer.removeprefix("path:")).expanduser()
+    beside = storage.expanded(run.config.tokenizer.removeprefix("path:"))
     for folder in dict.fromkeys((beside, *policy_folders(run.config).values())):
         if unknown := [i for i in stored_ends(folder) if i not in tokenizer.texts]:
             lines.append(f"ends of responses: {folder} names {unknown}, which is no token of the tokenizer: not an end")

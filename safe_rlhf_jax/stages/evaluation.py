@@ -2,13 +2,13 @@
 
 import functools
 import json
-import pathlib
 from typing import Any
 
 import jax
 from rich.console import Console
 
 from safe_rlhf_jax import config as cfg
+from safe_rlhf_jax import storage
 from safe_rlhf_jax.data.examples import Examples
 from safe_rlhf_jax.data.loader import in_order
 from safe_rlhf_jax.evaluation import evaluate
@@ -27,13 +27,12 @@ from safe_rlhf_jax.stages.sampling import scores_of_several
 from safe_rlhf_jax.types import Frozen, PromptBatch
 
 
-def run_evaluation(run: Run, stage: cfg.EvaluateStage, folder: pathlib.Path) -> dict[str, Any]:
+def run_evaluation(run: Run, stage: cfg.EvaluateStage, folder: storage.Path) -> dict[str, Any]:
     """Runs an evaluate stage: samples from every policy, scores, oracle, table, report."""
     policies = sample_policies(run, stage)
     if is_main():
-        with (folder / "samples.jsonl").open("w") as file:
-            for name, samples in policies.items():
-                file.writelines(json.dumps({"policy": name} | sample) + "\n" for sample in samples)
+        lines = (json.dumps({"policy": name} | sample) for name, samples in policies.items() for sample in samples)
+        storage.write(folder / "samples.jsonl", "".join(f"{line}\n" for line in lines))
         report = make_report(run, stage, policies)
         Console(width=None).print(summary_table(report))
         path = write_report(folder, report)
@@ -116,8 +115,10 @@ def make_report(run: Run, stage: cfg.EvaluateStage, policies: dict[str, list[eva
         scores, metrics = run.folder(other.name) / "scores.json", run.folder(other.name) / "metrics.jsonl"
         if other.name in (stage.reward_model, stage.cost_model):
             nothing_known: dict[str, Any] = {"scores_by_label": {}, "health": None}
-            scorers[result["kind"]] = json.loads(scores.read_text()) if scores.is_file() else nothing_known
-        if metrics.is_file() and other.name in (*stage.policies, stage.reward_model, stage.cost_model):
+            scorers[result["kind"]] = (
+                json.loads(storage.read_text(scores)) if storage.is_file(scores) else nothing_known
+            )
+        if storage.is_file(metrics) and other.name in (*stage.policies, stage.reward_model, stage.cost_model):
             history[other.name] = read_jsonl(metrics)
         if other.limits and other.makes == "policy" and "cost_limit" in result and limit is None:
             limit = result["cost_limit"]
@@ -140,7 +141,7 @@ def make_report(run: Run, stage: cfg.EvaluateStage, policies: dict[str, list[eva
         measures=tuple(dict.fromkeys(measure for oracle in oracles for measure in oracle.measures)),
         note=" ".join(dict.fromkeys(oracle.note for oracle in oracles)),
         provenance=provenance_of(run, stage),
-        config=written.read_text() if written.is_file() else "",
+        config=storage.read_text(written) if storage.is_file(written) else "",
     )
 
 

@@ -3,11 +3,11 @@
 import contextlib
 import hashlib
 import json
-import pathlib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from safe_rlhf_jax import config as cfg
+from safe_rlhf_jax import storage
 from safe_rlhf_jax.data.sources import data_files
 from safe_rlhf_jax.models import hf
 from safe_rlhf_jax.models.folders import read_index
@@ -59,8 +59,8 @@ def hashed(value: Any) -> Any:
 def model_identity(reference: str, files: "Digests") -> Any:
     """Returns what tells a model from another one of its name: the contents of a folder, the commit of a hub id."""
     prefix, _, rest = reference.partition(":")
-    folder = pathlib.Path(rest).expanduser()
-    if prefix == "hf" and not folder.is_dir():  # what is there is opened in place of a hub id
+    folder = storage.expanded(rest)
+    if prefix == "hf" and not storage.is_folder(folder):  # what is there is opened in place of a hub id
         try:
             return reference, hf.resolve(rest).name  # the hub's cache names a snapshot by its commit
         except FileNotFoundError:
@@ -70,9 +70,9 @@ def model_identity(reference: str, files: "Digests") -> Any:
     return {str(path.relative_to(folder)): files.of(path) for path in model_files(folder)}
 
 
-def model_files(folder: pathlib.Path) -> list[pathlib.Path]:
+def model_files(folder: storage.Path) -> list[storage.Path]:
     """Returns the files of a folder that decide what its model computes, those in folders below by the index."""
-    found = {path for pattern in MODEL_FILES for path in folder.glob(pattern)}
+    found = set(storage.matching(folder, *MODEL_FILES))
     with contextlib.suppress(ValueError):  # the check says so, where the model is needed
         found |= {folder / file for file in read_index(folder).values()}
     return sorted(found)
@@ -87,20 +87,20 @@ class Digests:
         cache: The file that remembers; it need not exist.
     """
 
-    def __init__(self, cache: pathlib.Path):
+    def __init__(self, cache: storage.Path):
         self.cache = cache
         self.found: dict[str, str] = {}
         try:
-            self.known: dict[str, str] = json.loads(cache.read_text())
+            self.known: dict[str, str] = json.loads(storage.read_text(cache))
         except (OSError, ValueError):
             self.known = {}
 
-    def of(self, path: pathlib.Path) -> str:
+    def of(self, path: storage.Path) -> str:
         """Returns the digest of a file; "" where it is none."""
-        if not path.is_file():
+        if not storage.is_file(path):
             return ""
-        status = path.stat()
-        key = f"{path.resolve()} {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}"
+        status = storage.status(path)
+        key = f"{storage.real(path)} {status.size} {status.modified} {status.changed}"
         if key not in self.found:
             self.found[key] = self.known.get(key) or digest(path)
         return self.found[key]
@@ -110,15 +110,12 @@ class Digests:
         if self.found == self.known:
             return
         with contextlib.suppress(OSError):  # a folder of someone else's, say: the next run reads the files again
-            self.cache.parent.mkdir(parents=True, exist_ok=True)
-            partial = self.cache.with_name(f"{self.cache.name}.partial")
-            partial.write_text(json.dumps(self.found))
-            partial.rename(self.cache)
+            storage.write(self.cache, json.dumps(self.found))
 
 
-def digest(path: pathlib.Path) -> str:
+def digest(path: storage.Path) -> str:
     """Returns the SHA-256 of a file."""
-    with path.open("rb") as file:
+    with storage.reading(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

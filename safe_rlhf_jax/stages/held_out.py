@@ -5,11 +5,11 @@ another part of it.
 """
 
 import contextlib
-import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from safe_rlhf_jax import config as cfg
+from safe_rlhf_jax import storage
 from safe_rlhf_jax.data.sources import opening
 from safe_rlhf_jax.stages.common import Run, described
 
@@ -72,9 +72,9 @@ def origin(stages: Sequence[Any], reference: str) -> tuple[Any, Sequence[Any]]:
     None for a model from elsewhere, or from a version whose configs are not read any more.
     """
     if reference.startswith("path:"):
-        file = pathlib.Path(reference.removeprefix("path:")).expanduser().parent / "config.yaml"
+        file = storage.expanded(reference.removeprefix("path:")).parent / "config.yaml"
         with contextlib.suppress(cfg.ConfigError):
-            before = cfg.load_config(file).stages if file.is_file() else (None,)
+            before = cfg.load_config(file).stages if storage.is_file(file) else (None,)
             return before[-1], before
     return next((stage for stage in stages if stage.name == reference), None), stages
 

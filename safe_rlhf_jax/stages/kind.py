@@ -1,11 +1,11 @@
 """What a kind of stage is: a record, from which checks, hashes, reports and compilers take what they need to know."""
 
 import dataclasses
-import pathlib
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 from safe_rlhf_jax import config as cfg
+from safe_rlhf_jax import storage
 from safe_rlhf_jax.data.examples import Examples
 from safe_rlhf_jax.stages.common import Run
 from safe_rlhf_jax.stages.datasets import load_data
@@ -27,7 +27,7 @@ class Kind:
     """
 
     schema: type[cfg.StageBase]
-    run: Callable[[Run, Any, pathlib.Path], dict[str, Any]]
+    run: Callable[[Run, Any, storage.Path], dict[str, Any]]
     load: Callable[[Run, Any, str], Examples] = load_data
     check: Callable[[Run, Any, Mapping[str, Examples]], None] = lambda *_: None
     idle: Callable[[Any], dict[str, str]] = lambda _: {}

@@ -4,7 +4,6 @@
 """
 
 import dataclasses
-import pathlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,6 +13,7 @@ import optax
 from flax import linen as nn
 
 from safe_rlhf_jax import config as cfg
+from safe_rlhf_jax import storage
 from safe_rlhf_jax.models import hf
 from safe_rlhf_jax.models.config import PRESETS, ModelConfig, ScoreConfig, ScoreType
 from safe_rlhf_jax.models.transformer import CausalLM, ScoreModel
@@ -140,7 +140,7 @@ class Shapes(Weights):
     def stored_config(self, folder: str) -> ModelConfig:
         """Returns the configuration of the model in a folder, or of what the run assumes where there is none."""
         assumed = self.run.config.assume
-        if assumed and not pathlib.Path(folder).expanduser().is_dir():
+        if assumed and not storage.is_folder(storage.expanded(folder)):
             return self.new_config(assumed)
         return super().stored_config(folder)
 

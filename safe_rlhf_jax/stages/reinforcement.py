@@ -1,7 +1,6 @@
 """On-policy training: prompts, networks, constraints, one program per iteration."""
 
 import functools
-import pathlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -10,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from safe_rlhf_jax import config as cfg
+from safe_rlhf_jax import storage
 from safe_rlhf_jax.aot.flops import iteration_flops
 from safe_rlhf_jax.data import examples
 from safe_rlhf_jax.data.loader import in_order
@@ -41,7 +41,7 @@ from safe_rlhf_jax.stages.programs import Program, array, put, random_key, texts
 from safe_rlhf_jax.types import Frozen, MovingReference, PromptBatch, RLState, Rollout, Signals, SupervisedBatch
 
 
-def run_reinforcement(run: Run, stage: cfg.RLStage, folder: pathlib.Path) -> dict[str, Any]:
+def run_reinforcement(run: Run, stage: cfg.RLStage, folder: storage.Path) -> dict[str, Any]:
     """Runs an RL stage."""
     prompts = take(run, stage, "prompts")
     report_data(stage.name, prompts)

@@ -5,9 +5,7 @@ would buy), `selected.jsonl` (what is trained on), `checkpoints/`, `metrics.json
 finished. Its policy is `round_K/export/`; that of the last round is the stage's `export/`.
 """
 
-import contextlib
 import json
-import pathlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -16,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from safe_rlhf_jax import config as cfg
+from safe_rlhf_jax import storage
 from safe_rlhf_jax.aot.flops import forward_flops, iteration_flops
 from safe_rlhf_jax.data.examples import Examples, load_sampled
 from safe_rlhf_jax.data.loader import shuffled
@@ -39,7 +38,7 @@ from safe_rlhf_jax.types import PromptBatch, SupervisedBatch, TrainState
 FIELDS = ("chosen", "rewards", "feasible")  # of a batch that has been answered
 
 
-def run_rejection(run: Run, stage: cfg.RejectionStage, folder: pathlib.Path) -> dict[str, Any]:
+def run_rejection(run: Run, stage: cfg.RejectionStage, folder: storage.Path) -> dict[str, Any]:
     """Runs a rejection sampling stage; finished rounds are not repeated."""
     prompts = take(run, stage, "prompts")
     report_data(stage.name, prompts)
@@ -71,34 +70,28 @@ def run_rejection(run: Run, stage: cfg.RejectionStage, folder: pathlib.Path) -> 
             evaluation = evaluate_policy(state.params)
             del state
             if is_main():
-                summary = json.loads((here / "sampling.json").read_text())
-                write(here / "result.json", json.dumps(summary | {"metrics": evaluation}, indent=2) + "\n")
+                summary = json.loads(storage.read_text(here / "sampling.json"))
+                storage.write(here / "result.json", json.dumps(summary | {"metrics": evaluation}, indent=2) + "\n")
             barrier(f"{stage.name}: round {number} is finished")
-        results.append(json.loads((here / "result.json").read_text()))
+        results.append(json.loads(storage.read_text(here / "result.json")))
     if is_main():
         figure = best_of_n_curves([result["gain"] for result in results])
-        figure.savefig(folder / "best_of_n.png")
+        with storage.writing(folder / "best_of_n.png") as stream:
+            figure.savefig(stream, format="png")
     last = results[-1]
     found = {"metrics": {f"sampling/{k}": v for k, v in last["gain"][-1].items() if k != "number"}, "rounds": results}
     found["metrics"] |= {"sampling/selected_share": last["selected"] / last["prompts"]} | last["metrics"]
     return found | ({} if limit is None else {"cost_limit": limit[0][0], "cost_limit_source": limit[1]})
 
 
-def round_folder(folder: pathlib.Path, number: int) -> pathlib.Path:
+def round_folder(folder: storage.Path, number: int) -> storage.Path:
     """Returns the folder of a round, counted from 1."""
     return folder / f"round_{number}"
 
 
-def there(path: pathlib.Path) -> bool:
+def there(path: storage.Path) -> bool:
     """A file is there, for the process that writes; all processes ask together."""
-    return bool(any_process(is_main() and path.is_file()))
-
-
-def write(path: pathlib.Path, text: str) -> None:
-    """Writes a file whole or not at all."""
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text)
-    partial.rename(path)
+    return bool(any_process(is_main() and storage.is_file(path)))
 
 
 def round_rows(stage: cfg.RejectionStage, prompts: Examples, number: int, seed: int) -> list[int]:
@@ -110,7 +103,7 @@ def round_rows(stage: cfg.RejectionStage, prompts: Examples, number: int, seed: 
 
 def select(
     run: Run, stage: cfg.RejectionStage, sample: Callable[..., Any], host: Mapping[str, HostSignal],
-    prompts: Examples, limit: float | None, here: pathlib.Path,
+    prompts: Examples, limit: float | None, here: storage.Path,
 ) -> None:  # fmt: skip
     """Samples, scores and writes the best feasible response to each prompt; prompts without one are dropped.
 
@@ -119,15 +112,14 @@ def select(
     """
     number = int(here.name.removeprefix("round_"))
     key = jax.random.fold_in(jax.random.key(run.seed(stage)), number)
-    limited, batches = is_limited(stage, prompts), answered_batches(here / "sampling.jsonl")
+    answered = here / "sampling.jsonl"
+    limited, batches = is_limited(stage, prompts), answered_batches(answered)
     name = f"{stage.name}: round {number}, sampling"
-    with contextlib.ExitStack() as stack:
-        file = stack.enter_context((here / "sampling.jsonl").open("a")) if is_main() else None
-        for out in sampled(run, sample, prompts, stage.prompt_batch_size, key, name, host=host, start=len(batches)):
-            first = len(batches) * stage.prompt_batch_size
-            batches.append(choose(run, prompts, limited, limit, first, out))
-            if file is not None:
-                print(json.dumps(batches[-1]), file=file, flush=True)
+    for out in sampled(run, sample, prompts, stage.prompt_batch_size, key, name, host=host, start=len(batches)):
+        first = len(batches) * stage.prompt_batch_size
+        batches.append(choose(run, prompts, limited, limit, first, out))
+        if is_main():
+            storage.append_lines(answered, [json.dumps(batches[-1])])
     chosen, rewards, feasible = ([row for batch in batches for row in batch[field]] for field in FIELDS)
     counts = {"prompts": len(prompts), "selected": len(chosen), "dropped": len(prompts) - len(chosen)}
     if not chosen:
@@ -139,18 +131,20 @@ def select(
     means = {f"selected_{k}": float(np.mean([row[k] for row in chosen])) for k in ("truncated", *stage.scorers)}
     print(f"{stage.name}: round {number}: {described_gain(gain)}; {counts['dropped']} dropped")
     if is_main():
-        write(here / "sampling.json", json.dumps(counts | means | {"gain": gain}, indent=2) + "\n")
-        write(here / "selected.jsonl", "".join(json.dumps(row) + "\n" for row in chosen))
+        storage.write(here / "sampling.json", json.dumps(counts | means | {"gain": gain}, indent=2) + "\n")
+        storage.write(here / "selected.jsonl", "".join(json.dumps(row) + "\n" for row in chosen))
 
 
-def answered_batches(path: pathlib.Path) -> list[dict[str, Any]]:
+def answered_batches(path: storage.Path) -> list[dict[str, Any]]:
     """Returns what a run that was killed has written of a round's sampling; an unfinished last line goes."""
     if is_main():
-        path.parent.mkdir(exist_ok=True)
-        lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
-        write(path, "".join(line for line in lines if line.endswith("\n")))
+        try:
+            whole = storage.read_lines(path)
+        except FileNotFoundError:
+            whole = []
+        storage.write_lines(path, whole)
     barrier(f"{path} is whole")
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return [json.loads(line) for line in storage.read_lines(path)]
 
 
 def choose(
@@ -184,13 +178,13 @@ def selected_record(run: Run, prompts: Examples, row: int, out: dict[str, Any], 
 
 
 def fine_tune(
-    run: Run, stage: cfg.RejectionStage, number: int, folder: pathlib.Path, module: Any, params: Any,
+    run: Run, stage: cfg.RejectionStage, number: int, folder: storage.Path, module: Any, params: Any,
     prompt_length: int, evaluate_policy: Callable[[Any], dict[str, float]],
 ) -> TrainState:  # fmt: skip
     """Trains a round: supervised fine-tuning on the selected responses, from the policy of the round before."""
     numbers = [number] if stage.train_on == "this_round" else range(1, number + 1)
     files = [round_folder(folder, i) / "selected.jsonl" for i in numbers]
-    rows = [json.loads(line) for file in files for line in file.read_text().splitlines()]
+    rows = [json.loads(line) for file in files for line in storage.read_text(file).splitlines()]
     width = prompt_length + stage.max_response_length
     data = load_sampled(rows, width=width, pad_id=run.tokenizer.pad_id)
     total, seed = max(int(stage.epochs * len(data)) // stage.batch_size, 1), run.seed(stage) + number

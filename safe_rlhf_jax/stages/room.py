@@ -2,13 +2,11 @@
 
 import functools
 import math
-import os
-import pathlib
-import shutil
 from typing import Any
 
 import jax
 
+from safe_rlhf_jax import storage
 from safe_rlhf_jax.errors import ConfigError
 from safe_rlhf_jax.models.config import ModelConfig
 from safe_rlhf_jax.models.transformer import CausalLM
@@ -26,13 +24,13 @@ def check_room(run: Run) -> None:
     Raises:
         ConfigError: If a folder cannot be written.
     """
-    free, needed = shutil.disk_usage(standing(pathlib.Path(run.config.workdir))).free, 0
+    free, needed = storage.free_bytes(run.config.workdir), 0
     size = functools.cache(lambda reference: parameters(run.networks.config(reference)))
     for stage in run.config.stages:
         if run.result(stage.name) is not None:
             continue
-        here = standing(run.folder(stage.name))
-        if not here.is_dir() or not os.access(here, os.W_OK | os.X_OK):
+        here = storage.standing(run.folder(stage.name))
+        if not storage.can_write(here):
             raise ConfigError(f"{stage.name}: {here} cannot be written to; mend that, or set another workdir")
         training = kind_of(stage).training
         if training is None:
@@ -41,7 +39,7 @@ def check_room(run: Run) -> None:
         policy, *others = map(size, [trained.init_from, *training.critics(trained)])
         state = TRAINED * (policy + sum(others))
         # The one that is being written stands beside those that are kept.
-        started = (run.folder(stage.name) / "checkpoints").is_dir()
+        started = storage.is_folder(run.folder(stage.name) / "checkpoints")
         kept = 0 if started else trained.keep_checkpoints + (trained.keep_best is not None)
         needed += (kept + 1) * state + PARAMETER * policy
         if needed > free:
@@ -51,11 +49,6 @@ def check_room(run: Run) -> None:
                 f"their exports, but {free / 1e9:.3g} GB are free in workdir {run.config.workdir}. Make room, or lower "
                 "keep_checkpoints",
             )
-
-
-def standing(path: pathlib.Path) -> pathlib.Path:
-    """Returns the path, or the nearest parent that is there."""
-    return next(here for here in (path.absolute(), *path.absolute().parents) if here.exists())
 
 
 def parameters(config: ModelConfig) -> int:

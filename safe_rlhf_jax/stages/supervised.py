@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import json
-import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
@@ -13,7 +12,7 @@ import numpy as np
 import optax
 
 from safe_rlhf_jax import config as cfg
-from safe_rlhf_jax import objectives
+from safe_rlhf_jax import objectives, storage
 from safe_rlhf_jax.aot.flops import forward_flops
 from safe_rlhf_jax.data import examples
 from safe_rlhf_jax.data.loader import in_order
@@ -61,7 +60,7 @@ class Task:
     frozen_passes: int = 0
 
 
-def run_supervised(task: Task, run: Run, stage: Any, folder: pathlib.Path) -> dict[str, Any]:
+def run_supervised(task: Task, run: Run, stage: Any, folder: storage.Path) -> dict[str, Any]:
     """Runs a stage that trains on records."""
 
     def examples_of(field: str, name: str) -> examples.Examples:
@@ -91,7 +90,7 @@ def run_supervised(task: Task, run: Run, stage: Any, folder: pathlib.Path) -> di
     evaluation = evaluate_state(final)
     scores = task.head == "score"
     if scores and evaluation and is_main():
-        (folder / "scores.json").write_text(json.dumps(evaluation))
+        storage.write(folder / "scores.json", json.dumps(evaluation))
     export(run, folder, module, final, stage.export_layout if scores else None)
     result: dict[str, Any] = {"metrics": flat(evaluation)}
     if scores:

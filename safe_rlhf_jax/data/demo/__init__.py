@@ -5,14 +5,13 @@ it, and `oracle_for` turns that into measures for the report; `TOKENIZER_PATH` i
 `world` for the grammar.
 """
 
-from pathlib import Path
-
+from safe_rlhf_jax import storage
 from safe_rlhf_jax.data.demo.measures import oracle_for
 from safe_rlhf_jax.data.demo.oracle import Harm, PromptInfo, harm, helpfulness, is_refusal, parse_prompt
 from safe_rlhf_jax.data.demo.records import annotator_accuracy, preference, prompts, sft
 from safe_rlhf_jax.data.demo.world import HARM_CATEGORIES, MAX_PROMPT_TOKENS, MAX_RESPONSE_TOKENS
 
-TOKENIZER_PATH = str(Path(__file__).parent / "tokenizer")
+TOKENIZER_PATH = str(storage.path(__file__).parent / "tokenizer")
 
 __all__ = [
     "HARM_CATEGORIES",
