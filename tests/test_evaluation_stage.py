@@ -13,6 +13,7 @@ from safe_rlhf_jax.models import hf
 from safe_rlhf_jax.stages import Run, evaluation
 from tests.helpers import make_lm, make_scorer, perturbed, tiny_config
 
+MINI = Path(__file__).parent / "configs" / "mini.yaml"
 TOKENIZER = load_tokenizer("demo")
 CONFIG = tiny_config(vocab_size=TOKENIZER.vocab_size, hidden_size=16, num_layers=1, head_dim=4)
 
@@ -90,3 +91,19 @@ def test_evaluation_holds_frozen_networks_once_as_they_are_multiplied_and_polici
     assert [(name, len(times)) for name, times in opened.items()] == [("a", 1), ("b", 1), ("c", 1)]
     assert opened["b"] == opened["c"] == [pytest.approx(held, abs=4096)]  # keys and the like
     assert len(batches) == 3
+
+
+def test_report_says_which_prompts_models_and_code_made_it_and_has_the_columns_of_the_prompts_oracle(models, tmp_path):
+    run = run_of(tmp_path, models, "ab", temperature=0.5)
+    report = evaluation.make_report(run, run.config.stages[0], {})
+    assert report.provenance["prompts"] == "data demo/prompts (test)"
+    assert report.provenance[f"policy path:{models}/b"] == "as it is"
+    assert "temperature 0.5" in report.provenance["sampling"]
+    assert report.provenance["code"].startswith("safe_rlhf_jax ")
+    assert "harm_rate" in {measure.name for measure in report.measures}
+    mini = Run(cfg.load_config(MINI, [f"workdir={tmp_path}/mini"]))
+    made = evaluation.make_report(mini, mini.config.stages[-1], {}).provenance
+    assert made["policy sft"] == "sft stage; init_from preset:tiny; data demo/sft (train)"
+    (tmp_path / "own.jsonl").write_text('{"prompt": "mine"}\n')
+    own = run_of(tmp_path, models, prompts=[{"name": f"{tmp_path}/own.jsonl"}])
+    assert evaluation.make_report(own, own.config.stages[0], {}).measures == ()

@@ -72,7 +72,7 @@ def training_curves(
             ax.plot(steps, values, color=colours[name], lw=1.7, label=short(name))
         if key == limited and cost_limit is not None:
             line = ax.axhline(cost_limit, color=LIMIT, lw=1.4, ls=(0, (5, 3)))
-            ax.legend([line], [f"cost limit {cost_limit:.2f}"], frameon=False, fontsize=8, loc="upper right")
+            ax.legend([line], [f"cost limit {cost_limit:.2f}"], frameon=False, fontsize=8, loc="best")
         ax.set(title=title, xlabel="step", ylabel=unit)
     for ax in axes[len(panels) :]:
         ax.set_visible(False)

@@ -52,7 +52,7 @@ class Run:
     def rows(self, data: Examples, most: int = EVAL_BATCH) -> int:
         """Returns the rows of a batch of data that is only read: all there are, up to `most`, in whole shards."""
         shards = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
-        return -(-min(most, len(data)) // shards) * shards
+        return -(-max(1, min(most, len(data))) // shards) * shards
 
     def folder(self, name: str) -> storage.Path:
         """Returns the folder of a stage."""

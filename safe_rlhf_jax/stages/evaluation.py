@@ -148,11 +148,12 @@ def make_report(run: Run, stage: cfg.EvaluateStage, policies: dict[str, list[eva
 def provenance_of(run: Run, stage: cfg.EvaluateStage) -> dict[str, str]:
     """Returns {what: which} of the prompts, the models, the sampling and the code."""
     made = {other.name: other for other in run.config.stages}
-    models = {name: "policy" for name in stage.policies} | {stage.reward_model: "reward", stage.cost_model: "cost"}
+    models = [("policy", name) for name in stage.policies]
+    models += [("reward model", stage.reward_model), ("cost model", stage.cost_model)]
     sampling = ("temperature", "top_k", "top_p", "repetition_penalty", "max_prompt_length", "max_response_length")
     return {
         "prompts": "; ".join(described(data) for data in stage.prompts),
-        **{f"{role} {name}": origin(made.get(name)) for name, role in models.items()},
+        **{f"{role} {name}": origin(made.get(name)) for role, name in models},
         "sampling": ", ".join(f"{name} {getattr(stage, name)}" for name in sampling),
         "tokenizer": run.config.tokenizer,
         "code": code_version(),
