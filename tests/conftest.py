@@ -89,15 +89,16 @@ MINI = Path(__file__).parent / "configs" / "mini.yaml"
 
 @pytest.fixture(scope="session")
 def train_process():
-    """Runs the command line in a process of its own, with one device and all of LLVM's passes."""
-    environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
+    """Runs the command line in a process of its own, with one device; `optimised`: with all of LLVM's passes."""
+    environment = dict(os.environ)
     environment |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "PYTHONPATH": str(PACKAGE.parent)}
 
-    def run(*overrides, config=MINI, prelude="", timeout=300):
+    def run(*overrides, config=MINI, prelude="", timeout=300, optimised=False):
         code = f"{prelude}\nimport sys\nfrom safe_rlhf_jax.train import main\nsys.exit(main())"
         command = [sys.executable, "-c", code, "--config", str(config), *overrides]
+        flags = {"XLA_FLAGS": "" if optimised else "--xla_backend_optimization_level=0"}
         return moments.checked(
-            subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
+            subprocess.run(command, env=environment | flags, capture_output=True, text=True, timeout=timeout)
         )
 
     return run

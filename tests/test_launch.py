@@ -102,6 +102,39 @@ def test_tpu_slice_is_created_installed_on_and_run_on_all_hosts_and_deleted_on_r
     assert not any("delete" in line for line in dry("tpu_vm.sh", *TPU, "--", *RUN)[:-1])
 
 
+# Stands for a command of a cluster: writes down how it was called, and answers as the command would.
+STUB = r"""#!/bin/bash
+printf '%q ' "$(basename "$0")" "$@" >>"$CALLS"
+echo >>"$CALLS"
+case $* in
+    *' create '*) touch "$CALLS.created" ;;
+    *' describe '*) [[ ! -e $CALLS.created ]] || echo ACTIVE ;;
+    *'cat ~/train.status'*) echo 0 ;;
+    *safe_rlhf_jax.train*) [[ $0 != *srun ]] || exit 143 ;;
+esac
+"""
+
+
+@pytest.mark.parametrize(
+    ("program", "arguments", "unshown", "status"),
+    [
+        ("tpu_vm.sh", [*TPU[:-1], "--spot", "--delete", "--", *RUN], (" describe ", "--worker 0 ", ":environment "), 0),
+        ("slurm.sbatch", RUN, ("scontrol requeue 7",), 143),
+    ],
+)
+def test_what_a_dry_run_shows_is_what_a_run_calls(tmp_path, program, arguments, unshown, status):
+    for name in ("gcloud", "git", "srun", "scontrol"):
+        (tmp_path / name).write_text(STUB)
+        (tmp_path / name).chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "CALLS": str(tmp_path / "calls"), "SLURM_JOB_ID": "7"}
+    process = launch(program, *arguments, **environment)
+    assert process.returncode == status, process.stderr
+    called = (tmp_path / "calls").read_text().splitlines()
+    shown = [line for line in dry(program, "--dry-run", *arguments, SLURM_JOB_ID="7") if not line.startswith("#")]
+    assert [line for line in called if not any(part in line for part in unshown)] == shown
+    assert all(any(part in line for line in called) for part in unshown)
+
+
 def test_values_of_the_environment_are_on_no_command_line():
     lines = dry("tpu_vm.sh", *TPU, "--environment", "HF_TOKEN", "--", *RUN, HF_TOKEN="secret-value")
     assert any("HF_TOKEN" in line for line in lines)

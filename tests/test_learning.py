@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
 def quickstart(train_process, tmp_path_factory):
     """Results by stage, and the metrics of PPO-Lagrangian."""
     workdir = tmp_path_factory.mktemp("quickstart") / "run"
-    process = train_process(f"workdir={workdir}", config=QUICKSTART, timeout=1800)
+    process = train_process(f"workdir={workdir}", config=QUICKSTART, timeout=1800, optimised=True)
     assert process.returncode == 0, process.stderr
     results = {path.parent.name: json.loads(path.read_text()) for path in workdir.glob("*/result.json")}
     return results, read_jsonl(workdir / "ppo_lag" / "metrics.jsonl")

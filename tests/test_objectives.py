@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 import pathlib
 
 import chex
@@ -23,7 +24,7 @@ from safe_rlhf_jax.ops import gather_last
 from safe_rlhf_jax.optim import gradient_step, init_state
 from safe_rlhf_jax.stages.supervised import pairs_step, sft_step
 from safe_rlhf_jax.types import PreferenceBatch, Sequences, SupervisedBatch
-from tests.helpers import make_lm, make_scorer, right_padded, tiny_config
+from tests.helpers import apply, make_lm, make_scorer, right_padded, tiny_config
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 CONFIG = tiny_config(vocab_size=24, hidden_size=16, intermediate_size=32, num_layers=1, num_heads=2, head_dim=8)
@@ -108,9 +109,9 @@ def test_one_forward_of_both_sides_equals_two():
     module, variables = make_scorer("reward", CONFIG, 1)
     rng = np.random.default_rng(0)
     sides = [Sequences(tokens, mask, mask) for tokens, mask in (right_padded(rng, 4, 7, 24) for _ in range(2))]
-    both = pair_scores(module, variables["params"], variables["stats"], *sides)
+    both = jax.jit(functools.partial(pair_scores, module))(variables["params"], variables["stats"], *sides)
     for side, scores in zip(sides, both, strict=True):
-        alone = module.apply(variables, side.tokens, side.mask)
+        alone = apply(module, variables, side.tokens, side.mask)
         np.testing.assert_allclose(jnp.where(side.mask, scores - alone, 0), 0, atol=1e-5)
 
 
@@ -122,8 +123,8 @@ def texts(rows=4, length=7):
 def test_sft_loss_is_the_mean_over_response_tokens_eos_included():
     module, variables = make_lm(CONFIG)
     batch = texts()
-    loss, _ = lm_loss(module, variables["params"], batch, token_weights(batch.loss_mask))
-    log_probs = jax.nn.log_softmax(module.apply(variables, batch.tokens, batch.mask))
+    loss, _ = jax.jit(functools.partial(lm_loss, module))(variables["params"], batch, token_weights(batch.loss_mask))
+    log_probs = jax.nn.log_softmax(apply(module, variables, batch.tokens, batch.mask))
     terms = [-float(log_probs[b, t - 1, batch.tokens[b, t]]) for b, t in zip(*np.nonzero(batch.loss_mask), strict=True)]
     np.testing.assert_allclose(loss, np.mean(terms), rtol=1e-5)
     last = np.asarray(batch.mask).sum(1) - 1
@@ -156,7 +157,8 @@ def test_sft_microbatches_of_uneven_lengths_take_the_same_step(microbatches):
     def step(parts):
         loss = lambda params, part: lm_loss(module, params, *part)  # noqa: E731
         state = init_state(variables["params"], optimizer)
-        return gradient_step(loss, state, rows, optimizer, microbatches=parts)
+        take = jax.jit(lambda state: gradient_step(loss, state, rows, optimizer, microbatches=parts))
+        return take(state)
 
     (whole, metrics), (cut, cut_metrics) = step(1), step(microbatches)
     chex.assert_trees_all_close(whole.params, cut.params, atol=1e-5)
@@ -205,7 +207,7 @@ def test_perplexity_is_that_of_the_batch_however_it_is_cut(microbatches):
         name="sft", kind="sft", init_from="preset:tiny", data={"name": "demo/sft"}, microbatches=microbatches
     )
     state = init_state(variables["params"], optax.sgd(0.1))
-    _, metrics = sft_step(stage, module, optax.sgd(0.1))(state, None, texts(16), jax.random.key(0))
+    _, metrics = jax.jit(sft_step(stage, module, optax.sgd(0.1)))(state, None, texts(16), jax.random.key(0))
     np.testing.assert_allclose(metrics["train/perplexity"], np.exp(metrics["train/loss"]), rtol=1e-5)
 
 
@@ -223,12 +225,14 @@ def test_scores_of_pairs_are_normalised_alike_however_the_batch_is_cut(microbatc
         batch_size=16, microbatches=microbatches,
     )  # fmt: skip
     state = init_state(variables["params"], optax.sgd(0.1), variables["stats"])
-    state, metrics = pairs_step(stage, module, optax.sgd(0.1))(state, None, batch, jax.random.key(0))
+    state, metrics = jax.jit(pairs_step(stage, module, optax.sgd(0.1)))(state, None, batch, jax.random.key(0))
     scores = np.concatenate(
         [
             gather_last(score, side.mask)
             for score, side in zip(
-                pair_scores(module, variables["params"], variables["stats"], batch.chosen, batch.rejected),
+                jax.jit(functools.partial(pair_scores, module))(
+                    variables["params"], variables["stats"], batch.chosen, batch.rejected
+                ),
                 (batch.chosen, batch.rejected),
                 strict=True,
             )

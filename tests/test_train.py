@@ -154,7 +154,7 @@ def test_evaluation_has_a_sample_of_every_policy_for_every_prompt_and_a_report(m
 
 def test_first_step_has_ratio_one_and_no_kl(mini_run):
     first = read_jsonl(mini_run[0] / "ppo_lag" / "metrics.jsonl")[0]
-    # Exactly 0 in rl/test_step.py; with all of LLVM's passes, scoring and update may round differently on some CPUs.
+    # Exactly 0 in rl/test_step.py; between two programs, scoring and update may round differently on some CPUs.
     assert first["train/first_ratio_gap"] < 1e-6
     assert first["train/kl"] == pytest.approx(0, abs=1e-5)
 
