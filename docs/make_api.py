@@ -14,7 +14,8 @@ HEAD = """# Python API
 Written by `python docs/make_api.py` from docstrings; a test holds it to the code. What stands here is promised: names
 and arguments stay as they are. Everything is imported from `safe_rlhf_jax`, as in `from safe_rlhf_jax import run`, and
 is loaded when it is first asked for. Messages of a run go through `logging`, under the name `safe_rlhf_jax`;
-`safe_rlhf_jax.log.show()` prints them as the command line does.
+`safe_rlhf_jax.log.show()` prints them as the command line does. A `storage.Place` is a string or a path, local or the
+URI of an object store; a `storage.Path` that is local is a `pathlib.Path`.
 """
 # Heading: names of the package, dotted where they stand in a module or a class.
 SECTIONS = {

@@ -194,6 +194,7 @@ def writing(place: Place) -> Iterator[BinaryIO]:
 
     On a disk they go into `NAME.partial`, reach the disk, and are renamed; a block that fails leaves nothing. For an
     object store they are gathered on the disk, and sent as one object. A folder that is missing is made.
+    A pipe, or `/dev/stdout`, takes the bytes as they come.
 
     Raises:
         OSError: If it could not be written, naming the file.
@@ -206,6 +207,10 @@ def writing(place: Place) -> Iterator[BinaryIO]:
                 shutil.copyfileobj(scratch, stream)
         return
     target = pathlib.Path(place)
+    if target.parent == pathlib.Path("/dev") or (target.exists() and not target.is_file()):
+        with target.open("wb") as stream:
+            yield stream
+        return
     partial = target.with_name(target.name + PARTIAL)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -17,7 +17,7 @@ from safe_rlhf_jax.rl.dual import solve_dual
 from safe_rlhf_jax.stages import Run, check_run
 from safe_rlhf_jax.stages.constraints import initial_multiplier
 from safe_rlhf_jax.stages.rejection import round_rows
-from safe_rlhf_jax.stages.sampling import is_limited, take
+from safe_rlhf_jax.stages.sampling import is_limited, some_of
 
 CONFIG = Path(__file__).parent / "configs" / "sampling.yaml"
 SAMPLING = """
@@ -189,7 +189,7 @@ def test_rows_that_are_taken_keep_their_records(run):
     prompts = prompts_of(made, stage)
     limited = is_limited(stage, prompts)
     assert 0 < limited.sum() < len(prompts)
-    taken = take(prompts, np.flatnonzero(limited).tolist())
+    taken = some_of(prompts, np.flatnonzero(limited).tolist())
     assert {record["prompt_source"] for record in taken.records} == {"risky"}
     ids = [tokens[mask].tolist() for tokens, mask in zip(taken.arrays.tokens, taken.arrays.mask, strict=True)]
     assert [made.tokenizer.decode(row)[: len(r["prompt"])] for row, r in zip(ids, taken.records, strict=True)] == [

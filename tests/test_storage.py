@@ -112,9 +112,27 @@ def test_a_local_path_is_that_of_pathlib(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     assert storage.expanded("~/a") == tmp_path / "a"
+    assert storage.expanded("~no such user/a") == Path("~no such user/a")
     assert storage.path("~/a") == Path("~/a")
     assert storage.absolute("a") == tmp_path / "a"
     assert storage.path("http://a/b") == Path("http://a/b")  # nothing that is opened
+
+
+def test_what_is_there_has_one_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    storage.write(tmp_path / "a", "")
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    assert {storage.real(name) for name in ("a", f"../{tmp_path.name}/a", "link")} == {(tmp_path / "a").resolve()}
+    assert storage.real("not/there") == Path("not/there")
+
+
+def test_a_pipe_takes_the_bytes_as_they_come_and_stays(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    storage.write(tmp_path / "pipe", "text")
+    assert os.read(reader, 10) == b"text"
+    os.close(reader)
+    assert (tmp_path / "pipe").is_fifo()
 
 
 def test_a_store_without_its_package_says_what_to_install(monkeypatch):
@@ -218,6 +236,13 @@ def test_a_library_that_knows_only_the_disk_reads_and_writes_folders(root):
         assert (Path(folder) / "deep" / "f").read_text() == "1"
     with storage.local_copy(root / "a" / "deep" / "f") as file:
         assert Path(file).read_text() == "1"
+
+
+def test_anything_that_has_a_name_exists(root):
+    storage.write(root / "folder" / "file", "")
+    assert storage.exists(root / "folder")
+    assert storage.exists(root / "folder" / "file")
+    assert not storage.exists(root / "fold")
 
 
 def test_room_is_asked_about_before_there_is_a_folder(root):
