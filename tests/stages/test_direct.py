@@ -26,7 +26,7 @@ from tests.helpers import apply, make_lm, tiny_config
 pair_log_probs = jax.jit(objectives.pair_log_probs, static_argnames="module")
 pair_log_ratios = jax.jit(objectives.pair_log_ratios, static_argnames="module")
 
-OFFLINE = Path(__file__).parent / "configs" / "offline.yaml"
+OFFLINE = Path(__file__).parent.parent / "configs" / "offline.yaml"
 CONFIG = tiny_config(vocab_size=24, hidden_size=16, intermediate_size=32, num_layers=1, num_heads=2, head_dim=8)
 B, L = 4, 10
 
