@@ -277,6 +277,7 @@ EXPORT = MOMENTS + "moments.before('stages.supervised:export', lambda *_: moment
         (CHECKPOINT, r"error: .*/sft/checkpoints: a checkpoint could not be written: .* Make room if the disk is full"),
         (EXPORT, r"error: .*/sft/export/model\.safetensors could not be written: File too large\. Make room"),
     ],
+    ids=["checkpoint", "export"],
 )
 def test_error_of_a_full_disk_names_the_file_and_ends_the_log_without_tracebacks(
     train_process, tmp_path, prelude, said

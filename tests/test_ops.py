@@ -11,6 +11,7 @@ from tests.helpers import apply, make_lm, make_scorer, prompt_batch, right_padde
 VOCAB = 97
 BATCH, PROMPT, RESPONSE = 3, 5, 12
 
+response_log_probs = jax.jit(ops.response_log_probs, static_argnames=("module", "prompt_length", "temperature"))
 response_values = jax.jit(ops.response_values, static_argnames=("module", "prompt_length"))
 
 
@@ -91,7 +92,7 @@ def test_response_log_probs_read_the_position_before_each_token(lm, sequences, t
     tokens, mask = sequences
     logits = np.asarray(apply(module, variables, tokens, mask), np.float64) / temperature
     expected = float64_log_probs(logits[:, :-1], tokens[:, 1:])[:, PROMPT - 1 :]
-    actual = ops.response_log_probs(
+    actual = response_log_probs(
         module, variables["params"], tokens, mask, prompt_length=PROMPT, temperature=temperature
     )
     assert actual.shape == (BATCH, RESPONSE)

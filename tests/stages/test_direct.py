@@ -11,17 +11,21 @@ import yaml
 from safetensors.numpy import load_file
 
 from safe_rlhf_jax import config as cfg
+from safe_rlhf_jax import objectives
 from safe_rlhf_jax.data.formats import UNUSABLE
-from safe_rlhf_jax.objectives import direct_loss, dpo_loss, ipo_loss, pair_log_probs, pair_log_ratios, safety_loss
+from safe_rlhf_jax.objectives import direct_loss, dpo_loss, ipo_loss, safety_loss
 from safe_rlhf_jax.ops import sequence_scores, token_log_probs
 from safe_rlhf_jax.stages import Run
 from safe_rlhf_jax.stages.check import check_same_architecture
 from safe_rlhf_jax.stages.direct import LEFT_OUT, rank_by_models, safe_first
 from safe_rlhf_jax.stages.kinds import kind_of
 from safe_rlhf_jax.types import PreferenceBatch, Sequences
-from tests.helpers import make_lm, tiny_config
+from tests.helpers import apply, make_lm, tiny_config
 
-OFFLINE = Path(__file__).parent / "configs" / "offline.yaml"
+pair_log_probs = jax.jit(objectives.pair_log_probs, static_argnames="module")
+pair_log_ratios = jax.jit(objectives.pair_log_ratios, static_argnames="module")
+
+OFFLINE = Path(__file__).parent.parent / "configs" / "offline.yaml"
 CONFIG = tiny_config(vocab_size=24, hidden_size=16, intermediate_size=32, num_layers=1, num_heads=2, head_dim=8)
 B, L = 4, 10
 
@@ -46,7 +50,7 @@ def test_response_log_probs_are_sums_over_response_tokens_with_eos_and_without_p
     module, params = policy()
     first, second = texts(0), texts(1)
     for side, found in zip((first, second), pair_log_probs(module, params, first, second), strict=True):
-        logits = module.apply({"params": params}, side.tokens, side.mask)
+        logits = apply(module, {"params": params}, side.tokens, side.mask)
         log_probs = token_log_probs(logits[:, :-1], side.tokens[:, 1:])
         for row, total in enumerate(np.asarray(found)):
             end = int(side.mask[row].sum())

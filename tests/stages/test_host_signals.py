@@ -20,7 +20,7 @@ from safe_rlhf_jax.stages.host_signals import ScorerSignal, open_scorers
 from tests.helpers import make_lm, make_scorer, perturbed, tiny_config
 from tests.tokenizers import make_tokenizer
 
-CHATML = (Path(__file__).parent / "data" / "chat_templates" / "chatml.jinja").read_text()
+CHATML = (Path(__file__).parent.parent / "data" / "chat_templates" / "chatml.jinja").read_text()
 TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 STAGES = """
 - name: ppo_lag

@@ -14,7 +14,7 @@ from safe_rlhf_jax.models import hf
 from safe_rlhf_jax.stages import Run, hashing
 from tests.helpers import make_lm, make_scorer, tiny_config
 
-MINI = Path(__file__).parent / "configs" / "mini.yaml"
+MINI = Path(__file__).parent.parent / "configs" / "mini.yaml"
 STAGES = {"sft", "reward", "cost", "ppo_lag", "evaluate"}
 PAIR = {
     "prompt": "a", "response_0": "b", "response_1": "c", "safer_response_id": 0, "is_response_0_safe": True,

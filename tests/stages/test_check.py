@@ -19,7 +19,7 @@ from safe_rlhf_jax.stages.datasets import load_data
 from tests.helpers import make_lm, make_scorer, stage_of, tiny_config
 from tests.tokenizers import make_tokenizer
 
-MINI = Path(__file__).parent / "configs" / "mini.yaml"
+MINI = Path(__file__).parent.parent / "configs" / "mini.yaml"
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +94,7 @@ def test_a_token_without_a_row_is_said_and_texts_that_have_it_are_unusable(store
 
 def test_ends_that_are_no_tokens_are_said(tmp_path, capsys):
     """ChatML with the tokenizer of a base model, and a generation_config.json of another one."""
-    chatml = (Path(__file__).parent / "data" / "chat_templates" / "chatml.jinja").read_text()
+    chatml = (Path(__file__).parent.parent / "data" / "chat_templates" / "chatml.jinja").read_text()
     make_tokenizer(tmp_path / "base", ["<unk>", "<s>", "</s>"], "</s>", spaces=None, template=chatml)
     (tmp_path / "base" / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 151643]}))
     stage = {"name": "sft", "kind": "sft", "init_from": "preset:tiny", "data": {"name": "demo/sft", "limit": 40}}

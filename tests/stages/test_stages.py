@@ -13,7 +13,7 @@ from safe_rlhf_jax.stages import Run, reinforcement, unused
 from safe_rlhf_jax.stages.datasets import load_data
 from tests.helpers import compilations, stage_of
 
-MINI = Path(__file__).parent / "configs" / "mini.yaml"
+MINI = Path(__file__).parent.parent / "configs" / "mini.yaml"
 
 
 def hashes(*overrides):

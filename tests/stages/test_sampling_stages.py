@@ -19,7 +19,7 @@ from safe_rlhf_jax.stages.constraints import initial_multiplier
 from safe_rlhf_jax.stages.rejection import round_rows
 from safe_rlhf_jax.stages.sampling import is_limited, some_of
 
-CONFIG = Path(__file__).parent / "configs" / "sampling.yaml"
+CONFIG = Path(__file__).parent.parent / "configs" / "sampling.yaml"
 SAMPLING = """
 from tests import moments
 calls = []

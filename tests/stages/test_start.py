@@ -20,7 +20,7 @@ from safe_rlhf_jax.stages.metric_names import training_metrics
 from safe_rlhf_jax.stages.room import check_room
 from tests.helpers import stage_of
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 CONFIGS = sorted([*ROOT.glob("configs/**/*.yaml"), *ROOT.glob("tests/configs/*.yaml")])
 LENGTHS = {"max_prompt_length": 24, "max_response_length": 24}
 
