@@ -23,7 +23,7 @@ MAY_OVERFLOW = ("train/perplexity",)  # e to the power of a loss that is itself 
 
 
 @dataclasses.dataclass(frozen=True)
-class Stage:
+class TrainLoop:
     """A stage that trains, in the one shape the loop knows."""
 
     name: str
@@ -48,7 +48,7 @@ class Stage:
         return due or (saves and (self.keep_best or "").removeprefix("-").startswith("eval/"))
 
 
-def fit(stage: Stage, folder: storage.Path, *, writers: tuple[str, ...] = ("jsonl", "tensorboard")) -> Any:
+def fit(stage: TrainLoop, folder: storage.Path, *, writers: tuple[str, ...] = ("jsonl", "tensorboard")) -> Any:
     """Trains from the newest checkpoint, or from the start, to the end.
 
     Step t is dispatched before the metrics of step t − 1 are downloaded, so that the device never waits for the host.
@@ -100,7 +100,7 @@ class Log:
     """Metrics of steps: downloaded one step late, checked, written, shown."""
 
     def __init__(
-        self, stage: Stage, folder: storage.Path, checkpoints: Checkpoints, start: int, writers: tuple[str, ...]
+        self, stage: TrainLoop, folder: storage.Path, checkpoints: Checkpoints, start: int, writers: tuple[str, ...]
     ):
         self.stage, self.checkpoints = stage, checkpoints
         self.writers = make_writers(folder, resume_step=start, names=writers)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from safe_rlhf_jax.models.parameters import is_matrix
 from safe_rlhf_jax.types import Metrics, Params, TrainState
 
 ScheduleName = Literal["constant", "linear", "cosine", "hold_linear"]
@@ -45,24 +46,6 @@ def schedule(name: ScheduleName, *, lr: float, warmup_ratio: float, total_steps:
     return optax.join_schedules([start, after], [warmup])
 
 
-def decayed(params: Params) -> Any:
-    """True for matrices and embeddings; False for biases and norm weights, which weight decay leaves alone."""
-
-    def is_matrix(path: tuple[Any, ...], _: Any) -> bool:
-        name = str(getattr(path[-1], "key", path[-1]))
-        return name not in ("bias", "score_bias", "weight")
-
-    return jax.tree_util.tree_map_with_path(is_matrix, params)
-
-
-def multiplied(params: Params, dtype: str) -> Params:
-    """Returns parameters with matrices in the dtype that they are multiplied in.
-
-    Networks cast every matrix to that dtype before they use it, so no result changes, and memory halves with bfloat16.
-    """
-    return jax.tree.map(lambda x, matrix: x.astype(dtype) if matrix else x, params, decayed(params))
-
-
 def make_optimizer(
     learning_rate: optax.ScalarOrSchedule,
     *,
@@ -73,7 +56,7 @@ def make_optimizer(
     max_grad_norm: float | None = 1.0,
 ) -> optax.GradientTransformation:
     """Returns AdamW after clipping of the global gradient norm."""
-    adamw = optax.adamw(learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=decayed)
+    adamw = optax.adamw(learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=is_matrix)
     return adamw if max_grad_norm is None else optax.chain(optax.clip_by_global_norm(max_grad_norm), adamw)
 
 

@@ -67,32 +67,33 @@ def update_networks(
         experience, _ = in_rows(algorithm, part)
         return sampler_distance(networks, hp, state.actor.params, experience) <= stop_kl
 
-    minibatch = until_far(minibatch, near)
+    minibatch = with_kl_early_stop(minibatch, near)
     (state, _), (metrics, tried, kept) = jax.lax.scan(epoch, (state, jnp.bool_(True)), keys)
     first = metrics.pop("ratio_gap")[0, 0]
     means = jax.tree.map(lambda x: (x * tried).sum() / tried.sum(), metrics)
     return state, means | {"first_ratio_gap": first, "updates": kept.sum()}
 
 
-def until_far(
+def with_kl_early_stop(
     minibatch: Callable[..., tuple[RLState, Metrics]], near: Callable[[RLState, Any], jax.Array]
 ) -> Callable[..., Any]:
-    """Returns an update that is undone where it ends at a state that is not `near`; after that one there are no more.
+    """Wraps a minibatch update with KL early stopping.
 
-    It carries (state, going) and returns (metrics, whether it was tried, whether it was kept).
+    The first update that ends at a state that is not `near` is reverted, and all later ones are skipped.
+    Carry: (state, active). Output: (metrics, 1.0 if the update was tried, 1.0 if it was kept).
     """
 
     def update(carry: tuple[RLState, jax.Array], part: Any) -> Any:
-        state, going = carry
+        state, active = carry
 
         def attempt() -> tuple[RLState, Metrics, jax.Array]:
             new, metrics = minibatch(state, part)
             return new, metrics, near(new, part)
 
         none = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(attempt)[1])
-        new, metrics, keep = jax.lax.cond(going, attempt, lambda: (state, none, jnp.bool_(False)))
+        new, metrics, keep = jax.lax.cond(active, attempt, lambda: (state, none, jnp.bool_(False)))
         state = jax.tree.map(lambda a, b: jnp.where(keep, a, b), new, state)
-        return (state, keep), (metrics, going.astype(jnp.float32), keep.astype(jnp.float32))
+        return (state, keep), (metrics, active.astype(jnp.float32), keep.astype(jnp.float32))
 
     return update
 
