@@ -26,7 +26,7 @@ def response_mask(hp: Hyperparameters, rollout: Rollout) -> jax.Array:
 
 
 def kl_coefficient(hp: Hyperparameters, state: RLState) -> jax.Array | float:
-    """β of this iteration: the controller's, or the config's along its schedule."""
+    """β of this iteration: from the controller, or from the config and its schedule."""
     if state.kl_coeff is not None:
         return state.kl_coeff
     return hp.kl_coeff if hp.kl.schedule is None else hp.kl_coeff * hp.kl.schedule(state.step)
@@ -99,7 +99,7 @@ def with_kl_early_stop(
 
 
 def sampler_distance(networks: Networks, hp: Hyperparameters, params: Any, experience: Experience) -> jax.Array:
-    """How far π is from the sampler on a minibatch, f32[], nats per token: the mean of ρ − 1 − log ρ."""
+    """Approximate KL(sampler ‖ π) on a minibatch, f32[], nats per token: the mean of ρ − 1 − log ρ."""
 
     def distances(part: Experience) -> jax.Array:
         mask = response_mask(hp, part.rollout)
@@ -127,7 +127,7 @@ def rollout_log_probs(networks: Networks, hp: Hyperparameters, params: Any, roll
 
 
 def in_pairs(algorithm: Algorithm, batch: Any) -> Any:
-    """[B, …] as [B/2, 2, …] where the responses to a prompt must stay together, however rows are shuffled and cut."""
+    """[B, …] as [B/2, 2, …] if the two responses to a prompt must stay together when rows are shuffled and split."""
     return jax.tree.map(lambda x: x.reshape(-1, 2, *x.shape[1:]), batch) if algorithm.paired else batch
 
 
