@@ -31,8 +31,9 @@ from safe_rlhf_jax.aot.chips import chip_of
 from safe_rlhf_jax.aot.flops import iteration_flops
 from safe_rlhf_jax.aot.roofline import analyse, memory_of
 from safe_rlhf_jax.models.config import ModelConfig, ScoreConfig
+from safe_rlhf_jax.models.parameters import cast_matrices
 from safe_rlhf_jax.models.transformer import CausalLM, ScoreModel
-from safe_rlhf_jax.optim import init_state, make_optimizer, multiplied
+from safe_rlhf_jax.optim import init_state, make_optimizer
 from safe_rlhf_jax.rl.algorithms import ALGORITHMS
 from safe_rlhf_jax.rl.constraints import Constraint, init_constraint
 from safe_rlhf_jax.rl.rollout import Networks, score_rollout
@@ -79,7 +80,7 @@ def build(spec: dict[str, Any], recompute: bool) -> tuple[Networks, Hyperparamet
         return random(module, jax.random.key(seed, impl="unsafe_rbg"))  # compiles several times faster than the default
 
     def only_read(variables: Any) -> Any:
-        return variables | {"params": multiplied(variables["params"], config.dtype)}
+        return variables | {"params": cast_matrices(variables["params"], config.dtype)}
 
     networks = Networks(policy, scorers, dict.fromkeys(scorers, critic), optimizer, dict.fromkeys(scorers, optimizer))
     hp = Hyperparameters(

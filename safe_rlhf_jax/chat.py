@@ -257,7 +257,7 @@ def talk(chat: Chat) -> None:
             console.print(HELP)
         elif command == "/reset":
             chat.forget()
-            console.print("The conversation begins anew.", style="dim")
+            console.print("Conversation reset.", style="dim")
         elif command == "/temperature":
             try:
                 chat.temperature = parse_temperature(argument)
@@ -273,7 +273,7 @@ def talk(chat: Chat) -> None:
                     show = lambda: live.update(table(chat.speakers))  # noqa: E731
                     chat.regenerate(show) if command == "/regenerate" else chat.say(line, show)
                 except UserError as error:
-                    console.print(f"{error}; the conversation begins anew", style="red")
+                    console.print(f"{error}; conversation reset", style="red")
             if not console.is_terminal:
                 console.print()  # Live leaves the line open
 

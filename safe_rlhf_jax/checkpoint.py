@@ -21,15 +21,15 @@ LOGGER = logging.getLogger(__name__)
 
 @functools.cache
 def hush_writers() -> None:
-    """Keeps the threads that write from printing a traceback for every array that they could not write.
+    """Keeps writer threads from printing a traceback for every array that they could not write.
 
-    `Checkpoints.write_errors` says it once, with what to do; a log that ends in hundreds of lines hides it.
+    `Checkpoints.write_errors` reports it once, with the fix; hundreds of lines at the end of a log would hide it.
     """
     logging.getLogger("absl").addFilter(lambda record: not (record.exc_info and "orbax" in record.pathname))
     show = sys.unraisablehook
 
     def unraisablehook(unraisable: Any) -> None:
-        if str(unraisable.exc_value) != "Event loop is closed":  # what TensorStore's threads find after a failure
+        if str(unraisable.exc_value) != "Event loop is closed":  # seen by TensorStore's threads after a failure
             show(unraisable)
 
     sys.unraisablehook = unraisablehook
@@ -39,9 +39,9 @@ class Checkpoints:
     """The checkpoints of one stage; each is written beside the others and becomes visible when it is complete.
 
     Args:
-        folder: Where they are; every process sees it.
-        keep: How many of the newest are kept.
-        best: Metric whose best checkpoint is kept as well: highest value, or with a leading "-" lowest.
+        folder: Their folder, visible to every process.
+        keep: Number of newest checkpoints to keep.
+        best: Metric whose best checkpoint is kept as well: highest value, or lowest with a leading "-".
     """
 
     def __init__(self, folder: storage.Place, *, keep: int = 2, best: str | None = None):
@@ -69,10 +69,10 @@ class Checkpoints:
     def save(self, step: int, state: Any, metrics: Mapping[str, float]) -> None:
         """Copies the state off the devices and writes it in the background.
 
-        A metric that is not finite, or not there, ranks behind all others: no state is lost for want of a number.
+        A metric that is not finite, or missing, ranks behind all others: no state is lost for lack of a number.
 
         Raises:
-            FileError: If the checkpoint before this one, or the start of this one, could not be written.
+            FileError: If the previous checkpoint, or the start of this one, could not be written.
             ConfigError: If there is no such metric; the checkpoint is written.
         """
         if step in self.manager.all_steps():
@@ -91,12 +91,12 @@ class Checkpoints:
             )
 
     def restore(self, like: Any) -> tuple[Any, int]:
-        """Returns the state of the newest checkpoint that can be read, in the shardings of `like`, and its step.
+        """Returns the state of the newest readable checkpoint, in the shardings of `like`, and its step.
 
-        Newer ones, which cannot be read, are moved to `checkpoints.unreadable/`. Without any checkpoint: `like` and 0.
+        Newer, unreadable ones are moved to `checkpoints.unreadable/`. Without any checkpoint: `like` and 0.
 
         Raises:
-            FileError: If there are checkpoints, and none can be read; they stay where they are.
+            FileError: If there are checkpoints, but none is readable; they stay where they are.
         """
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
         found = sorted(self.manager.all_steps(), reverse=True)
@@ -122,10 +122,10 @@ class Checkpoints:
         return like, 0
 
     def broken_metrics(self) -> dict[int, str]:
-        """Returns {step: what is wrong} of the checkpoints whose metrics cannot be read.
+        """Returns {step: error} of the checkpoints whose metrics cannot be read.
 
         Raises:
-            FileError: If that is all of them; they stay where they are.
+            FileError: If none can be read; they stay where they are.
         """
         steps = sorted(ocp.utils.checkpoint_steps(self.folder)) if storage.is_folder(self.folder) else []
         problems: dict[int, str] = {}
@@ -143,7 +143,7 @@ class Checkpoints:
         return problems
 
     def set_aside(self, problems: Mapping[int, str]) -> None:
-        """Moves checkpoints {step: what is wrong} out of the way, and says so."""
+        """Moves checkpoints {step: error} out of the way, and reports it."""
         aside = self.folder.with_name(f"{self.folder.name}.unreadable")
         for step, problem in problems.items():
             LOGGER.warning(f"checkpoint of step {step} cannot be read ({problem}); it is kept in {aside}")
@@ -154,7 +154,7 @@ class Checkpoints:
         processes.barrier("unreadable checkpoints are set aside")
 
     def close(self) -> None:
-        """Waits for what is being written.
+        """Waits for the checkpoint that is being written.
 
         Raises:
             FileError: If it could not be written.
@@ -165,7 +165,7 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def write_errors(self) -> Iterator[None]:
-        """Turns whatever Orbax raises when it cannot write into one clear error."""
+        """Turns any error of Orbax in writing into one clear error."""
         try:
             yield
         except Exception as error:

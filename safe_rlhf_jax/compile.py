@@ -40,14 +40,16 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         help="as libtpu names it: generation and chips per axis, such as v5e:8x8, v5p:2x2x4, v6e:8x8 (needs the extra "
         "tpu); or local, the devices of this machine",
     )
-    parser.add_argument("--slices", type=int, default=1, metavar="N", help="so many of them, joined by a data network")
+    parser.add_argument(
+        "--slices", type=int, default=1, metavar="N", help="number of slices, connected by the data-center network"
+    )
     parser.add_argument("--stage", metavar="NAME", help="this stage only")
     parser.add_argument("--json", metavar="FILE", help="write the report to this file too")
     parser.add_argument(
         "--search",
         action="store_true",
         help="try meshes, rematerialisation and microbatches; list those that fit. A variant takes as long as a "
-        "compile does; so many at a time as there are cores",
+        "compile does; one compilation per core at a time",
     )
     parser.add_argument(
         "--meshes", type=int, default=4, metavar="N", help="that a search tries, the most promising first (default 4)"

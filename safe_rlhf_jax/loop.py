@@ -23,8 +23,8 @@ MAY_OVERFLOW = ("train/perplexity",)  # e to the power of a loss that is itself 
 
 
 @dataclasses.dataclass(frozen=True)
-class Stage:
-    """A stage that trains, in the one shape the loop knows."""
+class TrainLoop:
+    """A training stage, in the one shape that the loop knows."""
 
     name: str
     total_steps: int
@@ -38,32 +38,32 @@ class Stage:
     eval_every: int | None
     evaluate: Callable[[Any], dict[str, float]]  # state -> metrics
     tokens: Callable[[dict[str, float]], float]  # metrics of a step -> tokens it processed
-    warning: Callable[[dict[str, float]], str | None] = lambda _: None  # metrics -> something worth saying once
+    warning: Callable[[dict[str, float]], str | None] = lambda _: None  # metrics -> a warning, printed once
     shown: tuple[str, ...] = ("train/loss",)  # metrics beside the progress bar
     keep_best: str | None = None  # metric whose best checkpoint is kept as well, see `Checkpoints`
 
     def evaluates(self, done: int, saves: bool) -> bool:
-        """Returns whether the state is evaluated after `done` steps: when it is due, or to rank a checkpoint."""
+        """Says whether to evaluate the state after `done` steps: when it is due, or to rank a checkpoint."""
         due = self.eval_every is not None and done % self.eval_every == 0 and done < self.total_steps
         return due or (saves and (self.keep_best or "").removeprefix("-").startswith("eval/"))
 
 
-def fit(stage: Stage, folder: storage.Path, *, writers: tuple[str, ...] = ("jsonl", "tensorboard")) -> Any:
-    """Trains from the newest checkpoint, or from the start, to the end.
+def fit(stage: TrainLoop, folder: storage.Path, *, writers: tuple[str, ...] = ("jsonl", "tensorboard")) -> Any:
+    """Trains to the end, from the newest checkpoint or from the start.
 
     Step t is dispatched before the metrics of step t − 1 are downloaded, so that the device never waits for the host.
 
     Args:
         stage: What to train.
-        folder: Where `checkpoints/` and `metrics.jsonl` are.
-        writers: Where metrics go.
+        folder: Holds `checkpoints/` and `metrics.jsonl`.
+        writers: Receive the metrics.
 
     Returns:
         The final state.
 
     Raises:
         NonFiniteError: At the first metric that is not finite, naming it, the step and the last checkpoint.
-        SystemExit: With status `PREEMPTED` after SIGTERM, when the state is saved.
+        SystemExit: After SIGTERM, with status `PREEMPTED`, once the state is saved.
     """
     checkpoints = Checkpoints(folder / "checkpoints", keep=stage.keep_checkpoints, best=stage.keep_best)
     state, start = checkpoints.restore(stage.init())
@@ -100,23 +100,23 @@ class Log:
     """Metrics of steps: downloaded one step late, checked, written, shown."""
 
     def __init__(
-        self, stage: Stage, folder: storage.Path, checkpoints: Checkpoints, start: int, writers: tuple[str, ...]
+        self, stage: TrainLoop, folder: storage.Path, checkpoints: Checkpoints, start: int, writers: tuple[str, ...]
     ):
         self.stage, self.checkpoints = stage, checkpoints
         self.writers = make_writers(folder, resume_step=start, names=writers)
         self.bar = ProgressBar(stage.name, stage.total_steps, start=start, keys=stage.shown)
         self.throughput = Throughput()
         self.pending: tuple[int, dict[str, jax.Array]] | None = None
-        self.newest: dict[str, float] = {}  # metrics of the newest step that is reported
+        self.newest: dict[str, float] = {}  # metrics of the newest reported step
         self.warned = False
 
     def push(self, step: int, metrics: dict[str, jax.Array]) -> None:
-        """Takes the metrics of a step that was dispatched, and reports the step before it."""
+        """Takes the metrics of a dispatched step and reports the step before it."""
         self.flush()
         self.pending = step, metrics
 
     def flush(self, evaluate: Callable[[], dict[str, float]] = dict) -> None:
-        """Reports the pending step, together with what `evaluate` measures after it."""
+        """Reports the pending step, together with the metrics of `evaluate` after it."""
         if self.pending is None:
             return
         step, metrics = self.pending
@@ -138,7 +138,7 @@ class Log:
         self.bar.write(step, self.newest)
 
     def refuse(self, step: int, problem: str | None) -> None:
-        """Stops a run with a number that is not finite, before its state is saved."""
+        """Stops a run at a non-finite number, before its state is saved."""
         if problem is None:
             return
         self.pending = None
@@ -152,7 +152,7 @@ class Log:
         )
 
     def close(self) -> None:
-        """Reports what is pending and closes the files."""
+        """Reports the pending step and closes the files."""
         self.flush()
         self.bar.close()
         self.writers.close()
@@ -160,19 +160,19 @@ class Log:
 
 @jax.jit
 def finite_leaves(state: Any) -> Any:
-    """Returns a bool[] for each array of numbers: all of them are finite."""
+    """Returns a bool[] for each numeric array: True if all its numbers are finite."""
     return jax.tree.map(lambda x: jnp.isfinite(x).all() if jnp.issubdtype(x.dtype, jnp.floating) else True, state)
 
 
 def not_finite(state: Any) -> str | None:
-    """Returns which array of a state is not finite, in words, or None."""
+    """Returns a description of the non-finite array of a state, or None."""
     leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(finite_leaves(state)))
     bad = [jax.tree_util.keystr(path) for path, finite in leaves if not finite]
     return f"state{bad[0]} is not finite" if bad else None
 
 
 class Preemption:
-    """Remembers SIGTERM, so that the loop can save at the next step boundary: the same one in every process."""
+    """Records SIGTERM, so that the loop can save at the next step boundary: the same one in every process."""
 
     def __init__(self) -> None:
         self.asked = False
@@ -185,10 +185,10 @@ class Preemption:
         return self
 
     def agreed(self) -> Callable[[], bool]:
-        """Returns asked(): this process, or at the time of this call any other, has been told to stop.
+        """Returns asked(): True if this process, or any other at the time of this call, has been told to stop.
 
-        Where there are several processes, call this before a step is dispatched and `asked` after it: the answer then
-        comes from the devices when the step before is done, and nobody waits for it.
+        With several processes, call this before a step is dispatched and `asked` after it: the answer then arrives
+        from the devices when the previous step is done, and nobody waits for it.
         """
         if jax.process_count() == 1:
             return lambda: self.asked

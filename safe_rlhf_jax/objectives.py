@@ -15,7 +15,7 @@ from safe_rlhf_jax.types import Metrics, Params, PreferenceBatch, SafetyBatch, S
 def token_weights(loss_mask: Bool[Array, "B L"]) -> Float[Array, "B L"]:
     """Weights w with mean_b Σ_t w·x = mean of x over all tokens in the loss.
 
-    Made from the whole batch before it is cut into microbatches, so that cutting changes nothing.
+    Computed from the whole batch before it is split into microbatches, so that the split changes nothing.
     """
     return loss_mask.astype(jnp.float32) * (loss_mask.shape[0] / jnp.maximum(loss_mask.sum(), 1))
 
@@ -34,7 +34,7 @@ def lm_loss(
         weights: f32[B, L], `token_weights` of the whole batch.
 
     Returns:
-        f32[], nats per token, and no metrics: e to the power of one microbatch's share is no perplexity.
+        f32[], nats per token, and no metrics: the exponential of one microbatch's share is not a perplexity.
     """
     hidden: Any = module.apply({"params": params}, batch.tokens, batch.mask, method="hidden")
     log_probs = next_token_log_probs(module, params, hidden[:, :-1], batch.tokens[:, 1:])
@@ -43,7 +43,7 @@ def lm_loss(
 
 
 def slice_mean(x: Float[Array, "B ..."], mask: Bool[Array, "B L"] | None) -> Float[Array, " B"]:
-    """Mean over the masked tokens of each sequence; x itself where scores are per sequence."""
+    """Mean over the masked tokens of each sequence; x itself if scores are per sequence."""
     return x if mask is None else sequence_mean(x, mask)
 
 
@@ -93,9 +93,9 @@ def safety_loss(
 ) -> Float[Array, ""]:
     """mean_i [−w·log σ(c_h − c_l) − log σ(−s_l·c_l) − log σ(−s_h·c_h)] + ρ·mean c².
 
-    c_l is the cost of the safer response, c_h of the other, s = +1 for safe and −1 for unsafe: the costlier response
-    is the less safe one, and the sign of a cost says whether the response is unsafe (c > 0). With w = 0 a cost is the
-    logit of a classifier, the paper's ablation.
+    c_l is the cost of the safer response, c_h of the other, s = +1 for safe and −1 for unsafe: the less safe response
+    costs more, and a response is unsafe if its cost is positive (c > 0). With w = 0 a cost is the logit of a
+    classifier, the paper's ablation.
 
     Source: Dai et al. 2023 (arXiv 2310.12773) eq. 3; PKU-Alignment/safe-rlhf@82743cc cost trainer.
 
@@ -125,9 +125,9 @@ def stack_pair(first: Sequences, second: Sequences) -> Sequences:
 
 
 def divergence_mask(first: Sequences, second: Sequences) -> Bool[Array, "B L"]:
-    """Positions that a token-wise loss compares: from the first token that differs to the end of the shorter text.
+    """Positions that a token-wise loss compares: from the first differing token to the end of the shorter text.
 
-    The reference goes on to the end of the longer one and compares real tokens with padding (REFERENCE Q11).
+    The reference continues to the end of the longer text and compares real tokens with padding (REFERENCE Q11).
     """
     differ = (first.tokens != second.tokens) | (first.mask != second.mask)
     started = jnp.cumsum(differ.astype(jnp.int32), axis=-1) > 0
@@ -249,8 +249,8 @@ def pair_log_probs(
 ) -> tuple[Float[Array, " B"], Float[Array, " B"]]:
     """Log-probability of each side's response, EOS included, f32[B] each, nats: sums, not means, over its tokens.
 
-    The reference's slice of the shifted log-probs leaves out the first token that differs and takes in the padding
-    after EOS (REFERENCE Q1); here the shift is made on the mask too.
+    The reference's slice of the shifted log-probs omits the first differing token and includes the padding after EOS
+    (REFERENCE Q1); here the mask is shifted too.
     """
     both = stack_pair(first, second)
     hidden: Any = module.apply({"params": params}, both.tokens, both.mask, method="hidden")
@@ -278,9 +278,9 @@ def direct_loss(
     label_smoothing: float,
     squared: bool,
 ) -> tuple[jax.Array, Metrics]:
-    """DPO loss of log-ratios, or IPO's where `squared`, with metrics.
+    """DPO loss of log-ratios, or the IPO loss if `squared`, with metrics.
 
-    `margin` is the difference of the implicit rewards β·Δ, `accuracy` the share of pairs where it is positive (a tie
+    `margin` is the difference of the implicit rewards β·Δ, `accuracy` the share of pairs with a positive margin (a tie
     counts half), `*_log_ratio` the mean Δ of a side in nats.
     """
     if squared:
@@ -306,15 +306,15 @@ def update_normalizer(stats: Params, scores: Float[Array, " N"], config: ScoreCo
     """Updates a score normaliser with the end scores of a batch.
 
     Exponential average with momentum a: μ ← aμ + (1−a)m, σ² ← aσ² + (1−a)v. Without momentum, mean and variance of all
-    scores so far (Chan et al. 1979). v is the unbiased variance of the batch, from deviations from its mean: the mean
-    of squares minus the square of the mean leaves nothing of a variance that is small beside the mean.
+    scores so far (Chan et al. 1979). v is the unbiased variance of the batch, computed from deviations from its mean:
+    the mean of squares minus the squared mean would cancel a variance that is small beside the mean.
 
     Source: PKU-Alignment/safe-rlhf@82743cc `normalizer.py`.
 
     Args:
         stats: {mean f32[1], var f32[1], count i32[1]}.
         scores: f32[N], end scores of the batch, N ≥ 2.
-        config: Which average.
+        config: Selects the average.
 
     Returns:
         The new stats.

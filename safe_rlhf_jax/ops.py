@@ -1,4 +1,4 @@
-"""Masked reductions, last-token gather, and log-probabilities of responses: the one place of the shift by one."""
+"""Masked reductions, last-token gather, and log-probabilities of responses: the only place that shifts by one."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from safe_rlhf_jax.types import TokenIds
 
-LOGITS_CHUNK = 128  # response positions whose logits stand in memory at a time
+LOGITS_CHUNK = 128  # response positions whose logits are in memory at a time
 
 
 def masked_mean(x: Float[Array, "B T"], mask: Bool[Array, "B T"]) -> Float[Array, ""]:
@@ -44,12 +44,12 @@ def gather_last(x: Float[Array, "B L"], mask: Bool[Array, "B L"]) -> Float[Array
 
 
 def is_any(tokens: Int[Array, "..."], ids: TokenIds) -> Bool[Array, "..."]:
-    """Whether each token is one of `ids`, bool[…]."""
+    """Returns bool[…]: True where the token is one of `ids`."""
     return jnp.isin(tokens, jnp.asarray(ids, jnp.int32))
 
 
 def ends_with(tokens: Int[Array, "B T"], mask: Bool[Array, "B T"], ids: TokenIds) -> Bool[Array, " B"]:
-    """Whether the last real token of each row is one of `ids`, bool[B]; False says that a response was cut off."""
+    """Returns bool[B]: True where the last real token is one of `ids`; False means that the response was truncated."""
     return is_any(jnp.take_along_axis(tokens, last_index(mask)[:, None], axis=-1)[:, 0], ids)
 
 
@@ -65,8 +65,8 @@ def next_token_log_probs(
 ) -> Float[Array, "B T"]:
     """Log-probability of `targets[:, t]` given the hidden state at t, in chunks over the sequence.
 
-    No more than `LOGITS_CHUNK` positions of logits are alive at a time, in the backward pass too, where they are
-    computed again. So no [B, T, V] array stands in memory.
+    At most `LOGITS_CHUNK` positions of logits are alive at a time, also in the backward pass, which recomputes them.
+    No [B, T, V] array is ever in memory.
 
     Args:
         module: A `CausalLM`.
@@ -108,8 +108,7 @@ def response_log_probs(
 ) -> Float[Array, "B T"]:
     """Log-probability of each response token, f32[B, T], nats; t is the t-th response token.
 
-    Token S + t is predicted from position S + t − 1: this is the only place, with `response_values`, where the
-    shift by one is made.
+    Token S + t is predicted from position S + t − 1: only this function and `response_values` shift by one.
     """
     hidden = module.apply({"params": params}, tokens, mask, prompt_length - 1, method="hidden")[:, :-1]
     return next_token_log_probs(module, params, hidden, tokens[:, prompt_length:], temperature=temperature)
@@ -128,5 +127,5 @@ def response_values(
 def sequence_scores(
     module: Any, variables: Any, tokens: Int[Array, "B L"], mask: Bool[Array, "B L"], *, first: int = 0
 ) -> Float[Array, " B"]:
-    """Score of each whole sequence: the one at its last real token, which stands in column `first` or later, f32[B]."""
+    """Score of each whole sequence, f32[B]: the one at its last real token, which is in column `first` or later."""
     return gather_last(module.apply(variables, tokens, mask, first), mask[:, first:])

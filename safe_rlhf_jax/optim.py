@@ -8,18 +8,19 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from safe_rlhf_jax.models.parameters import is_matrix
 from safe_rlhf_jax.types import Metrics, Params, TrainState
 
 ScheduleName = Literal["constant", "linear", "cosine", "hold_linear"]
 Loss = Callable[[Params, Any], tuple[jax.Array, Metrics]]
 
-FINAL_SHARE = 0.02  # of the learning rate that `hold_linear` ends with
+FINAL_SHARE = 0.02  # share of the peak learning rate at the end of `hold_linear`
 
 
 def schedule(name: ScheduleName, *, lr: float, warmup_ratio: float, total_steps: int) -> optax.Schedule:
-    """Returns learning rate by optimizer step: linear warm-up to `lr`, then as named.
+    """Returns the learning rate by optimizer step: linear warm-up to `lr`, then the named schedule.
 
-    The first step already moves: warm-up gives step k the share (k + 1)/warmup, not k/warmup (REFERENCE Q20).
+    The first step already moves: step k of the warm-up has the share (k + 1)/warmup, not k/warmup (REFERENCE Q20).
 
     Args:
         name: `constant`, `linear` (to 0), `cosine` (to 0), or `hold_linear` (`lr` for half of the run, then linear to
@@ -45,24 +46,6 @@ def schedule(name: ScheduleName, *, lr: float, warmup_ratio: float, total_steps:
     return optax.join_schedules([start, after], [warmup])
 
 
-def decayed(params: Params) -> Any:
-    """True for matrices and embeddings; False for biases and norm weights, which weight decay leaves alone."""
-
-    def is_matrix(path: tuple[Any, ...], _: Any) -> bool:
-        name = str(getattr(path[-1], "key", path[-1]))
-        return name not in ("bias", "score_bias", "weight")
-
-    return jax.tree_util.tree_map_with_path(is_matrix, params)
-
-
-def multiplied(params: Params, dtype: str) -> Params:
-    """Returns parameters with matrices in the dtype that they are multiplied in.
-
-    Networks cast every matrix to that dtype before they use it, so no result changes, and memory halves with bfloat16.
-    """
-    return jax.tree.map(lambda x, matrix: x.astype(dtype) if matrix else x, params, decayed(params))
-
-
 def make_optimizer(
     learning_rate: optax.ScalarOrSchedule,
     *,
@@ -72,8 +55,8 @@ def make_optimizer(
     eps: float = 1e-8,
     max_grad_norm: float | None = 1.0,
 ) -> optax.GradientTransformation:
-    """Returns AdamW after clipping of the global gradient norm."""
-    adamw = optax.adamw(learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=decayed)
+    """Returns AdamW with clipping of the global gradient norm."""
+    adamw = optax.adamw(learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=is_matrix)
     return adamw if max_grad_norm is None else optax.chain(optax.clip_by_global_norm(max_grad_norm), adamw)
 
 
@@ -90,7 +73,7 @@ def init_state(params: Params, optimizer: optax.GradientTransformation, stats: A
 def split(batch: Any, parts: int) -> Any:
     """Reshapes every leaf [B, …] to [parts, B/parts, …]; part i holds rows i, i + parts and so on.
 
-    Strided, so that a batch that is sharded over devices stays evenly sharded in every part.
+    Strided, so that a batch sharded over devices stays evenly sharded in every part.
     """
     return jax.tree.map(lambda x: x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1), batch)
 
@@ -103,10 +86,10 @@ def gradient_step(
     Args:
         loss: (params, microbatch) -> (loss, metrics); the loss is a mean over the rows of its microbatch, so that the
             mean over equal microbatches is the loss of the batch. A metric that is such a mean is a scalar; for any
-            other (a maximum, a variance) the loss gives what it is made of, an array by row.
+            other (a maximum, a variance) the loss returns its inputs, an array by row.
         state: The network.
         batch: A tree of arrays [B, …].
-        optimizer: As it was when the state was made.
+        optimizer: The one that the state was made with.
         microbatches: Slices whose gradients are accumulated; divides B.
 
     Returns:

@@ -28,7 +28,7 @@ class SupervisedBatch:
 
     tokens: jax.Array  # i32[B, L]
     mask: jax.Array  # bool[B, L]  real tokens
-    loss_mask: jax.Array  # bool[B, L]  tokens that are predicted (responses and their EOS)
+    loss_mask: jax.Array  # bool[B, L]  tokens in the loss (responses and their EOS)
 
 
 @struct.dataclass
@@ -46,7 +46,7 @@ class PreferenceBatch:
 
     chosen: Sequences
     rejected: Sequences
-    margin: jax.Array | None = None  # f32[B]  by how much DPO is to tell them apart, in units of β·log-ratio
+    margin: jax.Array | None = None  # f32[B]  target margin of DPO, in units of β·log-ratio
 
 
 @struct.dataclass
@@ -65,24 +65,24 @@ class PromptBatch:
 
     tokens: jax.Array  # i32[B, S]
     mask: jax.Array  # bool[B, S]
-    group: jax.Array  # i32[B]  which group of prompts (see `group_field`), 0 where there is none
-    row: jax.Array | None = None  # i32[B]  which row of the data set, for signals that need its text
+    group: jax.Array  # i32[B]  index of the prompt's group (see `group_field`), 0 without groups
+    row: jax.Array | None = None  # i32[B]  row of the data set, for signals that need its text
     ptx: SupervisedBatch | None = None
 
 
 @struct.dataclass
 class Rollout:
-    """What happened."""
+    """Sampled responses."""
 
     tokens: jax.Array  # i32[B, L]
     mask: jax.Array  # bool[B, L]  real tokens, from lengths; EOS included
-    sampler_log_probs: jax.Array  # f32[B, T]  of the sampled tokens, as the sampler saw them
+    sampler_log_probs: jax.Array  # f32[B, T]  of the sampled tokens, as computed by the sampler
     group: jax.Array  # i32[B]  group of the prompt
 
 
 @struct.dataclass
 class ScoredRollout:
-    """What we know about it."""
+    """A rollout with log-probabilities, scores and values."""
 
     rollout: Rollout
     log_probs: jax.Array  # f32[B, T]
@@ -93,7 +93,7 @@ class ScoredRollout:
 
 @struct.dataclass
 class Experience:
-    """What we learn from."""
+    """A rollout with advantages and returns, the input of the update."""
 
     rollout: Rollout
     log_probs: jax.Array  # f32[B, T]
@@ -110,7 +110,7 @@ class TrainState:
     step: jax.Array  # i32[]  optimizer steps taken
     params: Params
     opt_state: Any
-    stats: Params  # score normaliser {mean, var, count}, {} where there is none
+    stats: Params  # score normaliser {mean, var, count}, {} without one
 
 
 @struct.dataclass
@@ -123,10 +123,10 @@ class CostWindow:
 
 @struct.dataclass
 class ConstraintState:
-    """What a constraint remembers, one row per slot (one, or one per group of prompts)."""
+    """State of a constraint, one row per slot (one, or one per group of prompts)."""
 
     window: CostWindow  # f32[G, W], i32[G]
-    multiplier: dict[str, jax.Array]  # f32[G, …]  log λ, or λ with what its controller remembers
+    multiplier: dict[str, jax.Array]  # f32[G, …]  log λ, or λ with the state of its controller
 
 
 @struct.dataclass
@@ -145,8 +145,8 @@ class RLState:
     actor: TrainState
     critics: dict[str, TrainState]
     constraints: dict[str, ConstraintState]  # by cost signal
-    kl_coeff: jax.Array | None = None  # f32[]  β, where a controller moves it
-    reference: MovingReference | None = None  # where it moves; else `Frozen.reference`
+    kl_coeff: jax.Array | None = None  # f32[]  β, if a controller moves it
+    reference: MovingReference | None = None  # if it moves; else `Frozen.reference`
 
 
 @struct.dataclass

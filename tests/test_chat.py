@@ -189,7 +189,7 @@ def test_a_wrong_command_is_answered_and_the_talk_goes_on(monkeypatch, capsys, f
     status, out, _ = talk(monkeypatch, capsys, [typed, "/reset"], folders / "a", "--max-tokens", 2)
     assert status == 0
     assert answer in out
-    assert "The conversation begins anew" in out
+    assert "Conversation reset" in out
 
 
 @pytest.mark.parametrize(

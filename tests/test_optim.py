@@ -5,7 +5,8 @@ import numpy as np
 import optax
 import pytest
 
-from safe_rlhf_jax.optim import decayed, gradient_step, init_state, make_optimizer, schedule, split
+from safe_rlhf_jax.models.parameters import is_matrix
+from safe_rlhf_jax.optim import gradient_step, init_state, make_optimizer, schedule, split
 
 PARAMS = {"kernel": np.array([[1.0, -2.0]], np.float32), "bias": np.array([0.5], np.float32)}
 GRADS = {"kernel": np.array([[0.3, -0.1]], np.float32), "bias": np.array([2.0], np.float32)}
@@ -51,7 +52,7 @@ def test_only_matrices_and_embeddings_decay():
         "score_bias": False,
         "score_kernel": True,
     }
-    assert decayed(tree) == expected
+    assert is_matrix(tree) == expected
 
 
 def test_hold_linear_holds_half_then_falls_to_two_percent():

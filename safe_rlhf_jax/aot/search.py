@@ -147,9 +147,8 @@ def fewest_microbatches(
 ) -> dict[str, Any] | None:
     """Returns the first of these numbers of microbatches with which a stage fits, as a variant; None where none does.
 
-    Of what a program needs beyond what it holds anyway, k times as many microbatches need a k-th. It holds its
-    arguments (`held`) at least; two programs that are too large give an estimate of what else. Numbers too small by
-    that are left out.
+    Memory is modelled as total(n) ≈ held + a/n for n microbatches. `held` starts as the bytes of the arguments; after
+    two failed compilations it is estimated from both. Counts that the model predicts not to fit are skipped.
     """
     least, before = 0.0, None
     for count in counts:

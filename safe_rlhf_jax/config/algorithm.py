@@ -57,7 +57,7 @@ class Lagrange(Schema):
 
     @pydantic.field_validator("init")
     @classmethod
-    def positive(cls, value: float | str, info: Any) -> float | str:
+    def start_is_possible(cls, value: float | str, info: Any) -> float | str:
         """Log λ must exist, and λ is never negative."""
         if isinstance(value, str):
             return value
@@ -81,7 +81,7 @@ class Lagrange(Schema):
         return reasons
 
     @pydantic.model_validator(mode="after")
-    def fits(self) -> "Lagrange":
+    def bounds_and_measure_fit(self) -> "Lagrange":
         """The multiplier starts between its bounds, and the limit belongs to the measure."""
         low, high = self.min_multiplier or 0.0, self.max_multiplier or float("inf")
         if not isinstance(self.init, str) and not low <= self.init <= high:
@@ -115,7 +115,7 @@ class KLConfig(Schema):
         return without_target if self.target is None else {}
 
     @pydantic.model_validator(mode="after")
-    def one_of_each(self) -> "KLConfig":
+    def one_schedule_and_one_reference(self) -> "KLConfig":
         """One thing moves β, and one moves the reference."""
         if self.target is not None and self.schedule != "constant":
             raise ValueError(f"target {self.target} and schedule {self.schedule!r} both move kl_coeff; choose one")

@@ -1,4 +1,4 @@
-"""Schemas of what stages share that sample several responses to each prompt and choose or weigh them.
+"""Schemas shared by stages that sample several responses per prompt, and choose or weigh them.
 
 Sources: [llama2] Touvron et al. 2023, arXiv 2307.09288, section 3.2.3; [MoCAN] Huang et al. 2024, arXiv 2405.19544.
 """
@@ -37,7 +37,7 @@ class SampledPrompts(Schema):
 
     @pydantic.field_validator("responses_per_prompt")
     @classmethod
-    def several(cls, value: int) -> int:
+    def at_least_two(cls, value: int) -> int:
         """One response leaves nothing to choose or to weigh."""
         if value < 2:
             raise ValueError("must be 2 or more: responses to one prompt are compared")

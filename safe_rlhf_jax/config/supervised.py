@@ -109,8 +109,8 @@ class DPOStage(SupervisedStage):
     multiplier: NonNegativeFloat = 1.0  # λ of `lagrangian`
 
     @pydantic.model_validator(mode="after")
-    def fits(self) -> "DPOStage":
-        """What belongs to one loss or one preference is not set for another."""
+    def settings_match_loss_and_preference(self) -> "DPOStage":
+        """Checks that settings of one loss or preference are not set for another."""
         if self.loss == "ipo" and (self.label_smoothing or self.safety_margin):
             raise ValueError("label_smoothing and safety_margin belong to loss 'sigmoid'; leave them out with 'ipo'")
         if self.safety_margin and self.preference != "safe_helpfulness":

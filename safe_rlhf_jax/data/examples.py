@@ -143,7 +143,7 @@ def convert(
         )
         raise DataError(
             f"{where}: {bad} of {len(records)} records cannot be used ({listed(skipped)}){without}. First: {shown}. "
-            + (f"Mend the data, or raise max_bad_records ({max_bad})." if kept else "None is left.")
+            + (f"Fix the data, or raise max_bad_records ({max_bad})." if kept else "None is left.")
             + meaning(skipped)
         )
     places = {reason: place for reason, (record, _) in first.items() if (place := place_of(record).removesuffix(": "))}

@@ -7,10 +7,9 @@ import jax.numpy as jnp
 from flax import struct
 
 from safe_rlhf_jax.inference.sampling import Sampling, sample_token
-from safe_rlhf_jax.models.parameters import boxed_variables
+from safe_rlhf_jax.models.parameters import boxed_variables, cast_matrices
 from safe_rlhf_jax.models.transformer import CausalLM
 from safe_rlhf_jax.ops import is_any
-from safe_rlhf_jax.optim import multiplied
 from safe_rlhf_jax.sharding import constrain
 from safe_rlhf_jax.types import Params, PromptBatch, Rollout, TokenIds
 
@@ -132,10 +131,10 @@ def generate(
 
 
 def gathered(module: CausalLM, params: Params) -> Params:
-    """Returns a copy of parameters that is whole over `fsdp`, matrices in the dtype that they are multiplied in."""
+    """Returns a copy of parameters that is whole over `fsdp`, matrices in the compute dtype."""
 
     def gather(x: jax.Array, boxed: Any) -> jax.Array:
         split = constrain(x, *boxed.names)  # cast before it is sent
         return constrain(split, *boxed.names, whole="fsdp")
 
-    return jax.tree.map(gather, multiplied(params, module.config.dtype), boxed_variables(module)["params"])
+    return jax.tree.map(gather, cast_matrices(params, module.config.dtype), boxed_variables(module)["params"])

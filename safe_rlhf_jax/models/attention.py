@@ -44,26 +44,26 @@ def causal_mask(mask: Bool[Array, "B L"]) -> Bool[Array, "B L L"]:
 
 
 @struct.dataclass
-class Context:
-    """What the layers of one kind see beside the residual stream. Made once per pass."""
+class AttentionContext:
+    """Mask, rotary table and bias shared by all layers of one kind; computed once per forward pass."""
 
-    visible: jax.Array  # bool[B, q, k]  what each column that asks sees
-    rotary: Rotary | None  # of all columns that answer
-    bias: jax.Array | None  # f32[H, q, k]  added to q·k
-    # Where all columns ask, and nothing but padding and a window is hidden of what stands before them:
+    visible: jax.Array  # bool[B, q, k]  which keys each query may attend to
+    rotary: Rotary | None  # cos and sin at every key position
+    bias: jax.Array | None  # f32[H, q, k]  added to the scores
+    # Set for a full causal pass only, where a fused kernel rebuilds the mask from padding and window:
     real: jax.Array | None = None  # bool[B, k]  columns that are not padding
-    window: int | None = struct.field(pytree_node=False, default=None)  # columns, its own included
+    window: int | None = struct.field(pytree_node=False, default=None)  # keys that a query sees, its own included
 
-    def asking(self, first: int) -> "Context":
-        """Returns the context in which only the columns from `first` on ask."""
+    def for_queries_from(self, first: int) -> "AttentionContext":
+        """Returns the context of the queries from column `first` on; keys stay."""
         if first == 0:
             return self
         bias = None if self.bias is None else self.bias[:, first:]
-        return Context(self.visible[:, first:], self.rotary, bias)
+        return AttentionContext(self.visible[:, first:], self.rotary, bias)
 
-    def dense(self) -> "Context":
-        """Returns the context with `visible` alone, which stacks with those of other windows."""
-        return Context(self.visible, self.rotary, self.bias)
+    def dense(self) -> "AttentionContext":
+        """Returns the context without what fused kernels read, so that contexts of several windows can be stacked."""
+        return AttentionContext(self.visible, self.rotary, self.bias)
 
 
 def contexts(
@@ -72,15 +72,15 @@ def contexts(
     visible: Bool[Array, "B l k"],
     slot: jax.Array | int,
     real: Bool[Array, "B l"] | None = None,
-) -> tuple[list[Context], list[int]]:
-    """Returns the different contexts of a model's layers, and the index there of each layer's.
+) -> tuple[list[AttentionContext], list[int]]:
+    """Returns the distinct attention contexts of a model, and for each layer the index of its own.
 
     Windows and linear biases count columns: the real tokens of a row stand next to each other.
 
     Args:
         config: The model's configuration.
         positions: i32[B, l], counted over real tokens.
-        visible: bool[B, l, k], what each of the l columns sees of the k columns without a window.
+        visible: bool[B, l, k], which of the k keys each of the l queries may attend to, before any window.
         slot: Column of the first of the l columns.
         real: bool[B, l] where `visible` is its causal mask: then fused kernels may stand in for `attend`.
     """
@@ -90,7 +90,7 @@ def contexts(
     if config.positions == "alibi":
         bias = -jnp.asarray(alibi_slopes(config.num_heads))[:, None, None] * distance.astype(jnp.float32)[None]
     kinds: dict[tuple[int | None, bool], int] = {}
-    found: list[Context] = []
+    found: list[AttentionContext] = []
     index: list[int] = []
     rotaries: dict[bool, Rotary] = {}
     for window in config.windows or (None,) * config.num_layers:
@@ -101,7 +101,7 @@ def contexts(
             if config.positions == "rotary" and local not in rotaries:
                 rotaries[local] = config_rotary(config, positions, local=local)
             near = visible if kind[0] is None else visible & (distance < kind[0])[None]
-            found.append(Context(near, rotaries.get(local), bias, real, kind[0]))
+            found.append(AttentionContext(near, rotaries.get(local), bias, real, kind[0]))
         index.append(kinds[kind])
     return found, index
 
@@ -151,7 +151,11 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B l D"], context: Context, cache: KVCache | None = None, slot: jax.Array | int = 0
+        self,
+        x: Float[Array, "B l D"],
+        context: AttentionContext,
+        cache: KVCache | None = None,
+        slot: jax.Array | int = 0,
     ) -> tuple[Float[Array, "B q D"], KVCache | None]:
         """Attends within x, or from x to the cache after writing x's keys and values at `slot`.
 

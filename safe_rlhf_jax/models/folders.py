@@ -63,7 +63,7 @@ def resolve(path_or_id: storage.Place) -> storage.Path:
         return download(str(path_or_id))
     except Exception as error:
         raise MissingModelError(
-            f"{path_or_id}: no such folder, and not to be had from the hub ({' '.join(str(error).split())}). Check the "
+            f"{path_or_id}: no such folder, and not available from the hub ({' '.join(str(error).split())}). Check the "
             "id; log in with `hf auth login` if it is gated or private; with HF_HUB_OFFLINE=1 or without a network it "
             f"must be in the cache already (`hf download {path_or_id}`); or give a local folder."
         ) from error

@@ -14,6 +14,7 @@ from safe_rlhf_jax.errors import ModelError
 from safe_rlhf_jax.models.safetensors_io import PART, Spec, Tensors
 from safe_rlhf_jax.models.transformer import CausalLM, ScoreModel
 from safe_rlhf_jax.models.weights import Path, Shape, Weight, from_stored, layerless, stored_shape, to_stored
+from safe_rlhf_jax.types import Params
 
 Index = tuple[slice, ...]
 
@@ -126,3 +127,24 @@ def stored_specs(leaves: Mapping[Path, Any], weights: Mapping[str, Weight]) -> d
 
         specs[name] = Spec(stored_shape(shapes, weight), jnp.dtype(leaves[weight.paths[0]].dtype), make)
     return specs
+
+
+def is_matrix(params: Params) -> Any:
+    """Returns a tree of bools: True for weight matrices and embeddings, False for biases and norm scales.
+
+    The optimizer's weight decay is masked by it.
+    """
+
+    def matrix(path: tuple[Any, ...], _: Any) -> bool:
+        name = str(getattr(path[-1], "key", path[-1]))
+        return name not in ("bias", "score_bias", "weight")
+
+    return jax.tree_util.tree_map_with_path(matrix, params)
+
+
+def cast_matrices(params: Params, dtype: str) -> Params:
+    """Casts weight matrices and embeddings to the compute dtype; biases and norm scales keep theirs.
+
+    Networks cast every matrix to that dtype before they use it, so no result changes, and memory halves with bfloat16.
+    """
+    return jax.tree.map(lambda x, matrix: x.astype(dtype) if matrix else x, params, is_matrix(params))

@@ -8,7 +8,7 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
 from safe_rlhf_jax.errors import ModelError
-from safe_rlhf_jax.models.attention import Attention, Context, KVCache, causal_mask, contexts, empty_cache
+from safe_rlhf_jax.models.attention import Attention, AttentionContext, KVCache, causal_mask, contexts, empty_cache
 from safe_rlhf_jax.models.config import ModelConfig, ScoreConfig
 from safe_rlhf_jax.models.layers import MLP, Linear, Norm, logical_param, matmul, softcap
 from safe_rlhf_jax.models.positions import token_positions
@@ -28,7 +28,12 @@ class Layer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, cache: KVCache | None, kind: jax.Array | None, context: Context, slot: jax.Array | int
+        self,
+        x: jax.Array,
+        cache: KVCache | None,
+        kind: jax.Array | None,
+        context: AttentionContext,
+        slot: jax.Array | int,
     ) -> tuple[jax.Array, KVCache | None]:
         """Returns the residual stream float[B, q, D] of the last q positions of x, and the layer's cache.
 
@@ -139,7 +144,7 @@ class Decoder(nn.Module):
             for i, layer in enumerate(self.layers):
                 context = kinds[index[i]]
                 if i + 1 == len(self.layers):
-                    context = context.asking(first)
+                    context = context.for_queries_from(first)
                 x, layer_cache = layer(x, None if cache is None else cache[i], None, context, slot)
                 caches.append(layer_cache)
             cache = None if cache is None else caches

@@ -1,4 +1,4 @@
-"""Step 6 of the line: token scores and advantages, once per signal, with a critic or without."""
+"""Step 6 of the line: token scores and advantages, once per signal, with or without a critic."""
 
 from collections.abc import Callable
 
@@ -37,7 +37,7 @@ def token_scores(
         clip_range_score: Bound on the absolute value of every entry.
 
     Returns:
-        f32[B, T]; entries outside the mask carry no meaning.
+        f32[B, T]; entries outside the mask are undefined.
     """
     position = jnp.arange(mask.shape[1], dtype=jnp.int32)[None]
     terminal = jnp.where(position == last_index(mask)[:, None], score[:, None], 0.0)
@@ -102,8 +102,8 @@ def leave_one_out(returns: Float[Array, "P n"]) -> Float[Array, "P n"]:
 def group_normalized(returns: Float[Array, "P n"]) -> Float[Array, "P n"]:
     """A_i = (G_i − mean)/(standard deviation + 1e-6) over the responses to the same prompt.
 
-    Source: Shao et al. 2024 (GRPO), arXiv 2402.03300. Scales are lost: docs/algorithms.md says
-    what is then optimised.
+    Source: Shao et al. 2024 (GRPO), arXiv 2402.03300. Scales are lost: docs/algorithms.md gives
+    the resulting objective.
 
     Args:
         returns: f32[P, n], n ≥ 2 responses to each of P prompts.
@@ -127,7 +127,7 @@ def sequence_advantages(
         rewards: f32[B, T], r_0 … r_{T−1}; ignored outside the mask.
         mask: bool[B, T], response tokens.
         baseline: Compares the n returns of each prompt.
-        num_responses: n; responses to one prompt stand next to each other.
+        num_responses: n; responses to one prompt are adjacent rows.
 
     Returns:
         f32[B, T], the same at every token of a response, 0 outside the mask, without gradient.

@@ -1,7 +1,6 @@
 """Algorithms: small records of pure functions over one shared learner.
 
-What is not here is the same for all: scoring, KL, windows, λ, epochs and minibatches. `ppo` is `ppo_lag` without
-constraints.
+Scoring, KL, windows, λ, epochs and minibatches are the same for all. `ppo` is `ppo_lag` without constraints.
 """
 
 import dataclasses
@@ -16,7 +15,7 @@ from safe_rlhf_jax.types import Signals
 
 
 def as_scored(scores: Signals, cost_weight: float) -> Signals:
-    """The scores as they are."""
+    """Returns the scores unchanged."""
     return scores
 
 
@@ -30,7 +29,7 @@ def shaped_reward(scores: Signals, cost_weight: float) -> Signals:
 
 @dataclasses.dataclass(frozen=True)
 class Algorithm:
-    """What distinguishes one on-policy algorithm from another."""
+    """The parts in which on-policy algorithms differ."""
 
     constrained: bool = False  # costs have advantages and multipliers
     shape: Callable[[Signals, float], Signals] = as_scored  # (scores f32[B], ν) -> scores

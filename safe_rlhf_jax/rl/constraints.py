@@ -18,7 +18,7 @@ from safe_rlhf_jax.types import ConstraintState, CostWindow, Metrics, Signals
 
 @dataclasses.dataclass(frozen=True)
 class Measure:
-    """What is constrained: the mean of `cost(C, level)`, where the level is read from the window."""
+    """The constrained quantity: the mean of `cost(C, level)`, with the level computed from the window."""
 
     level: Callable[[CostWindow], Float[Array, ""]]
     cost: Callable[[Float[Array, "*N"], Float[Array, "*N"]], Float[Array, "*N"]]
@@ -28,7 +28,7 @@ MEAN = Measure(level=lambda window: jnp.zeros_like(window.recent[0]), cost=lambd
 
 
 def rectified(threshold: float) -> Measure:
-    """{C − threshold}⁺: every response counts by how far it is above the threshold, and none pays for another.
+    """{C − threshold}⁺: each response counts by its excess over the threshold, and none offsets another.
 
     Source: Peng et al. 2024 (RePO, arXiv 2410.19933), threshold 0.
     """
@@ -48,7 +48,7 @@ def tail(alpha: float) -> Measure:
 
 @dataclasses.dataclass(frozen=True)
 class Constraint:
-    """measure(cost) ≤ limit on the prompts it names; scalars as in the config, where their sources stand."""
+    """measure(cost) ≤ limit on the prompts it names; scalars as in the config, which has their sources."""
 
     limit: Float[Array, " G"] | tuple[float, ...] = (0.0,)  # d of each slot
     lr: optax.Schedule = dataclasses.field(default_factory=lambda: optax.constant_schedule(0.1))
@@ -107,7 +107,7 @@ def mean_costs(constraint: Constraint, state: ConstraintState) -> Float[Array, "
 def measured_costs(
     constraint: Constraint, state: ConstraintState, costs: Float[Array, " B"], group: Int[Array, " B"]
 ) -> Float[Array, " B"]:
-    """What the cost critic and the advantages see of each row's cost, f32[B]."""
+    """Measured cost of each row, f32[B], for the cost critic and the advantages."""
     levels = jax.vmap(constraint.measure.level)(state.window)
     return constraint.measure.cost(costs, levels[jnp.maximum(row_slots(constraint, group), 0)])
 
@@ -115,7 +115,7 @@ def measured_costs(
 def move_multiplier(
     constraint: Constraint, state: ConstraintState, group: Int[Array, " B"], step: Int[Array, ""]
 ) -> ConstraintState:
-    """Moves the λ of every slot that has rows here, once the delay is over; the others keep theirs."""
+    """Moves the λ of every slot with rows in `group`, once the delay is over; the others keep theirs."""
     moved = constraint.multiplier.move(
         state.multiplier,
         mean_costs(constraint, state),
@@ -159,7 +159,7 @@ def multiplier_metrics(constraints: dict[str, Constraint], states: dict[str, Con
 
 
 def by_group(groups: tuple[str, ...], named: tuple[str, ...] | None, *, separate: bool) -> tuple[int, ...] | None:
-    """Returns the slot of each group of prompts: one for all that are named, or one each.
+    """Returns the slot of each group of prompts: one shared by all named groups, or one each.
 
     Args:
         groups: Names of the prompt groups, by index.

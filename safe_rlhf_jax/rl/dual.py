@@ -1,7 +1,7 @@
 """One-shot dual: the multiplier λ* at which the constrained optimum meets its limit, from samples of π_ref alone.
 
 **Plain Lagrangian**, E[r] − λ(E[c] − d) − β·KL(π ‖ π_ref). For fixed λ its maximum is at π_λ ∝ π_ref·exp((r − λc)/β),
-and there it is worth
+with value
 
     D(λ) = E_x[β·log E_{y~π_ref} exp((r − λ(c − d))/β)],    D′(λ) = d − E_{π_λ}[c],    D″(λ) = Var_{π_λ}(c)/β ≥ 0
 
@@ -10,16 +10,16 @@ unique as E_{π_λ}[c] falls. Source: Huang et al. 2024 (arXiv 2405.19544), MoCA
 
 **Safe RLHF** has −βk in the rewards and +βk in the costs, k = log π − log π_ref: for fixed λ the policy maximises
 E[r − λc] − (1 + λ)β·KL, so π_λ ∝ π_ref·exp((r − λc)/((1 + λ)β)). Its λ moves by J_C − d with J_C the mean of the costs
-*without* their KL term, so it rests where E_{π_λ}[c] = d. (The minimum of that problem's own dual would be where
-E_{π_λ}[c] + β·KL = d; training does not go there.) With u = λ/(1 + λ) the exponent is ((1 − u)r − uc)/β, hence
+*without* their KL term, so it settles where E_{π_λ}[c] = d. (The minimum of that problem's own dual is where
+E_{π_λ}[c] + β·KL = d; training does not converge there.) With u = λ/(1 + λ) the exponent is ((1 − u)r − uc)/β, hence
 
     d/du E_{π_λ}[c] = −Cov_{π_λ}(c, r + c)/β = −(Var(c) + Cov(c, r))/β,
 
-which is negative wherever helping and harming go together (Cov ≥ 0), and the root is unique again.
+which is negative if reward and cost are positively correlated (Cov ≥ 0), and the root is again unique.
 
-Under both, expectations are self-normalised sums over the n samples of a prompt: w_i ∝ exp(score_i), which are exact as
-n → ∞. They are worth little where β is small beside the spread of the scores: then one sample has all the weight
-(`effective_sample_size` near 1), and λ* is that of choosing the best of n.
+In both, expectations are self-normalised sums over the n samples of a prompt: w_i ∝ exp(score_i), which are exact as
+n → ∞. They are unreliable if β is small beside the spread of the scores: then one sample has all the weight
+(`effective_sample_size` near 1), and λ* is that of best-of-n.
 """
 
 import dataclasses
@@ -41,7 +41,7 @@ def tilted_weights(rewards: Table, costs: Table, multiplier: float, *, kl_coeff:
         costs: f[prompts, n].
         multiplier: λ.
         kl_coeff: β.
-        divided: The score by 1 + λ, Safe RLHF's target; False: the plain Lagrangian's.
+        divided: Divide the score by 1 + λ, Safe RLHF's target; False: the plain Lagrangian's.
     """
     scale = kl_coeff * (1.0 + multiplier if divided else 1.0)
     score = (np.asarray(rewards, np.float64) - multiplier * np.asarray(costs, np.float64)) / scale
@@ -69,7 +69,7 @@ def effective_sample_size(weights: Table) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class DualSolution:
-    """λ*, and what holds there."""
+    """λ*, and the expectations at λ*."""
 
     multiplier: float
     expected_cost: float  # E_{π_λ*}[c]
@@ -87,7 +87,7 @@ def solve_dual(
     divided: bool,
     max_multiplier: float,
 ) -> DualSolution:
-    """λ* with E_{π_λ*}[c] = d by bisection; 0 where the limit holds without it, the bound where it lies beyond.
+    """Finds λ* with E_{π_λ*}[c] = d by bisection: 0 if the limit already holds, the bound if λ* is beyond it.
 
     Args:
         rewards: f[prompts, n] of samples of π_ref.
@@ -98,7 +98,7 @@ def solve_dual(
         max_multiplier: The bound.
 
     Raises:
-        UserError: If no λ reaches the limit on these samples, with what can be reached.
+        UserError: If no λ reaches the limit on these samples; names the reachable cost.
     """
     target: dict[str, Any] = {"kl_coeff": kl_coeff, "divided": divided}
 

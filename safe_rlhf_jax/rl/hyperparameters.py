@@ -11,11 +11,11 @@ IN_SIGNALS = KLControl()
 
 @dataclasses.dataclass(frozen=True)
 class Hyperparameters:
-    """The scalars of an iteration; names and units as in the config, where their sources stand."""
+    """The scalars of an iteration; names and units as in the config, which has their sources."""
 
     prompt_length: int  # S, tokens
     response_length: int  # T, tokens
-    eos_id: TokenIds  # that end a response
+    eos_id: TokenIds  # tokens that end a response
     pad_id: int
     num_responses: int = 1
     temperature: float = 1.0
@@ -31,13 +31,13 @@ class Hyperparameters:
     whiten: bool = False
     entropy_coeff: float = 0.0
     missing_eos_penalty: float = 0.0
-    cost_weight: float = 1.0  # ν, of algorithms that take it off the reward
+    cost_weight: float = 1.0  # ν, for algorithms that subtract the cost from the reward
     ptx_coeff: float = 0.0
     epochs: int = 1
     minibatches: int = 1
     microbatches: int = 1
-    stop_kl: float | None = None  # nats per token; no further update once the policy has moved so far from the sampler
-    critic_warmup: int = 0  # iterations in which the actor is held
+    stop_kl: float | None = None  # nats per token from the sampler; early stopping of a rollout's updates
+    critic_warmup: int = 0  # iterations in which the actor is frozen
     constraints: dict[str, Constraint] = dataclasses.field(default_factory=dict)  # by cost signal
     groups: tuple[str, ...] = ("all",)  # names of the prompt groups, by index
 

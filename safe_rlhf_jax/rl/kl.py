@@ -1,4 +1,4 @@
-"""How the policy is held near the reference: the coefficient β, where the KL term stands, a reference that moves."""
+"""KL regularisation towards the reference: the coefficient β, the KL term in signals or loss, a moving reference."""
 
 import dataclasses
 from collections.abc import Callable
@@ -12,11 +12,11 @@ from jaxtyping import Array, Bool, Float
 from safe_rlhf_jax.ops import masked_mean
 from safe_rlhf_jax.types import MovingReference
 
-MAX_ERROR = 0.2  # relative error that the controller reacts to at most
+MAX_ERROR = 0.2  # bound on the controller's relative error
 
 
 def k2(log_ratio: Float[Array, "B T"]) -> Float[Array, "B T"]:
-    """½·k²: as a loss its gradient is, on policy, that of KL(π ‖ π_ref) at each token."""
+    """½·k²: on policy, its gradient as a loss is that of KL(π ‖ π_ref) at each token."""
     return 0.5 * jnp.square(log_ratio)
 
 
@@ -31,25 +31,25 @@ KL_LOSSES: dict[str, Callable[[jax.Array], jax.Array]] = {"k2": k2, "k3": k3}
 
 @dataclasses.dataclass(frozen=True)
 class KLControl:
-    """Scalars as in the config, where their sources stand."""
+    """Scalars as in the config, which has their sources."""
 
-    loss: Callable[[jax.Array], jax.Array] | None = None  # None: the KL term stands in the signals
+    loss: Callable[[jax.Array], jax.Array] | None = None  # None: the KL term is in the signals
     schedule: optax.Schedule | None = None  # share of β by iteration; None: always 1
-    target: float | None = None  # nats per response that the controller aims at; None: no controller
+    target: float | None = None  # the controller's target, nats per response; None: no controller
     gain: float = 0.1
     refresh_every: int | None = None  # iterations
     average: float | None = None  # share of the actor in the reference, per iteration
 
     @property
     def moves_reference(self) -> bool:
-        """Whether the reference is part of the state."""
+        """True if the reference moves and is part of the state."""
         return self.refresh_every is not None or self.average is not None
 
 
 def kl_loss(
     control: KLControl, log_probs: Float[Array, "B T"], ref_log_probs: Float[Array, "B T"], mask: Bool[Array, "B T"]
 ) -> Float[Array, ""]:
-    """The KL term of the policy loss, per token, in nats; 0 where it stands in the signals."""
+    """The KL term of the policy loss, per token, in nats; 0 if it is in the signals."""
     if control.loss is None:
         return jnp.float32(0.0)
     return masked_mean(control.loss(jnp.where(mask, log_probs - ref_log_probs, 0.0)), mask)
@@ -71,7 +71,7 @@ def adapt(coeff: Float[Array, ""], kl: Float[Array, ""], *, target: float, gain:
 
 
 def start_reference(params: Any) -> MovingReference:
-    """Returns a reference that may move: a copy of the parameters, of age 0."""
+    """Returns a moving reference: a copy of the parameters, of age 0."""
     return MovingReference(params=jax.tree.map(jnp.copy, params), age=jnp.zeros((), jnp.float32))
 
 
@@ -81,7 +81,7 @@ def move_reference(control: KLControl, reference: MovingReference, actor: Any, s
     The age, in iterations, follows the same average: after a refresh it is 0.
 
     Args:
-        control: With one of the two.
+        control: Sets one of the two.
         reference: Before.
         actor: Parameters of the actor, after this iteration's updates.
         step: Iterations done, this one included.

@@ -23,7 +23,7 @@ def init_window(size: int) -> CostWindow:
 
 
 def push_costs(window: CostWindow, costs: Float[Array, " B"], counted: Bool[Array, " B"]) -> CostWindow:
-    """Appends the costs that count and forgets the oldest.
+    """Appends the counted costs and drops the oldest.
 
     One window serves all devices: the reference keeps one per process and averages their means (REFERENCE Q5).
 
@@ -33,7 +33,7 @@ def push_costs(window: CostWindow, costs: Float[Array, " B"], counted: Bool[Arra
         counted: bool[B], sequences to which the constraint applies.
 
     Returns:
-        The window; unchanged where nothing counts.
+        The window; unchanged if nothing counts.
     """
     size = window.recent.shape[0]
     entries = jnp.concatenate([window.recent, costs])
@@ -55,9 +55,9 @@ def window_mean(window: CostWindow) -> Float[Array, ""]:
 
 
 def window_quantile(window: CostWindow, alpha: float) -> Float[Array, ""]:
-    """The smallest cost in the window that the share `alpha` of them does not exceed; the least one for alpha = 0."""
+    """The `alpha`-quantile: the smallest cost that a share `alpha` of them does not exceed; the minimum for alpha = 0."""
     size = window.recent.shape[0]
-    ascending = jnp.sort(jnp.where(filled(window), window.recent, -jnp.inf))  # what is not filled comes first
+    ascending = jnp.sort(jnp.where(filled(window), window.recent, -jnp.inf))  # empty entries come first
     rank = jnp.maximum(jnp.ceil(alpha * window.count).astype(jnp.int32) - 1, 0)
     return jnp.where(window.count > 0, ascending[jnp.minimum(size - window.count + rank, size - 1)], 0.0)
 
@@ -103,7 +103,7 @@ def ascend_multiplier(
 
 @dataclasses.dataclass(frozen=True)
 class Multiplier:
-    """How λ is kept and how it moves; the state is a dictionary of arrays with a leading group axis."""
+    """Representation and update rule of λ; the state is a dictionary of arrays with a leading group axis."""
 
     init: Callable[[Float[Array, " G"]], MultiplierState]  # λ at the start -> state
     # (state, J_C, cost_limit=, lr=, max_multiplier=, min_multiplier=) -> state
@@ -136,7 +136,7 @@ def pid_multiplier(*, proportional: float, derivative: float, smoothing: float, 
         P ← αP + (1 − α)(J_C − d),   I ← min([I + K_i·(J_C − d)]⁺, λ_max),   D = [S − S `delay` moves ago]⁺,
         S ← αS + (1 − α)J_C
 
-    P and S start at their first values, so that the first moves see no false slope.
+    P and S start at their first values, so that there is no false slope at the start.
 
     Source: Stooke et al. 2020 (arXiv 2007.03964) algorithm 2, smoothed as in omnisafe's `PIDLagrangian`.
 
@@ -199,7 +199,7 @@ def lagrangian_advantage(
     Args:
         reward_advantages: f32[B, T].
         cost_advantages: f32[B, T].
-        multiplier: λ ≥ 0; f32[B, 1] where it differs by sequence (0 on prompts that the constraint does not name).
+        multiplier: λ ≥ 0; f32[B, 1] if it differs by sequence (0 on prompts that the constraint does not name).
 
     Returns:
         f32[B, T].
@@ -208,5 +208,5 @@ def lagrangian_advantage(
 
 
 def share_above_zero(costs: Float[Array, " B"], counted: Bool[Array, " B"]) -> jax.Array:
-    """Share of the counted sequences whose cost is positive, that is, which the cost model calls unsafe."""
+    """Share of the counted sequences with a positive cost, that is, called unsafe by the cost model."""
     return ((costs > 0) & counted).sum() / jnp.maximum(counted.sum(), 1)

@@ -100,7 +100,7 @@ def sequence_surrogate(
 def negative_entropy(
     ratio: Float[Array, "B T"], log_probs: Float[Array, "B T"], mask: Bool[Array, "B T"]
 ) -> Float[Array, ""]:
-    """Mean ρ·log π per token, nats: an estimate of −H(π) whose gradient is unbiased, off policy too."""
+    """Mean ρ·log π per token, nats: an estimate of −H(π) whose gradient is unbiased, also off policy."""
     return masked_mean(ratio * jax.lax.stop_gradient(jnp.where(mask, log_probs, 0.0)), mask)
 
 
@@ -122,7 +122,7 @@ def clipped_value_loss(
     Source: PKU-Alignment/safe-rlhf@82743cc `critic_loss_fn`.
 
     Args:
-        values: f32[B, T], V of the critic that is trained.
+        values: f32[B, T], V of the trained critic.
         old_values: f32[B, T], V when the rollout was scored.
         returns: f32[B, T], R.
         mask: bool[B, T], response tokens.

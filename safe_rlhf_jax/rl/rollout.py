@@ -1,4 +1,4 @@
-"""Step 5 of the line: what we know about a rollout — log-probabilities, scores, values."""
+"""Step 5 of the line: log-probabilities, scores and values of a rollout."""
 
 import dataclasses
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from safe_rlhf_jax.types import Frozen, RLState, Rollout, ScoredRollout
 
 @dataclasses.dataclass(frozen=True)
 class Networks:
-    """The modules and optimizers of an RL run; parameters travel as arguments."""
+    """The modules and optimizers of an RL run; parameters are passed as arguments."""
 
     policy: Any  # a CausalLM, or a module with its methods
     scorers: dict[str, Any]  # ScoreModels, by signal
@@ -24,7 +24,7 @@ class Networks:
 
 
 def map_slices(function: Callable[[Any], Any], batch: Any, slices: int) -> Any:
-    """Applies a row-wise function to a batch in slices, one after the other: less memory, the same result."""
+    """Applies a row-wise function to a batch slice by slice: less memory, the same result."""
     if slices == 1:
         return function(batch)
     out = jax.lax.map(function, split(batch, slices))
@@ -48,16 +48,16 @@ def score_rollout(
     Args:
         networks: Modules.
         state: Actor and critics.
-        frozen: Reference (unless it moves and stands in the state) and scorers.
+        frozen: Reference (unless it moves and is in the state) and scorers.
         rollout: B sequences.
         prompt_length: S.
-        temperature: Of the sampler; divides the logits of actor and reference alike.
-        recompute_log_probs: The actor's log-probs come from the learner's own graph, so that the first ratio is exactly
-            1; else from the sampler, one forward pass fewer.
-        slices: The batch is scored in this many parts; with the learner's microbatch size the arithmetic is the same.
+        temperature: Of the sampler; divides the logits of both actor and reference.
+        recompute_log_probs: Compute the actor's log-probs in the learner's own graph, so that the first ratio is
+            exactly 1; else take the sampler's, one forward pass fewer.
+        slices: Number of parts of the batch to score; with the learner's microbatch size the arithmetic is the same.
 
     Returns:
-        A `ScoredRollout`; a signal has scores where it has a scorer, values where it has a critic.
+        A `ScoredRollout`; a signal has scores if it has a scorer, and values if it has a critic.
     """
     reference = frozen.reference if state.reference is None else state.reference.params
 

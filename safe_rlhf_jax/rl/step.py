@@ -85,7 +85,7 @@ def learn(
 ) -> tuple[RLState, Metrics]:
     """Scores a rollout, moves λ, estimates advantages, then updates actor and critics.
 
-    `given` are scores f32[B] of signals that no network of the step computes.
+    `given` holds scores f32[B] of signals that no network of the step computes.
     """
     scored = score_rollout(
         networks,
@@ -108,7 +108,7 @@ def learn(
 
 
 def is_truncated(hp: Hyperparameters, rollout: Rollout) -> jax.Array:
-    """Responses that no end token ends, which ran into the length limit, bool[B]."""
+    """Responses that reached the length limit without an end token, bool[B]."""
     return ~ends_with(rollout.tokens, rollout.mask, hp.eos_id)
 
 
@@ -129,7 +129,7 @@ def update_constraints(hp: Hyperparameters, state: RLState, scored: ScoredRollou
 def estimate_advantages(
     algorithm: Algorithm, hp: Hyperparameters, state: RLState, scored: ScoredRollout
 ) -> tuple[Experience, Metrics]:
-    """Token scores and advantages, once per signal: by GAE with critics, without them against the other responses."""
+    """Computes token scores and advantages per signal: GAE with critics, or a baseline of the other responses."""
     mask = response_mask(hp, scored.rollout)
     log_ratio = scored.log_probs - scored.ref_log_probs
     kl_coeff = 0.0 if hp.kl.loss is not None else kl_coefficient(hp, state)
@@ -168,9 +168,9 @@ def estimate_advantages(
 
 
 def signal_scores(algorithm: Algorithm, hp: Hyperparameters, state: RLState, scored: ScoredRollout) -> Signals:
-    """What each signal with an advantage makes of a response, f32[B]: shaped, measured, lowered where it was cut off.
+    """Score f32[B] of each signal that has an advantage: shaped rewards, measured costs, a penalty for truncation.
 
-    A truncated response is scored as it stands; only its reward may be lowered, its cost never.
+    A truncated response is scored as it is; the penalty applies to its reward, never to its cost.
     """
     scores = algorithm.shape(scored.scores, hp.cost_weight)
     out = {"reward": scores["reward"] - hp.missing_eos_penalty * is_truncated(hp, scored.rollout)}
@@ -180,7 +180,7 @@ def signal_scores(algorithm: Algorithm, hp: Hyperparameters, state: RLState, sco
 
 
 def follow(hp: Hyperparameters, state: RLState, kl: jax.Array) -> RLState:
-    """What follows the policy once it has moved: β under a controller, and a reference that moves."""
+    """Updates, after the policy, β under a controller and a moving reference."""
     if state.kl_coeff is not None and hp.kl.target is not None:
         coeff = adapt(state.kl_coeff, kl, target=hp.kl.target, gain=hp.kl.gain)
         state = dataclasses.replace(state, kl_coeff=coeff)

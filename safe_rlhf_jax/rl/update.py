@@ -26,7 +26,7 @@ def response_mask(hp: Hyperparameters, rollout: Rollout) -> jax.Array:
 
 
 def kl_coefficient(hp: Hyperparameters, state: RLState) -> jax.Array | float:
-    """β of this iteration: the controller's, or the config's along its schedule."""
+    """β of this iteration: from the controller, or from the config and its schedule."""
     if state.kl_coeff is not None:
         return state.kl_coeff
     return hp.kl_coeff if hp.kl.schedule is None else hp.kl_coeff * hp.kl.schedule(state.step)
@@ -67,38 +67,39 @@ def update_networks(
         experience, _ = in_rows(algorithm, part)
         return sampler_distance(networks, hp, state.actor.params, experience) <= stop_kl
 
-    minibatch = until_far(minibatch, near)
+    minibatch = with_kl_early_stop(minibatch, near)
     (state, _), (metrics, tried, kept) = jax.lax.scan(epoch, (state, jnp.bool_(True)), keys)
     first = metrics.pop("ratio_gap")[0, 0]
     means = jax.tree.map(lambda x: (x * tried).sum() / tried.sum(), metrics)
     return state, means | {"first_ratio_gap": first, "updates": kept.sum()}
 
 
-def until_far(
+def with_kl_early_stop(
     minibatch: Callable[..., tuple[RLState, Metrics]], near: Callable[[RLState, Any], jax.Array]
 ) -> Callable[..., Any]:
-    """Returns an update that is undone where it ends at a state that is not `near`; after that one there are no more.
+    """Wraps a minibatch update with KL early stopping.
 
-    It carries (state, going) and returns (metrics, whether it was tried, whether it was kept).
+    The first update that ends at a state that is not `near` is reverted, and all later ones are skipped.
+    Carry: (state, active). Output: (metrics, 1.0 if the update was tried, 1.0 if it was kept).
     """
 
     def update(carry: tuple[RLState, jax.Array], part: Any) -> Any:
-        state, going = carry
+        state, active = carry
 
         def attempt() -> tuple[RLState, Metrics, jax.Array]:
             new, metrics = minibatch(state, part)
             return new, metrics, near(new, part)
 
         none = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(attempt)[1])
-        new, metrics, keep = jax.lax.cond(going, attempt, lambda: (state, none, jnp.bool_(False)))
+        new, metrics, keep = jax.lax.cond(active, attempt, lambda: (state, none, jnp.bool_(False)))
         state = jax.tree.map(lambda a, b: jnp.where(keep, a, b), new, state)
-        return (state, keep), (metrics, going.astype(jnp.float32), keep.astype(jnp.float32))
+        return (state, keep), (metrics, active.astype(jnp.float32), keep.astype(jnp.float32))
 
     return update
 
 
 def sampler_distance(networks: Networks, hp: Hyperparameters, params: Any, experience: Experience) -> jax.Array:
-    """How far π is from the sampler on a minibatch, f32[], nats per token: the mean of ρ − 1 − log ρ."""
+    """Approximate KL(sampler ‖ π) on a minibatch, f32[], nats per token: the mean of ρ − 1 − log ρ."""
 
     def distances(part: Experience) -> jax.Array:
         mask = response_mask(hp, part.rollout)
@@ -126,7 +127,7 @@ def rollout_log_probs(networks: Networks, hp: Hyperparameters, params: Any, roll
 
 
 def in_pairs(algorithm: Algorithm, batch: Any) -> Any:
-    """[B, …] as [B/2, 2, …] where the responses to a prompt must stay together, however rows are shuffled and cut."""
+    """[B, …] as [B/2, 2, …] if the two responses to a prompt must stay together when rows are shuffled and split."""
     return jax.tree.map(lambda x: x.reshape(-1, 2, *x.shape[1:]), batch) if algorithm.paired else batch
 
 

@@ -90,7 +90,7 @@ def sample_policies(run: Run, stage: cfg.EvaluateStage) -> dict[str, list[evalua
 
 
 def open_policy(run: Run, name: str) -> tuple[Any, Any]:
-    """Returns a policy that is only sampled from: the network, and its parameters as they are multiplied."""
+    """Opens a policy that is only sampled from: the network, and its parameters in the compute dtype."""
     module, variables = run.networks.open(name, "lm")
     return module, run.networks.only_read(variables["params"])
 

@@ -16,8 +16,9 @@ from safe_rlhf_jax import config as cfg
 from safe_rlhf_jax import storage
 from safe_rlhf_jax.models import hf
 from safe_rlhf_jax.models.config import PRESETS, ModelConfig, ScoreConfig, ScoreType
+from safe_rlhf_jax.models.parameters import cast_matrices
 from safe_rlhf_jax.models.transformer import CausalLM, ScoreModel
-from safe_rlhf_jax.optim import init_state, make_optimizer, multiplied, schedule
+from safe_rlhf_jax.optim import init_state, make_optimizer, schedule
 from safe_rlhf_jax.rl.kl import start_reference
 from safe_rlhf_jax.sharding import init_sharded, named_shardings, replicated, with_shardings
 from safe_rlhf_jax.types import TrainState
@@ -115,8 +116,8 @@ class Weights:
         return jax.device_put(make(), replicated(self.run.mesh))
 
     def only_read(self, params: Any) -> Any:
-        """Returns parameters that no step changes, matrices in the dtype that they are multiplied in."""
-        return multiplied(params, self.run.config.execution.dtype)
+        """Casts frozen parameters to the compute dtype (`cast_matrices`)."""
+        return cast_matrices(params, self.run.config.execution.dtype)
 
     def reference(self, params: Any) -> Any:
         """Returns the parameters of a reference that may move, at those of the actor."""
@@ -167,7 +168,7 @@ class Shapes(Weights):
         return with_shardings(shapes, jax.tree.map(lambda _: sharding, shapes))
 
     def only_read(self, params: Any) -> Any:
-        """Returns the shapes of parameters in the dtype that they are multiplied in."""
+        """Casts the shapes of frozen parameters to the compute dtype."""
         shapes = jax.eval_shape(super().only_read, params)
         return with_shardings(shapes, jax.tree.map(lambda x: x.sharding, params))
 

@@ -16,7 +16,7 @@ from safe_rlhf_jax.data.loader import in_order
 from safe_rlhf_jax.evaluation import evaluate
 from safe_rlhf_jax.evaluation.statistics import summarize
 from safe_rlhf_jax.inference.sampling import Sampling
-from safe_rlhf_jax.loop import Stage, fit
+from safe_rlhf_jax.loop import TrainLoop, fit
 from safe_rlhf_jax.optim import schedule
 from safe_rlhf_jax.rl.algorithms import ALGORITHMS, Algorithm
 from safe_rlhf_jax.rl.constraints import init_constraint, multiplier_metrics
@@ -57,7 +57,7 @@ def run_reinforcement(run: Run, stage: cfg.RLStage, folder: storage.Path) -> dic
     rows = stage.batch_size * stage.responses_per_prompt
     prompt_tokens = prompts.mean_tokens
     final: RLState = fit(
-        Stage(
+        TrainLoop(
             name=stage.name,
             total_steps=stage.steps,
             init=lambda: state,

@@ -21,7 +21,7 @@ from safe_rlhf_jax.data.loader import shuffled
 from safe_rlhf_jax.data.texts import shown
 from safe_rlhf_jax.evaluation.plots import best_of_n_curves
 from safe_rlhf_jax.inference.best_of_n import best_of_n, described_gain, gain_by_number
-from safe_rlhf_jax.loop import Stage, fit
+from safe_rlhf_jax.loop import TrainLoop, fit
 from safe_rlhf_jax.processes import any_process, barrier, is_main
 from safe_rlhf_jax.stages.common import Run, export, report_data, weights, writers
 from safe_rlhf_jax.stages.constraints import check_constraints, cost_limits
@@ -191,7 +191,7 @@ def fine_tune(
     state, step = build_fine_tuning(run, stage, module, params, total)
     tokens_per_step = stage.batch_size * data.mean_tokens
     final: TrainState = fit(
-        Stage(
+        TrainLoop(
             name=f"{stage.name}: round {number}", total_steps=total, init=lambda: state, step=step,
             batch=run.batches(data, stage.batch_size, seed, None), frozen=None, seed=seed,
             checkpoint_every=stage.checkpoint_every, keep_checkpoints=stage.keep_checkpoints,

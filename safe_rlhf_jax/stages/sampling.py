@@ -1,4 +1,4 @@
-"""What stages share that sample several responses to a prompt: the compiled sampler, its batches, limits by prompt."""
+"""Shared by stages that sample several responses per prompt: the compiled sampler, its batches, limits by prompt."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence

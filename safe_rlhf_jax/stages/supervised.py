@@ -17,7 +17,7 @@ from safe_rlhf_jax.aot.flops import forward_flops
 from safe_rlhf_jax.data import examples
 from safe_rlhf_jax.data.loader import in_order
 from safe_rlhf_jax.evaluation import evaluate
-from safe_rlhf_jax.loop import Stage, fit
+from safe_rlhf_jax.loop import TrainLoop, fit
 from safe_rlhf_jax.models.config import ScoreConfig
 from safe_rlhf_jax.models.transformer import CausalLM, ScoreModel
 from safe_rlhf_jax.optim import gradient_step
@@ -77,7 +77,7 @@ def run_supervised(task: Task, run: Run, stage: Any, folder: storage.Path) -> di
     evaluate_state = task.evaluator(run, stage, module, frozen, held_out) if held_out else no_evaluation
     tokens_per_step = stage.batch_size * data.mean_tokens
     final: TrainState = fit(
-        Stage(
+        TrainLoop(
             name=stage.name, total_steps=total, init=lambda: state, step=step,
             batch=run.batches(data, stage.batch_size, seed, weights(stage.data)), frozen=frozen, seed=seed,
             checkpoint_every=stage.checkpoint_every, keep_checkpoints=stage.keep_checkpoints,
