@@ -15,7 +15,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from safe_rlhf_jax.checkpoint import Checkpoints
-from safe_rlhf_jax.loop import PREEMPTED, Stage, fit, not_finite
+from safe_rlhf_jax.loop import PREEMPTED, TrainLoop, fit, not_finite
 from safe_rlhf_jax.metrics import read_jsonl
 from safe_rlhf_jax.processes import claimed
 
@@ -138,7 +138,7 @@ def counter(total=10, *, bad_metric=None, bad_state=None, **options):
         "step": step, "batch": lambda _: 1, "frozen": None, "seed": 0, "checkpoint_every": 2, "keep_checkpoints": 2,
         "eval_every": None, "evaluate": lambda _: {}, "tokens": lambda _: 1.0,
     }  # fmt: skip
-    return Stage(**(defaults | options))
+    return TrainLoop(**(defaults | options))
 
 
 def test_loop_takes_every_step_once_and_evaluates_when_told(tmp_path):

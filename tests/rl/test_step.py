@@ -18,7 +18,7 @@ from safe_rlhf_jax.rl.losses import clipped_surrogate
 from safe_rlhf_jax.rl.rollout import map_slices
 from safe_rlhf_jax.rl.step import collect, estimate_advantages, is_truncated, make_step
 from safe_rlhf_jax.sharding import make_mesh, named_shardings, replicated, shard_batch
-from safe_rlhf_jax.stages.common import jit_step
+from safe_rlhf_jax.stages.networks import jit_step
 from safe_rlhf_jax.types import Experience, RLState, ScoredRollout
 from tests.helpers import compilations
 from tests.rl.world import CONFIG, PROMPT, RESPONSE, ROWS, make_prompts, make_rollout, make_texts, make_world
