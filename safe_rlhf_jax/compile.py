@@ -11,7 +11,6 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from safe_rlhf_jax import storage
 from safe_rlhf_jax.cli import CONFIG_HELP, exit_status, prog
 
 # What keeps libtpu from looking for a machine that is not there, and from locking it.
@@ -68,6 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def compile_config(options: argparse.Namespace) -> int:
     """Compiles the training stages of a config and reports on each; returns the exit status."""
+    from safe_rlhf_jax import storage
     from safe_rlhf_jax.config import ConfigError, TrainingStage, load_config
 
     if options.topology != "local":

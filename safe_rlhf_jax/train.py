@@ -8,10 +8,10 @@ import traceback
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from safe_rlhf_jax import storage
 from safe_rlhf_jax.cli import CONFIG_HELP, exit_status, prog
 
 if TYPE_CHECKING:
+    from safe_rlhf_jax import storage
     from safe_rlhf_jax.config import RunConfig
 
 
@@ -67,8 +67,8 @@ class StageResult:
 
     name: str
     kind: str
-    folder: storage.Path
-    export: storage.Path | None
+    folder: "storage.Path"
+    export: "storage.Path | None"
     metrics: Mapping[str, float]
     warnings: tuple[str, ...]
 
@@ -150,6 +150,8 @@ def run_stages(config: "RunConfig", said: str) -> dict[str, StageResult]:
 
 def result_of(run: Any, stage: Any) -> StageResult:
     """Returns what a finished stage has left."""
+    from safe_rlhf_jax import storage
+
     folder, result = run.folder(stage.name), run.result(stage.name)
     export = folder / "export"
     metrics, warnings = result["metrics"], tuple(result.get("warnings", ()))
