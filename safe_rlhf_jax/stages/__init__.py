@@ -6,6 +6,7 @@ make a model leave `export/`.
 
 import itertools
 import json
+import logging
 import time
 
 import jax
@@ -18,6 +19,8 @@ from safe_rlhf_jax.stages.common import Run
 from safe_rlhf_jax.stages.health import warn_of_scorers
 from safe_rlhf_jax.stages.kinds import KINDS, idle_settings, kind_of
 
+LOGGER = logging.getLogger(__name__)
+
 __all__ = ["KINDS", "Run", "check_run", "run_stage"]
 
 
@@ -28,7 +31,7 @@ def run_stage(run: Run, stage: cfg.StageBase) -> None:
     """
     # What the process that writes finds in the folder counts; the others wait for its answer.
     if any_process(is_main() and run.result(stage.name) is not None):
-        print(f"{stage.name}: finished, config unchanged; skipped")
+        LOGGER.info(f"{stage.name}: finished, config unchanged; skipped")
         return
     folder = run.folder(stage.name)
     if is_main():
@@ -44,7 +47,7 @@ def run_stage(run: Run, stage: cfg.StageBase) -> None:
     if is_main():
         storage.write(folder / "result.json", json.dumps(result, indent=2) + "\n")
     shown = result["metrics"] if kind_of(stage).shows_metrics else {}
-    print(f"{stage.name}: done in {seconds:.0f} s" + "".join(f"; {k} {v:.4g}" for k, v in shown.items()))
+    LOGGER.info(f"{stage.name}: done in {seconds:.0f} s" + "".join(f"; {k} {v:.4g}" for k, v in shown.items()))
 
 
 def prepare(run: Run, stage: cfg.StageBase, folder: storage.Path) -> None:
@@ -53,7 +56,7 @@ def prepare(run: Run, stage: cfg.StageBase, folder: storage.Path) -> None:
     if storage.is_file(mark) and (earlier := storage.read_text(mark)) != run.hashes[stage.name]:
         aside = unused(folder.with_name(f"{folder.name}.{earlier}"))
         storage.move(folder, aside)
-        print(f"{stage.name}: the config has changed; the earlier result is kept in {aside}")
+        LOGGER.info(f"{stage.name}: the config has changed; the earlier result is kept in {aside}")
     storage.write(mark, run.hashes[stage.name])
     storage.write(folder / "config.yaml", cfg.dump(run.config, stage, idle_settings))
 

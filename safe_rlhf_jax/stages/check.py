@@ -5,6 +5,7 @@ An error here costs seconds, and would cost hours later.
 
 import dataclasses
 import importlib.util
+import logging
 
 from safe_rlhf_jax import config as cfg
 from safe_rlhf_jax import storage
@@ -27,6 +28,8 @@ from safe_rlhf_jax.stages.metric_names import check_keep_best
 from safe_rlhf_jax.stages.room import check_room
 from safe_rlhf_jax.stages.small_data import data_warnings
 
+LOGGER = logging.getLogger(__name__)
+
 EXECUTION = (*cfg.Execution.model_fields, "initializer_range", "unused_rows")  # no part of an architecture
 
 
@@ -41,7 +44,7 @@ def check_run(run: Run) -> None:
     uses = [use for stage in run.config.stages for use in stage.datasets().values()]
     names = [part.name for use in uses for part in cfg.parts_of(use.data)]
     for line in filter(None, (*described(run), demo_tokenizer_warning(run.config.tokenizer, names))):
-        print(line)
+        LOGGER.info(line)
     for stage in run.config.stages:
         if run.result(stage.name) is not None:
             continue

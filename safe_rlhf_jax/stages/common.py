@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from safe_rlhf_jax.data.examples import Examples
 from safe_rlhf_jax.data.formats import Record
 from safe_rlhf_jax.data.loader import Batches
 from safe_rlhf_jax.data.sources import mix, read_records
+from safe_rlhf_jax.errors import FileError
 from safe_rlhf_jax.models import hf
 from safe_rlhf_jax.models.config import Layout
 from safe_rlhf_jax.sharding import (
@@ -24,6 +26,8 @@ from safe_rlhf_jax.stages.encoding import Encoding, exported_template, open_enco
 from safe_rlhf_jax.stages.hashing import DIGESTS, Digests, stage_hashes
 from safe_rlhf_jax.stages.networks import Weights
 from safe_rlhf_jax.types import TrainState
+
+LOGGER = logging.getLogger(__name__)
 
 EVAL_BATCH = 128  # rows of a batch that is only read, rounded up to what the mesh divides
 
@@ -78,7 +82,7 @@ class Run:
         said = self.warnings.setdefault(name, [])
         if text not in said:
             said.append(text)
-            print(f"{name}: warning: {text}")
+            LOGGER.warning(f"{name}: warning: {text}")
 
     def seed(self, stage: Any) -> int:
         """Returns the seed of a stage."""
@@ -143,7 +147,7 @@ def export_errors(folder: storage.Path) -> Iterator[None]:
         written = sorted(storage.matching(folder, "*"), key=lambda path: storage.status(path).modified)
         where = getattr(error, "filename", None) or (written[-1] if written else folder)
         reason = getattr(error, "strerror", None) or error
-        raise OSError(
+        raise FileError(
             f"{where} could not be written: {reason}. Make room if the disk is full, then run the same command again"
         ) from error
 
@@ -155,7 +159,7 @@ def report_data(name: str, data: Examples) -> None:
     apart = f"{data.apart} texts whose prompt and response would share a token: tokenised apart"
     notes += [apart] if data.apart else []
     notes += [f"{data.truncated} texts cut to the length limit"] if data.truncated else []
-    print(f"{name}: {len(data)} records" + "".join(f"; {note}" for note in notes))
+    LOGGER.info(f"{name}: {len(data)} records" + "".join(f"; {note}" for note in notes))
 
 
 def writers(run: Run) -> tuple[str, ...]:

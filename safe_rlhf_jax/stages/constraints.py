@@ -1,6 +1,7 @@
 """Constraints between config and step: limits chosen and checked, groups of prompts, windows and multipliers."""
 
 import functools
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -16,6 +17,8 @@ from safe_rlhf_jax.rl.lagrange import LOG, PROJECTED, Multiplier, pid_multiplier
 from safe_rlhf_jax.stages.common import Run, described, read_length, report_data
 from safe_rlhf_jax.stages.datasets import stored
 from safe_rlhf_jax.stages.small_data import data_warnings
+
+LOGGER = logging.getLogger(__name__)
 
 LEAST_LOG_MULTIPLIER = 0.01  # where a dual stage finds that no multiplier is needed, log λ starts here
 
@@ -38,7 +41,7 @@ def initial_multiplier(run: Run, lagrange: cfg.Lagrange) -> float:
     found = run.networks.multiplier(lagrange.init)
     used = min(max(found, low), high)
     note = "" if used == found else f", moved to {used:.4g}, within [{low:.4g}, {high:.4g}]"
-    print(f"multiplier at the start: {found:.4g} of stage {lagrange.init}{note}")
+    LOGGER.info(f"multiplier at the start: {found:.4g} of stage {lagrange.init}{note}")
     return used
 
 
@@ -85,7 +88,7 @@ def cost_limits(run: Run, stage: Limited, signal: str) -> tuple[tuple[float, ...
         f"mean cost of {len(costs['safe'])} responses{where} labelled safe, plus {setting.margin:.0%} of the gap to "
         f"the {len(costs['unsafe'])} labelled unsafe, by the cost model"
     )
-    print(f"{stage.name}: {signal.replace('/', ' ')} limit {limit:.3f} ({source})")
+    LOGGER.info(f"{stage.name}: {signal.replace('/', ' ')} limit {limit:.3f} ({source})")
     return (limit,), source
 
 

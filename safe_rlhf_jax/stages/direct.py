@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -26,6 +27,8 @@ from safe_rlhf_jax.stages.kind import Kind
 from safe_rlhf_jax.stages.programs import array, one_side
 from safe_rlhf_jax.stages.supervised import Task, supervised_kind
 from safe_rlhf_jax.types import Params, PreferenceBatch, TrainState
+
+LOGGER = logging.getLogger(__name__)
 
 LEFT_OUT = "both responses are unsafe"
 
@@ -94,7 +97,9 @@ def rank_by_models(run: Run, stage: cfg.DPOStage, pairs: examples.Examples) -> e
     def pick(first: Any, second: Any) -> Any:
         return jax.tree.map(lambda a, b: np.where(swap[:, None], b, a), first, second)
 
-    print(f"{stage.name}: the models turn {swap.mean():.1%} of {len(pairs)} pairs round (λ = {stage.multiplier:g})")
+    LOGGER.info(
+        f"{stage.name}: the models turn {swap.mean():.1%} of {len(pairs)} pairs round (λ = {stage.multiplier:g})"
+    )
     ranked = PreferenceBatch(pick(arrays.chosen, arrays.rejected), pick(arrays.rejected, arrays.chosen))
     return dataclasses.replace(pairs, arrays=ranked)
 

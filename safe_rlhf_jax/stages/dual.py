@@ -1,6 +1,7 @@
 """One-shot dual: the multiplier from samples of the reference alone."""
 
 import dataclasses
+import logging
 from typing import Any
 
 import jax
@@ -15,6 +16,8 @@ from safe_rlhf_jax.stages.datasets import take
 from safe_rlhf_jax.stages.host_signals import open_scorers
 from safe_rlhf_jax.stages.kind import Kind
 from safe_rlhf_jax.stages.sampling import is_limited, sampled, sampler_of, some_of
+
+LOGGER = logging.getLogger(__name__)
 
 FEW = 2.0  # effective samples per prompt below which λ* says little about the optimum
 
@@ -46,7 +49,7 @@ def run_dual(run: Run, stage: cfg.DualStage, folder: storage.Path) -> dict[str, 
         max_multiplier=stage.max_multiplier,
     )
     for problem in doubts(stage, solution.effective_sample_size, solution.capped):
-        print(f"{stage.name}: warning: {problem}")
+        LOGGER.warning(f"{stage.name}: warning: {problem}")
     found = dataclasses.asdict(solution)
     numbers = {f"dual/{name}": float(value) for name, value in found.items()}
     numbers |= {"dual/reference_cost": float(costs.mean()), "dual/reference_reward": float(rewards.mean())}

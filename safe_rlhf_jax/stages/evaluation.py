@@ -2,6 +2,7 @@
 
 import functools
 import json
+import logging
 from typing import Any
 
 import jax
@@ -26,6 +27,8 @@ from safe_rlhf_jax.stages.kind import Kind
 from safe_rlhf_jax.stages.sampling import scores_of_several
 from safe_rlhf_jax.types import Frozen, PromptBatch
 
+LOGGER = logging.getLogger(__name__)
+
 
 def run_evaluation(run: Run, stage: cfg.EvaluateStage, folder: storage.Path) -> dict[str, Any]:
     """Runs an evaluate stage: samples from every policy, scores, oracle, table, report."""
@@ -36,7 +39,7 @@ def run_evaluation(run: Run, stage: cfg.EvaluateStage, folder: storage.Path) -> 
         report = make_report(run, stage, policies)
         Console(width=None).print(summary_table(report))
         path = write_report(folder, report)
-        print(f"{stage.name}: report at {path}")
+        LOGGER.info(f"{stage.name}: report at {path}")
     return {"metrics": {f"{name}/{k}": v for name, s in policies.items() for k, v in summarize(s).items()}}
 
 
@@ -84,7 +87,7 @@ def sample_policies(run: Run, stage: cfg.EvaluateStage) -> dict[str, list[evalua
                     group_field=stage.group_field,
                     oracle=oracle_for(data),
                 )
-            print(f"{stage.name}: {row}: {len(out[row])} responses")
+            LOGGER.info(f"{stage.name}: {row}: {len(out[row])} responses")
         del params  # before the next one is opened
     return out
 

@@ -1,16 +1,19 @@
 """What is known against reward and cost models, said where they are made and where a stage is built on them."""
 
+import logging
 from typing import Any
 
 from safe_rlhf_jax import config as cfg
 from safe_rlhf_jax.evaluation.health import doubts
 from safe_rlhf_jax.stages.common import Run
 
+LOGGER = logging.getLogger(__name__)
+
 
 def warn_of_model(name: str, health: dict[str, Any] | None) -> None:
     """Says what speaks against a reward or cost model that has just been trained."""
     for problem in doubts(health):
-        print(f"{name}: warning: {problem}")
+        LOGGER.warning(f"{name}: warning: {problem}")
 
 
 def warn_of_scorers(run: Run, stage: cfg.StageBase) -> None:

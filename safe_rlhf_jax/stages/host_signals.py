@@ -4,6 +4,7 @@ A scorer that reads its texts otherwise than the policy stands behind it. It run
 """
 
 import dataclasses
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -16,6 +17,8 @@ from safe_rlhf_jax.evaluation.evaluate import make_score
 from safe_rlhf_jax.inference.stream import columns
 from safe_rlhf_jax.stages.common import Run
 from safe_rlhf_jax.types import Sequences
+
+LOGGER = logging.getLogger(__name__)
 
 # (conversations [B], responses [B], whether each response has its end [B]) -> f32[B]
 HostSignal = Callable[[Sequence[Sequence[Message]], Sequence[str], Sequence[bool]], np.ndarray]
@@ -62,7 +65,7 @@ class ScorerSignal:
         room = self.module.config.max_positions
         if len(ids) > room and not self.has_cut:
             self.has_cut = True
-            print(
+            LOGGER.warning(
                 f"{self.reference}: warning: a text of {len(ids)} tokens, where the model has {room} positions; texts "
                 "that are longer lose their beginning"
             )

@@ -6,6 +6,7 @@ finished. Its policy is `round_K/export/`; that of the last round is the stage's
 """
 
 import json
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -19,6 +20,7 @@ from safe_rlhf_jax.aot.flops import forward_flops, iteration_flops
 from safe_rlhf_jax.data.examples import Examples, load_sampled
 from safe_rlhf_jax.data.loader import shuffled
 from safe_rlhf_jax.data.texts import shown
+from safe_rlhf_jax.errors import UserError
 from safe_rlhf_jax.evaluation.plots import best_of_n_curves
 from safe_rlhf_jax.inference.best_of_n import best_of_n, described_gain, gain_by_number
 from safe_rlhf_jax.loop import TrainLoop, fit
@@ -34,6 +36,8 @@ from safe_rlhf_jax.stages.reinforcement import make_evaluate, measured_on_prompt
 from safe_rlhf_jax.stages.sampling import Sampled, is_limited, sampled, sampler_of, some_of
 from safe_rlhf_jax.stages.supervised import sft_step
 from safe_rlhf_jax.types import PromptBatch, SupervisedBatch, TrainState
+
+LOGGER = logging.getLogger(__name__)
 
 FIELDS = ("chosen", "rewards", "feasible")  # of a batch that has been answered
 
@@ -53,7 +57,7 @@ def run_rejection(run: Run, stage: cfg.RejectionStage, folder: storage.Path) -> 
     for number in range(1, stage.rounds + 1):
         here = round_folder(folder, number)
         if there(here / "result.json"):
-            print(f"{stage.name}: round {number} is finished; skipped")
+            LOGGER.info(f"{stage.name}: round {number} is finished; skipped")
         else:
             before = stage.init_from if number == 1 else f"path:{round_folder(folder, number - 1) / 'export'}"
             params = run.networks.open(before, "lm", seed=run.seed(stage))[1]["params"]
@@ -108,7 +112,7 @@ def select(
     """Samples, scores and writes the best feasible response to each prompt; prompts without one are dropped.
 
     Raises:
-        ValueError: If no prompt has a feasible response.
+        UserError: If no prompt has a feasible response.
     """
     number = int(here.name.removeprefix("round_"))
     key = jax.random.fold_in(jax.random.key(run.seed(stage)), number)
@@ -123,13 +127,13 @@ def select(
     chosen, rewards, feasible = ([row for batch in batches for row in batch[field]] for field in FIELDS)
     counts = {"prompts": len(prompts), "selected": len(chosen), "dropped": len(prompts) - len(chosen)}
     if not chosen:
-        raise ValueError(
+        raise UserError(
             f"{stage.name}: round {number}: none of {len(prompts)} prompts has a response with cost ≤ {limit:.3f} "
             f"among {stage.responses_per_prompt}; raise cost_limit or responses_per_prompt"
         )
     gain = gain_by_number(np.array(rewards), np.array(feasible))
     means = {f"selected_{k}": float(np.mean([row[k] for row in chosen])) for k in ("truncated", *stage.scorers)}
-    print(f"{stage.name}: round {number}: {described_gain(gain)}; {counts['dropped']} dropped")
+    LOGGER.info(f"{stage.name}: round {number}: {described_gain(gain)}; {counts['dropped']} dropped")
     if is_main():
         storage.write(here / "sampling.json", json.dumps(counts | means | {"gain": gain}, indent=2) + "\n")
         storage.write(here / "selected.jsonl", "".join(json.dumps(row) + "\n" for row in chosen))

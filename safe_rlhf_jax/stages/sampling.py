@@ -10,6 +10,7 @@ import numpy as np
 from safe_rlhf_jax import config as cfg
 from safe_rlhf_jax.data.examples import Examples
 from safe_rlhf_jax.data.loader import in_order
+from safe_rlhf_jax.errors import NonFiniteError
 from safe_rlhf_jax.inference.best_of_n import make_sampler
 from safe_rlhf_jax.inference.sampling import Sampling
 from safe_rlhf_jax.metrics import ProgressBar
@@ -56,7 +57,7 @@ def sampled(
         start: Batches that have been answered before.
 
     Raises:
-        FloatingPointError: If a score is not finite.
+        NonFiniteError: If a score is not finite.
     """
     batches = in_order(prompts, batch_size)
     bar = ProgressBar(name, len(batches), start=start, keys=())
@@ -65,7 +66,7 @@ def sampled(
         out |= scores_of_several(run, host, prompts, batch.row, out)
         bad = [field for field, array in out.items() if not np.isfinite(array).all()]
         if bad:
-            raise FloatingPointError(f"{name}: {bad[0]} of batch {i} is not finite; look at that model")
+            raise NonFiniteError(f"{name}: {bad[0]} of batch {i} is not finite; look at that model")
         bar.write(i + 1, {})
         yield {field: array[:valid] for field, array in out.items()}
     bar.close()
