@@ -16,7 +16,7 @@ from safe_rlhf_jax.data.records import Unusable
 from safe_rlhf_jax.data.sources import demo_tokenizer_warning
 from safe_rlhf_jax.data.templates import PROBE
 from safe_rlhf_jax.data.tokenizer import load_tokenizer
-from safe_rlhf_jax.errors import ConfigError
+from safe_rlhf_jax.errors import ConfigError, ModelError
 from safe_rlhf_jax.models import hf
 from safe_rlhf_jax.stages.common import Run, weights
 from safe_rlhf_jax.stages.datasets import keep
@@ -162,7 +162,7 @@ def check_folder(run: Run, where: str, use: cfg.ModelUse) -> None:
     folder = hf.resolve(run.model_folder(use.reference))
     try:
         check_stored(use, folder)
-    except ValueError as error:
+    except ModelError as error:
         raise ConfigError(f"{where}: {error}") from error
     if use.reference in run.own or not has_tokenizer(folder):
         return
@@ -180,7 +180,7 @@ def check_stored(use: cfg.ModelUse, folder: storage.Path) -> None:
     """A folder's tensors are those of its config.json, and its scores of the kind that they are used as."""
     stored, kind = hf.stored_score_type(hf.read_config(folder)), use.scores
     if use.as_stored and stored != kind:
-        raise ValueError(
+        raise ModelError(
             f"{folder} has score_type {stored!r} in its config.json, not {kind!r}; if its scores are {kind}s, write "
             f'"score_type": "{kind}" there; if it is a language model, train a {kind} stage from it'
         )

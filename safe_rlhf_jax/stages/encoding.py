@@ -8,6 +8,7 @@ from safe_rlhf_jax import storage
 from safe_rlhf_jax.data.conversations import encode
 from safe_rlhf_jax.data.templates import PROBE, TEMPLATES, Template, default_template, load_template
 from safe_rlhf_jax.data.tokenizer import Tokenizer, load_tokenizer, stored_ends
+from safe_rlhf_jax.errors import ModelError
 from safe_rlhf_jax.models import hf
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "tokenizer_config.json")
@@ -116,7 +117,7 @@ def stored_rows(folder: storage.Path) -> int | None:
     """Returns the rows of the embedding of the model in a folder, None where its config.json does not say."""
     try:
         rows = hf.read_config(folder).get("vocab_size")
-    except (FileNotFoundError, ValueError):
+    except ModelError:
         return None
     return rows if isinstance(rows, int) else None
 

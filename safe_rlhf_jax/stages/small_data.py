@@ -8,6 +8,7 @@ import numpy as np
 from safe_rlhf_jax import config as cfg
 from safe_rlhf_jax.data.examples import ALIKE, Examples
 from safe_rlhf_jax.data.sources import read_records
+from safe_rlhf_jax.errors import DataError
 
 FEW = 30  # records that are measured on, or responses with a label: below, a share is known to ± 18 points at best
 SEVERAL = 8  # records with one label; fewer may have it by chance
@@ -106,6 +107,6 @@ def has_labels(part: cfg.Data) -> bool:
     """
     try:
         read_records(**part.model_dump(exclude={"weight", "format"}), format="pku")
-    except ValueError:  # other columns
+    except DataError:  # other columns
         return False
     return True
