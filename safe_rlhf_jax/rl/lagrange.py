@@ -55,7 +55,7 @@ def window_mean(window: CostWindow) -> Float[Array, ""]:
 
 
 def window_quantile(window: CostWindow, alpha: float) -> Float[Array, ""]:
-    """The `alpha`-quantile: the smallest cost that a share `alpha` of them does not exceed; the minimum for alpha = 0."""
+    """The `alpha`-quantile: the smallest cost that a share `alpha` of them does not exceed; the least for alpha = 0."""
     size = window.recent.shape[0]
     ascending = jnp.sort(jnp.where(filled(window), window.recent, -jnp.inf))  # empty entries come first
     rank = jnp.maximum(jnp.ceil(alpha * window.count).astype(jnp.int32) - 1, 0)
