@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=f"{SCRIPT} {__version__}")
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help=f"one of {', '.join(COMMANDS)}")
-    parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="…", help="of the command")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="…", help="arguments of the command")
     options = parser.parse_args(arguments)
     module, _ = COMMANDS[options.command]
     status: int = importlib.import_module(f"safe_rlhf_jax.{module}").main(options.arguments)

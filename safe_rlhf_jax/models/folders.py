@@ -120,9 +120,7 @@ def read_json(path: storage.Path) -> dict[str, Any]:
     if reason := stray(path):
         raise ModelError(f"{path} {reason}")
     try:
-        value = json.loads(
-            storage.read_bytes(path).decode("utf-8-sig")
-        )  # Windows editors write a byte order mark
+        value = json.loads(storage.read_bytes(path).decode("utf-8-sig"))  # Windows editors write a byte order mark
     except (ValueError, RecursionError) as error:
         raise ModelError(f"{path}: not valid JSON: {error}") from error
     if not isinstance(value, dict):
