@@ -29,7 +29,7 @@ class SupervisedStage(TrainingStage):
 
     @property
     def reads(self) -> Literal["sft", "reward", "cost"]:
-        """What a record is read as."""
+        """Kind of data that the records are read as."""
         raise NotImplementedError
 
     def datasets(self) -> dict[str, DataUse]:
@@ -127,7 +127,7 @@ class DPOStage(SupervisedStage):
 
     @property
     def reads(self) -> Literal["reward", "cost"]:
-        """What a record is read as."""
+        """Kind of data that the records are read as."""
         return "cost" if self.preference == "harmlessness" else "reward"
 
     def models(self) -> dict[str, ModelUse]:
