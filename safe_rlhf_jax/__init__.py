@@ -1,7 +1,7 @@
 """Safe RLHF on JAX: maximise reward subject to a constraint on expected cost.
 
-What stands in `__all__` is promised: names and arguments stay as they are. Each name is imported when it is first asked
-for, so that importing the package loads nothing heavy and starts no accelerator.
+`__all__` is the public API: its names and arguments stay as they are. Each name is imported on first access, so that
+importing the package loads nothing heavy and starts no accelerator.
 """
 
 import importlib
@@ -35,9 +35,9 @@ HOMES = {
     "rl.lagrange": ("ascend_log_multiplier", "lagrangian_advantage"),
     "rl.losses": ("clipped_surrogate", "clipped_value_loss"),
     "train": ("StageResult", "run"),
-}  # module: the public names that stand in it
+}  # module: its public names
 
-# transformers opens tokenizers and configs here; it need not say that it could do more with PyTorch.
+# transformers opens tokenizers and configs here; its advice to install PyTorch is noise.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 
@@ -56,5 +56,5 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    """Returns all names, those that are not imported yet too."""
+    """Returns all names, including those that are not imported yet."""
     return sorted({*globals(), *__all__})

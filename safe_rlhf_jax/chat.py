@@ -37,10 +37,10 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         "else plain)",
     )
     parser.add_argument("--temperature", type=float, default=1.0, help="0 is greedy (default %(default)s)")
-    parser.add_argument("--best-of", type=int, default=1, metavar="N", help="give the best of N answers by the "
+    parser.add_argument("--best-of", type=int, default=1, metavar="N", help="give the best of N responses by the "
                         "reward model, with a cost model the best whose cost is within --cost-limit")  # fmt: skip
     parser.add_argument("--cost-limit", type=float, default=0.0, help="for --best-of (default %(default)s)")
-    parser.add_argument("--max-tokens", type=int, default=256, help="of an answer (default %(default)s)")
+    parser.add_argument("--max-tokens", type=int, default=256, help="of a response (default %(default)s)")
     parser.add_argument("--dtype", default="float32", help="of the networks (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of sampling (default %(default)s)")
     options = parser.parse_args(arguments)
@@ -68,7 +68,7 @@ class Speaker:
 
 @dataclasses.dataclass
 class Chat:
-    """Everything a conversation needs."""
+    """State of a conversation."""
 
     speakers: list[Speaker]
     scorers: dict[str, Any]  # "reward", "cost": a pipeline.Scorer
@@ -80,7 +80,7 @@ class Chat:
     turns: int = 0
 
     def prompt_ids(self, speaker: Speaker) -> list[int]:
-        """Returns the conversation as the policy reads it; the oldest turns go when it grows too long."""
+        """Returns the conversation in the policy's tokens; drops the oldest turns if it is too long."""
         from safe_rlhf_jax.data.conversations import encode
 
         while True:
@@ -94,7 +94,7 @@ class Chat:
     def answer(self, speaker: Speaker) -> Iterator[None]:
         """Streams an answer into `speaker.text`, then its scores into `speaker.note`; yields after every token.
 
-        With `best_of` it streams so many answers, one after the other, and keeps the best.
+        With `best_of` it streams that many answers, one after the other, and keeps the best.
         """
         import jax
 
@@ -126,7 +126,7 @@ class Chat:
         yield
 
     def choose(self, scores: dict[str, list[float]]) -> int:
-        """Returns which answer has the highest reward within the cost limit."""
+        """Returns the index of the answer with the highest reward within the cost limit."""
         import jax.numpy as jnp
 
         from safe_rlhf_jax.inference.best_of_n import best_of_n
@@ -136,7 +136,7 @@ class Chat:
         return int(index[0])
 
     def say(self, message: str, show: Callable[[], None]) -> None:
-        """Puts a message to every policy; their answers grow side by side."""
+        """Sends a message to every policy; their answers stream side by side."""
         for speaker in self.speakers:
             speaker.history.append({"role": "user", "content": message})
         self.regenerate(show)
@@ -153,11 +153,11 @@ class Chat:
                 running = [answer for answer in running if next(answer, "done") != "done"]
                 show()
         except KeyboardInterrupt:
-            pass  # what there is of the answers stays
+            pass  # partial answers stay
         except UserError:
             self.forget()
             raise
-        for speaker in self.speakers:  # an empty answer leaves no trace: no template can write it
+        for speaker in self.speakers:  # an empty answer is dropped: no template can write it
             if speaker.text.strip():
                 speaker.history.append({"role": "assistant", "content": speaker.text})
             else:
@@ -191,7 +191,7 @@ def load_chat(options: argparse.Namespace) -> Chat:
         return run.model_folder(name)
 
     def read_as(name: str) -> dict[str, Any]:
-        """A stage of the run reads as the run does; another model as its folder says, or else as the first policy."""
+        """Returns a model's encoding: the run's for its stages, else the folder's, or else the first policy's."""
         like: Any = run if run is not None and name in stages else None
         if like is None and policies and not has_tokenizer(hf.resolve(name)):
             like = policies[0]
@@ -279,10 +279,10 @@ def talk(chat: Chat) -> None:
 
 
 def parse_temperature(text: str) -> float:
-    """Returns a temperature that was typed.
+    """Parses a temperature.
 
     Raises:
-        UserError: If it is no number from 0 on.
+        UserError: If it is not a number from 0 on.
     """
     try:
         value = float(text)
@@ -294,7 +294,7 @@ def parse_temperature(text: str) -> float:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Talks; returns the exit status."""
+    """Runs the chat; returns the exit status."""
     options = parse_arguments(arguments)
 
     def work() -> int:

@@ -1,4 +1,4 @@
-"""Command line: `safe-rlhf-jax train|data|chat|compile`, and what the command lines have in common."""
+"""Command line: `safe-rlhf-jax train|data|chat|compile`, and shared parts of the command lines."""
 
 import argparse
 import importlib
@@ -10,7 +10,7 @@ from safe_rlhf_jax import log
 from safe_rlhf_jax.errors import UserError
 
 SCRIPT = "safe-rlhf-jax"
-# Command: the module whose `main` it is, and what it does.
+# Command: the module with its `main`, and a description.
 COMMANDS = {
     "train": ("train", "run the stages of a config in order"),
     "data": ("inspect_data", "show what the stages of a config, or one stage, would read"),
@@ -18,12 +18,12 @@ COMMANDS = {
     "compile": ("compile", "say what a run needs on devices that need not be here"),
 }
 CONFIG_HELP = "a YAML file, or the name of a config that comes with the package, such as quickstart"
-# What libraries would say between our lines, or ask for: no PyTorch is needed, tokenizers work in one process.
+# Silences libraries: no PyTorch is needed, tokenizers work in one process.
 LIBRARIES = {"TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Hands on to a command; returns its exit status."""
+    """Runs a command; returns its exit status."""
     from safe_rlhf_jax import __version__
 
     parser = argparse.ArgumentParser(
@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=f"{SCRIPT} {__version__}")
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help=f"one of {', '.join(COMMANDS)}")
-    parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="…", help="of the command")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="…", help="arguments of the command")
     options = parser.parse_args(arguments)
     module, _ = COMMANDS[options.command]
     status: int = importlib.import_module(f"safe_rlhf_jax.{module}").main(options.arguments)
@@ -44,13 +44,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def prog(command: str) -> str:
-    """Returns how a command was called, for its usage."""
+    """Returns the name under which a command was called, for its usage."""
     called = os.path.basename(sys.argv[0]) == SCRIPT
     return f"{SCRIPT} {command}" if called else f"python -m safe_rlhf_jax.{command}"
 
 
 def exit_status(work: Callable[[], int]) -> int:
-    """Returns the exit status of a command: its own, or 1 after an error that its user can act on, told in one line.
+    """Returns the exit status of a command: its own, or 1 after an error that its user can act on, printed in one line.
 
     Any other error leaves its traceback.
     """
@@ -67,9 +67,9 @@ def exit_status(work: Callable[[], int]) -> int:
 
 
 def is_told(error: BaseException) -> bool:
-    """Says whether the message of an error is enough for a user, who then needs no traceback.
+    """Says whether an error's message is enough for a user, without a traceback.
 
-    That is so for an intended error, and for one of the system that names a file, or has words and no number.
+    True for an intended error, and for a system error that names a file, or has a message without a number.
     """
     if isinstance(error, OSError):
         return error.filename is not None or error.errno is None

@@ -1,7 +1,7 @@
-"""Command line: `python -m safe_rlhf_jax.compile --config FILE --topology v5e:8x8` says what a run would need there.
+"""Command line: `python -m safe_rlhf_jax.compile --config FILE --topology v5e:8x8` reports the needs of a run.
 
-Nothing is trained and no accelerator is used: the programs that training runs are compiled for devices that need not
-exist. Exit status 0: everything fits. 1: something does not, or the config is wrong.
+Nothing is trained and no accelerator is used: the programs of training are compiled for devices that need not exist.
+Exit status 0: everything fits. 1: something does not fit, or the config is wrong.
 """
 
 import argparse
@@ -13,7 +13,7 @@ from typing import Any
 
 from safe_rlhf_jax.cli import CONFIG_HELP, exit_status, prog
 
-# What keeps libtpu from looking for a machine that is not there, and from locking it.
+# Keeps libtpu from looking for a missing machine, and from locking it.
 COMPILE_ONLY = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
@@ -42,7 +42,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument(
         "--slices", type=int, default=1, metavar="N", help="number of slices, connected by the data-center network"
     )
-    parser.add_argument("--stage", metavar="NAME", help="this stage only")
+    parser.add_argument("--stage", metavar="NAME", help="compile this stage only")
     parser.add_argument("--json", metavar="FILE", help="write the report to this file too")
     parser.add_argument(
         "--search",
@@ -51,7 +51,11 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         "compile does; one compilation per core at a time",
     )
     parser.add_argument(
-        "--meshes", type=int, default=4, metavar="N", help="that a search tries, the most promising first (default 4)"
+        "--meshes",
+        type=int,
+        default=4,
+        metavar="N",
+        help="number of meshes to search, the most promising first (default 4)",
     )
     parser.add_argument(
         "overrides", nargs="*", metavar="dotted.key=value", help="overrides; stages by index or name; values are YAML"
@@ -71,7 +75,7 @@ def compile_config(options: argparse.Namespace) -> int:
     from safe_rlhf_jax.config import ConfigError, TrainingStage, load_config
 
     if options.topology != "local":
-        os.environ["JAX_PLATFORMS"] = "cpu"  # the machine's own accelerator stays free
+        os.environ["JAX_PLATFORMS"] = "cpu"  # leaves the machine's own accelerator free
     config = load_config(options.config, options.overrides)
     devices = topology_devices(options.topology, options.slices)
     from safe_rlhf_jax.aot import search, tables
@@ -107,7 +111,7 @@ def topology_devices(name: str, slices: int) -> list[Any]:
     """Returns the devices of a topology, or those of this machine.
 
     Raises:
-        ConfigError: For a name that libtpu does not know, for chips of two devices, or where libtpu is not installed.
+        ConfigError: If libtpu does not know the name, a chip has two devices, or libtpu is not installed.
     """
     import jax
     from jax.experimental import topologies
@@ -130,7 +134,7 @@ def topology_devices(name: str, slices: int) -> list[Any]:
 
 
 def environment(devices: Sequence[Any]) -> dict[str, Any]:
-    """Returns the versions that compiled, on how many cores, and for what."""
+    """Describes the compilation: versions, number of cores, and target."""
     import importlib.metadata
 
     import jax

@@ -1,8 +1,8 @@
-"""Errors that a user can act on; command lines print them in one line, and any other with its traceback."""
+"""Errors that a user can act on; command lines print them in one line, and any other error with its traceback."""
 
 
 class UserError(ValueError):
-    """Something outside of the program is not as it has to be; the message says what, where, and the fix."""
+    """Something outside of the program is wrong; the message names it, the place and the fix."""
 
 
 class ConfigError(UserError):
@@ -18,12 +18,12 @@ class ModelError(UserError):
 
 
 class MissingModelError(ModelError, FileNotFoundError):
-    """A model folder, or a file of one, that is not there; the message says what is there instead."""
+    """A missing model folder, or a missing file in one; the message says what is there instead."""
 
 
 class FileError(UserError, OSError):
-    """A file of a run that cannot be read or written; the message names it and says why."""
+    """A file of a run that cannot be read or written; the message names it and the reason."""
 
 
 class NonFiniteError(UserError, FloatingPointError):
-    """A number of a run is no longer finite; the message names it, the step and the last good checkpoint."""
+    """A non-finite number in a run; the message names it, the step and the last good checkpoint."""

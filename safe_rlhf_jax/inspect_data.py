@@ -1,4 +1,4 @@
-"""Command line: `python -m safe_rlhf_jax.data` shows what the stages of a config, or one stage, would read."""
+"""Command line: `python -m safe_rlhf_jax.data` shows the data of the stages of a config, or of one stage."""
 
 import argparse
 import contextlib
@@ -11,7 +11,7 @@ from safe_rlhf_jax.cli import exit_status, prog
 from safe_rlhf_jax.errors import ConfigError, UserError
 
 KINDS = ("cost", "reward", "sft", "prompts")
-TRIED = 100  # records, to find out what data can feed
+TRIED = 100  # records, to find out which stages the data is for
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -27,20 +27,22 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("name", nargs="?", help="a file, a folder, hf:OWNER/NAME, tfds:NAME or demo/…; or, with "
                         "--config, the first override")  # fmt: skip
     parser.add_argument("overrides", nargs="*", metavar="dotted.key=value", help="overrides of a config")
-    parser.add_argument("--config", metavar="FILE", help="goes through the data of every stage of a config")
-    parser.add_argument("--kind", choices=KINDS, help="stage to read for; default: the first that the data can feed")
+    parser.add_argument("--config", metavar="FILE", help="show the data of every stage of a config")
+    parser.add_argument("--kind", choices=KINDS, help="kind of stage; default: the first one suited to the data")
     parser.add_argument("--split", default="train")
-    parser.add_argument("--test-share", type=float, help="share of the prompts that --split test holds out")
+    parser.add_argument("--test-share", type=float, help="share of the prompts held out by --split test")
     parser.add_argument("--limit", type=int, help="take the first records only")
-    parser.add_argument("--format", help="name of the format, where the columns do not tell")
+    parser.add_argument("--format", help="name of the format, if the columns are ambiguous")
     parser.add_argument("--field", action="append", default=[], metavar="FIELD=COLUMN", help="a column's other name")
-    parser.add_argument("--unique", choices=("record", "prompt"), help="leave out repeated records, or prompts")
+    parser.add_argument("--unique", choices=("record", "prompt"), help="drop repeated records, or prompts")
     parser.add_argument("--tokenizer", default="demo", help="a folder or hub id; default: that of the embedded world, "
                         "which knows few other words")  # fmt: skip
     parser.add_argument("--template", help="plain, beaver, alpaca, tokenizer, or a .jinja file (default: the "
                         "tokenizer's own, else plain)")  # fmt: skip
-    parser.add_argument("--max-length", type=int, default=512, help="tokens of a text (default 512)")
-    parser.add_argument("--max-bad-records", type=float, default=0.05, help="share that may be unusable (default 0.05)")
+    parser.add_argument("--max-length", type=int, default=512, help="maximum tokens of a text (default 512)")
+    parser.add_argument(
+        "--max-bad-records", type=float, default=0.05, help="share of records that may be unusable (default 0.05)"
+    )
     options = parser.parse_args(arguments)
     if (options.name is None) == (options.config is None) and options.config is None:
         parser.error("name data, or a --config")
@@ -59,7 +61,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 @dataclasses.dataclass(frozen=True)
 class Use:
-    """Data as one stage reads it."""
+    """A use of data by one stage."""
 
     title: str
     kind: str  # one of KINDS
@@ -69,7 +71,7 @@ class Use:
 
 
 def uses_of(config: Any) -> Iterator[Use]:
-    """Yields all data that the stages of a config read."""
+    """Yields all uses of data by the stages of a config."""
     for stage in config.stages:
         options = {name: getattr(stage, name) for name in ("long_prompts", "group_field") if hasattr(stage, name)}
         for field, use in stage.datasets().items():
@@ -78,7 +80,7 @@ def uses_of(config: Any) -> Iterator[Use]:
 
 
 def use_of(options: argparse.Namespace, tokenizer: Any, template: Any) -> Use:
-    """Returns the use that the command line names; without a kind, the first that the data can feed."""
+    """Returns the use given on the command line; without a kind, the first one that the data is suited for."""
     import pydantic
 
     from safe_rlhf_jax import config as cfg
@@ -105,7 +107,7 @@ def use_of(options: argparse.Namespace, tokenizer: Any, template: Any) -> Use:
 
 
 def load(use: Use, records: Sequence[Any], tokenizer: Any, template: Any, *, max_bad: float) -> Any:
-    """Returns the examples that a stage would make of records."""
+    """Returns the examples of a stage from records."""
     from safe_rlhf_jax.data import examples
     from safe_rlhf_jax.stages.common import described
 
@@ -128,7 +130,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def inspect(options: argparse.Namespace) -> int:
-    """Shows data; returns the exit status, 1 where some cannot be used."""
+    """Shows data; returns the exit status, 1 if some cannot be used."""
     from rich.console import Console
 
     from safe_rlhf_jax import config as cfg

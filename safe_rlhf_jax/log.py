@@ -1,16 +1,16 @@
-"""What a run says. Modules speak through `logging`; command lines show it as plain lines.
+"""Messages of a run: modules use `logging`; command lines show plain lines.
 
-A program that imports the package decides what becomes of the messages, as with any library: `show()`, or handlers of
-its own on the logger `safe_rlhf_jax`.
+A program that imports the package decides what happens to the messages, as with any library: `show()`, or its own
+handlers on the logger `safe_rlhf_jax`.
 """
 
 import logging
 
-LOGGER = logging.getLogger("safe_rlhf_jax")  # all messages of the package pass it
+LOGGER = logging.getLogger("safe_rlhf_jax")  # receives all messages of the package
 
 
 class Lines(logging.Handler):
-    """Prints messages as they are, on what is standard output at that time."""
+    """Prints messages unchanged on the current standard output."""
 
     def emit(self, record: logging.LogRecord) -> None:
         """Prints one message."""
@@ -18,17 +18,17 @@ class Lines(logging.Handler):
 
 
 def show() -> None:
-    """Prints what the package says on standard output."""
+    """Prints the package's messages on standard output."""
     LOGGER.handlers = [Lines()]
     LOGGER.setLevel(logging.INFO)
-    LOGGER.propagate = False  # libraries give handlers of their own to the root
+    LOGGER.propagate = False  # libraries add their own handlers to the root
 
 
 def speaks() -> bool:
-    """Says whether this process shows what a run does."""
+    """Says whether this process shows the messages of a run."""
     return LOGGER.level < logging.CRITICAL
 
 
 def hush() -> None:
-    """Says nothing more in this process: what a run says, its first process says."""
+    """Silences this process: the first process of a run prints its messages."""
     LOGGER.setLevel(logging.CRITICAL)

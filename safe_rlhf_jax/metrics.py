@@ -1,4 +1,4 @@
-"""Where metrics go once they are on the host: files, a progress bar, and how fast the run is.
+"""Outputs of metrics on the host: files, a progress bar, and throughput.
 
 The last step of the line. Nothing here touches a device; metrics arrive as plain numbers. Only the first process of a
 multi-host run should hold writers.
@@ -23,19 +23,19 @@ from safe_rlhf_jax import log, storage
 
 NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
-# What the progress bar shows, where present.
+# Metrics of the progress bar, where present.
 KEY_METRICS = ("train/loss", "train/accuracy", "train/reward", "train/cost", "train/multiplier", "train/kl")
 
 
 @runtime_checkable
 class Writer(Protocol):
-    """Anything that takes the metrics of a step."""
+    """Any receiver of the metrics of a step."""
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Records the metrics of one step."""
 
     def close(self) -> None:
-        """Writes out what is still pending."""
+        """Flushes pending output."""
 
 
 class JsonlWriter:
@@ -46,7 +46,7 @@ class JsonlWriter:
 
     Args:
         path: the file; appended to where it exists, less a last line that an interrupted run left unfinished.
-        resume_step: the step the run continues from; lines of later steps are dropped, so that no step stands twice.
+        resume_step: the step the run continues from; lines of later steps are dropped, so that no step occurs twice.
     """
 
     def __init__(self, path: storage.Place, *, resume_step: int | None = None) -> None:
@@ -64,11 +64,11 @@ class JsonlWriter:
         storage.append_lines(self._path, [json.dumps(record, allow_nan=False)])
 
     def close(self) -> None:
-        """Does nothing: each line is written when it comes."""
+        """Does nothing: each line is written at once."""
 
 
 def read_jsonl(path: storage.Place) -> list[dict[str, Any]]:
-    """Records of a file that `JsonlWriter` wrote, in the order of their lines."""
+    """Returns the records of a file of `JsonlWriter`, in the order of their lines."""
     return [{k: _number(v) for k, v in json.loads(line).items()} for line in storage.read_lines(path) if line]
 
 
@@ -87,7 +87,7 @@ class TensorBoardWriter:
 
     Args:
         folder: the log directory.
-        resume_step: the step the run continues from; TensorBoard hides what it saw of later steps.
+        resume_step: the step the run continues from; TensorBoard hides earlier events of later steps.
     """
 
     def __init__(self, folder: storage.Place, *, resume_step: int | None = None) -> None:
@@ -112,7 +112,7 @@ class WandbWriter:
     Args:
         folder: the run's folder; its name is the run's name, and it keeps the run's id, so that a resumed run goes on.
         project: the project, by default the one in `WANDB_PROJECT`.
-        resume_step: accepted for the sake of `make_writers`; W&B itself ignores steps it has already seen.
+        resume_step: accepted for `make_writers`; W&B itself ignores steps it has already seen.
 
     Raises:
         ImportError: wandb is not installed.
@@ -149,7 +149,7 @@ class Writers:
         self._writers = tuple(writers)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Hands the metrics to each writer."""
+        """Passes the metrics to each writer."""
         for writer in self._writers:
             writer.write(step, metrics)
 
@@ -172,12 +172,12 @@ def make_writers(
     """The named writers, as one.
 
     Args:
-        folder: the stage's folder: `metrics.jsonl` and `tensorboard/` go in there.
+        folder: the stage's folder, for `metrics.jsonl` and `tensorboard/`.
         resume_step: the step the run continues from, None for a run that starts.
         names: keys of `WRITERS`.
 
     Returns:
-        A writer that hands on to all of them.
+        A writer that passes the metrics to all of them.
 
     Raises:
         ValueError: a name is unknown.
@@ -189,17 +189,17 @@ def make_writers(
 
 
 class ProgressBar:
-    """How far a run is: bar, M of N, time left, steps per second and a few key metrics, on one line.
+    """Progress of a run: bar, M of N, time left, steps per second and a few key metrics, on one line.
 
-    Where the stream is no terminal, it prints a plain line about every ten seconds, and one at the end. Of several
-    processes the first one shows it.
+    If the stream is not a terminal, it prints a plain line about every ten seconds, and one at the end. Only the first
+    process shows it.
 
     Args:
-        description: what runs, as a rule the stage's name.
+        description: usually the stage's name.
         total: number of steps of the run.
-        start: steps done before, by the run that this one resumes.
+        start: steps done by the run that this one resumes.
         keys: metrics to show, where present.
-        stream: where to show it; standard output by default.
+        stream: the output; standard output by default.
         interval: seconds between two plain lines.
         clock: seconds, from anywhere.
     """
@@ -249,7 +249,7 @@ class ProgressBar:
             self._print(now)
 
     def close(self) -> None:
-        """Shows where the run ended."""
+        """Shows the final step."""
         if self._bar is not None:
             self._bar.stop()
         elif self._first is not None and self._printed_step != self._step:
@@ -285,7 +285,7 @@ class Throughput:
         self._last: float | None = None
 
     def update(self, tokens: float) -> dict[str, float]:
-        """Counts a step that is done.
+        """Counts a finished step.
 
         Args:
             tokens: tokens the step processed.
@@ -306,6 +306,6 @@ class Throughput:
         }
 
     def skip(self) -> None:
-        """Leaves the time since the last step (an evaluation, a checkpoint) out of the account."""
+        """Excludes the time since the last step (an evaluation, a checkpoint)."""
         if self._last is not None:
             self._last = self._clock()

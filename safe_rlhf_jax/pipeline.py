@@ -58,13 +58,13 @@ class Network:
         self.variables, self.tokenizer, self.template = variables, tokenizer.for_rows(rows), template
 
     def reads_as(self, other: "Network") -> bool:
-        """Says whether texts have the same tokens here as in another network."""
+        """Says whether texts have the same tokens as in another network."""
         ours, theirs = (encode(PROBE, network.template, network.tokenizer).ids for network in (self, other))
         return ours == theirs and not self.tokenizer.differing(other.tokenizer)
 
 
 class Policy(Network):
-    """A language model that answers: `policy(["a prompt", …])` returns a list of responses."""
+    """A language model for generation: `policy(["a prompt", …])` returns a list of responses."""
 
     def __call__(
         self, prompts: Sequence[Prompt], *, max_tokens: int = 256, temperature: float = 1.0, seed: int = 0
@@ -73,7 +73,7 @@ class Policy(Network):
 
         Args:
             prompts: Texts, or conversations [{role, content}, …] that end with the user.
-            max_tokens: The most tokens of a response.
+            max_tokens: Maximum number of response tokens.
             temperature: 0 is greedy.
             seed: Of sampling.
 
@@ -121,7 +121,7 @@ class Scorer(Network):
 
         Args:
             prompts: Texts, or conversations [{role, content}, …] that end with the user.
-            responses: The answer to each of them.
+            responses: The response to each prompt.
 
         Returns:
             f32[B], in units of the model.
@@ -138,14 +138,14 @@ class Scorer(Network):
     def score_answers(
         self, policy: Policy, conversation: Sequence[Message], answers: Sequence[Sequence[int]]
     ) -> np.ndarray:
-        """Scores tokens that a policy answered to a conversation, f32[B]; as text, where they are others here."""
+        """Scores a policy's response tokens to conversations, f32[B]; as text, if the tokens differ here."""
         if not self.reads_as(policy):
             return self([conversation] * len(answers), [policy.tokenizer.decode(ids) for ids in answers])
         prompt = encode(list(conversation), policy.template, policy.tokenizer).ids
         return self.score_tokens([[*prompt, *ids] for ids in answers])
 
     def score_tokens(self, rows: Sequence[Sequence[int]]) -> np.ndarray:
-        """Scores token ids as they stand, f32[B].
+        """Scores token ids as they are, f32[B].
 
         Raises:
             UserError: If a text has more tokens than the model has positions.
@@ -167,8 +167,8 @@ def load_policy(path_or_id: str, *, template: str | Template | None = None, dtyp
 
     Args:
         path_or_id: A folder or a hub id.
-        template: How turns are written: as in `load_template`, or a template; by default as the tokenizer's own chat
-            template says, or where there is none "plain".
+        template: A name as in `load_template`, or a template; by default the tokenizer's own chat template, or "plain"
+            if there is none.
         dtype: Of parameters and matmuls.
         tokenizer: By default the one beside the model.
 
@@ -184,14 +184,14 @@ def load_policy(path_or_id: str, *, template: str | Template | None = None, dtyp
 
 def load_scorer(path_or_id: str, *, template: str | Template | None = None, dtype: str = "float32",
                 tokenizer: Tokenizer | None = None, score_type: ScoreType | None = None) -> Scorer:  # fmt: skip
-    """Opens a reward or cost model for use; a folder without a score head, or of the other kind, is refused.
+    """Opens a reward or cost model for use; refuses a folder without a score head, or of the other kind.
 
     Args:
         path_or_id: A folder or a hub id.
-        template: How turns are written.
+        template: As in `load_policy`.
         dtype: Of parameters and matmuls.
         tokenizer: By default the one beside the model.
-        score_type: What it is used as, "reward" or "cost"; by default what the folder says.
+        score_type: Its use, "reward" or "cost"; by default the folder's.
 
     Returns:
         The scorer.
@@ -207,7 +207,7 @@ def open_network(path_or_id: str, head: Any, template: str | Template | None, dt
                  score_type: ScoreType | None) -> tuple[Any, Any, Tokenizer, Template]:  # fmt: skip
     """Returns module, variables, tokenizer and template."""
     folder = hf.resolve(path_or_id)
-    hf.read_config(folder)  # says more than a tokenizer does of a file that another stands for
+    hf.read_config(folder)  # a clearer error than a tokenizer's for a file with wrong contents
     tokenizer = tokenizer or load_tokenizer(str(folder))
     if not isinstance(template, Template):
         template = load_template(template or default_template(tokenizer), tokenizer)

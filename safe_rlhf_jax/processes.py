@@ -1,6 +1,6 @@
-"""Several processes as one run: how they find each other, agree, and stop together.
+"""Several processes as one run: they join, agree, and stop together.
 
-Every process runs the same program on its own devices; the first one writes. One process is the case of one.
+Every process runs the same program on its own devices; the first one writes. A single process is the case n = 1.
 """
 
 import contextlib
@@ -21,11 +21,11 @@ from safe_rlhf_jax import log, storage
 from safe_rlhf_jax.errors import UserError
 
 COORDINATOR, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
-HEARTBEAT = 30  # seconds without a sign of life after which a process counts as dead, and the others stop
+HEARTBEAT = 30  # seconds without a heartbeat after which a process counts as dead, and the others stop
 JOINING = 300  # seconds to wait for the others at the start
-SILENT = 10  # seconds after which a process says that it waits, where it did not know before
+SILENT = 10  # seconds after which a process reports that it waits, if it could not know of the others before
 SLURM = ("JOB_ID", "STEP_NODELIST", "NTASKS", "PROCID", "LOCALID")
-# Clusters that are recognised by variables: all of the first, and the one that counts processes.
+# Clusters recognised by environment variables: all of the first, and the one with the number of processes.
 CLUSTERS = {
     "SLURM": (tuple(f"SLURM_{name}" for name in SLURM), "SLURM_NTASKS"),
     "Open MPI": (("OMPI_MCA_orte_hnp_uri",), "OMPI_COMM_WORLD_SIZE"),
@@ -33,14 +33,14 @@ CLUSTERS = {
 
 
 def start() -> None:
-    """Joins the other processes of this run, if the environment says that there are any.
+    """Joins the other processes of this run, if the environment defines any.
 
     Either all of `JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID` are set, or JAX recognises the
-    cluster (TPU pod, GKE, SLURM, Open MPI); `JAX_NUM_PROCESSES=1` says not to look. Has to come before anything touches
-    a device. A process that has joined, or is alone, may call it again.
+    cluster (TPU pod, GKE, SLURM, Open MPI); `JAX_NUM_PROCESSES=1` disables the detection. Must be called before any use
+    of a device. A process that has joined, or is alone, may call it again.
 
     Raises:
-        UserError: If some of the three variables are missing, or not numbers that fit; or JAX has been used already.
+        UserError: If some of the three variables are missing or invalid, or JAX has been used already.
     """
     if jax.distributed.is_initialized():
         return
@@ -87,7 +87,7 @@ def start() -> None:
 
 
 def found_by_cluster() -> str | None:
-    """Returns how many other processes a cluster speaks of, in words; None where there are none."""
+    """Describes the number of other processes that a cluster reports; None if there are none."""
     for cluster, (needed, counter) in CLUSTERS.items():
         count = os.environ.get(counter, "")
         if count.isdigit() and int(count) > 1 and all(name in os.environ for name in needed):
@@ -96,7 +96,7 @@ def found_by_cluster() -> str | None:
 
 
 def say_waiting(others: str) -> None:
-    """Says for whom this process waits, and how not to."""
+    """Reports the processes that this one waits for, and how to avoid the wait."""
     print(
         f"processes: waiting up to {JOINING} seconds for {others}. If this one was started alone, as in an interactive "
         f"session inside a job, set {COUNT}=1",
@@ -106,12 +106,12 @@ def say_waiting(others: str) -> None:
 
 
 def is_main() -> bool:
-    """This is the process that writes."""
+    """Says whether this is the process that writes."""
     return jax.process_index() == 0
 
 
 def barrier(name: str) -> None:
-    """Waits until every process is here."""
+    """Waits until every process arrives."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
 
@@ -140,7 +140,7 @@ def first_says(text: str) -> str:
 
 
 def stop(status: int) -> int:
-    """Returns the exit status of a run that failed; where there are other processes, ends this one on the spot.
+    """Returns the exit status of a failed run; with other processes, ends this one immediately.
 
     An orderly exit would first wait for the others, which wait for this one.
     """
@@ -158,9 +158,9 @@ def stop(status: int) -> int:
 
 @contextlib.contextmanager
 def claimed(folder: storage.Place) -> Iterator[None]:
-    """Holds a folder for this run: two runs must not write into one.
+    """Locks a folder for this run: two runs must not write into one.
 
-    The lock belongs to the process, not to the file: when the process is gone, however it went, so is the lock.
+    The lock belongs to the process, not to the file: it ends with the process, however that ends.
 
     Raises:
         UserError: If a live run holds the folder, naming its process and host.

@@ -1,4 +1,4 @@
-"""Meshes and shardings: one table from the axes that models name to the axes of the device mesh."""
+"""Meshes and shardings: one table from the logical axes of models to the axes of the device mesh."""
 
 import functools
 import math
@@ -14,7 +14,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from safe_rlhf_jax.errors import ConfigError
 
 MESH_AXES = ("data", "fsdp", "tensor")
-FETCHED_BYTES = 2**28  # of an array that stand whole on every device while it is fetched
+FETCHED_BYTES = 2**28  # of an array that are replicated on every device while it is fetched
 
 # Logical axis -> mesh axis (or axes). Models name logical axes only.
 LOGICAL_RULES: dict[str, str | tuple[str, ...] | None] = {
@@ -34,14 +34,14 @@ LOGICAL_RULES: dict[str, str | tuple[str, ...] | None] = {
 def make_mesh(shape: Sequence[int], devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Returns a mesh with the axes `data`, `fsdp`, `tensor`, laid out along the interconnect of the devices.
 
-    Where the devices are in several slices, `data` alone crosses the slower network between them.
+    With several slices of devices, only `data` crosses the slower network between them.
 
     Args:
-        shape: Three sizes; at most one of them may be -1, which takes the devices that remain.
+        shape: Three sizes; at most one of them may be -1, for the remaining devices.
         devices: The devices to use; all of them by default.
 
     Raises:
-        ConfigError: If the sizes do not use exactly the devices there are, or `data` does not divide into the slices.
+        ConfigError: If the sizes do not use all devices exactly, or `data` does not divide into the slices.
     """
     devices = list(devices or jax.devices())
     sizes = list(shape)
@@ -69,10 +69,10 @@ def make_mesh(shape: Sequence[int], devices: Sequence[jax.Device] | None = None)
 
 
 def partition_spec(names: Sequence[str | None]) -> PartitionSpec:
-    """Returns the mesh axes of an array whose dimensions carry these logical names.
+    """Returns the mesh axes of an array whose dimensions have these logical names.
 
     Raises:
-        ValueError: If two dimensions land on one mesh axis.
+        ValueError: If two dimensions map to one mesh axis.
     """
     axes = [None if name is None else LOGICAL_RULES[name] for name in names]
     used = [axis for entry in axes if entry for axis in ((entry,) if isinstance(entry, str) else entry)]
@@ -87,7 +87,7 @@ def constrain(x: jax.Array, *names: str | None, whole: str | None = None) -> jax
     Args:
         x: The array.
         names: One for each dimension.
-        whole: Mesh axis over which the array is not split after all.
+        whole: Mesh axis over which the array is not split.
     """
     if jax.sharding.get_abstract_mesh().empty:
         return x
@@ -96,9 +96,9 @@ def constrain(x: jax.Array, *names: str | None, whole: str | None = None) -> jax
 
 
 def scattered(gradient: jax.Array, names: tuple[str, str]) -> jax.Array:
-    """Returns the gradient of a matrix, reduced and scattered over `fsdp` as the logical names of the matrix say.
+    """Reduce-scatters the gradient of a matrix over `fsdp`, by the logical names of the matrix.
 
-    Left to itself, the compiler reduces the gradient of a reshaped parameter whole on every device, and takes a slice.
+    By default the compiler all-reduces the gradient of a reshaped parameter on every device, and takes a slice.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.shape["fsdp"] == 1:
@@ -109,7 +109,7 @@ def scattered(gradient: jax.Array, names: tuple[str, str]) -> jax.Array:
 
 
 def named_shardings(boxed: Any, mesh: Mesh) -> Any:
-    """Returns the `NamedSharding` of every leaf of a tree whose parameters carry logical axis names."""
+    """Returns the `NamedSharding` of every leaf of a tree whose parameters have logical axis names."""
 
     def sharding(leaf: Any) -> NamedSharding:
         names = leaf.names if isinstance(leaf, nn.LogicallyPartitioned) else ()
@@ -119,7 +119,7 @@ def named_shardings(boxed: Any, mesh: Mesh) -> Any:
 
 
 def init_sharded(init: Callable[..., Any], mesh: Mesh, *args: Any) -> Any:
-    """Returns `init(*args)` without axis boxes, every array born in its shards.
+    """Returns `init(*args)` without axis boxes, every array created in its shards.
 
     Nothing is materialised on one device: shapes come from `eval_shape`, values from a jitted `init` whose
     `out_shardings` are pinned.
@@ -134,7 +134,7 @@ def with_shardings(shapes: Any, shardings: Any) -> Any:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Returns the sharding of an array that every device holds whole."""
+    """Returns the sharding of a replicated array."""
     return NamedSharding(mesh, PartitionSpec())
 
 
@@ -168,9 +168,9 @@ def shard_batch(batch: Any, mesh: Mesh, share: tuple[int, int] = (0, 1)) -> Any:
 
 
 def process_share(mesh: Mesh) -> tuple[int, int]:
-    """Returns (i, n): of n equal slices of a batch's rows, the i-th holds just what this process's devices need.
+    """Returns (i, n): the i-th of n equal slices of a batch holds the rows of this process's devices.
 
-    (0, 1), the whole batch, where the mesh scatters the rows of a process.
+    (0, 1), the whole batch, if the mesh scatters the rows of a process.
     """
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     indices = batch_sharding(mesh).addressable_devices_indices_map((shards,)).values()
@@ -186,7 +186,7 @@ def fetch(tree: Any) -> Any:
 
 
 def fetch_array(x: jax.Array) -> np.ndarray:
-    """Returns an array as a host array; what other processes hold comes over in slices, so that devices have room."""
+    """Returns an array as a host array; shards of other processes are fetched in slices, to save device memory."""
     if x.is_fully_addressable or x.is_fully_replicated or not isinstance(x.sharding, NamedSharding):
         return np.asarray(x)
     rows = min(max(x.shape[0] * FETCHED_BYTES // x.nbytes, 1), x.shape[0])
@@ -199,5 +199,5 @@ def fetch_array(x: jax.Array) -> np.ndarray:
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
 def replicated_rows(x: jax.Array, start: int, rows: int, sharding: NamedSharding) -> jax.Array:
-    """Returns `rows` rows of an array, whole on every device."""
+    """Returns `rows` rows of an array, replicated on every device."""
     return jax.lax.with_sharding_constraint(jax.lax.dynamic_slice_in_dim(x, start, rows), sharding)

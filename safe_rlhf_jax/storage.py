@@ -1,10 +1,10 @@
-"""The one door to files: no other module of the package opens, lists, renames or locks any.
+"""File access: no other module of the package opens, lists, renames or locks files.
 
 A place is a local path, or a `gs://`, `s3://` or `az://` URI that `etils.epath` opens through fsspec. An object store
-has no rename, no append and no lock: objects are written whole, and are there or not. Every function says what it
-gives on a disk, and what an object store gives for the same.
+has no rename, no append and no lock: objects are written whole, and exist or not. Every function documents its
+guarantees on a disk and in an object store.
 
-Other modules hold a `Path` for its names (`folder / "config.json"`, `.name`, `.suffix`) and hand it to these functions.
+Other modules use a `Path` for its names (`folder / "config.json"`, `.name`, `.suffix`) and pass it to these functions.
 """
 
 import contextlib
@@ -23,11 +23,11 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 from etils import epath
 
-Path = pathlib.PurePath  # what others hold: joined, taken apart, never opened
+Path = pathlib.PurePath  # used by other modules to join and split names, never to open files
 Place = str | os.PathLike[str]
 
 SCHEMES = {"gs": "gcsfs", "s3": "s3fs", "az": "adlfs"}  # of URIs, and the package that opens them
-PARTIAL = ".partial"  # ends the name of what is being written
+PARTIAL = ".partial"  # suffix of a file that is being written
 WHOLE, PART = ".whole", ".part"  # objects of lines: all lines up to here, further lines
 
 
@@ -41,28 +41,28 @@ def path(place: Place) -> Path:
 
 
 def expanded(place: Place) -> Path:
-    """Returns a place that somebody has written as a path: `~` is the home folder, `~NAME` that of a user there is."""
+    """Returns a place given by a user as a path: `~` is the home folder, `~NAME` that of an existing user."""
     return path(place) if is_remote(place) else path(os.path.expanduser(place))
 
 
 def absolute(place: Place) -> Path:
-    """Returns a path that does not depend on the working directory, links not followed; a URI as it is."""
+    """Returns the absolute path, without following links; a URI unchanged."""
     return path(place) if is_remote(place) else pathlib.Path(place).absolute()
 
 
 def real(place: Place) -> Path:
-    """Returns the one path of what is there: absolute, links followed; a URI, or what is not there, as it is."""
+    """Returns the canonical path of an existing file or folder: absolute, links followed; anything else unchanged."""
     return path(place) if is_remote(place) or not os.path.exists(place) else path(os.path.realpath(place))
 
 
 def at(place: Place) -> Any:
     """Returns the object that reads and writes a place.
 
-    Local paths are those of `pathlib`: to `epath`, what may not be read is not there, and the size of a file cannot be
-    had where the system does not know its owner by name, as in containers.
+    Local paths use `pathlib`: `epath` treats unreadable files as missing, and cannot return the size of a file whose
+    owner has no name in the system, as in containers.
 
     Raises:
-        OSError: If the package that opens it is missing.
+        OSError: If the package for it is missing.
     """
     text = os.fspath(place)
     if not is_remote(text):
@@ -83,7 +83,7 @@ def is_remote(place: Place) -> bool:
 
 
 class Status(NamedTuple):
-    """Changes when a file does."""
+    """A value that changes when a file does."""
 
     size: int  # bytes
     modified: int  # ns, of the contents
@@ -91,7 +91,7 @@ class Status(NamedTuple):
 
 
 def exists(place: Place) -> bool:
-    """Says whether anything has the name."""
+    """Says whether the path exists."""
     return bool(at(place).exists())
 
 
@@ -101,7 +101,7 @@ def is_file(place: Place) -> bool:
 
 
 def is_folder(place: Place) -> bool:
-    """Says whether there is a folder; in an object store, whether an object's name begins so."""
+    """Says whether there is a folder; in an object store, whether an object has it as a prefix."""
     return bool(at(place).is_dir())
 
 
@@ -114,7 +114,7 @@ def status(place: Place) -> Status:
     """Returns size and times of a file.
 
     Raises:
-        OSError: If it is not there, or may not be asked about.
+        OSError: If it does not exist, or access is denied.
     """
     if is_remote(place):
         found = at(place).stat()
@@ -124,14 +124,14 @@ def status(place: Place) -> Status:
 
 
 def matching(folder: Place, *patterns: str) -> list[Path]:
-    """Returns what matches any of some patterns (`*.json`, `*/config.json`) in a folder, sorted."""
+    """Returns the matches of any of the patterns (`*.json`, `*/config.json`) in a folder, sorted."""
     return sorted({found for pattern in patterns for found in at(folder).glob(pattern)})
 
 
 def below(folder: Place) -> list[Path]:
-    """Returns all that is below a folder, sorted; folders are in it, and not entered where they are links.
+    """Returns everything below a folder, sorted, folders included; links to folders are not followed.
 
-    An object store has no folders: only objects are in it.
+    An object store has no folders: only objects are listed.
     """
     if not is_remote(folder):
         return sorted(pathlib.Path(folder).rglob("*"))
@@ -143,7 +143,7 @@ def below(folder: Place) -> list[Path]:
 
 
 def reading(place: Place) -> Any:
-    """Returns a file's bytes as a binary stream to close; nothing of it is held that is not read."""
+    """Opens a file as a binary stream, which the caller closes; only the parts that are read are in memory."""
     return at(place).open("rb")
 
 
@@ -155,14 +155,14 @@ def read_bytes(place: Place, size: int = -1) -> bytes:
 
 
 def read_text(place: Place) -> str:
-    """Returns the text of a UTF-8 file; every end of a line is a line feed."""
+    """Returns the text of a UTF-8 file, with line feeds as line endings."""
     return io.TextIOWrapper(io.BytesIO(read_bytes(place)), encoding="utf-8").read()
 
 
 def read_array(place: Place, dtype: np.dtype, shape: tuple[int, ...], offset: int) -> np.ndarray:
-    """Returns numbers that stand in a file from a byte on, read-only.
+    """Returns numbers from a byte offset of a file on, read-only.
 
-    On a disk they are mapped: what is not looked at is not read. Of an object their range is read at once.
+    On a disk they are memory-mapped: only accessed parts are read. In an object store their range is read at once.
     """
     if not is_remote(place):
         return np.memmap(place, dtype, "r", offset, shape).view(np.ndarray)
@@ -173,7 +173,7 @@ def read_array(place: Place, dtype: np.dtype, shape: tuple[int, ...], offset: in
 
 @contextlib.contextmanager
 def local_copy(place: Place) -> Iterator[str]:
-    """Gives a local path to a file or folder, for a library that reads no other; on a disk, the very one."""
+    """Yields a local path to a file or folder, for a library that reads no other; on a disk, the path itself."""
     if not is_remote(place):
         yield os.fspath(place)
         return
@@ -190,10 +190,10 @@ def local_copy(place: Place) -> Iterator[str]:
 
 @contextlib.contextmanager
 def writing(place: Place) -> Iterator[BinaryIO]:
-    """Takes the bytes of a file, which is there, whole, once the block has ended; until then the old one is, if any.
+    """Writes a file atomically: it is complete at the end of the block; until then any old file stays.
 
-    On a disk they go into `NAME.partial`, reach the disk, and are renamed; a block that fails leaves nothing. For an
-    object store they are gathered on the disk, and sent as one object. A folder that is missing is made.
+    On a disk the bytes go into `NAME.partial`, are synced and renamed; a block that fails leaves nothing. For an
+    object store they are collected on the disk and sent as one object. A missing folder is created.
     A pipe, or `/dev/stdout`, takes the bytes as they come.
 
     Raises:
@@ -228,16 +228,16 @@ def writing(place: Place) -> Iterator[BinaryIO]:
 
 
 def write(place: Place, content: str | bytes) -> None:
-    """Writes a file whole, as `writing` does; text as UTF-8."""
+    """Writes a file atomically, as `writing` does; text as UTF-8."""
     with writing(place) as stream:
         stream.write(content.encode() if isinstance(content, str) else content)
 
 
 @contextlib.contextmanager
 def local_draft(folder: Place) -> Iterator[str]:
-    """Gives a local folder, for a library that writes no other; its files are in `folder` once the block has ended.
+    """Yields a local folder, for a library that writes no other; its files are in `folder` at the end of the block.
 
-    On a disk it is the folder itself, made if needed.
+    On a disk it is the folder itself, created if needed.
     """
     if not is_remote(folder):
         make_folder(folder)
@@ -250,19 +250,19 @@ def local_draft(folder: Place) -> Iterator[str]:
 
 
 def make_folder(folder: Place) -> None:
-    """Makes a folder and those above it, where they are missing; in an object store there is nothing to make."""
+    """Creates a folder and its missing parents; does nothing in an object store."""
     if not is_remote(folder):
         pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
 
 
 def copy(source: Place, target: Place) -> None:
-    """Copies a file whole, from anywhere to anywhere."""
+    """Copies a file atomically, from any place to any place."""
     with reading(source) as old, writing(target) as new:
         shutil.copyfileobj(old, new)
 
 
 def remove(place: Place) -> None:
-    """Removes a file, or a folder with all that is in it; nothing happens where there is none."""
+    """Removes a file, or a folder with all its contents, if it exists."""
     here = at(place)
     if is_remote(here):
         for file in [here] if here.is_file() else below(here):
@@ -274,13 +274,13 @@ def remove(place: Place) -> None:
 
 
 def move(folder: Place, target: Place) -> None:
-    """Gives a folder another name; where something has it, it stays as it is.
+    """Renames a folder; never overwrites an existing one.
 
-    On a disk this is one step. In an object store everything is copied, and then removed: a move that was cut short
-    leaves all of it in one of the two, and some of it in the other.
+    Atomic on a disk. In an object store everything is copied and then removed: an interrupted move leaves all of it in
+    one of the two places, and some of it in the other.
 
     Raises:
-        FileExistsError: If something has the name.
+        FileExistsError: If the new name exists.
     """
     if exists(target):
         raise FileExistsError(f"{folder}: cannot be moved to {target}, which is there")
@@ -294,12 +294,12 @@ def move(folder: Place, target: Place) -> None:
 
 # --- Lines ------------------------------------------------------------------------------------------------------------
 #
-# A file that grows. In an object store it is a folder of objects, named by number: `00000003.whole` holds all lines up
-# to there, and `00000004.part` further ones. Each is written once, and by one process, which `locked` sees to.
+# A growing file. In an object store it is a folder of numbered objects: `00000003.whole` holds all lines up to there,
+# and `00000004.part` further ones. Each is written once, by one process, as `locked` ensures.
 
 
 def read_lines(place: Place) -> list[str]:
-    """Returns the lines of a file without their ends; a last one that was never finished is left out.
+    """Returns the lines of a file without line endings; omits an unfinished last line.
 
     Raises:
         FileNotFoundError: If there is no such file, nor any line of one.
@@ -311,7 +311,7 @@ def read_lines(place: Place) -> list[str]:
 
 
 def write_lines(place: Place, lines: Iterable[str]) -> None:
-    """Writes the lines in the place of those that are there; whoever reads meets the old ones or these."""
+    """Replaces the lines of a file atomically: a reader sees either the old or the new ones."""
     text = "".join(f"{line}\n" for line in lines)
     if not is_remote(place):
         write(place, text)
@@ -323,9 +323,9 @@ def write_lines(place: Place, lines: Iterable[str]) -> None:
 
 
 def append_lines(place: Place, lines: Iterable[str]) -> None:
-    """Writes further lines, in the system's hands when this returns; a kill in between leaves one unfinished at most.
+    """Appends lines, flushed to the system on return; a kill in between leaves at most one unfinished line.
 
-    An object store gets one object for all the lines of a call, which is there whole or not at all.
+    In an object store the lines of a call are one object, which exists whole or not at all.
     """
     text = "".join(f"{line}\n" for line in lines)
     if is_remote(place):
@@ -336,14 +336,14 @@ def append_lines(place: Place, lines: Iterable[str]) -> None:
 
 
 def parts(place: Place) -> list[Path]:
-    """Returns the objects that hold lines, from the newest that holds all lines on."""
+    """Returns the objects with the lines, starting at the newest `.whole` one."""
     found = matching(place, f"*{WHOLE}", f"*{PART}")
     wholes = [i for i, file in enumerate(found) if file.suffix == WHOLE]
     return found[wholes[-1] :] if wholes else found
 
 
 def number(objects: list[Path]) -> int:
-    """Returns the number of the newest of objects that hold lines."""
+    """Returns the number of the newest object with lines."""
     return int(objects[-1].stem) if objects else 0
 
 
@@ -352,13 +352,13 @@ def number(objects: list[Path]) -> int:
 
 @contextlib.contextmanager
 def locked(folder: Place, holder: str) -> Iterator[None]:
-    """Holds a folder, made if needed, for this process; `.lock` in it says who does.
+    """Locks a folder, created if needed, for this process; `.lock` in it names the holder.
 
-    The lock belongs to the process, not to the file: when the process is gone, however it went, so is the lock. An
-    object store would have to give an object that is written only where there is none, and that expires.
+    The lock belongs to the process, not to the file: it ends with the process, however that ends. An object store
+    would need an object that can only be created if absent, and that expires.
 
     Raises:
-        BlockingIOError: If another process holds it; says which.
+        BlockingIOError: If another process holds it; names the process.
         OSError: In an object store.
     """
     if is_remote(folder):
@@ -377,16 +377,16 @@ def locked(folder: Place, holder: str) -> Iterator[None]:
 
 
 def standing(place: Place) -> Path:
-    """Returns a path, or the nearest parent that is there; a URI as it is."""
+    """Returns a path, or its nearest existing parent; a URI unchanged."""
     here = absolute(place)
     return here if is_remote(here) else next(found for found in (here, *here.parents) if exists(found))
 
 
 def can_write(folder: Place) -> bool:
-    """Says whether files can be made in a folder that is there; of an object store only a write finds out."""
+    """Says whether an existing folder is writable; for an object store only a write can tell."""
     return is_remote(folder) or (is_folder(folder) and os.access(folder, os.W_OK | os.X_OK))
 
 
 def free_bytes(place: Place) -> float:
-    """Returns the free space of the disk that a path is on, or will be; that of an object store has no end."""
+    """Returns the free disk space at a path, which need not exist; unlimited for an object store."""
     return math.inf if is_remote(place) else shutil.disk_usage(standing(place)).free

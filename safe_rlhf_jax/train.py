@@ -54,15 +54,15 @@ def keep_freed_memory() -> None:
 
 @dataclasses.dataclass(frozen=True)
 class StageResult:
-    """What a finished stage has left in its folder.
+    """The result of a finished stage.
 
     Attributes:
         name: Of the stage.
         kind: Of the stage, such as "sft" or "rl".
-        folder: Where everything is.
-        export: The network, for `load_policy` or `load_scorer`; None where the stage makes none.
-        metrics: The figures of its end.
-        warnings: What speaks against the stage.
+        folder: Its folder, with all outputs.
+        export: The network, for `load_policy` or `load_scorer`; None if the stage makes none.
+        metrics: Its final metrics.
+        warnings: Known problems of the stage.
     """
 
     name: str
@@ -74,21 +74,21 @@ class StageResult:
 
 
 def run(config: "RunConfig | storage.Place", overrides: Sequence[str] = ()) -> dict[str, StageResult]:
-    """Runs the stages of a config in order; those that are finished with an unchanged config are skipped.
+    """Runs the stages of a config in order; skips those that are finished with an unchanged config.
 
-    Where the environment says that the run has several processes, each of them calls this, before it uses JAX.
+    With several processes, as set by the environment, each of them calls this, before it uses JAX.
 
     Args:
-        config: A YAML file, the name of a config that comes with the package, or what `load_config` returned.
+        config: A YAML file, the name of a config in the package, or the result of `load_config`.
         overrides: Such as `stages.sft.epochs=1`, for a file or a name.
 
     Returns:
-        The results by the names of the stages; of several processes the first one, which writes them, returns them.
+        The results by the names of the stages; with several processes, only in the first one, which writes them.
 
     Raises:
         UserError: If the config cannot run, naming the field, the value and the fix; or if data, a model folder or the
-            numbers of a stage are not as they have to be.
-        SystemExit: With status 143 after SIGTERM, when the state is saved: the same call continues.
+            numbers of a stage are wrong.
+        SystemExit: After SIGTERM, with status 143, once the state is saved: the same call resumes.
     """
     from safe_rlhf_jax import processes
     from safe_rlhf_jax.config import ConfigError, RunConfig, load_config
@@ -134,7 +134,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run_stages(config: "RunConfig", said: str) -> dict[str, StageResult]:
-    """Runs the stages of a config, which was named as `said`, and returns their results."""
+    """Runs the stages of a config, named `said` in messages, and returns their results."""
     from safe_rlhf_jax import processes, stages
     from safe_rlhf_jax.stages.common import Run
 
@@ -149,7 +149,7 @@ def run_stages(config: "RunConfig", said: str) -> dict[str, StageResult]:
 
 
 def result_of(run: Any, stage: Any) -> StageResult:
-    """Returns what a finished stage has left."""
+    """Returns the result of a finished stage."""
     from safe_rlhf_jax import storage
 
     folder, result = run.folder(stage.name), run.result(stage.name)

@@ -1,1 +1,1 @@
-"""What a compiled program needs and does: memory, traffic, collectives, and how fast a chip could run it."""
+"""Ahead-of-time analysis of compiled programs: memory, traffic, collectives, and projected speed on a chip."""

@@ -1,4 +1,4 @@
-"""What a chip can hold and do, from its vendor's data sheets."""
+"""Capacity and peak rates of chips, from their vendors' data sheets."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -14,10 +14,10 @@ class Chip:
 
     name: str
     flops: float  # FLOP/s, bfloat16
-    hbm: int  # bytes that a program can have
+    hbm: int  # bytes available to a program
     hbm_rate: float  # bytes/s
     link_rate: float  # bytes/s of one link of the interconnect in one direction
-    wraps_from: int  # devices along an axis of the torus from which on its ends are joined; 0: never
+    wraps_from: int  # minimum devices along a torus axis with wraparound links; 0: never
 
 
 # Source: cloud.google.com/tpu/docs (v4, v5e, v5p, v6e, tpu7x) as of 2025; link rates are the stated bandwidth per chip
@@ -38,19 +38,19 @@ CHIPS = {
 
 
 def chip_of(device: Any) -> Chip | None:
-    """Returns the chip of a device, None for one that is not in the table (a CPU)."""
+    """Returns the chip of a device, None if it is not in the table (a CPU)."""
     return CHIPS.get(device.device_kind)
 
 
 def ring_rate(chip: Chip, devices: Sequence[Any], group: Sequence[int]) -> float:
     """Bytes/s that each device of a group can send in a ring along the axes of the torus that the group spans.
 
-    An axis whose ends are joined carries two directions at once, one whose ends are not carries one.
+    An axis with wraparound links carries two directions at once, one without them carries one.
 
     Args:
         chip: The chip.
         devices: All devices, in the order of the mesh.
-        group: Places of the group's devices in that order.
+        group: Indices of the group's devices in that order.
     """
     if not hasattr(devices[0], "coords"):
         return chip.link_rate

@@ -13,7 +13,7 @@ from safe_rlhf_jax.aot.hlo import Array, Instruction, Module
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
 CHANNEL = re.compile(r"channel_id=(\d+)")
-# How XLA writes which devices communicate: a list, a reshaped and transposed range, or axes of a mesh of its own.
+# XLA's notations of device groups: a list, a reshaped and transposed range, or axes of its own mesh.
 LIST = re.compile(r"replica_groups=\{\{([\d,]+)\}")
 RANGE = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
 AXES = re.compile(r"replica_groups=mesh\[([^\]]*)\](?:,? ?device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}]*)\}")
@@ -22,12 +22,12 @@ PAIRS = re.compile(r"source_target_pairs=\{(.*?)\}\}")  # of a permutation: a gr
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """One collective operation, as one run of the program executes it."""
+    """One collective operation, as executed in one run of the program."""
 
     kind: str
     axes: tuple[str, ...]  # mesh axes that it communicates over
-    group: tuple[int, ...]  # devices of its first group, by their place in the mesh
-    arrays: tuple[Array, ...]  # of the larger side: what has been gathered, what is reduced
+    group: tuple[int, ...]  # devices of its first group, by their index in the mesh
+    arrays: tuple[Array, ...]  # of the larger side: the gathered result, or the operand of a reduction
     bytes_each: float  # sent by each device per execution
     times: int
     phase: str
@@ -42,8 +42,8 @@ class Collective:
 def find_collectives(module: Module, mesh_shape: Mapping[str, int], scopes: tuple[str, ...] = ()) -> list[Collective]:
     """Returns the collectives of a program.
 
-    A ring is assumed: of n devices each sends (n − 1)/n of what is gathered, scattered or exchanged, and twice that of
-    what is all-reduced.
+    A ring is assumed: each of n devices sends (n − 1)/n of a gather, scatter or exchange, and twice that of an
+    all-reduce.
 
     Args:
         module: The program.
@@ -60,7 +60,7 @@ def find_collectives(module: Module, mesh_shape: Mapping[str, int], scopes: tupl
             arrays = whole(instruction)
             scale = len(group) if instruction.opcode.startswith("reduce-scatter") else 1  # its result is one shard
             sent = factor * scale * sum(array.bytes for array in arrays) * (len(group) - 1) / len(group)
-            # TPUs overlap a collective with several fusions; each of them shows it, with the same channel.
+            # TPUs overlap a collective with several fusions; each of them contains it, with the same channel.
             channel = CHANNEL.search(instruction.attributes)
             key = channel[1] if channel else (executed.computation, executed.instruction.name, i)
             name = instruction.op_name or executed.instruction.op_name
@@ -70,7 +70,7 @@ def find_collectives(module: Module, mesh_shape: Mapping[str, int], scopes: tupl
 
 
 def underlying(module: Module, instruction: Instruction) -> Iterator[tuple[Instruction, str]]:
-    """Yields the collective that an instruction is, or those that it wraps in a fusion, and their kinds."""
+    """Yields the collectives of an instruction, itself or inside its fusion, and their kinds."""
     kind = instruction.opcode.removesuffix("-start")
     if kind in KINDS:
         yield instruction, kind
@@ -98,7 +98,7 @@ def first_group(attributes: str, devices: int) -> tuple[int, ...]:
     """Returns the devices of the first group that communicates.
 
     Raises:
-        ValueError: For a notation that is not known.
+        ValueError: For an unknown notation.
     """
     if match := LIST.search(attributes):
         return numbers(match[1])

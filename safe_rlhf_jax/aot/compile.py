@@ -1,4 +1,4 @@
-"""Compiles the programs of a stage ahead of time, for devices that need not exist, and says what they need."""
+"""Compiles the programs of a stage ahead of time, for devices that need not exist, and reports their needs."""
 
 import math
 import time
@@ -31,10 +31,10 @@ def compile_stage(config: cfg.RunConfig, stage: cfg.StageBase, devices: Sequence
 
     Returns:
         A tree of plain numbers: `programs` with memory, phases, collectives and seconds of compiling each; the
-        projection of a whole step where the chip is known; `fits`.
+        projection of a whole step if the chip is known; `fits`.
 
     Raises:
-        ConfigError: If the stage does not divide as its mesh asks.
+        ConfigError: If the stage does not divide by its mesh axes.
     """
     run = AbstractRun(config, make_mesh((config.mesh.data, config.mesh.fsdp, config.mesh.tensor), devices))
     check_divides(run, stage)
@@ -69,13 +69,13 @@ def compile_program(run: Run, stage: cfg.StageBase, program: Program) -> dict[st
 
 
 def step_flops(run: Run, stage: cfg.StageBase, *, recomputed: bool) -> dict[str, float]:
-    """Returns {phase: FLOPs of one step on all devices}, with what `remat: full` repeats where `recomputed`."""
+    """Returns {phase: FLOPs of one step on all devices}, with the recomputation of `remat: full` if `recomputed`."""
     again = 4 / 3 if recomputed and run.config.execution.remat == "full" else 1.0
     return training_of(stage).flops(run, stage, again)
 
 
 def training_of(stage: cfg.StageBase) -> Training:
-    """Returns what a kind of stage that trains is."""
+    """Returns the training record of a stage's kind."""
     training = kind_of(stage).training
     if training is None:
         raise TypeError(f"a stage of kind {stage.kind} trains nothing")
@@ -90,9 +90,9 @@ def argument_bytes(run: Run, stage: cfg.StageBase) -> int:
 
 
 def projection(run: Run, stage: cfg.StageBase, reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Returns the least seconds of a step, the most tokens/s and the highest MFU: nothing of it is measured.
+    """Returns lower bounds of a step's seconds and upper bounds of tokens/s and MFU; nothing is measured.
 
-    MFU counts the FLOPs of the model, not those that rematerialisation repeats.
+    MFU counts the FLOPs of the model, not those of rematerialisation.
     """
     devices = run.mesh.devices.size
     chip = chip_of(run.mesh.devices.flat[0])

@@ -1,4 +1,4 @@
-"""FLOPs counted from shapes, a multiply-add as two (XLA counts a scanned layer once, however often it runs)."""
+"""FLOPs counted from shapes, a multiply-add as two (XLA counts a scanned layer only once)."""
 
 from safe_rlhf_jax.models.config import ModelConfig
 
@@ -32,12 +32,12 @@ def iteration_flops(
         batch: Sequences.
         prompt: S, tokens.
         response: T, tokens; every response is counted at its full length.
-        recompute: Old log-probabilities are computed by a forward pass of their own.
-        critics: Networks with values.
-        scorers: Reward and cost models.
+        recompute: Old log-probabilities are computed by a separate forward pass.
+        critics: Number of critics.
+        scorers: Number of reward and cost models.
         epochs: Passes over the rollout.
-        ptx: A language-modelling loss on as many texts is mixed in.
-        reference: Log-probabilities under the reference are computed.
+        ptx: Add a language-modelling loss on the same number of texts.
+        reference: Compute log-probabilities under the reference.
     """
     length = prompt + response
     policy = forward_flops(config, batch, length, response)

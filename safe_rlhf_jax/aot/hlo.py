@@ -1,4 +1,4 @@
-"""Reads the text of an optimised HLO program: its instructions, how often each runs, and in which phase."""
+"""Parses the text of an optimised HLO program: its instructions, their execution counts and phases."""
 
 import dataclasses
 import functools
@@ -49,7 +49,7 @@ class Instruction:
 
     @property
     def called(self) -> tuple[str, ...]:
-        """Names of the computations it runs, the condition of a loop left out."""
+        """Names of the computations it runs, without the condition of a loop."""
         return tuple(name for match in CALLED.finditer(self.attributes) for name in REFERENCE.findall(match[1]))
 
     @property
@@ -61,19 +61,19 @@ class Instruction:
 
 @dataclasses.dataclass(frozen=True)
 class Executed:
-    """An instruction in its place in the program."""
+    """An instruction with its context in the program."""
 
     instruction: Instruction
     computation: str
-    times: int  # how often one run of the program executes it
-    phase: str  # the innermost of the asked-for scopes that it was traced in, "" outside of them
+    times: int  # executions in one run of the program
+    phase: str  # the innermost requested scope that it was traced in, "" outside of them
 
 
 class Module:
     """An optimised program.
 
     Args:
-        text: As `compiled.as_text()` gives it.
+        text: Result of `compiled.as_text()`.
     """
 
     def __init__(self, text: str):
@@ -96,10 +96,10 @@ class Module:
         return {name: {i.name: i for i in lines} for name, lines in self.computations.items()}
 
     def trips(self, loop: Instruction) -> int:
-        """Rounds of a loop: as XLA states them, else the bound in its condition, which one may also leave early.
+        """Trip count of a loop: as stated by XLA, else the bound in its condition, which an early exit may not reach.
 
         Raises:
-            ValueError: If the condition compares with no constant.
+            ValueError: If the condition has no constant bound.
         """
         known = TRIPS.search(loop.attributes)
         if known:
@@ -113,7 +113,7 @@ class Module:
         return max(bounds)
 
     def walk(self, scopes: tuple[str, ...] = ()) -> Iterator[Executed]:
-        """Yields every instruction that is executed, those inside of fusions left out.
+        """Yields every executed instruction, except those inside of fusions.
 
         Args:
             scopes: Names of `jax.named_scope`s: the phases.
@@ -149,7 +149,7 @@ def parse_instruction(line: str) -> Instruction:
 
 
 def balanced(text: str) -> int:
-    """Returns the end of the parenthesis that the text opens with."""
+    """Returns the end of the text's opening parenthesis."""
     depth = 0
     for i, character in enumerate(text):
         depth += (character == "(") - (character == ")")

@@ -1,4 +1,4 @@
-"""What a program that scales must not contain, looked up in its instructions."""
+"""Checks for instructions that a scalable program must not contain."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -16,7 +16,7 @@ def host_transfers(module: Module) -> list[Instruction]:
 
 
 def float32_logits(module: Module, vocabulary: int, rows: int) -> list[Instruction]:
-    """Returns the instructions, fusions from outside, with a float32 result of so many rows over the vocabulary."""
+    """Returns the instructions, fusions from outside, with a float32 result of that many rows over the vocabulary."""
     found = []
     for executed in module.walk():
         shapes = [array.shape for array in executed.instruction.arrays if array.dtype == "f32"]
@@ -26,26 +26,26 @@ def float32_logits(module: Module, vocabulary: int, rows: int) -> list[Instructi
 
 
 def gathered(collectives: Iterable[Collective], elements: int) -> list[Collective]:
-    """Returns the all-gathers that leave more than so many elements of one array on every device."""
+    """Returns the all-gathers that leave more than that many elements of one array on every device."""
     return [c for c in collectives if c.kind == "all-gather" and largest(c) > elements]
 
 
 def reduced_whole(collectives: Iterable[Collective], axis: str, elements: int) -> list[Collective]:
-    """Returns the all-reduces over a mesh axis of at least so many elements: every device gets them whole."""
+    """Returns the all-reduces over a mesh axis of at least that many elements: every device receives all of them."""
     return [c for c in collectives if c.kind == "all-reduce" and axis in c.axes and largest(c) >= elements]
 
 
 def summed_in(collectives: Iterable[Collective], dtype: str, axes: tuple[str, ...], elements: int) -> list[Collective]:
-    """Returns the sums over any of these mesh axes, of more than so many elements in a dtype as HLO spells it.
+    """Returns the sums over any of these mesh axes of more than that many elements in a dtype, in HLO's spelling.
 
-    TPUs gather short vectors by adding zeros to them, which rounds nothing.
+    TPUs gather short vectors by adding zeros to them, which does not round.
     """
     sums = [c for c in collectives if c.kind in ("all-reduce", "reduce-scatter") and set(axes) & set(c.axes)]
     return [c for c in sums if largest(c) > elements and any(array.dtype == dtype for array in c.arrays)]
 
 
 def rounded_products(module: Module) -> list[Instruction]:
-    """Returns the products of a float32 network for which a TPU rounds the operands to fewer bits."""
+    """Returns the products of a float32 network whose operands a TPU rounds to fewer bits."""
     products = [i for lines in module.computations.values() for i in lines if i.opcode in ("dot", "convolution")]
     return [i for i in products if i.arrays[0].dtype == "f32" and "highest" not in i.attributes]
 

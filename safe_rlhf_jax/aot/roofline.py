@@ -1,4 +1,4 @@
-"""What one compiled program needs and how fast it could be, as plain numbers."""
+"""Roofline of one compiled program: its needs and its best possible speed, as plain numbers."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,7 @@ EXHAUSTED = re.compile(r"(?:Used |\()([\d.]+)([KMGT]?)(?: of [\d.]+[KMGT]? hbm|\
 
 
 def memory_of(compiled: Any, capacity: int | None) -> dict[str, Any]:
-    """Returns bytes per device by kind; `total` is what must fit beside nothing else."""
+    """Returns bytes per device by kind; `total` must fit into the memory of a device."""
     stats = compiled.memory_analysis()
     memory = {
         "argument": stats.argument_size_in_bytes,
@@ -30,7 +30,7 @@ def memory_of(compiled: Any, capacity: int | None) -> dict[str, Any]:
 
 
 def exhausted_memory(message: str, capacity: int | None) -> dict[str, Any] | None:
-    """Returns what a compiler says that ran out of a chip's memory; None for any other message."""
+    """Returns the compiler's memory figure from an out-of-memory message; None for any other message."""
     match = EXHAUSTED.search(message)
     if match is None:
         return None
@@ -49,17 +49,17 @@ def analyse(
     """Returns memory, collectives and phases of a compiled program.
 
     Args:
-        compiled: As `jit(…).lower(…).compile()` gives it.
+        compiled: Result of `jit(…).lower(…).compile()`.
         mesh_shape: Sizes of the mesh axes.
         devices: In the order of the mesh.
-        chip: What each device is; None leaves the projection out.
+        chip: Chip of each device; None omits the projection.
         flops: {phase: executed by all devices in one run}; its phases are the scopes of the program.
     """
     module = Module(compiled.as_text())
     scopes = tuple(flops)
     collectives = find_collectives(module, mesh_shape, scopes)
     traffic = hbm_bytes(module, scopes)
-    # What lies outside of every scope is little, and is counted with the last of them.
+    # The little outside of all scopes is counted with the last of them.
     last = scopes[-1]
     phases = {}
     for phase in scopes:
@@ -78,7 +78,7 @@ def analyse(
 def roofline(
     flops: float, traffic: float, collectives: Sequence[Collective], chip: Chip | None, devices: Sequence[Any]
 ) -> dict[str, Any]:
-    """Returns what a phase asks of one device, and the least time that takes: everything overlaps, at peak rates."""
+    """Returns a phase's needs of one device, and its least time: everything overlaps, at peak rates."""
     row: dict[str, Any] = {"flops": flops, "hbm_bytes": traffic, "sent_bytes": sum(c.bytes for c in collectives)}
     if chip is None:
         return row

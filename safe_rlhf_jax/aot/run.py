@@ -18,10 +18,10 @@ class AbstractRun(Run):
     """A run on devices that need not exist."""
 
     def __init__(self, config: cfg.RunConfig, mesh: Mesh):
-        """Takes the mesh; opens the tokenizer where it is on this machine, else only knows its size.
+        """Takes the mesh; opens the tokenizer if it is on this machine, else only its size is known.
 
         Raises:
-            ConfigError: If `assume` names no preset, or is missing where the tokenizer is not here.
+            ConfigError: If `assume` names no preset, or is missing while the tokenizer is not on this machine.
         """
         self.config = config
         self.mesh = mesh
@@ -41,7 +41,7 @@ class AbstractRun(Run):
 
 @dataclasses.dataclass(frozen=True)
 class AbsentTokenizer(Tokenizer):
-    """Stands for a tokenizer that is not on this machine; which ids it gives to EOS and padding changes no shape."""
+    """Placeholder for a tokenizer that is not on this machine; its EOS and padding ids change no shape."""
 
     size: int = 0
 

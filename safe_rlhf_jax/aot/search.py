@@ -1,4 +1,4 @@
-"""Which mesh, rematerialisation and microbatches fit a stage into memory: found by compiling, not by formula."""
+"""Search for a mesh, rematerialisation and microbatches that fit a stage into memory: by compiling, not by formula."""
 
 import functools
 import math
@@ -20,7 +20,7 @@ from safe_rlhf_jax.sharding import make_mesh
 from safe_rlhf_jax.stages.check import check_divides
 
 REMATS = ("none", "dots", "full")  # from the fastest to the smallest
-MESHES = 4  # of those whose parameters fit, so many are tried for an advice
+MESHES = 4  # number of meshes whose parameters fit to try for an advice
 
 
 def feasible(
@@ -28,7 +28,7 @@ def feasible(
 ) -> list[dict[str, Any]]:
     """Returns the variants that fit on the `count` most promising meshes, the fastest projected step first.
 
-    Each core looks into one mesh at a time.
+    Each core searches one mesh at a time.
     """
     look = functools.partial(variants, config, stage, devices)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -37,7 +37,7 @@ def feasible(
 
 
 def advise(config: cfg.RunConfig, stage: cfg.TrainingStage, devices: Sequence[jax.Device]) -> dict[str, Any] | None:
-    """Returns the cheapest change that fits, None where nothing does.
+    """Returns the cheapest change that fits, or None.
 
     It tries more microbatches first, then more rematerialisation, then other meshes.
     """
@@ -57,8 +57,8 @@ def sizes(mesh: cfg.Mesh) -> tuple[int, int, int]:
 def meshes(config: cfg.RunConfig, stage: cfg.TrainingStage, devices: Sequence[jax.Device]) -> list[cfg.Mesh]:
     """Returns the meshes that the stage divides into and whose arguments alone fit, the most promising first.
 
-    That is the one that gathers least while it decodes: parameters over `fsdp` are gathered for every token, those over
-    `tensor` stay where they are. Among these, the one with the fewest tensor-parallel devices beyond that.
+    Most promising is the least gathering in decoding: parameters over `fsdp` are gathered for every token, those over
+    `tensor` stay in place. Ties are broken by the fewest tensor-parallel devices.
     """
     chip = chip_of(devices[0])
     fitting = []
@@ -74,7 +74,7 @@ def meshes(config: cfg.RunConfig, stage: cfg.TrainingStage, devices: Sequence[ja
 
 
 def shapes(devices: int) -> Iterator[cfg.Mesh]:
-    """Yields every mesh of powers of two over so many devices."""
+    """Yields every mesh of powers of two over that many devices."""
     powers = [2**i for i in range(devices.bit_length())]
     for fsdp in powers:
         for tensor in powers:
@@ -83,7 +83,7 @@ def shapes(devices: int) -> Iterator[cfg.Mesh]:
 
 
 def held_bytes(run: AbstractRun, stage: cfg.TrainingStage) -> int:
-    """Returns the bytes per device that a step holds whatever else it does: its arguments."""
+    """Returns the bytes per device of a step's arguments, which it always holds."""
     with jax.set_mesh(run.mesh):
         return argument_bytes(run, stage)
 
@@ -97,10 +97,10 @@ def variants(
     *,
     first: bool = False,
 ) -> list[dict[str, Any]]:
-    """Returns what fits on a mesh, for each rematerialisation with the fewest microbatches; or the first such only.
+    """Returns the variants that fit on a mesh, with the fewest microbatches per rematerialisation; or only the first.
 
-    One with more rematerialisation is there only for fewer microbatches, since otherwise it is slower and no smaller.
-    Where nothing fits while parameters are gathered to decode, they are not.
+    More rematerialisation is listed only with fewer microbatches, since otherwise it is slower and no smaller. If
+    nothing fits with parameters gathered for decoding, they are not gathered.
     """
     found: list[dict[str, Any]] = []
     counts, chip = microbatch_counts(stage, mesh), chip_of(devices[0])
@@ -126,7 +126,7 @@ def variants(
 
 
 def generates(stage: cfg.StageBase) -> bool:
-    """Says whether a stage writes responses."""
+    """Says whether a stage generates responses."""
     return any(use.generates for use in stage.models().values())
 
 
@@ -145,7 +145,7 @@ def fewest_microbatches(
     capacity: float,
     held: float,
 ) -> dict[str, Any] | None:
-    """Returns the first of these numbers of microbatches with which a stage fits, as a variant; None where none does.
+    """Returns the first of these numbers of microbatches with which a stage fits, as a variant, or None.
 
     Memory is modelled as total(n) ≈ held + a/n for n microbatches. `held` starts as the bytes of the arguments; after
     two failed compilations it is estimated from both. Counts that the model predicts not to fit are skipped.
@@ -171,7 +171,7 @@ def fewest_microbatches(
 def attempt(
     config: cfg.RunConfig, stage: cfg.TrainingStage, devices: Sequence[jax.Device], microbatches: int
 ) -> dict[str, Any]:
-    """Compiles one variant; returns its overrides, what it needs and whether that fits."""
+    """Compiles one variant; returns its overrides, its needs and whether it fits."""
     started = time.monotonic()
     report = compile_stage(config, stage.model_copy(update={"microbatches": microbatches}), devices)
     total = max(program["memory"]["total"] for program in report["programs"])

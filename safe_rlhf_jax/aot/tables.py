@@ -39,7 +39,7 @@ def memory_table(program: dict[str, Any]) -> Table:
 
 
 def phase_table(program: dict[str, Any]) -> Table:
-    """What each phase asks of a device, and the least time each resource needs for it."""
+    """Needs of each phase on a device, and the least time of each resource."""
     table = Table(title=f"{program['program']}: per device and step; seconds are projected from peak rates")
     for name in ("phase", "TFLOP", "HBM GB", "sent GB", "compute s", "HBM s", "wires s", "bound by"):
         table.add_column(name, justify="left" if name in ("phase", "bound by") else "right")

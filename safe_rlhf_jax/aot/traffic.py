@@ -1,26 +1,33 @@
-"""Bytes that a compiled program moves to and from HBM, counted from its instructions and how often each runs."""
+"""Bytes that a compiled program moves to and from HBM, counted from its instructions and their executions."""
 
 import math
 from collections import defaultdict
 
 from safe_rlhf_jax.aot.hlo import Array, Executed, Instruction, Module
 
-# They name memory, or run other instructions that are counted themselves.
+# They name memory, or run other instructions that are counted separately.
 FREE = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all",
     "partition-id", "replica-id", "iota", "copy-done", "slice-done", "async-start", "async-update", "async-done",
     "opt-barrier",
 }  # fmt: skip
-SLICES = {"dynamic-slice", "slice", "gather", "slice-start"}  # read as much as they return
-THROUGH = {"bitcast", "reshape", "copy", "convert", "transpose", "broadcast"}  # of no size of their own inside a fusion
+SLICES = {"dynamic-slice", "slice", "gather", "slice-start"}  # read as many bytes as they return
+THROUGH = {
+    "bitcast",
+    "reshape",
+    "copy",
+    "convert",
+    "transpose",
+    "broadcast",
+}  # without a size of their own inside a fusion
 
 
 def hbm_bytes(module: Module, scopes: tuple[str, ...] = ()) -> dict[str, float]:
     """Returns {phase: bytes read from and written to HBM by one device in one run}.
 
-    Every instruction reads its operands and writes its result; what a fusion keeps inside of itself, and what the
-    compiler has placed in the fast memory of the core, costs nothing. Of an array that is only sliced, the slice
-    counts; of one that is updated in place, the update.
+    Every instruction reads its operands and writes its result; values inside of a fusion, or in the fast memory of the
+    core, cost nothing. An array that is only sliced counts with the slice; one that is updated in place, with the
+    update.
     """
     total: dict[str, float] = defaultdict(float)
     for executed in module.walk(scopes):
@@ -45,7 +52,7 @@ def instruction_bytes(module: Module, executed: Executed) -> float:
 
 
 def in_hbm(arrays: tuple[Array, ...]) -> int:
-    """Returns the bytes of those arrays that lie in HBM."""
+    """Returns the bytes of the arrays in HBM."""
     return sum(array.bytes for array in arrays if not array.on_chip)
 
 
@@ -57,7 +64,7 @@ def fusion_bytes(module: Module, fusion: Instruction, here: dict[str, Instructio
     moved = 0.0
     for parameter in parameters:
         operand = here[fusion.operands[int(parameter.value)]]
-        if parameter.name in updates:  # in place: read and written where it is updated
+        if parameter.name in updates:  # in place: only the updated part is read and written
             moved += 2 * in_size(inner, updates[parameter.name], operand)
             continue
         moved += min(read_bytes(module, inner, parameter.name), in_hbm(operand.arrays))
@@ -67,7 +74,7 @@ def fusion_bytes(module: Module, fusion: Instruction, here: dict[str, Instructio
 
 
 def in_size(inner: dict[str, Instruction], update: Instruction, operand: Instruction) -> int:
-    """Returns the bytes of what is written into an operand, 0 where it lies in the fast memory."""
+    """Returns the bytes written into an operand, 0 if it is in the fast memory."""
     return inner[update.operands[1]].bytes if in_hbm(operand.arrays) else 0
 
 
@@ -79,7 +86,7 @@ def source(inner: dict[str, Instruction], name: str) -> str:
 
 
 def read_bytes(module: Module, inner: dict[str, Instruction], name: str) -> float:
-    """Returns the bytes that a fused computation reads of a value; infinite where it reads all of it."""
+    """Returns the bytes that a fused computation reads of a value; infinite if it reads all of it."""
     readers = uses(inner, name)
     total = 0.0 if readers else math.inf
     for reader, position in readers:
@@ -95,7 +102,7 @@ def read_bytes(module: Module, inner: dict[str, Instruction], name: str) -> floa
 
 
 def uses(inner: dict[str, Instruction], name: str) -> list[tuple[Instruction, int]]:
-    """Returns the instructions that read a value, behind those that only rename it, and as which operand."""
+    """Returns the instructions that read a value, through those that only rename it, and the operand index."""
     readers = []
     for instruction in inner.values():
         if name in instruction.operands:

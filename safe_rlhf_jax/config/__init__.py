@@ -1,6 +1,6 @@
 """Schemas of a config file, and `load_config`.
 
-Defaults live in the schemas, with unit and source; a YAML file holds what differs.
+Defaults are in the schemas, with unit and source; a YAML file holds the differences.
 """
 
 from safe_rlhf_jax.config.algorithm import AlgorithmConfig, CalibratedLimit, KLConfig, Lagrange, PIDConfig

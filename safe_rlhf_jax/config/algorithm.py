@@ -42,7 +42,7 @@ class Lagrange(Schema):
     threshold: float = 0.0  # of `rectified`, cost-model units [RePO]
     tail: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9  # α of `cvar`: the mean of the worst 1 − α
     multiplier: Literal["log", "projected", "pid"] = "log"  # gradient ascent in log λ [ref], in λ, or PID control
-    init: float | str = 1.0  # λ at the start [ref]; or the name of an earlier stage of kind dual, which finds it
+    init: float | str = 1.0  # initial λ [ref]; or the name of an earlier dual stage that finds it
     lr: PositiveFloat = 0.1  # of log λ [ref]; of λ; K_i of PID
     schedule: ScheduleName = "constant"
     pid: PIDConfig = PIDConfig()
@@ -58,7 +58,7 @@ class Lagrange(Schema):
     @pydantic.field_validator("init")
     @classmethod
     def start_is_possible(cls, value: float | str, info: Any) -> float | str:
-        """Log λ must exist, and λ is never negative."""
+        """Checks that log λ exists, and λ is never negative."""
         if isinstance(value, str):
             return value
         if info.data.get("multiplier") == "log" and value <= 0:
@@ -68,7 +68,7 @@ class Lagrange(Schema):
         return value
 
     def idle(self) -> dict[str, str]:
-        """What belongs to another measure or multiplier, or to one limit where there are several."""
+        """Settings of another measure or multiplier, or of a single limit if there are several."""
         reasons: dict[str, str] = {}
         if self.group_limits is not None:
             reasons |= dict.fromkeys(("cost_limit", "warn_unsafe_share"), "each group has its limit in group_limits")
@@ -82,7 +82,7 @@ class Lagrange(Schema):
 
     @pydantic.model_validator(mode="after")
     def bounds_and_measure_fit(self) -> "Lagrange":
-        """The multiplier starts between its bounds, and the limit belongs to the measure."""
+        """Checks that the multiplier starts between its bounds, and the limit fits the measure."""
         low, high = self.min_multiplier or 0.0, self.max_multiplier or float("inf")
         if not isinstance(self.init, str) and not low <= self.init <= high:
             raise ValueError(f"init {self.init} must lie between min_multiplier {low} and max_multiplier {high}")
@@ -100,23 +100,23 @@ class Lagrange(Schema):
 
 
 class KLConfig(Schema):
-    """How the policy is held near the reference, beside `kl_coeff`."""
+    """KL regularisation towards the reference, beside `kl_coeff`."""
 
     place: Literal["signals", "k2", "k3"] = "signals"  # in rewards and costs [ref], or a loss with this estimator
     schedule: ScheduleName = "constant"  # of kl_coeff, by iteration
-    target: PositiveFloat | None = None  # nats per response; a controller moves kl_coeff to keep to it
+    target: PositiveFloat | None = None  # nats per response; target of a controller of kl_coeff
     gain: PositiveFloat = 0.1  # of the controller, per iteration [Ziegler et al. 2019]
     refresh_every: PositiveInt | None = None  # iterations after which the reference becomes the actor
     average: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None  # share of the actor in the reference, per iteration
 
     def idle(self) -> dict[str, str]:
-        """The gain of a controller that has no target."""
+        """The gain of a controller without a target."""
         without_target = {"gain": "it is of the controller that keeps to target, which is not set"}
         return without_target if self.target is None else {}
 
     @pydantic.model_validator(mode="after")
     def one_schedule_and_one_reference(self) -> "KLConfig":
-        """One thing moves β, and one moves the reference."""
+        """Checks that at most one setting moves β, and one the reference."""
         if self.target is not None and self.schedule != "constant":
             raise ValueError(f"target {self.target} and schedule {self.schedule!r} both move kl_coeff; choose one")
         if self.refresh_every is not None and self.average is not None:
@@ -152,16 +152,16 @@ class AlgorithmConfig(Schema):
     entropy_coeff: NonNegativeFloat = 0.0  # score per nat and token
     epochs: PositiveInt = 1  # passes over a rollout [ref: update_iters]
     minibatches: PositiveInt = 1  # optimizer steps per pass
-    stop_kl: PositiveFloat | None = None  # nats per token from the sampler at which the updates of a rollout end
+    stop_kl: PositiveFloat | None = None  # early stopping of a rollout's updates: nats per token from the sampler
     critic_warmup: NonNegativeInt = 0  # iterations in which only the critics (and λ) move
     old_log_probs: Literal["recomputed", "sampled"] = "recomputed"  # by the learner's graph, or the sampler's own
-    missing_eos_penalty: NonNegativeFloat = 0.0  # taken off the reward of a response that ran into the length limit
+    missing_eos_penalty: NonNegativeFloat = 0.0  # subtracted from the reward of a truncated response
     ptx_coeff: NonNegativeFloat = 0.0  # weight of the language-modelling loss on `ptx` [ref scripts: 16]
     cost_weight: NonNegativeFloat = 1.0  # ν of `reward_shaping` [ref]
     lagrange: Lagrange = Lagrange()  # of `cost_model`
     constraints: dict[str, Lagrange] = Field(default_factory=dict)  # of `cost_models`, by name
 
     def idle(self) -> dict[str, str]:
-        """What moves a coefficient that stays at 0; what an algorithm's record has no use for, `stages.check` knows."""
+        """Settings that move a coefficient fixed at 0; `stages.algorithm` has those that an algorithm ignores."""
         moves = ["kl.target"] + (["kl.schedule"] if self.kl.schedule != "constant" else [])
         return dict.fromkeys(moves if self.kl_coeff == 0 else (), "it moves kl_coeff, which is 0 and stays 0")

@@ -1,4 +1,4 @@
-"""What the schemas of all stages share, and what they check beside other stages.
+"""Base schemas of all stages, and their checks against other stages.
 
 Sources: [ref] PKU-Alignment/safe-rlhf@82743cc scripts; [paper] Dai et al. 2023, arXiv 2310.12773.
 """
@@ -29,12 +29,12 @@ class OptimizerConfig(Schema):
 
 
 class StageBase(Schema):
-    """What every stage has.
+    """Base of all stages.
 
-    What a stage stands on, `models`, `datasets` and `multipliers` say; nothing else asks for its fields by name.
+    `models`, `datasets` and `multipliers` declare the inputs of a stage; nothing else accesses these fields by name.
     """
 
-    makes: ClassVar[Makes | None] = None  # what its export is
+    makes: ClassVar[Makes | None] = None  # kind of its export
     lengths: ClassVar[tuple[str, ...]] = ()  # settings whose sum is the tokens of a text
     kind: str
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_\-]+$")]
@@ -58,11 +58,11 @@ class StageBase(Schema):
         return {}
 
     def multipliers(self) -> dict[str, str]:
-        """Returns the dual stages whose multiplier is a λ at the start, by field."""
+        """Returns the dual stages whose multiplier is an initial λ, by field."""
         return {}
 
     def mistakes(self, earlier: Sequence["StageBase"]) -> Iterator[str]:
-        """Yields what is wrong beside the stages before, and with sizes that have to divide each other."""
+        """Yields errors with respect to earlier stages, and of sizes that must divide each other."""
         stages = {other.name: other for other in earlier}
         for field, use in self.models().items():
             yield from wrong_reference(field, use, stages)
@@ -77,9 +77,9 @@ def wrong_reference(field: str, use: ModelUse, earlier: dict[str, StageBase]) ->
     """Yields why a model is no earlier stage of the right kind, preset, folder or hub id.
 
     Args:
-        field: That names it.
-        use: What is named.
-        earlier: The stages before, by name.
+        field: The field that names it.
+        use: The use of the model.
+        earlier: The earlier stages, by name.
     """
     value = use.reference
     prefix, _, rest = value.partition(":")
@@ -100,7 +100,7 @@ def wrong_reference(field: str, use: ModelUse, earlier: dict[str, StageBase]) ->
 
 
 def not_held_out(train: str, data: Any, test: str, held_out: Any) -> Iterator[str]:
-    """Yields why data that a stage trains on and evaluates on is not split in one place."""
+    """Yields why training and evaluation data of a stage are not split in the same place."""
     for one in parts_of(data):
         for other in parts_of(held_out):
             if source(one.name) != source(other.name):
@@ -127,7 +127,7 @@ def indivisible(name: str, rows: int, parts_name: str, parts: int) -> Iterator[s
 
 
 class TrainingStage(StageBase):
-    """What every stage that trains has."""
+    """Base of all stages that train."""
 
     unhashed: ClassVar[frozenset[str]] = frozenset(
         {"microbatches", "checkpoint_every", "keep_checkpoints", "keep_best", "eval_every", "fuse"}
@@ -139,7 +139,7 @@ class TrainingStage(StageBase):
     keep_checkpoints: PositiveInt = 2
     keep_best: Annotated[str, Field(pattern="^-?(train|eval)/")] | None = None  # by metric: highest; -eval/loss: lowest
     eval_every: PositiveInt | None = None  # steps; None evaluates at the end only
-    held_out: ClassVar[str]  # the setting that holds what it evaluates itself on
+    held_out: ClassVar[str]  # the setting of its own evaluation data
 
     @property
     def rows(self) -> int:
@@ -152,7 +152,7 @@ class TrainingStage(StageBase):
         return 1
 
     def idle(self) -> dict[str, str]:
-        """An evaluation of nothing."""
+        """Evaluation settings without evaluation data."""
         reasons = {"eval_every": f"there is no {self.held_out}"} if getattr(self, self.held_out) is None else {}
         return super().idle() | reasons
 

@@ -1,4 +1,4 @@
-"""Schemas of data, and what all schemas share."""
+"""Schemas of data, and the base of all schemas."""
 
 import re
 from collections.abc import Collection
@@ -17,16 +17,16 @@ class Schema(pydantic.BaseModel):
     """Frozen; an unknown key is an error, and so is a setting that would change nothing."""
 
     model_config = pydantic.ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
-    refused: ClassVar[dict[str, str]] = {}  # keys that one might expect here -> why there are none
-    unhashed: ClassVar[frozenset[str]] = frozenset()  # keys that change no result: a run goes on with other values
+    refused: ClassVar[dict[str, str]] = {}  # keys that a user might expect here -> why they do not exist
+    unhashed: ClassVar[frozenset[str]] = frozenset()  # keys that change no result: a run continues with other values
 
     def idle(self) -> dict[str, str]:
-        """Returns {setting, perhaps dotted: why it does nothing beside the others}."""
+        """Returns {setting, possibly dotted: why it has no effect with the others}."""
         return {}
 
     @pydantic.model_validator(mode="after")
     def nothing_is_idle(self) -> "Schema":
-        """No setting is given that would change nothing: it says that something else was meant."""
+        """Checks that no given setting is without effect: it would indicate that something else was meant."""
         for path, reason in self.idle().items():
             if is_set(self, path):
                 raise ValueError(f"{path} does nothing: {reason}; leave it out")
@@ -34,7 +34,7 @@ class Schema(pydantic.BaseModel):
 
 
 def is_set(schema: Schema, path: str) -> bool:
-    """Says whether a config gives a setting, by its dotted path; null and an empty mapping give nothing."""
+    """Says whether a config gives a setting, by its dotted path; null and an empty mapping do not."""
     here: Any = schema
     for name in path.split("."):
         if name not in here.model_fields_set:
@@ -44,7 +44,7 @@ def is_set(schema: Schema, path: str) -> bool:
 
 
 def written(value: Any, idle: Collection[str] = ()) -> Any:
-    """Returns plain data with defaults written out, but for settings that would change nothing."""
+    """Returns plain data with defaults written out, except settings without effect."""
     if isinstance(value, Schema):
         idle = {*idle, *value.idle()}
         plain = {}
@@ -58,27 +58,27 @@ def written(value: Any, idle: Collection[str] = ()) -> Any:
 
 
 class Data(Schema):
-    """Where records come from (docs/data.md)."""
+    """The source of records (docs/data.md)."""
 
     name: str  # a key of DATASETS, a file or folder, hf:OWNER/NAME[:CONFIG] or tfds:NAME; `:SHARE` may follow
     split: str = "train"
     test_share: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None  # makes splits train and test, by prompt
     limit: PositiveInt | None = None  # take the first records only
     format: str | None = None  # a key of FORMATS; null: recognised by the columns
-    fields: dict[str, str] = {}  # {field: column}: columns that go by another name
-    unique: Literal["record", "prompt"] | None = None  # leave out what repeats an earlier record, or its prompt
-    weight: PositiveFloat | None = None  # in a mixture: share of the rows drawn; null: as many as there are records
+    fields: dict[str, str] = {}  # {field: column}: columns with another name
+    unique: Literal["record", "prompt"] | None = None  # drop repetitions of an earlier record, or of its prompt
+    weight: PositiveFloat | None = None  # in a mixture: share of the rows drawn; null: proportional to the records
 
 
 def weights_agree(parts: "Data | tuple[Data, ...]") -> "Data | tuple[Data, ...]":
-    """Either every part of a mixture has a weight, or none."""
+    """Checks that every part of a mixture has a weight, or none."""
     if len({part.weight is None for part in parts_of(parts)}) > 1:
         raise ValueError("some parts of the mixture have a weight and some have none; give one to each, or to none")
     return parts
 
 
 def no_weights(parts: Any) -> Any:
-    """What is read once, from the first record to the last, has no weights."""
+    """Checks that data which is read once, from the first record to the last, has no weights."""
     if any(part.weight is not None for part in parts_of(parts)):
         raise ValueError("weight does nothing: every record is read once; leave it out")
     return parts
@@ -96,6 +96,6 @@ Single = Annotated[Data, pydantic.AfterValidator(no_weights)]  # one data set, r
 
 
 def source(name: str) -> str:
-    """Returns the source behind a data set's name: without its share, and one spelling for one file."""
+    """Returns the source behind a data set's name, without its share and in a canonical spelling."""
     bare = re.sub(r":\d*\.?\d+(/\d+)?$", "", name)
     return bare if storage.is_remote(bare) else str(storage.real(storage.expanded(bare)))

@@ -1,4 +1,4 @@
-"""A config file, with overrides, as a `RunConfig`; and back."""
+"""Loads a config file, with overrides, as a `RunConfig`, and dumps it."""
 
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
@@ -16,10 +16,10 @@ from safe_rlhf_jax.errors import ConfigError
 
 
 def load_config(path: storage.Place, overrides: Sequence[str] = ()) -> RunConfig:
-    """Reads a YAML config, applies `dotted.key=value` overrides, and validates the whole.
+    """Reads a YAML config, applies `dotted.key=value` overrides, and validates the result.
 
     Args:
-        path: The file, or the name of one that comes with the package, such as "quickstart".
+        path: The file, or the name of one in the package, such as "quickstart".
         overrides: Such as `stages.1.algorithm.lagrange.lr=0.05`; stages by index or name, values are YAML.
 
     Returns:
@@ -86,12 +86,12 @@ def list_index(items: list[Any], part: str, override: str) -> int:
 def dump(run: RunConfig, stage: StageBase, idle: Callable[[Any], Collection[str]] = lambda _: ()) -> str:
     """Returns a YAML config of the run up to this stage; running it again changes nothing.
 
-    Defaults are written out, but for settings that would change nothing: those are refused where they are given.
+    Defaults are written out, except settings without effect, which are refused when given.
 
     Args:
         run: The config.
-        stage: The last stage of what is returned.
-        idle: stage -> dotted settings that its algorithm has no use for.
+        stage: The last stage of the returned config.
+        idle: stage -> dotted settings that its algorithm does not use.
     """
     stages = run.stages[: [s.name for s in run.stages].index(stage.name) + 1]
     tree = written(run) | {"stages": [written(one, idle(one)) for one in stages]}

@@ -8,7 +8,7 @@ import pydantic
 
 
 def did_you_mean(word: str, words: Iterable[str], prefix: str = "") -> str:
-    """Returns "; did you mean …?" with the nearest of `words`, or nothing where none is near."""
+    """Returns "; did you mean …?" with the nearest of `words`, or nothing if none is near."""
     nearest = difflib.get_close_matches(word, list(words), 1)
     return f"; did you mean {prefix + nearest[0]!r}?" if nearest else ""
 
@@ -33,7 +33,7 @@ def explain_all(root: type[pydantic.BaseModel], errors: Sequence[Any]) -> str:
         path, owners = follow(root, error["loc"], keep_last=error["type"] == "extra_forbidden")
         line = explain(error, path, owners)
         lines[path] = f"{lines[path]}; or: {error['msg']}" if path in lines else line
-    # A union complains once per member: where a member was recognised, what is wrong inside it says it all.
+    # A union reports one error per member: if a member was recognised, the error inside it is enough.
     return "\n".join(
         line for path, line in lines.items() if not any(p != path and path and p[: len(path)] == path for p in lines)
     )
@@ -64,7 +64,7 @@ def explain(error: Any, path: tuple[str, ...], owners: Sequence[type[pydantic.Ba
 def follow(
     root: type[pydantic.BaseModel], location: Sequence[Any], *, keep_last: bool
 ) -> tuple[tuple[str, ...], list[type[pydantic.BaseModel]]]:
-    """Returns the keys of a pydantic location without its union tags, and the schemas the last key was looked up in."""
+    """Returns the keys of a pydantic location without union tags, and the schemas of the last key's lookup."""
     path, owners, here = [], [root], [root]
     for i, part in enumerate(location):
         annotations = [schema.model_fields[part].annotation for schema in here if part in schema.model_fields]

@@ -1,4 +1,4 @@
-"""Configs that come with the package, by name."""
+"""Configs in the package, by name."""
 
 from safe_rlhf_jax import storage
 from safe_rlhf_jax.errors import ConfigError
@@ -7,10 +7,10 @@ FOLDER = storage.path(__file__).parent.parent / "configs"
 
 
 def config_file(path: storage.Place) -> storage.Path:
-    """Returns a config file; a name without a suffix, such as "quickstart", is that of one that comes with the package.
+    """Returns a config file; a name without a suffix, such as "quickstart", is that of a config in the package.
 
     Raises:
-        ConfigError: If there is none; lists those there are.
+        ConfigError: If there is none; lists the existing ones.
     """
     file = storage.path(path)
     if not file.suffix and not storage.is_file(file):

@@ -1,4 +1,4 @@
-"""Schema of a run: its stages, and what one stage says of another."""
+"""Schema of a run: its stages, and the references between them."""
 
 import datetime
 from typing import Annotated, Any, ClassVar, Literal
@@ -14,7 +14,7 @@ from safe_rlhf_jax.models.config import RematPolicy
 
 
 class Mesh(Schema):
-    """Sizes of the device mesh; one of them may be -1 for the devices that remain."""
+    """Sizes of the device mesh; one of them may be -1 for the remaining devices."""
 
     data: int = -1
     fsdp: int = 1
@@ -22,14 +22,14 @@ class Mesh(Schema):
 
 
 class Execution(Schema):
-    """How networks run; none of these changes a result beyond rounding."""
+    """Execution of networks; none of these changes a result beyond rounding."""
 
     unhashed: ClassVar[frozenset[str]] = frozenset({"remat", "gather_to_decode"})
     dtype: Literal["float32", "bfloat16"] = "float32"  # of matmuls; parameters stay float32
-    remat: RematPolicy = "none"  # what the backward pass recomputes: none, all but matmuls ("dots"), everything
+    remat: RematPolicy = "none"  # recomputed in the backward pass: nothing, all but matmuls ("dots"), everything
     scan_layers: bool = True  # False unrolls the layers: longer to compile, faster for small models
-    # Parameters split over `fsdp` are gathered once before decoding, not for every token: faster, and costs the memory
-    # of a copy in `dtype` over `tensor` while responses are generated.
+    # Gather parameters split over `fsdp` once before decoding, not for every token: faster, but needs the memory of a
+    # copy in `dtype` over `tensor` while responses are generated.
     gather_to_decode: bool = False
 
 
@@ -51,14 +51,14 @@ class RunConfig(Schema):
     # where it has one, else "plain".
     template: str | None = None
     template_options: dict[str, Any] = Field(default_factory=dict)  # its variables: {enable_thinking: false}
-    template_date: datetime.date = datetime.date(2024, 7, 26)  # what it writes for today; as Llama 3.1's by default
-    control_tokens: Literal["text", "tokens"] = "text"  # what control tokens are that stand in a message
-    # {model: template}: how texts are written for a scorer with a tokenizer or template of its own; null: as its
-    # tokenizer's chat template says, where it has one.
+    template_date: datetime.date = datetime.date(2024, 7, 26)  # its current date; Llama 3.1's by default
+    control_tokens: Literal["text", "tokens"] = "text"  # treatment of control tokens in a message
+    # {model: template}: the template of a scorer with its own tokenizer or template; null: its tokenizer's chat
+    # template, if there is one.
     templates: dict[str, str] = Field(default_factory=dict)
     mesh: Mesh = Mesh()
     execution: Execution = Execution()
-    assume: str | None = None  # preset with the shape of `path:` and `hf:` models, to compile where they are absent
+    assume: str | None = None  # preset with the shape of `path:` and `hf:` models, to compile without them
     max_bad_records: Share = 0.05  # share of unusable records above which a stage refuses its data
     wandb: bool = False
 
@@ -74,7 +74,7 @@ class RunConfig(Schema):
 
     @pydantic.model_validator(mode="after")
     def stages_fit(self) -> "RunConfig":
-        """Checks what one stage says of another, and what divides what."""
+        """Checks the references between stages, and which sizes divide each other."""
         for i, stage in enumerate(self.stages):
             where, earlier = f"stages.{i} ({stage.name})", self.stages[:i]
             if any(stage.name == other.name for other in earlier):

@@ -30,8 +30,8 @@ class RLStage(TrainingStage):
     cost_models: dict[str, str] = Field(
         default_factory=dict
     )  # several: signals `cost/<name>`, by algorithm.constraints.<name>
-    # {signal: model} that its critic starts from; by default the scorer, or the actor where the scorer has a tokenizer
-    # or template of its own.
+    # {signal: initial model of its critic}; by default the scorer, or the actor if the scorer has its own tokenizer or
+    # template.
     critics: dict[str, str] = Field(default_factory=dict)
     prompts: Mixture
     eval_prompts: Single | None = None
@@ -49,7 +49,7 @@ class RLStage(TrainingStage):
     critic: OptimizerConfig = OptimizerConfig(lr=5e-6, schedule="constant")  # [ref]
 
     def idle(self) -> dict[str, str]:
-        """Demonstrations without a weight, and the limit of a cost that is not there."""
+        """Demonstrations without a weight, and the limit of a missing cost."""
         reasons = super().idle()
         if self.algorithm.ptx_coeff == 0:
             reasons["ptx"] = "algorithm.ptx_coeff is 0"
@@ -80,12 +80,12 @@ class RLStage(TrainingStage):
         return self.algorithm.minibatches
 
     def limit_field(self, signal: str, name: str) -> str:
-        """Returns where a setting of a constraint stands."""
+        """Returns the path of a setting of a constraint."""
         of = "lagrange" if signal == "cost" else f"constraints.{signal.removeprefix('cost/')}"
         return f"algorithm.{of}.{name}"
 
     def models(self) -> dict[str, ModelUse]:
-        """Returns the policy, the models that score, and what critics start from, by field."""
+        """Returns the policy, the scorers, and the initial models of critics, by field."""
         found = {"init_from": ModelUse(self.init_from, may_be_new=True, generates=True)}
         found["reward_model"] = scorer(self.reward_model, "reward")
         if self.cost_model is not None:
@@ -95,7 +95,7 @@ class RLStage(TrainingStage):
         return found | {field: ModelUse(model, ("policy", "reward", "cost")) for field, model in starts.items()}
 
     def datasets(self) -> dict[str, DataUse]:
-        """Returns prompts, demonstrations for PTX, and what limits are calibrated on, by field."""
+        """Returns prompts, demonstrations for PTX, and calibration data of limits, by field."""
         total, length = self.max_prompt_length + self.max_response_length, self.max_prompt_length
         found = {"prompts": DataUse(self.prompts, "prompts", length, "train", rows=self.batch_size)}
         if self.eval_prompts is not None:
@@ -108,7 +108,7 @@ class RLStage(TrainingStage):
         return found | calibrations(self, total)
 
     def multipliers(self) -> dict[str, str]:
-        """Returns the dual stages whose multiplier is a λ at the start, by field."""
+        """Returns the dual stages whose multiplier is an initial λ, by field."""
         constraints = {"cost": self.algorithm.lagrange}
         constraints |= {f"cost/{name}": one for name, one in self.algorithm.constraints.items()}
         return {
@@ -118,7 +118,7 @@ class RLStage(TrainingStage):
         }
 
     def mistakes(self, earlier: Sequence[StageBase]) -> Iterator[str]:
-        """Yields what is wrong beside the stages before, and what constraints and batches lack."""
+        """Yields errors with respect to earlier stages, and of constraints and batches."""
         yield from super().mistakes(earlier)
         yield from self.wrong_multipliers(earlier)
         parts = self.algorithm.minibatches * self.microbatches
@@ -139,7 +139,7 @@ class RLStage(TrainingStage):
             yield f"algorithm.ptx_coeff {self.algorithm.ptx_coeff} needs ptx data"
 
     def wrong_multipliers(self, earlier: Sequence[StageBase]) -> Iterator[str]:
-        """Yields why a λ at the start is neither a number nor that of an earlier dual stage of the same constraint."""
+        """Yields why an initial λ is neither a number nor that of an earlier dual stage of the same constraint."""
         duals = {other.name: other for other in earlier if isinstance(other, DualStage)}
         for field, name in self.multipliers().items():
             if name not in duals:
@@ -168,14 +168,14 @@ class RejectionStage(Rounds, TrainingStage):
     held_out: ClassVar[str] = "eval_prompts"
     lengths: ClassVar[tuple[str, ...]] = ("max_prompt_length", "max_response_length")
     kind: Literal["rejection_sampling"]
-    optimizer: OptimizerConfig = OptimizerConfig()  # anew in each round
+    optimizer: OptimizerConfig = OptimizerConfig()  # restarts in each round
 
     def models(self) -> dict[str, ModelUse]:
         """Returns the policy and the models that score, by field."""
         return {"init_from": ModelUse(self.init_from, may_be_new=True, generates=True)} | Rounds.models(self)
 
     def mistakes(self, earlier: Sequence[StageBase]) -> Iterator[str]:
-        """Yields what is wrong beside the stages before, and with batches."""
+        """Yields errors with respect to earlier stages, and of batches."""
         yield from super().mistakes(earlier)
         yield from indivisible("batch_size", self.batch_size, "microbatches", self.microbatches)
 
@@ -208,12 +208,12 @@ class EvaluateStage(StageBase):
     top_k: NonNegativeInt = 0
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     repetition_penalty: PositiveFloat = 1.0
-    best_of: dict[str, PositiveInt] = Field(default_factory=dict)  # {policy: n}: a row more, the best of n responses
+    best_of: dict[str, PositiveInt] = Field(default_factory=dict)  # {policy: n}: an extra row, the best of n responses
     best_of_cost_limit: float | None = None  # of those n, only responses with cost ≤ this, where there are any
     seed: NonNegativeInt | None = None
 
     def idle(self) -> dict[str, str]:
-        """A choice among responses that are all the same."""
+        """A choice among identical responses."""
         alike = {"best_of": "at temperature 0, or with top_k 1, all responses to a prompt are the same"}
         return super().idle() | (alike if self.temperature == 0 or self.top_k == 1 else {})
 
@@ -236,7 +236,7 @@ class EvaluateStage(StageBase):
         }
 
     def mistakes(self, earlier: Sequence[StageBase]) -> Iterator[str]:
-        """Yields what is wrong beside the stages before, and with `best_of`."""
+        """Yields errors with respect to earlier stages, and of `best_of`."""
         yield from super().mistakes(earlier)
         for name, number in self.best_of.items():
             if name not in self.policies:

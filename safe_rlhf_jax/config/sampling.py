@@ -28,7 +28,7 @@ class SampledPrompts(Schema):
     cost_model: str | None = None
     cost_limit: float | CalibratedLimit = 0.0  # d, cost-model units; 0 is the cost model's own boundary [paper]
     group_field: str | None = None  # field of a record that names the prompt's group
-    constrained_groups: tuple[str, ...] | None = None  # values of `group_field` the limit is about; null: all prompts
+    constrained_groups: tuple[str, ...] | None = None  # values of `group_field` under the limit; null: all prompts
     responses_per_prompt: PositiveInt = 8  # n
     max_prompt_length: PositiveInt = 256  # tokens
     max_response_length: PositiveInt = 256  # tokens
@@ -38,20 +38,20 @@ class SampledPrompts(Schema):
     @pydantic.field_validator("responses_per_prompt")
     @classmethod
     def at_least_two(cls, value: int) -> int:
-        """One response leaves nothing to choose or to weigh."""
+        """Checks that there are at least two responses to choose from or to weigh."""
         if value < 2:
             raise ValueError("must be 2 or more: responses to one prompt are compared")
         return value
 
     @pydantic.model_validator(mode="after")
     def limit_has_what_it_needs(self) -> "SampledPrompts":
-        """Groups need the field that holds them."""
+        """Checks that groups have their field."""
         if self.constrained_groups is not None and self.group_field is None:
             raise ValueError("constrained_groups needs group_field, which holds the group")
         return self
 
     def idle(self) -> dict[str, str]:
-        """A limit, and the prompts it is about, without a cost."""
+        """A limit and its prompts, without a cost."""
         limits = ("cost_limit", "constrained_groups") if self.cost_model is None else ()
         return super().idle() | dict.fromkeys(limits, "it limits the cost of cost_model, which is not given")
 
@@ -68,7 +68,7 @@ class SampledPrompts(Schema):
         return {"cost": Lagrange(cost_limit=self.cost_limit, constrained_groups=self.constrained_groups)}
 
     def limit_field(self, signal: str, name: str) -> str:
-        """Returns where a setting of the limit stands."""
+        """Returns the path of a setting of the limit."""
         del signal  # there is one
         return name
 
@@ -78,13 +78,13 @@ class SampledPrompts(Schema):
         return found | ({"cost_model": scorer(self.cost_model, "cost")} if self.cost_model else {})
 
     def datasets(self) -> dict[str, DataUse]:
-        """Returns the prompts that are answered, and what a limit is calibrated on, by field."""
+        """Returns the prompts, and the calibration data of a limit, by field."""
         prompts = DataUse(self.prompts, "prompts", self.max_prompt_length, "sample")
         return {"prompts": prompts} | calibrations(self, self.max_prompt_length + self.max_response_length)
 
 
 def calibrations(stage: Any, max_length: int) -> dict[str, DataUse]:
-    """Returns the labelled data that the limits of a stage are calibrated on, by field."""
+    """Returns the calibration data of the limits of a stage, by field."""
     return {
         f"{stage.limit_field(signal, 'cost_limit')}.data": DataUse(
             one.cost_limit.data, "cost", max_length, "calibrate", signal=signal
@@ -95,10 +95,10 @@ def calibrations(stage: Any, max_length: int) -> dict[str, DataUse]:
 
 
 class Rounds(SampledPrompts):
-    """Rejection sampling: choose the best feasible response, train on it, and again from the new policy."""
+    """Rejection sampling: choose the best feasible response, train on it, repeat with the new policy."""
 
     rounds: PositiveInt = 3
-    prompts_per_round: PositiveInt | None = None  # the next so many of a shuffled order; null: as many as there are
+    prompts_per_round: PositiveInt | None = None  # number taken from a shuffled order; null: all
     prompt_batch_size: PositiveInt = 16  # prompts whose responses are sampled at once
     train_on: Literal["this_round", "all_rounds"] = "this_round"  # selected responses; all: as [llama2] from its third
     eval_prompts: Single | None = None
@@ -106,7 +106,7 @@ class Rounds(SampledPrompts):
     batch_size: PositiveInt = 32  # responses per optimizer step
 
     def datasets(self) -> dict[str, DataUse]:
-        """Returns the prompts that are answered and trained on, and those that are held out, by field."""
+        """Returns the training prompts and the held-out ones, by field."""
         drawn = dataclasses.replace(
             super().datasets()["prompts"], role="train", rows=self.batch_size, at_most=self.prompts_per_round
         )
@@ -131,9 +131,9 @@ class DualFields(SampledPrompts):
 
 
 def problems(dual: Any, stage: Any, cost_model: str | None, lagrange: Lagrange) -> dict[str, tuple[Any, Any]]:
-    """Returns {what defines the problem that λ* solves: as the dual stage has it, and as the RL stage does}.
+    """Returns {setting that defines the problem of λ*: (value in the dual stage, value in the RL stage)}.
 
-    Of the prompts it is where they come from: a few hundred of them are enough for λ*.
+    Prompts are compared by their source: a few hundred of them are enough for λ*.
     """
     same = ("init_from", "reward_model", "temperature", "max_prompt_length", "max_response_length", "long_prompts")
     found = {name: (getattr(dual, name), getattr(stage, name)) for name in same}
@@ -144,9 +144,9 @@ def problems(dual: Any, stage: Any, cost_model: str | None, lagrange: Lagrange) 
 
 
 def prompt_sources(stage: Any) -> list[tuple[Any, ...]]:
-    """Returns which parts of which sources the prompts of a stage are.
+    """Returns the sources, and their parts, of a stage's prompts.
 
-    Whatever number of them it takes, unless there are several: then the numbers are their proportions.
+    Their number does not matter, unless there are several sources: then the numbers are the proportions.
     """
     parts = parts_of(stage.prompts)
     found = [(source(part.name), part.split, part.test_share, part.format, part.fields, part.weight) for part in parts]

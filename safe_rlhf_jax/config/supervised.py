@@ -16,7 +16,7 @@ from safe_rlhf_jax.models.config import Layout
 
 
 class SupervisedStage(TrainingStage):
-    """What SFT, reward and cost stages share."""
+    """Base of SFT, reward and cost stages."""
 
     data: Mixture
     eval_data: ReadOnce | None = None
@@ -29,11 +29,11 @@ class SupervisedStage(TrainingStage):
 
     @property
     def reads(self) -> Literal["sft", "reward", "cost"]:
-        """What a record is read as."""
+        """Kind of data that the records are read as."""
         raise NotImplementedError
 
     def datasets(self) -> dict[str, DataUse]:
-        """Returns what is trained on and what is held out, by field."""
+        """Returns the training data and the held-out data, by field."""
         trained = DataUse(self.data, self.reads, self.max_length, "train", rows=self.batch_size, passes=self.epochs)
         held_out = (
             {}
@@ -43,7 +43,7 @@ class SupervisedStage(TrainingStage):
         return {"data": trained} | held_out
 
     def mistakes(self, earlier: Sequence[StageBase]) -> Iterator[str]:
-        """Yields what is wrong beside the stages before, and with batches."""
+        """Yields errors with respect to earlier stages, and of batches."""
         yield from super().mistakes(earlier)
         yield from indivisible("batch_size", self.batch_size, "microbatches", self.microbatches)
 
@@ -57,7 +57,7 @@ class SFTStage(SupervisedStage):
 
 
 class PreferenceStage(SupervisedStage):
-    """What reward and cost stages share."""
+    """Base of reward and cost stages."""
 
     kind: Literal["reward", "cost"]
     epochs: PositiveFloat = 2.0  # [ref]
@@ -68,7 +68,7 @@ class PreferenceStage(SupervisedStage):
     export_layout: Layout = "beaver"  # as [ref]; "sequence_classification": transformers' class, a new head has no bias
 
     def models(self) -> dict[str, ModelUse]:
-        """Returns what training starts from: any model."""
+        """Returns the initial model, of any kind."""
         return {"init_from": ModelUse(self.init_from, ("policy", "reward", "cost"), self.kind, may_be_new=True)}
 
 
@@ -121,13 +121,13 @@ class DPOStage(SupervisedStage):
         return self
 
     def idle(self) -> dict[str, str]:
-        """What only labels by two models need."""
+        """Settings that only labels by two models use."""
         models = ("reward_model", "cost_model", "multiplier") if self.preference != "lagrangian" else ()
         return super().idle() | dict.fromkeys(models, f"preference is {self.preference!r}, only 'lagrangian' uses it")
 
     @property
     def reads(self) -> Literal["reward", "cost"]:
-        """What a record is read as."""
+        """Kind of data that the records are read as."""
         return "cost" if self.preference == "harmlessness" else "reward"
 
     def models(self) -> dict[str, ModelUse]:

@@ -1,4 +1,4 @@
-"""What a stage stands on: the models and the data sets that it names, and what it does with them."""
+"""Inputs of a stage: the models and data sets that it names, and their use."""
 
 import dataclasses
 from typing import Literal
@@ -13,10 +13,10 @@ class ModelUse:
     """A model that a stage reads."""
 
     reference: str  # "preset:…", "path:…", "hf:…", or an earlier stage
-    accepts: tuple[Makes, ...] = ("policy",)  # what an earlier stage must make to stand here
-    scores: Literal["reward", "cost"] | None = None  # it is opened as a model of such scores; None: of language
-    as_stored: bool = False  # its scores are used as they are: a new head will not do
-    may_be_new: bool = False  # a preset may stand here
+    accepts: tuple[Makes, ...] = ("policy",)  # required kind of an earlier stage's model
+    scores: Literal["reward", "cost"] | None = None  # score type that it is opened with; None: a language model
+    as_stored: bool = False  # its scores are used as stored: a new head is refused
+    may_be_new: bool = False  # may be a preset
     generates: bool = False  # it writes responses
     alike: bool = False  # it shares one compiled program, or parameters, with the other models that are `alike`
 
@@ -29,14 +29,14 @@ class DataUse:
     reads: Literal["sft", "reward", "cost", "prompts"]  # demonstrations, preferences, safety labels, prompts
     max_length: int  # tokens of a text, or of a prompt
     role: Literal["train", "evaluate", "calibrate", "sample"]
-    rows: int | None = None  # that a step draws; None: it is read from the first record to the last
-    rows_are: str = "batch_size"  # the setting, or the product of settings, that says so
+    rows: int | None = None  # drawn per step; None: it is read from the first record to the last
+    rows_are: str = "batch_size"  # the setting, or the product of settings, of `rows`
     factor: int = 1  # rows over batch_size
-    at_most: int | None = None  # records that are drawn from
+    at_most: int | None = None  # records to draw from
     passes: float | None = None  # over the data
     signal: str = ""  # whose limit is calibrated on it
 
 
 def scorer(reference: str, kind: Literal["reward", "cost"]) -> ModelUse:
-    """Returns the use of a reward or cost model as it is."""
+    """Returns the use of a reward or cost model with its stored scores."""
     return ModelUse(reference, (kind,), kind, as_stored=True)

@@ -12,8 +12,8 @@ from safe_rlhf_jax.data.tokenizer import Tokenizer
 from safe_rlhf_jax.data.turns import content_problem
 from safe_rlhf_jax.errors import DataError
 
-CONTEXT = 40  # characters around the place where two texts part
-CHECKED = 16  # texts of a data set whose tokens are compared with those of transformers
+CONTEXT = 40  # characters shown around the first difference of two texts
+CHECKED = 16  # texts of a data set whose tokens are compared with transformers'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Text:
 
 
 def check_turns(messages: Any) -> None:
-    """Checks that turns alternate from the user on, after at most one system message, and that all have text."""
+    """Checks that turns alternate, starting with the user after at most one system message, and that all have text."""
     if not isinstance(messages, list) or not messages:
         raise Unusable("messages is no list of turns")
     roles = [message.get("role") if isinstance(message, dict) else None for message in messages]
@@ -45,11 +45,11 @@ def check_turns(messages: Any) -> None:
 
 
 def encode(messages: list[Any], template: Template, tokenizer: Tokenizer, *, train_all: bool = False) -> Text:
-    """Tokenises a conversation as the template writes it, and marks what the assistant says.
+    """Tokenises a conversation with the template, and marks the assistant's tokens.
 
-    A response goes from the end of the generation prompt to the first token that ends a turn. Behind the last one
-    nothing is kept. Where the template ends it with no token, EOS does; and EOS stands in the place of a token that
-    neither the tokenizer nor the model names as an end, since nothing else would stop there.
+    A response extends from the end of the generation prompt to the first token that ends a turn. Nothing after the last
+    response is kept. If the template writes no end token, EOS is added; EOS also replaces an end token that neither the
+    tokenizer nor the model names as one, since only the template would stop there.
 
     Args:
         messages: The turns.
@@ -58,7 +58,7 @@ def encode(messages: list[Any], template: Template, tokenizer: Tokenizer, *, tra
         train_all: Trains every response, not only the last one.
 
     Raises:
-        Unusable: If the turns cannot be written so, or hold a token that a model has no row for.
+        Unusable: If the template cannot write the turns, or a model has no row for a token.
     """
     check_turns(messages)
     try:
@@ -102,10 +102,10 @@ def written(messages: list[Any], template: Template, tokenizer: Tokenizer, train
 def tokenised_apart(
     messages: list[Any], places: Sequence[int], template: Template, tokenizer: Tokenizer
 ) -> tuple[list[int], list[tuple[int, int]]]:
-    """Returns the ids of a conversation whose prompts and responses share no token, and where each response stands.
+    """Returns the ids of a conversation, with prompts and responses tokenised apart, and the span of each response.
 
-    Where the generation prompt ends with a space, say, most tokenizers join it with the response's first word. But
-    generation goes on from the tokens of the prompt, so these count.
+    If the generation prompt ends with a space, for example, most tokenizers join it with the response's first word. But
+    generation continues from the tokens of the prompt, so these are used.
 
     Raises:
         Unusable: If the conversation does not begin with the generation prompt of a response.
@@ -137,17 +137,17 @@ def tokenised_apart(
 def stop_of(
     i: int, start: int, render: Callable[[list[Any], bool], Sequence[Any]], messages: list[Any], whole: Sequence[Any]
 ) -> int:
-    """Returns where response i ends at the latest in a whole conversation: a token's index, or a character's.
+    """Returns an upper bound on the end of response i in a whole conversation: the index of a token or a character.
 
-    Behind an earlier response the conversation goes on otherwise than one that ends there. A template that writes the
-    last response in another way shows it where another message follows.
+    After an earlier response the conversation continues differently from one that ends there. A template that writes
+    the last response in another way is handled by adding another message.
 
     Args:
-        i: Which turn the response is.
-        start: Where it begins.
+        i: Index of the response's turn.
+        start: Index of its beginning.
         render: (turns, with the generation prompt) -> tokens, or text.
         messages: The turns.
-        whole: What `render` makes of them.
+        whole: `render` of them.
     """
     if i + 1 == len(messages):
         return len(whole)
@@ -159,12 +159,12 @@ def stop_of(
 
 
 def check_rendered(texts: Sequence[Text], template: Template, tokenizer: Tokenizer, where: str) -> None:
-    """Checks on the first texts that their tokens are those that transformers makes of the conversations.
+    """Checks that the tokens of the first texts equal those of transformers.
 
-    What ends the last response is ours to choose, and control tokens in a message are text, so neither counts.
+    The end of the last response is our choice, and control tokens in a message are text, so neither is compared.
 
     Raises:
-        DataError: With the two texts, where they differ.
+        DataError: If they differ, with both texts.
     """
     opening = 0 if template.opens else len(tokenizer.prefix)
     for text in texts[:CHECKED]:
@@ -181,6 +181,6 @@ def check_rendered(texts: Sequence[Text], template: Template, tokenizer: Tokeniz
 
 
 def common(first: Sequence[Any], second: Sequence[Any]) -> int:
-    """Returns how many tokens, or characters, two texts begin with in common."""
+    """Returns the length of the common prefix of two texts, in tokens or characters."""
     pairs = enumerate(zip(first, second, strict=False))
     return next((i for i, (a, b) in pairs if a != b), min(len(first), len(second)))

@@ -38,11 +38,11 @@ from safe_rlhf_jax.errors import DataError
 from safe_rlhf_jax.types import PreferenceBatch, PromptBatch, SafetyBatch, Sequences, SupervisedBatch
 
 MAX_SHOWN = 300  # characters of a bad record in an error
-SHOWN_REASONS = 3  # of which an error shows the first bad record
+SHOWN_REASONS = 3  # reasons for which an error shows the first bad record
 LISTED_REASONS = 8  # that an error lists
 ROUND = 8  # columns: widths are rounded up to a multiple
 ALIKE = "responses that are identical within max_length"
-FIXES = {  # what most records are left out for -> what it means
+FIXES = {  # reason for which most records are left out -> its meaning
     ALIKE: "What tells the responses apart is cut off: raise max_length",
     "the prompt fills max_length": "There is no room for the response: raise max_length",
     "longer than max_prompt_length": "Raise max_prompt_length, or set long_prompts: truncate_left",
@@ -51,16 +51,16 @@ FIXES = {  # what most records are left out for -> what it means
 
 @dataclasses.dataclass(frozen=True)
 class Examples:
-    """A whole dataset as arrays: a batch type with N rows, the records behind them, and what is not among them."""
+    """A whole dataset as arrays: a batch type with N rows, their records, and counts of the unused records."""
 
     arrays: Any
     records: list[Record]
     skipped: dict[str, int]  # reason -> records that cannot be used
     truncated: int  # texts
-    lengths: tuple[int, ...] = ()  # tokens of every text before it was cut; of pairs, both sides
+    lengths: tuple[int, ...] = ()  # tokens of every text before truncation; of pairs, both sides
     turns: tuple[Sequence[Message], ...] = ()  # the conversation of every text; of pairs, both sides
     apart: int = 0  # texts whose prompt and response would share a token, and were tokenised apart
-    left_out: dict[str, int] = dataclasses.field(default_factory=dict)  # reason -> records that are right, but no use
+    left_out: dict[str, int] = dataclasses.field(default_factory=dict)  # reason -> valid records without use
     places: dict[str, str] = dataclasses.field(default_factory=dict)  # reason -> where its first record was read
 
     def __len__(self) -> int:
@@ -74,7 +74,7 @@ class Examples:
 
     @property
     def parts(self) -> np.ndarray:
-        """Which part of a weighted mixture each row is of, i64[N]."""
+        """Part of a weighted mixture that each row belongs to, i64[N]."""
         return np.array([record.get(PART, 0) for record in self.records], np.int64)
 
     @property
@@ -90,7 +90,7 @@ class Examples:
 
 @dataclasses.dataclass(frozen=True)
 class Converted:
-    """The texts of records, and what was not converted."""
+    """The texts of records, and counts of those not converted."""
 
     texts: list[tuple[Text, ...]]
     records: list[Record]  # behind the texts
@@ -107,14 +107,14 @@ def convert(
     max_bad: float,
     unfit: Callable[[tuple[Text, ...]], str | None] = lambda texts: None,
 ) -> Converted:
-    """Converts every record, counting by reason the unusable ones and those that are left out.
+    """Converts every record; counts unusable and left-out ones by reason.
 
     Args:
         records: The records.
         example: A record's texts; raises `Unusable`.
         where: Names the data in errors.
-        max_bad: Share of records that may be unusable; those that are left out do not count.
-        unfit: Why texts cannot be used at this length, or None.
+        max_bad: Share of records that may be unusable; left-out ones do not count.
+        unfit: Returns why texts cannot be used at this length, or None.
 
     Raises:
         DataError: If more than the share `max_bad` is unusable, or none is left, with the counts and the first ones.
@@ -151,7 +151,7 @@ def convert(
 
 
 def most(reasons: Counter[str]) -> list[str]:
-    """Returns the reasons that most records have."""
+    """Returns the most frequent reasons."""
     return [reason for reason, _ in reasons.most_common(SHOWN_REASONS)]
 
 
@@ -163,7 +163,7 @@ def listed(reasons: Counter[str]) -> str:
 
 
 def meaning(skipped: Counter[str]) -> str:
-    """Returns what it means that most records are left out for a reason, where that is known."""
+    """Explains, if known, why most records are left out for a reason."""
     return "".join(f" {FIXES[reason]}." for reason, _ in skipped.most_common(1) if reason in FIXES)
 
 
@@ -175,7 +175,7 @@ def excerpt(record: Record) -> str:
 
 
 def unfit_texts(texts: tuple[Text, ...], max_length: int) -> str | None:
-    """Returns why texts of prompt and response teach nothing when cut to `max_length`, or None."""
+    """Returns why texts of prompt and response are useless when truncated to `max_length`, or None."""
     if not all(any(text.trained[:max_length]) for text in texts):
         return "the prompt fills max_length"
     if len(texts) > 1 and texts[0].ids[:max_length] == texts[1].ids[:max_length]:
@@ -231,12 +231,12 @@ def load_supervised(
 
 
 def load_sampled(rows: Sequence[Record], *, width: int, pad_id: int) -> Examples:
-    """Returns a `SupervisedBatch` of tokens that a policy sampled; nothing is decoded and read again.
+    """Returns a `SupervisedBatch` of a policy's sampled tokens, without decoding and encoding them again.
 
     Args:
         rows: With `prompt_ids` and `response_ids`.
         width: Columns.
-        pad_id: Fills the columns behind a text.
+        pad_id: Fills the columns after a text.
     """
     parts = [(row["prompt_ids"], row["response_ids"]) for row in rows]
     texts = [Text(prompt + ids, [False] * len(prompt) + [True] * len(ids)) for prompt, ids in parts]
@@ -296,7 +296,7 @@ def load_prompts(
     groups: Sequence[str] | None = None,
     readers: Mapping[str, tuple[Template, Tokenizer]] | None = None,
 ) -> Examples:
-    """Returns a `PromptBatch` of all records, left-padded; a prompt that is too long is dropped or loses its start.
+    """Returns a `PromptBatch` of all records, left-padded; a too long prompt is dropped or loses its start.
 
     Args:
         records: The records.

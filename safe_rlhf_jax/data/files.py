@@ -1,4 +1,4 @@
-"""Step 1 of the line: which files of a folder are data, and which of those belong to a split."""
+"""Step 1 of the line: the data files of a folder, by split."""
 
 import logging
 import re
@@ -11,7 +11,7 @@ from safe_rlhf_jax.data.records import printable
 from safe_rlhf_jax.errors import DataError
 
 LOGGER = logging.getLogger(__name__)
-# A split's name as a whole word: no letter stands before it or behind it.
+# A split's name as a whole word: no letter directly before or after it.
 SPLIT = re.compile(r"(?<![^\W\d_])(train|test|validation|valid|val|dev|eval)(?![^\W\d_])")
 METADATA = re.compile(r"(dataset_(info|infos|dict)|croissant|datapackage|(.*[._-])?(metadata|state|config))\.json")
 PART_OF = re.compile(r"(.+)-\d+-of-(\d+)(\..+)")
@@ -21,12 +21,11 @@ MAX_NAMED = 5  # files of a kind that are left out
 def files_of(path: storage.Path, split: str) -> list[storage.Path]:
     """Returns the data files behind a path: the file itself, or those of a folder that belong to a split.
 
-    A file of a folder belongs to the split that its name has as a whole word (`test-00000-of-00001.parquet`), else to
-    that of the nearest folder's name (`test/a.jsonl`), else to "train". Several files are printed, and what is left
-    out.
+    A file of a folder belongs to the split in its name as a whole word (`test-00000-of-00001.parquet`), else to that in
+    the nearest folder's name (`test/a.jsonl`), else to "train". Several files, and those left out, are printed.
 
     Raises:
-        DataError: If a folder has none, or a file is asked for another split than "train".
+        DataError: If a folder has none, or another split than "train" of a single file is requested.
     """
     if storage.is_file(path):
         if split != "train":
@@ -46,14 +45,14 @@ def files_of(path: storage.Path, split: str) -> list[storage.Path]:
 
 
 def missing_parts(files: Sequence[storage.Path]) -> list[str]:
-    """Returns what is missing of files whose names say how many they are, as `train-00000-of-00002.parquet`."""
+    """Returns the missing ones of files with a total in their names, as `train-00000-of-00002.parquet`."""
     matches = [(match, file.parent) for file in files if (match := PART_OF.fullmatch(file.name))]
     found = Counter((match[1], int(match[2]), match[3], folder) for match, folder in matches)
     return [f"of {parts} parts of {name} there are {have}" for (name, parts, *_), have in found.items() if have < parts]
 
 
 def files_in(path: storage.Path) -> tuple[dict[str, list[storage.Path]], dict[str, list[storage.Path]]]:
-    """Returns the data files of a folder by split, and by kind those that are no data."""
+    """Returns the data files of a folder by split, and its other files by kind."""
     splits: dict[str, list[storage.Path]] = {}
     others: dict[str, list[storage.Path]] = {}
     for file in storage.below(path):

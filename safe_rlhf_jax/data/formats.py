@@ -1,6 +1,6 @@
-"""Step 1 of the line, second half: published formats, and the one kind of record that they all become.
+"""Step 1 of the line, second half: published formats, and their conversion to one kind of record.
 
-A record is a dictionary with whichever of these fields its file can give; one record can serve several stages:
+A record is a dictionary with those of these fields that its file has; one record can serve several stages:
 
     messages                                   a conversation; SFT trains every turn of the assistant
     prompt                                     text, or the turns up to the one to respond to; all RL needs
@@ -10,7 +10,7 @@ A record is a dictionary with whichever of these fields its file can give; one r
     safer_response_id, is_response_{0,1}_safe  which is less harmful, and labels     (cost)
     better_votes, safer_votes                  of several annotators, 0 or 1 each; the majority is the label
 
-Every other field stays as it is: harm categories, severity, sources, groups.
+Every other field is kept unchanged: harm categories, severity, sources, groups.
 """
 
 import dataclasses
@@ -51,7 +51,7 @@ from safe_rlhf_jax.data.turns import (
 )
 from safe_rlhf_jax.errors import DataError
 
-LOOKED_AT = 100  # records whose contents tell formats with equal columns apart
+LOOKED_AT = 100  # records used to distinguish formats with equal columns
 RESPONSES = ("response", "response_0", "response_1")
 OWN = ("messages", "prompt", *RESPONSES, *LABELS, *VOTES.values())  # fields of a record that stages read
 RATINGS = ("fine-grained_score", "overall_score", "score")  # of a completion, the most trusted first
@@ -62,7 +62,7 @@ ANNOTATOR = re.compile(r"annotator\d+")
 
 
 def from_own(record: Record) -> Record:
-    """The project's own names, as many of them as there are: turns, texts and labels in one spelling."""
+    """The project's own fields, as far as present: turns, texts and labels in one spelling."""
     found = dict(record)
     if not holds(found.get("messages")):
         found.pop("messages", None)
@@ -77,18 +77,18 @@ def from_own(record: Record) -> Record:
 
 @dataclasses.dataclass(frozen=True)
 class Format:
-    """How the records of a published data set are recognised, and read."""
+    """A published format: the columns that identify it, and its conversion."""
 
     needs: tuple[str, ...]  # columns
     convert: Callable[[Record], Record] = from_own  # raises Unusable
     also: tuple[str, ...] = ()  # columns that `convert` reads where they exist
-    without: tuple[str, ...] = ()  # columns that say something which it would not hear
-    fits: Callable[[Record], bool] = lambda record: True  # tells formats with equal columns apart
+    without: tuple[str, ...] = ()  # columns with information that it would ignore
+    fits: Callable[[Record], bool] = lambda record: True  # distinguishes formats with equal columns
 
     def read(self, raw: Record) -> Record:
-        """Returns the record; one that cannot be read keeps its fields and says why.
+        """Returns the record; an unreadable one keeps its fields, with the reason.
 
-        What holds nothing is not there. Of the fields that stages read, a record has those that its format gives.
+        Empty fields are absent. Of the fields that stages read, a record has only those of its format.
         """
         if UNUSABLE in raw:
             return raw
@@ -104,7 +104,7 @@ class Format:
 
 
 def labelled(given: Record, found: Record) -> Record:
-    """Returns what `is_safe` says of an answer, in whatever format it stands."""
+    """Returns the `is_safe` label of an answer, in any format."""
     if "is_safe" not in given or found.keys().isdisjoint(("response", "messages")):
         return {}
     if "response" not in found and "response_0" not in found and not label_of(given, "is_safe"):
@@ -127,12 +127,12 @@ def dialogue_pair(chosen: Sequence[Message], rejected: Sequence[Message]) -> Rec
 
 
 def from_transcripts(record: Record) -> Record:
-    """Anthropic HH: two transcripts; what they share is the prompt."""
+    """Anthropic HH: two transcripts; their common part is the prompt."""
     return dialogue_pair(*(transcript_turns(text_of(record, side)) for side in ("chosen", "rejected")))
 
 
 def are_transcripts(record: Record) -> bool:
-    """Tells HH from TRL's implicit prompts."""
+    """Distinguishes HH from TRL's implicit prompts."""
     sides = (record.get("chosen"), record.get("rejected"))
     return all(isinstance(side, str) and "Assistant" in TURN.findall(side) for side in sides)
 
@@ -144,13 +144,13 @@ def from_red_team(record: Record) -> Record:
 
 
 def optional_text(record: Record, field: str) -> str:
-    """Returns a text that need not be there: "" where there is none, or nothing but space."""
+    """Returns an optional text: "" if it is missing or blank."""
     value = text_of(record, field) if holds(record.get(field)) else ""
     return value if value.strip() else ""
 
 
 def system_turns(record: Record) -> list[Message]:
-    """Returns the system message of a record as turns, none where it has none."""
+    """Returns the system message of a record as turns, none if it has none."""
     system = optional_text(record, "system")
     return [{"role": "system", "content": system}] if system else []
 
@@ -174,12 +174,12 @@ def alpaca_turns(record: Record) -> list[Message]:
 
 
 def from_alpaca(record: Record) -> Record:
-    """Alpaca, also with what LLaMA-Factory adds."""
+    """Alpaca, also with LLaMA-Factory's additions."""
     return {"prompt": plain(alpaca_turns(record)), "response": text_of(record, "output")}
 
 
 def are_texts(record: Record) -> bool:
-    """Says whether chosen and rejected are texts, and no conversations that hold the prompt themselves."""
+    """Says whether chosen and rejected are texts, not conversations that include the prompt."""
     return isinstance(record.get("chosen"), str) and isinstance(record.get("rejected"), str)
 
 
@@ -189,7 +189,7 @@ def from_alpaca_preference(record: Record) -> Record:
 
 
 def compared(record: Record, first: str, second: str, label: Record) -> Record:
-    """Returns a pair of two models' responses to an instruction; where one is empty there is nothing to learn."""
+    """Returns a pair of two models' responses to an instruction; a pair with an empty one is left out."""
     responses = [text_of(record, field) for field in (first, second)]
     empty = {} if all(map(str.strip, responses)) else {LEFT_OUT: "a model's response is empty"}
     pair = {"prompt": instruction_of(record), "response_0": responses[0], "response_1": responses[1]}
@@ -217,7 +217,7 @@ def from_alpaca_eval(record: Record) -> Record:
 
 
 def from_questions(record: Record) -> Record:
-    """MT-bench and Vicuna's questions: the first turn; the second asks about an answer that is not there."""
+    """MT-bench and Vicuna's questions: the first turn; the second asks about a missing answer."""
     turns = record["turns"]
     if not isinstance(turns, list) or not turns or not all(isinstance(turn, str) for turn in turns):
         raise Unusable("turns is no list of texts")
@@ -324,7 +324,7 @@ def from_ultrafeedback(record: Record) -> Record:
     return preference([{"role": "user", "content": text_of(record, "instruction")}], *sides)
 
 
-# The first that fits is taken, so those that need more stand before those that need less.
+# The first match is taken, so formats that need more columns come first.
 FORMATS: dict[str, Format] = {
     "pku": Format(("prompt", "response_0", "response_1")),
     "qa": Format(("prompt", "response", "is_safe")),
@@ -350,15 +350,15 @@ FORMATS: dict[str, Format] = {
 
 
 def recognise(raw: Sequence[Record], name: str | None, where: str) -> str:
-    """Returns which format records have.
+    """Returns the format of records.
 
     Args:
         raw: As read.
-        name: Of the format; None recognises it by the columns that hold something.
+        name: Of the format; None recognises it by the non-empty columns.
         where: Names the data in errors.
 
     Raises:
-        DataError: If the columns fit no format, or not the one that is named; lists both.
+        DataError: If the columns fit no format, or not the named one; lists both.
     """
     columns = columns_of(raw)
     known = "; ".join(f"{key} ({', '.join(format_.needs)})" for key, format_ in FORMATS.items())

@@ -1,4 +1,4 @@
-"""Data sets of `datasets` (hub ids and saved folders) and of `tensorflow-datasets`; imported when one is named."""
+"""Data sets of `datasets` (hub ids and saved folders) and of `tensorflow-datasets`; imported on first use."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -15,7 +15,7 @@ def read_hub(name: str, split: str) -> Sequence[Record]:
     """Reads `OWNER/NAME[@REVISION][:CONFIG]` from the Hugging Face hub, or its cache.
 
     Raises:
-        DataError: If there is no such data set or split, or it cannot be fetched; says what to do.
+        DataError: If there is no such data set or split, or it cannot be fetched; names the fix.
     """
     import datasets
 
@@ -41,7 +41,7 @@ def is_saved(path: storage.Path) -> bool:
 
 
 def read_saved(path: storage.Path, split: str) -> Sequence[Record]:
-    """Reads a folder that `save_to_disk` of a data set, or of a dictionary of splits, has written.
+    """Reads a folder written by `save_to_disk` of a data set, or of a dictionary of splits.
 
     Raises:
         DataError: If it cannot be read, or has no such split.
@@ -59,7 +59,7 @@ def read_saved(path: storage.Path, split: str) -> Sequence[Record]:
 
 
 def rows_of(table: Any) -> list[Record]:
-    """Returns the rows of a data set; for a class its name stands: its number says nothing by itself."""
+    """Returns the rows of a data set, with class names in place of class numbers."""
     import datasets
 
     rows: list[Record] = table.to_list()
@@ -71,7 +71,7 @@ def rows_of(table: Any) -> list[Record]:
 
 
 def name_of_class(feature: Any, number: int | None) -> str | None:
-    """Returns the name of a class, None where there is none (-1)."""
+    """Returns the name of a class, None if there is none (-1)."""
     return None if number is None or number < 0 else str(feature.int2str(number))
 
 

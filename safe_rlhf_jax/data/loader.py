@@ -12,17 +12,17 @@ from safe_rlhf_jax.errors import DataError
 
 
 class Batches:
-    """Batches of a dataset in an order that is drawn anew in every epoch; an epoch's rest runs on into the next.
+    """Batches of a dataset in an order that is reshuffled in every epoch; the rest of an epoch continues into the next.
 
-    The rows of a step are the same however many processes share them: process i of n gets the i-th of n equal slices.
+    The rows of a step do not depend on the number of processes: process i of n gets the i-th of n equal slices.
 
     Args:
         examples: The dataset.
         batch_size: Rows of a step, all processes together.
         seed: Of the order.
         weights: Of the parts of a mixture: shares of the rows drawn, in proportion, whatever the parts' sizes.
-        process_index: Which process this is.
-        process_count: How many there are.
+        process_index: Index of this process.
+        process_count: Number of processes.
 
     Raises:
         DataError: If the batch does not divide into the processes, or a part of a mixture has no usable record.
@@ -53,7 +53,7 @@ class Batches:
 
 
 def shuffled(examples: Examples, seed: int, weights: Sequence[float] | None) -> Any:
-    """Returns row numbers without end, in a new order in every epoch; random access."""
+    """Returns an endless sequence of row numbers, reshuffled in every epoch, with random access."""
     if weights is None:
         return grain.MapDataset.range(len(examples)).seed(seed).shuffle().repeat()
     parts = [np.flatnonzero(examples.parts == i) for i in range(len(weights))]
@@ -65,7 +65,7 @@ def shuffled(examples: Examples, seed: int, weights: Sequence[float] | None) -> 
 
 
 def in_order(examples: Examples, batch_size: int) -> list[tuple[Any, int]]:
-    """Returns all rows in order as (batch, valid rows); the last batch is filled up with copies of its first row."""
+    """Returns all rows in order as (batch, valid rows); the last batch is padded with copies of its first row."""
     out = []
     for start in range(0, len(examples), batch_size):
         rows = np.arange(start, min(start + batch_size, len(examples)))

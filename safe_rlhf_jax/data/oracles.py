@@ -1,4 +1,4 @@
-"""Ground truth about responses, where a data set has it: what an oracle reads, and how the report shows it."""
+"""Ground truth about responses, if a data set has it: an oracle's readings, and their columns in the report."""
 
 import dataclasses
 from collections.abc import Callable
@@ -24,7 +24,7 @@ class Oracle:
             `measured`, {metric: what this response counts for}. A metric is the mean over the responses that count; of
             true and false it is a share. `<metric>/<part>` is a metric by parts, a figure of its own.
         measures: The metrics in `measured`, in the order of the report's columns; those by parts by their first half.
-        note: What a reader has to know of them.
+        note: An explanation for the reader.
     """
 
     read: Callable[[str, str, str], dict[str, Any]]

@@ -1,4 +1,4 @@
-"""Step 1 of the line: what a file holds as records; one that cannot be read says why, and where it stands."""
+"""Step 1 of the line: the records of a file; an unreadable one has the reason and its place."""
 
 import csv
 import functools
@@ -31,10 +31,10 @@ from safe_rlhf_jax.errors import DataError
 
 LOGGER = logging.getLogger(__name__)
 SUFFIXES = (".json", ".jsonl", ".parquet", ".csv")  # each but parquet also with .gz
-MAX_SHOWN = 300  # characters of what is no record
+MAX_SHOWN = 300  # characters shown of an invalid record
 SPACE = re.compile(r"[ \t\r\n]*")
-SPACED_QUOTE = re.compile(r'[ \t]+"[^"]*"?\s*$')  # a value of a CSV file in which a space stands before the quotes
-CONTENTS = {  # how contents begin that are not what the name of a file says
+SPACED_QUOTE = re.compile(r'[ \t]+"[^"]*"?\s*$')  # a value of a CSV file with a space before the quotes
+CONTENTS = {  # first bytes of contents that do not match the file's name
     b"version https://git-lfs": "the pointer of git-lfs, not the file; run `git lfs pull`",
     b"\x1f\x8b": "compressed with gzip; its name must end in .gz",
     b"PK\x03\x04": "a zip archive, or a table of Excel; unpack it, or save it as CSV",
@@ -53,13 +53,13 @@ class NoRecordsError(DataError):
 class Problem(NamedTuple):
     """Why a line, a row or an item is no record."""
 
-    reason: str  # it is counted under
-    exactly: str  # follows "line 3" where it is an error
-    shown: str = ""  # what stands there
+    reason: str  # reason for the count
+    exactly: str  # follows "line 3" in an error
+    shown: str = ""  # the contents there
 
 
 def kind_of(path: storage.Path) -> str:
-    """Returns the suffix that says how a file is read, or "" where it is no data file."""
+    """Returns the suffix that selects the reader of a file, or "" if it is no data file."""
     suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
     packed = suffixes[-1:] == [".gz"]
     kind = suffixes[0] if packed and len(suffixes) > 1 else "".join(suffixes[-1:])
@@ -70,7 +70,7 @@ def read_file(path: storage.Path) -> list[Record]:
     """Returns the records of a .json, .jsonl, .parquet or .csv file; gzip by suffix.
 
     Raises:
-        DataError: If it cannot be read, with the line where there is one, or less than half of it can.
+        DataError: If it cannot be read, with the line if there is one, or less than half of it can.
     """
     kind = kind_of(path)
     if not kind:
@@ -85,7 +85,7 @@ def read_bytes(path: storage.Path) -> bytes:
     """Returns the content of a file that may be compressed.
 
     Raises:
-        DataError: If it cannot be read, or is of another kind than its name says.
+        DataError: If it cannot be read, or its contents do not match its name.
     """
     try:
         content = storage.read_bytes(path)
@@ -100,10 +100,10 @@ def read_bytes(path: storage.Path) -> bytes:
 
 
 def check_contents(path: storage.Path, content: bytes) -> None:
-    """A file begins as none that its name does not speak of.
+    """Checks that the first bytes of a file match its name.
 
     Raises:
-        DataError: If it does, with what to do.
+        DataError: If they do not, with the fix.
     """
     for beginning, kind in CONTENTS.items():
         if content.startswith(beginning):
@@ -126,14 +126,14 @@ def decoded(path: storage.Path, content: bytes) -> str:
 def with_problems(
     path: storage.Path, unit: str, records: list[Located], problems: Sequence[tuple[int, Problem]], *, cut: bool = False
 ) -> list[Record]:
-    """Returns records in order, with one that says why in the place of each problem.
+    """Returns records in order, with a record of the reason in the place of each problem.
 
     Args:
         path: Of the file.
-        unit: What is numbered: line or record.
-        records: Those that could be read.
+        unit: Unit of the numbers: line or record.
+        records: The readable ones.
         problems: With their numbers.
-        cut: Whether the file ends with a problem, in the midst of a line.
+        cut: True if the file ends with a problem, in the middle of a line.
 
     Raises:
         DataError: If half of the file, or its end, cannot be read; names the first place.
@@ -151,7 +151,7 @@ def with_problems(
 
 
 def without_repeats(pairs: list[tuple[str, Any]]) -> Record:
-    """Returns an object of JSON; one in which a key stands twice says so."""
+    """Returns an object of JSON; marks one with a duplicate key."""
     made = dict(pairs)
     if len(made) == len(pairs):
         return made
@@ -159,7 +159,7 @@ def without_repeats(pairs: list[tuple[str, Any]]) -> Record:
 
 
 def whole_number(digits: str) -> float:
-    """Returns an integer, as a float where it is longer than any that means something."""
+    """Returns an integer, or a float if it is too long to be meaningful."""
     return int(digits) if len(digits) < MAX_SHOWN else float(digits)
 
 
@@ -167,7 +167,7 @@ DECODER = json.JSONDecoder(object_pairs_hook=without_repeats, parse_int=whole_nu
 
 
 def values_of(text: str) -> list[Any]:
-    """Returns the JSON values of a text, which may follow each other.
+    """Returns the JSON values of a text, one or several in a row.
 
     Raises:
         json.JSONDecodeError: With the position.
@@ -196,7 +196,7 @@ def problem_of(value: Any) -> Problem | None:
 
 
 def objects_of(line: bytes) -> list[Record] | Problem:
-    """Returns the records of a line, one as a rule; or why it has none."""
+    """Returns the records of a line, usually one; or why it has none."""
     try:
         text = line.decode("utf-8-sig")
         values = values_of(text)
@@ -212,7 +212,7 @@ def read_json(path: storage.Path, content: bytes, kind: str) -> list[Record]:
     """Reads an object per line, or else JSON as a whole."""
     is_list = kind == ".json" and content.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
     lines = [] if is_list else content.split(b"\n")
-    # Only line feeds end a line: JSON may hold other separators, such as U+2028, as they are.
+    # Only line feeds end a line: JSON may contain other separators, such as U+2028, unescaped.
     found = [(number, objects_of(line)) for number, line in enumerate(lines, 1) if line.strip()]
     problems = [(number, made) for number, made in found if isinstance(made, Problem)]
     records = [
@@ -226,7 +226,7 @@ def read_json(path: storage.Path, content: bytes, kind: str) -> list[Record]:
 
 
 def read_whole(path: storage.Path, content: bytes, kind: str) -> list[Record]:
-    """Reads JSON as a whole: a list of objects, one that holds such a list, or several that follow each other."""
+    """Reads JSON as a whole: a list of objects, an object with such a list, or several objects in a row."""
     text = decoded(path, content)
     try:
         values = values_of(text)
@@ -249,7 +249,7 @@ def held_by(path: storage.Path, value: Record) -> list[Any]:
     """Returns the records of a file that is one object: itself, or the list of objects in it.
 
     Raises:
-        DataError: If it is neither, with its keys; `NoRecordsError` if there is nothing in it like records.
+        DataError: If it is neither, with its keys; `NoRecordsError` if it contains nothing like records.
     """
     if isinstance(value, Repeating):
         raise DataError(f"data {path}: the key {value.key!r} stands twice in an object")
@@ -278,7 +278,7 @@ def held_by(path: storage.Path, value: Record) -> list[Any]:
 
 
 def read_csv(path: storage.Path, content: bytes) -> list[Record]:
-    """Reads comma-separated values with a header; what is blank is null."""
+    """Reads comma-separated values with a header; blank values are null."""
     csv.field_size_limit(sys.maxsize)  # texts may be long
     reader = csv.reader(io.StringIO(decoded(path, content), newline=""), strict=True)
     rows: list[tuple[int, list[str]]] = []
@@ -315,7 +315,7 @@ def column_names(path: storage.Path, header: Sequence[str]) -> list[str]:
     """Returns the names of columns.
 
     Raises:
-        DataError: If two have one name, or one a reserved name, or they are not divided by commas.
+        DataError: If two have one name, or one a reserved name, or they are not separated by commas.
     """
     names = [name.strip() for name in header]
     twice = [name for name, count in Counter(filter(None, names)).items() if count > 1]
@@ -330,7 +330,7 @@ def column_names(path: storage.Path, header: Sequence[str]) -> list[str]:
 
 @functools.cache
 def pyarrow_parquet() -> Any:
-    """Returns the reader of Parquet, which takes a while to import."""
+    """Imports the Parquet reader, which takes a while."""
     import pyarrow.parquet
 
     return pyarrow.parquet
@@ -347,7 +347,7 @@ def read_parquet(path: storage.Path) -> list[Record]:
         with storage.local_copy(path) as file:
             names = pyarrow_parquet().read_schema(file).names
             rows = pyarrow_parquet().read_table(file).to_pylist() if len(set(names)) == len(names) else []
-    except Exception as error:  # a damaged file raises what it likes
+    except Exception as error:  # a damaged file may raise anything
         raise DataError(f"data {path}: cannot be read as Parquet: {one_line(error)}") from error
     column_names(path, names)
     return located(rows, f"{path} row ")

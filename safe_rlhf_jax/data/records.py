@@ -1,4 +1,4 @@
-"""A record, the place where it was read, and its labels; what makes one unusable."""
+"""Records with their place in a source, their labels, and reasons why one is unusable."""
 
 import contextlib
 import math
@@ -10,9 +10,9 @@ from safe_rlhf_jax.errors import DataError
 Record = dict[str, Any]
 Message = dict[str, Any]  # {"role": "system" | "user" | "assistant", "content": text}; checked when it is encoded
 
-UNUSABLE = "unusable"  # field that holds why a record could not be read
-LEFT_OUT = "left_out"  # field that holds why no stage takes a record that has been read
-PART = "mixture_part"  # field that holds which part of a weighted mixture a record is of
+UNUSABLE = "unusable"  # field with the reason why a record could not be read
+LEFT_OUT = "left_out"  # field with the reason why no stage uses a readable record
+PART = "mixture_part"  # field with a record's part of a weighted mixture
 RESERVED = (UNUSABLE, LEFT_OUT, PART)
 
 IDS = {"0": 0, "1": 1, "0.0": 0, "1.0": 1, "false": 0, "true": 1}
@@ -26,7 +26,7 @@ LABELS: dict[str, Mapping[str, int]] = {
     "is_response_1_safe": TRUTHS,
 }
 VOTES = {"better_response_id": "better_votes", "safer_response_id": "safer_votes"}  # of several annotators
-MISSING = ("nan", "NaN", "<NA>")  # whole texts that pandas writes where there was nothing
+MISSING = ("nan", "NaN", "<NA>")  # texts that pandas writes for missing values
 SHOWN_VALUE = 40  # characters of a value in a reason
 
 
@@ -39,11 +39,11 @@ class Unusable(Exception):
 
 
 class LeftOut(Unusable):
-    """A record that is right, and of no use to a stage: it does not count as a bad one."""
+    """A valid record without use for a stage: it does not count as a bad one."""
 
 
 class Located(Record):
-    """A record that knows where it was read; equal to any other with the same fields."""
+    """A record with its place in a source; equal to any other with the same fields."""
 
     __slots__ = ("number", "source")
 
@@ -56,7 +56,7 @@ class Located(Record):
 
 
 def located(records: Sequence[Record], source: str) -> list[Record]:
-    """Returns records that know their numbers in a source.
+    """Returns records with their numbers in a source.
 
     Raises:
         DataError: If one has a column of a reserved name.
@@ -68,27 +68,27 @@ def located(records: Sequence[Record], source: str) -> list[Record]:
 
 
 def like(record: Record, fields: Record) -> Record:
-    """Returns fields as a record that was read where another was."""
+    """Returns fields as a record with the place of another."""
     return Located(fields, record.source, record.number) if isinstance(record, Located) else fields
 
 
 def place_of(record: Record) -> str:
-    """Returns where a record was read, followed by a colon; nothing where it does not know."""
+    """Returns the place of a record, followed by a colon; empty if unknown."""
     return printable(f"{record.source}{record.number}: ") if isinstance(record, Located) else ""
 
 
 def printable(text: str) -> str:
-    """Returns a text that any terminal takes: without halves of characters, which names of files may hold too."""
+    """Returns a text that any terminal accepts: without lone surrogates, which file names may contain too."""
     return text.encode(errors="replace").decode()
 
 
 def holds(value: Any) -> bool:
-    """Says whether a column holds something in a record: neither null nor NaN, as which null comes out of pandas."""
+    """Says whether a column has a value in a record: neither null nor NaN, which pandas writes for null."""
     return value is not None and not (isinstance(value, float) and math.isnan(value))
 
 
 def columns_of(records: Sequence[Record]) -> set[str]:
-    """Returns the columns that hold something in a record that could be read."""
+    """Returns the non-empty columns of a readable record."""
     found: set[str] = set()
     for record in records:
         if UNUSABLE not in record:
@@ -97,7 +97,7 @@ def columns_of(records: Sequence[Record]) -> set[str]:
 
 
 def brief(value: Any) -> str:
-    """Returns a value for a reason or an error, cut to a line's part."""
+    """Returns a value for a reason or an error, truncated to fit a line."""
     text = repr(value)
     return text if len(text) <= SHOWN_VALUE else text[:SHOWN_VALUE] + "…"
 
@@ -114,7 +114,7 @@ def text_of(record: Record, field: str) -> str:
 
 
 def label_of(record: Record, field: str) -> int:
-    """Returns the label in a field, 0 or 1; nothing but the spellings in `LABELS` is one."""
+    """Returns the label in a field, 0 or 1, in any of the spellings in `LABELS`."""
     value = record.get(field)
     if not holds(value) or not str(value).strip():
         if isinstance(record.get(VOTES.get(field, "")), list):
@@ -128,7 +128,7 @@ def label_of(record: Record, field: str) -> int:
 
 
 def labels_in(record: Record) -> Record:
-    """Returns the labels of a record that can be read: ids as 0 and 1, the others as truth values."""
+    """Returns the readable labels of a record: ids as 0 and 1, the others as truth values."""
     found: Record = {}
     for field in LABELS.keys() & record.keys():
         with contextlib.suppress(Unusable):
@@ -143,13 +143,13 @@ def is_true(value: Any) -> bool:
 
 
 def majority(label: str, votes: Sequence[int]) -> Record:
-    """Returns votes with the label that most of them are for; with none where they are divided."""
+    """Returns votes with their majority label; without one in a tie."""
     tied = 2 * sum(votes) == len(votes)
     return {VOTES[label]: list(votes)} | ({} if tied else {label: int(2 * sum(votes) > len(votes))})
 
 
 def voted(record: Record) -> Record:
-    """Returns the votes of a record as 0 and 1, and the labels that they make where it has none."""
+    """Returns the votes of a record as 0 and 1, and their labels if it has none."""
     found: Record = {}
     for label, field in VOTES.items():
         votes = record.get(field)
@@ -163,7 +163,7 @@ def voted(record: Record) -> Record:
 
 
 def flaw(value: Any, deepest: int = 50) -> str | None:
-    """Returns why nothing can be made of a value as it was read, at any depth, or None."""
+    """Returns why a value as read is unusable, at any depth, or None."""
     level = [value]
     for _ in range(deepest):
         if not level:
@@ -183,7 +183,7 @@ def one_line(error: Exception) -> str:
 
 
 def inside(value: Any) -> Iterator[Any]:
-    """Yields what a list or an object holds, keys included."""
+    """Yields the members of a list or an object, keys included."""
     if isinstance(value, dict):
         yield from value
         yield from value.values()
@@ -201,7 +201,7 @@ def is_encodable(text: str) -> bool:
 
 
 class Repeating(Record):
-    """An object of JSON in which a key stands twice."""
+    """An object of JSON with a duplicate key."""
 
     def __init__(self, fields: Record, key: str):
         super().__init__(fields)

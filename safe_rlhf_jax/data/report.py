@@ -1,4 +1,4 @@
-"""What a data set looks like to a stage: counts, lengths, labels, harm categories, records with their loss mask."""
+"""Report on a data set as a stage reads it: counts, lengths, labels, harm categories, records with their loss mask."""
 
 import itertools
 from collections import Counter
@@ -44,16 +44,16 @@ def show(
     max_length: int,
     shown: int = 2,
 ) -> None:
-    """Prints everything about a data set that a stage would read.
+    """Prints the report on a data set of a stage.
 
     Args:
-        console: Where to; colours on a terminal, brackets elsewhere.
+        console: The output; colours on a terminal, brackets elsewhere.
         title: Names the stage and the data.
         records: As read.
         data: The examples made of them.
         tokenizer: Of the run.
-        max_length: Tokens that a text may have.
-        shown: How many records are written out.
+        max_length: Maximum tokens of a text.
+        shown: Number of records to print.
     """
     lines = [Styled(title, "bold")]
     facts = [*counts(records, data), *unread(records, data.skipped)]
@@ -69,7 +69,7 @@ def show(
 
 
 def counts(records: Sequence[Record], data: Examples) -> list[str]:
-    """Returns how many records there are, can be used, are skipped and repeat each other."""
+    """Returns the numbers of all, usable, skipped and repeated records."""
     total = len(data) + sum(data.skipped.values()) + sum(data.left_out.values())
     out = [f"{total} records, {len(data)} can be used"]
     for how, reasons in (("skipped", data.skipped), ("left out", data.left_out)):
@@ -84,7 +84,7 @@ def counts(records: Sequence[Record], data: Examples) -> list[str]:
 
 
 def unread(records: Sequence[Record], told: Container[str]) -> list[str]:
-    """Returns labels that cannot be read, where no reason has told of them, and columns that no stage reads."""
+    """Returns unreadable labels that no reason covers, and columns that no stage reads."""
     out = []
     for field in LABELS:
         reasons = (reason for record in records if (reason := label_problem(record, field)))
@@ -95,7 +95,7 @@ def unread(records: Sequence[Record], told: Container[str]) -> list[str]:
 
 
 def label_problem(record: Record, field: str) -> str | None:
-    """Returns why a label that is there cannot be read, or None."""
+    """Returns why a present label cannot be read, or None."""
     value = record.get(field)
     if UNUSABLE in record or not holds(value) or not str(value).strip():
         return None
@@ -107,7 +107,7 @@ def label_problem(record: Record, field: str) -> str | None:
 
 
 def lengths(data: Examples, max_length: int) -> list[str]:
-    """Returns a histogram of the texts' lengths in tokens, before they are cut."""
+    """Returns a histogram of the texts' lengths in tokens, before truncation."""
     values = np.array(data.lengths)
     low, middle, high = (int(np.quantile(values, q)) for q in (0.05, 0.5, 0.95))
     out = [f"tokens of a text: mean {values.mean():.0f}, 5 % {low}, median {middle}, 95 % {high}, most {values.max()}"]
@@ -122,7 +122,7 @@ def lengths(data: Examples, max_length: int) -> list[str]:
 
 
 def unknown(data: Examples, tokenizer: Tokenizer) -> list[str]:
-    """Returns a line with the share of tokens that stand for what the tokenizer does not know, where there are any."""
+    """Returns a line with the share of unknown tokens, if there are any."""
     sides = [getattr(data.arrays, name) for name in SIDES if hasattr(data.arrays, name)] or [data.arrays]
     tokens = np.concatenate([side.tokens[side.mask] for side in sides])
     found = float((tokens == tokenizer.hf.unk_token_id).mean())
@@ -131,7 +131,7 @@ def unknown(data: Examples, tokenizer: Tokenizer) -> list[str]:
 
 
 def labels(data: Examples) -> list[str]:
-    """Returns how labels, harm categories and severities are distributed over the usable records."""
+    """Returns the distribution of labels, harm categories and severities over the usable records."""
     out = []
     if hasattr(data.arrays, "chosen"):
         second = sum(label_of(record, "better_response_id") for record in data.records)
@@ -151,7 +151,7 @@ def labels(data: Examples) -> list[str]:
 
 
 def values_of(record: Record, what: str) -> list[str]:
-    """Returns the values of the fields whose name holds a word; of {category: bool}, the categories that are true."""
+    """Returns the values of the fields whose name contains a word; of {category: bool}, the true categories."""
     out: list[str] = []
     for field, value in record.items():
         if what in field and isinstance(value, dict):
@@ -178,7 +178,7 @@ def rows_of(data: Examples, i: int) -> list[tuple[str, Any, Any, Any]]:
 
 
 def written(tokens: Any, trained: Any, tokenizer: Tokenizer, *, brackets: bool) -> Styled:
-    """Returns a row as the model sees it, with what is trained in green, or in [[ ]]."""
+    """Returns a row as the model sees it, with trained tokens in green, or in [[ ]]."""
     out = Styled("  ")
     starts = [0, *(np.flatnonzero(np.diff(trained)) + 1).tolist(), len(tokens)]
     for start, end in itertools.pairwise(starts):

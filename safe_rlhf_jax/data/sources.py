@@ -1,6 +1,6 @@
 """Step 1 of the line: records, as lists of dictionaries, from files, folders, hubs and the embedded world.
 
-`formats` says which fields a record has.
+`formats` defines the fields of a record.
 """
 
 import difflib
@@ -45,15 +45,15 @@ def read_records(
     Args:
         name: A key of `DATASETS`, a file or folder, `hf:OWNER/NAME[@REVISION][:CONFIG]` or `tfds:NAME`; a share of it
             may follow after a colon, such as `:0.5`, `:1/3` or `:2`.
-        split: Which part of it.
+        split: Name of the split.
         limit: Takes the first records only.
-        test_share: Makes the splits "train" and "test" by a hash of the prompt: none is on both sides.
+        test_share: Creates the splits "train" and "test" by a hash of the prompt: none is on both sides.
         format: A key of `FORMATS`; None recognises it by the columns.
         fields: {field: column} renames columns before anything else; no two columns become one.
-        unique: "record" leaves out records that repeat an earlier one, "prompt" those that repeat its prompt.
+        unique: "record" drops records that repeat an earlier one, "prompt" those that repeat its prompt.
 
     Raises:
-        DataError: If there is no such data set, split or file, or it cannot be read; says where.
+        DataError: If there is no such data set, split or file, or it cannot be read; names the place.
     """
     stamps = tuple(map(stamp, data_files(name)))
     records = read_all(name, split, test_share, format, tuple((fields or {}).items()), unique, stamps)
@@ -61,7 +61,7 @@ def read_records(
 
 
 def stamp(path: storage.Path) -> tuple[str, int, int, int]:
-    """Returns what changes when a file does."""
+    """Returns a value that changes when a file does."""
     try:
         return str(path), *storage.status(path)
     except OSError as error:
@@ -78,7 +78,7 @@ def read_all(
     unique: str | None,
     stamps: tuple[tuple[str, int, int, int], ...],
 ) -> tuple[Record, ...]:
-    """Returns all records of `read_records`; `stamps` tell whether files have changed."""
+    """Returns all records of `read_records`; `stamps` identify the state of the files."""
     del stamps
     source, share = split_share(name)
     where = f"data {name!r}"
@@ -100,7 +100,7 @@ def read_all(
 
 
 def in_format(where: str, raw: Sequence[Record], name: str | None) -> list[Record]:
-    """Returns the records of one table in the fields of `formats`; a format that was not the only choice is printed."""
+    """Returns the records of one table in the fields of `formats`; prints a format that was not the only choice."""
     recognised = recognise(raw, name, where)
     others = other_formats(raw, recognised) if name is None else []
     if others:
@@ -125,7 +125,7 @@ def split_share(name: str) -> tuple[str, float]:
 
 
 def read_source(name: str, split: str) -> dict[str, Sequence[Record]]:
-    """Returns the records of a source as they stand, by the place they are read from: of a folder, each file."""
+    """Returns the raw records of a source, by place: of a folder, each file."""
     path = local_path(name)
     if path is not None and not hubs.is_saved(path):
         read = read_files(files_of(path, split))
@@ -138,7 +138,7 @@ def read_source(name: str, split: str) -> dict[str, Sequence[Record]]:
 
 
 def read_files(files: Sequence[storage.Path]) -> dict[str, Sequence[Record]]:
-    """Returns the records of files by place; among several, one that can hold none is printed and left out."""
+    """Returns the records of files by place; among several, a file without records is printed and skipped."""
     read: dict[str, Sequence[Record]] = {}
     for file in files:
         try:
@@ -151,7 +151,7 @@ def read_files(files: Sequence[storage.Path]) -> dict[str, Sequence[Record]]:
 
 
 def read_named(name: str, path: storage.Path | None, split: str) -> Sequence[Record]:
-    """Returns the records of a data set that is no file: of `DATASETS`, a hub, or a folder that `datasets` saved."""
+    """Returns the records of a data set that is no file: of `DATASETS`, a hub, or a folder saved by `datasets`."""
     if path is not None:
         if beside := [file for files in files_in(path)[0].values() for file in files]:
             said = f"a folder that `datasets` has saved; left out are {named(path, beside)}"
@@ -172,10 +172,10 @@ def read_named(name: str, path: storage.Path | None, split: str) -> Sequence[Rec
 
 
 def demo_tokenizer_warning(tokenizer: str, names: Sequence[str]) -> str | None:
-    """Returns a warning where data of others meets the tokenizer of the embedded world, else None.
+    """Returns a warning if other data is used with the tokenizer of the embedded world, else None.
 
     Args:
-        tokenizer: As the config or the command line names it.
+        tokenizer: As named in the config or on the command line.
         names: Of the data sets.
     """
     others = [name for name in names if not name.startswith("demo/")]
@@ -189,7 +189,7 @@ def demo_tokenizer_warning(tokenizer: str, names: Sequence[str]) -> str | None:
 
 
 def local_path(name: str) -> storage.Path | None:
-    """Returns the file or folder behind a name, or None where it is none."""
+    """Returns the file or folder behind a name, or None if it is neither."""
     path = storage.expanded(split_share(name)[0])
     return path if name not in DATASETS and (storage.is_file(path) or storage.is_folder(path)) else None
 
@@ -207,7 +207,7 @@ def data_files(name: str) -> list[storage.Path]:
 def renamed(
     tables: Mapping[str, Sequence[Record]], fields: Sequence[tuple[str, str]], where: str
 ) -> Mapping[str, Sequence[Record]]:
-    """Returns records with columns under the names of fields.
+    """Returns records with columns renamed to fields.
 
     Raises:
         DataError: If no record has a column, or two columns would have one name, or one column two.
@@ -229,14 +229,14 @@ def renamed(
         )
 
     def under_fields(record: Record) -> Record:
-        hidden = column_of.keys() - field_of.keys()  # columns that hold nothing
+        hidden = column_of.keys() - field_of.keys()  # empty columns
         return like(record, {field_of.get(name, name): value for name, value in record.items() if name not in hidden})
 
     return {place: [under_fields(record) for record in records] for place, records in tables.items()}
 
 
 def opening(record: Record) -> str:
-    """Returns the first turn of the user, without regard to case and space."""
+    """Returns the first turn of the user, normalised in case and space."""
     turns = next((record[field] for field in ("prompt", "messages") if record.get(field)), "")
     if isinstance(turns, list):
         users = [turn for turn in turns if isinstance(turn, dict) and turn.get("role") == "user"]
@@ -245,19 +245,19 @@ def opening(record: Record) -> str:
 
 
 def in_test(record: Record, share: float) -> bool:
-    """Says whether a record is held out: a function of how its conversation opens, the same in every file."""
+    """Says whether a record is held out: a function of the opening of its conversation, the same in every file."""
     digest = hashlib.blake2b(opening(record).encode(errors="surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest, "big") < share * 2**64
 
 
 def prompt_key(record: Record) -> str:
-    """Returns what two records with one prompt have in common."""
+    """Returns a key shared by records with the same prompt."""
     turns, messages = record.get("prompt"), record.get("messages")
     return written(turns or (messages[:-1] if isinstance(messages, list) else messages))
 
 
 def record_key(record: Record) -> str:
-    """Returns what two records with one text have in common."""
+    """Returns a key shared by records with the same text."""
     return written([record.get(field) for field in ("messages", "prompt", "response", "response_0", "response_1")])
 
 
@@ -267,7 +267,7 @@ def written(value: Any) -> str:
 
 
 def without_repeats(records: Sequence[Record], key: Callable[[Record], str]) -> list[Record]:
-    """Returns the first record of every key, and all that could not be read, which are counted later."""
+    """Returns the first record of every key, and all unreadable ones, which are counted later."""
     first: dict[str, Record] = {}
     for i, record in enumerate(records):
         first.setdefault(f"unusable {i}" if UNUSABLE in record else key(record), record)
@@ -282,5 +282,5 @@ def take_share(records: list[Record], share: float) -> list[Record]:
 
 
 def mix(parts: Sequence[list[Record]]) -> list[Record]:
-    """Returns the records of a weighted mixture; each says which part it is of."""
+    """Returns the records of a weighted mixture, each with its part."""
     return [record | {PART: i} for i, records in enumerate(parts) for record in records]

@@ -1,7 +1,7 @@
 """Step 2 of the line: conversations as token ids. One template serves every stage of a run.
 
-A template is Jinja, rendered by transformers, so training, generation and scoring read what `apply_chat_template`
-renders. Which of the tokens are a response's, `texts.encode` finds out.
+A template is Jinja, rendered by transformers, so training, generation and scoring read the output of
+`apply_chat_template`. `conversations.encode` finds the tokens of the responses.
 """
 
 import dataclasses
@@ -18,40 +18,40 @@ from safe_rlhf_jax.data.records import Message
 from safe_rlhf_jax.data.tokenizer import Tokenizer
 from safe_rlhf_jax.errors import DataError
 
-DATE = "2024-07-26"  # what Llama 3.1's template writes where it is told no date
-REMEMBERED = 4096  # prompts whose tokens are kept
+DATE = "2024-07-26"  # default date of Llama 3.1's template
+REMEMBERED = 4096  # prompts whose tokens are cached
 PROBE: list[Message] = [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hello!"}]
 
 
 @dataclasses.dataclass(frozen=True)
 class Template:
-    """How a conversation is written."""
+    """The text format of conversations."""
 
     source: str | None  # Jinja; None: the tokenizer's own chat template
-    opens: bool = True  # it writes BOS itself where there is to be one; else the tokenizer opens the text
-    end: int | None = None  # the token with which it ends a turn, where it writes one
+    opens: bool = True  # it writes BOS itself, if there is one; else the tokenizer opens the text
+    end: int | None = None  # the token with which it ends a turn, if any
     options: tuple[tuple[str, Any], ...] = ()  # variables of the template, such as enable_thinking
-    date: str = DATE  # that `strftime_now` gives, in ISO format
-    control_tokens: Literal["text", "tokens"] = "text"  # what control tokens are that stand in a message
+    date: str = DATE  # result of `strftime_now`, in ISO format
+    control_tokens: Literal["text", "tokens"] = "text"  # treatment of control tokens in a message
 
     def ends(self, tokenizer: Tokenizer) -> tuple[int, ...]:
-        """Returns the tokens at which a response ends: those that tokenizer and model name, and the template's."""
+        """Returns the end tokens of a response: those of tokenizer and model, and the template's."""
         return tuple(sorted({*tokenizer.ends, *([] if self.end is None else [self.end])}))
 
     def render(self, tokenizer: Tokenizer, turns: Sequence[Message], ask: bool) -> str:
-        """Returns the text of a conversation, with the generation prompt where `ask`; else without space at its end.
+        """Returns the text of a conversation, with the generation prompt if `ask`; else without trailing space.
 
         Raises:
             DataError: If the template refuses the turns.
         """
         try:
             text: str = tokenizer.hf.apply_chat_template(list(turns), tokenize=False, **self.arguments(tokenizer, ask))
-        except Exception as error:  # templates raise what they like
+        except Exception as error:  # templates may raise anything
             raise DataError(f"the template refuses: {error}") from error
         return text if ask else text.rstrip()
 
     def ids(self, tokenizer: Tokenizer, turns: Sequence[Message], ask: bool) -> list[int]:
-        """Returns the token ids of a conversation; control tokens that stand in a message are text.
+        """Returns the token ids of a conversation; control tokens in a message are text.
 
         Raises:
             DataError: If the template refuses the turns.
@@ -61,7 +61,7 @@ class Template:
         return opening + encoder(tokenizer, marked=given != list(turns))(self.render(tokenizer, given, ask))
 
     def asked_ids(self, tokenizer: Tokenizer, turns: Sequence[Message]) -> list[int]:
-        """Returns the ids of a prompt, remembered where turns are text only: both sides of a pair, and more, share it.
+        """Returns the ids of a prompt, cached if turns are text only: both sides of a pair, and more, share it.
 
         Raises:
             ValueError: If the template refuses the turns.
@@ -71,14 +71,14 @@ class Template:
         return remembered_ids(self, tokenizer, tuple((turn["role"], turn["content"]) for turn in turns))
 
     def theirs(self, tokenizer: Tokenizer, turns: Sequence[Message], ask: bool) -> list[int]:
-        """Returns the token ids that transformers itself makes of a conversation, control tokens and all."""
+        """Returns transformers' own token ids of a conversation, including control tokens."""
         ids: list[int] = tokenizer.hf.apply_chat_template(
             list(turns), return_dict=False, **self.arguments(tokenizer, ask)
         )
         return ids
 
     def arguments(self, tokenizer: Tokenizer, ask: bool) -> dict[str, Any]:
-        """Returns what `apply_chat_template` is told."""
+        """Returns the arguments of `apply_chat_template`."""
         source: str = self.source or tokenizer.hf.get_chat_template()
         if "strftime_now" in source:
             source = fixed_clock(self.date) + source
@@ -99,13 +99,13 @@ class Template:
 
 
 def encoder(tokenizer: Tokenizer, *, marked: bool) -> Callable[[str], list[int]]:
-    """Returns text -> token ids, of a text in which control tokens are marked or of one without."""
+    """Returns text -> token ids, for texts with marked control tokens or without any."""
     return functools.partial(encode_marked_chat, tokenizer.hf) if marked else tokenizer.encode
 
 
 @functools.lru_cache(maxsize=REMEMBERED)
 def remembered_ids(template: Template, tokenizer: Tokenizer, turns: tuple[tuple[str, str], ...]) -> list[int]:
-    """Returns the token ids of (role, content) turns with the generation prompt. Nobody may change them."""
+    """Returns the token ids of (role, content) turns with the generation prompt; callers must not modify them."""
     return template.ids(tokenizer, [{"role": role, "content": content} for role, content in turns], True)
 
 
@@ -121,17 +121,17 @@ def fixed_clock(date: str) -> str:
 
 @functools.lru_cache
 def control_patterns(template: Template, tokenizer: Tokenizer) -> tuple[re.Pattern[str], re.Pattern[str]]:
-    """Returns what matches the control tokens in a text of the user, and in one of the assistant.
+    """Returns patterns of the control tokens in a text of the user, and in one of the assistant.
 
-    Special tokens, and those that the template writes. An assistant may write tokens of its own, such as those around a
-    thought: those that the template knows beside those that open and end turns.
+    Control tokens are special tokens and those of the template. An assistant may write some of them, such as those
+    around a thought: the template's tokens beside those that open and end turns.
     """
     added = {
         str(token): token.special for token in tokenizer.hf.added_tokens_decoder.values() if not str(token).isspace()
     }
     source = template.source or tokenizer.hf.get_chat_template()
     asked = template.render(tokenizer, PROBE[:1], True)
-    known = source + asked + template.render(tokenizer, PROBE, False)  # a source may put tokens together: '<|' + role
+    known = source + asked + template.render(tokenizer, PROBE, False)  # a source may concatenate tokens: '<|' + role
     of_turns = {tokenizer.texts.get(i) for i in (*template.ends(tokenizer), tokenizer.pad_id, *tokenizer.prefix)}
     user = [token for token, special in added.items() if special or token in known]
     own = [token for token in added if token in source and token not in asked and token not in of_turns]
@@ -140,7 +140,7 @@ def control_patterns(template: Template, tokenizer: Tokenizer) -> tuple[re.Patte
 
 
 def pattern_of(tokens: Sequence[str]) -> re.Pattern[str]:
-    """Returns what matches any of the tokens, the longest first; nothing where there are none."""
+    """Returns a pattern of any of the tokens, the longest first; it matches nothing without tokens."""
     return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or "(?!)")
 
 
@@ -169,7 +169,7 @@ TEMPLATES: dict[str, Template] = {
 
 
 def default_template(tokenizer: Tokenizer) -> str:
-    """Returns the name of the template that a tokenizer is used with where nobody says: its own, if it has one."""
+    """Returns the name of a tokenizer's default template: its own, if it has one."""
     return "tokenizer" if tokenizer.hf.chat_template else "plain"
 
 
@@ -186,12 +186,12 @@ def load_template(
     Args:
         name: A key of `TEMPLATES`, "tokenizer" for the tokenizer's own, or the path of a Jinja file.
         tokenizer: Of the run.
-        options: Variables that the template reads, such as {"enable_thinking": False}.
-        date: That a template writes which asks for today's, in ISO format.
-        control_tokens: Whether control tokens in a message stay text, or count as the tokens.
+        options: Variables of the template, such as {"enable_thinking": False}.
+        date: Current date for templates that write it, in ISO format.
+        control_tokens: Treats control tokens in a message as text, or as the tokens.
 
     Raises:
-        DataError: If there is none, or it has no turn of the assistant to train; with the two texts that differ.
+        DataError: If there is none, or it has no turn of the assistant to train; with the two differing texts.
     """
     if name in TEMPLATES:
         return dataclasses.replace(TEMPLATES[name], control_tokens=control_tokens)
@@ -218,10 +218,10 @@ def load_template(
 
 
 def turn_end(template: Template, tokenizer: Tokenizer) -> int | None:
-    """Returns the token with which a template ends a turn of the assistant, None where it writes none.
+    """Returns the token with which a template ends a turn of the assistant, None if it writes none.
 
     Raises:
-        DataError: If it writes no such turn, or one that does not go on from its own generation prompt.
+        DataError: If it writes no such turn, or one that does not continue its own generation prompt.
     """
     asked, text = template.render(tokenizer, PROBE[:1], True), template.render(tokenizer, PROBE, False)
     if "Hello!" not in text:

@@ -1,4 +1,4 @@
-"""Step 2 of the line: which conversations a record holds, for each kind of stage."""
+"""Step 2 of the line: the conversations of a record, for each kind of stage."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -25,7 +25,7 @@ def answered(prompt: list[Any], response: str) -> list[Any]:
 
 
 def supervised_example(record: Record, template: Template, tokenizer: Tokenizer) -> tuple[Text]:
-    """Returns the text of a demonstration: of a conversation all responses are trained, after a prompt the response."""
+    """Returns the text of a demonstration: a conversation with all responses trained, or a prompt with its response."""
     if LEFT_OUT in record:
         raise LeftOut(record[LEFT_OUT])
     if "messages" in record:
@@ -77,9 +77,9 @@ def safety_example(record: Record, template: Template, tokenizer: Tokenizer) -> 
 def paired(records: Sequence[Record]) -> list[Record]:
     """Returns safety pairs for the labelled single responses (PKU-SafeRLHF-QA, BeaverTails) among records.
 
-    Under each prompt, the first safe response is paired with the first unsafe one, the second with the second, and so
-    on; what finds no partner is left out. Of several annotators' labels of one response the majority counts. Records
-    that are pairs already stay.
+    For each prompt, the first safe response is paired with the first unsafe one, the second with the second, and so on;
+    unpaired responses are left out. Of several annotators' labels of one response the majority counts. Records that are
+    already pairs stay.
     """
     out = []
     labelled: dict[str, dict[str, list[tuple[Record, int]]]] = {}  # prompt -> response -> its labels
@@ -125,7 +125,7 @@ def prompt_example(record: Record, template: Template, tokenizer: Tokenizer) -> 
 
 
 def shown(turns: Sequence[Any]) -> str:
-    """Returns a prompt for people: the text of the user, or several turns one below the other."""
+    """Returns a prompt for display: the text of the user, or several turns one below the other."""
     if len(turns) == 1:
         text: str = turns[0]["content"]
         return text

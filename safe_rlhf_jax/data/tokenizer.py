@@ -1,4 +1,4 @@
-"""Tokenizers of transformers, and the few facts about them that the rest needs."""
+"""Tokenizers of transformers, with their end and padding tokens."""
 
 import dataclasses
 import importlib.util
@@ -19,14 +19,14 @@ class Tokenizer:
     """A transformers tokenizer with its end and padding tokens settled."""
 
     hf: Any
-    eos_id: int  # written where a template ends a turn with no token of its own
+    eos_id: int  # written if a template ends a turn without a token of its own
     pad_id: int  # may equal eos_id: masks come from lengths
     prefix: tuple[int, ...]  # special tokens that open every text, such as BOS
-    ends: tuple[int, ...] = ()  # tokens that end a response: eos_id, and others that the model or template names
+    ends: tuple[int, ...] = ()  # tokens that end a response: eos_id, and others named by model or template
     rows: int | None = None  # of the smallest embedding that reads the tokens; a text with a later token is unusable
 
     def __post_init__(self) -> None:
-        """EOS ends a response in any case."""
+        """Adds EOS to the end tokens."""
         object.__setattr__(self, "ends", tuple(sorted({self.eos_id, *self.ends})))
 
     @property
@@ -40,27 +40,27 @@ class Tokenizer:
         return {i: token for token, i in self.hf.get_vocab().items()}
 
     def holes(self, rows: int) -> tuple[tuple[int, int], ...]:
-        """Returns ranges [start, stop) of the rows of an embedding that no token has."""
+        """Returns ranges [start, stop) of the rows of an embedding without a token."""
         known = sorted(i for i in self.texts if i < rows)
         edges = zip([-1, *known], [*known, rows], strict=True)
         return tuple((low + 1, high) for low, high in edges if high > low + 1)
 
     def lacking(self, rows: int) -> list[int]:
-        """Returns the tokens beyond the rows of an embedding that texts cannot do without.
+        """Returns the tokens beyond the rows of an embedding that texts need.
 
-        They can do without added tokens that neither open nor end them, such as those of images: a text that has one is
+        Texts do not need added tokens that neither open nor end them, such as those of images: a text with one is
         unusable.
         """
         spare = self.hf.added_tokens_decoder.keys() - {self.eos_id, *self.prefix}
         return sorted(i for i in self.texts if i >= rows and i not in spare)
 
     def for_rows(self, rows: int) -> "Tokenizer":
-        """Returns the tokenizer of embeddings of so many rows; where they have none for padding, EOS pads."""
+        """Returns the tokenizer for embeddings of that many rows; EOS pads if they have no row for padding."""
         pad_id = self.pad_id if self.pad_id < rows else self.eos_id
         return dataclasses.replace(self, rows=rows, pad_id=pad_id)
 
     def differing(self, other: "Tokenizer") -> list[int]:
-        """Returns the ids that are another token in another tokenizer, or whose token has another id there."""
+        """Returns the ids with another token in another tokenizer, or whose token has another id there."""
         theirs = {token: i for i, token in other.texts.items()}
         return [
             i
@@ -79,7 +79,7 @@ class Tokenizer:
     def continuation(self, text: str, encode: Callable[[str], list[int]] | None = None) -> list[int]:
         """Returns token ids, by `encode`, of a text that follows another; SentencePiece would open it with a space."""
         encode = encode or self.encode
-        for before in "\na0":  # the first whose tokens the text does not join
+        for before in "\na0":  # the first whose tokens do not merge with the text
             opened, both = encode(before), encode(before + text)
             if both[: len(opened)] == opened:
                 return both[len(opened) :]
@@ -91,12 +91,12 @@ class Tokenizer:
         return text
 
     def quoted(self, ids: Iterable[int]) -> str:
-        """Returns tokens in words, such as `'<eos>' (1), '<end_of_turn>' (106)`."""
+        """Describes tokens, such as `'<eos>' (1), '<end_of_turn>' (106)`."""
         return ", ".join(f"{self.texts.get(i, '?')!r} ({i})" for i in ids)
 
 
 def load_tokenizer(name: str) -> Tokenizer:
-    """Opens "demo", a folder, or a hub id. A generation_config.json beside it names further ends of a response.
+    """Opens "demo", a folder, or a hub id. A generation_config.json beside it names further end tokens.
 
     Raises:
         DataError: If it cannot be opened or has no end-of-sequence token.
@@ -124,7 +124,7 @@ def opening(hf: Any) -> tuple[int, ...]:
 
 
 def advice(error: Exception, folder: storage.Path) -> str:
-    """Returns an error of transformers in one line; where a SentencePiece file needs its package, what to install."""
+    """Returns an error of transformers in one line, or the package that a SentencePiece file needs."""
     files = [file.name for file in storage.matching(folder, "*.model")]
     if files and importlib.util.find_spec("sentencepiece") is None:
         return f"{files[0]} is a SentencePiece file; to read it: pip install 'safe_rlhf_jax[sentencepiece]'"
@@ -134,17 +134,17 @@ def advice(error: Exception, folder: storage.Path) -> str:
 def stored_ends(folder: storage.Path) -> tuple[int, ...]:
     """Returns the tokens that end a response of the model in a folder: `eos_token_id`, one or several.
 
-    As in transformers, generation_config.json counts, and config.json where there is none.
+    As in transformers, from generation_config.json, or from config.json if there is none.
 
     Raises:
-        DataError: If it is no token id, nor a list of them.
+        DataError: If it is neither a token id nor a list of them.
     """
     for name in ("generation_config.json", "config.json"):
         if storage.is_file(folder / name):
             try:
                 ends = json.loads(storage.read_text(folder / name)).get("eos_token_id")
             except (ValueError, AttributeError):
-                continue  # the model that it belongs to is refused with the reason
+                continue  # the model is refused with the reason
             if ends is not None:
                 several = ends if isinstance(ends, list) else [ends]
                 if any(type(end) is not int for end in several):

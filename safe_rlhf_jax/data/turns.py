@@ -1,4 +1,4 @@
-"""Prompts and responses as people write them: turns in several spellings, parts of a content, transcripts."""
+"""Parsing of prompts and responses: turns in several spellings, content parts, transcripts."""
 
 import ast
 import contextlib
@@ -20,8 +20,8 @@ TRAINED = ("weight", "train", "training", "loss")  # keys of a turn: false where
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")  # keys of a turn
 
 TURN = re.compile(r"\r?\n\r?\n(Human|Assistant):")
-ASKED = re.compile(r"\s*Human:.*\n\s*Assistant:|\r?\n\r?\n\s*Human:", re.DOTALL)  # how a prompt begins: a transcript
-OPEN = re.compile(  # how a prompt ends that has been written for a model
+ASKED = re.compile(r"\s*Human:.*\n\s*Assistant:|\r?\n\r?\n\s*Human:", re.DOTALL)  # beginning of a transcript
+OPEN = re.compile(  # end of a prompt formatted for a model
     r"(\bassistant:|### ?(response|assistant):|\[/INST\]|<\|assistant\|>|<\|im_start\|>assistant|<start_of_turn>model"
     r"|<\|start_header_id\|>assistant<\|end_header_id\|>)\s*$",
     re.IGNORECASE,
@@ -35,13 +35,13 @@ SPOKEN_ROLE = re.compile(rf"""(role|from)['"]\s*:\s*['"]({"|".join(ROLES)})['"]"
 
 
 def read_lists(record: Record, fields: Iterable[str]) -> Record:
-    """Returns a record in which turns and other lists that were written as text, as in CSV, are lists again."""
+    """Returns a record with turns and other lists parsed from text, as in CSV."""
     written = {name: record[name] for name in fields if isinstance(record.get(name), str)}
     return record | {name: list_in(text, name) for name, text in written.items()}
 
 
 def list_in(text: str, field: str) -> Any:
-    """Returns the list or the turns that a text spells; a text that is none as it is."""
+    """Parses a list or turns from text; returns any other text unchanged."""
     is_list = field in LISTS
     if not WRITTEN_LIST.match(text) or not (is_list or SPEAKER_KEY.search(text)):
         return text
@@ -54,7 +54,7 @@ def list_in(text: str, field: str) -> Any:
 
 
 def literal(text: str) -> Any:
-    """Returns what a text spells in JSON, or as Python prints it, or None; nothing is run."""
+    """Parses a text as JSON or a Python literal, or returns None; nothing is executed."""
     failures = (ValueError, SyntaxError, TypeError, MemoryError, RecursionError)
     for read in (json.loads, ast.literal_eval):
         with contextlib.suppress(*failures), warnings.catch_warnings(action="ignore"):  # about escapes
@@ -68,7 +68,7 @@ def are_turns(value: Any) -> bool:
 
 
 def is_turn(value: Message) -> bool:
-    """Says whether an object is a turn: someone speaks, be it nothing."""
+    """Says whether an object is a turn: it has a speaker, perhaps with an empty text."""
     speakers = {str(value.get(name)).strip().lower() for name in SPEAKER}
     return bool(speakers & ROLES.keys()) or {"role", "content"} <= value.keys()
 
@@ -81,7 +81,7 @@ def turns_of(value: Any, what: str) -> list[Message]:
 
 
 def turn_of(turn: Message) -> Message:
-    """Returns a turn with a role of ours, its text in one piece, and what else it holds."""
+    """Returns a turn with a canonical role, its text in one piece, and its other keys."""
     speakers = [turn[name] for name in SPEAKER if turn.get(name) is not None]
     if len(speakers) > 1:
         raise Unusable("a turn has both role and from")
@@ -101,7 +101,7 @@ def turn_of(turn: Message) -> Message:
 
 
 def weight_of(turn: Message) -> Message:
-    """Returns weight 0 for a turn that is not trained, in any spelling; a weight is 0 or 1."""
+    """Returns the weight of a turn, 0 or 1: 0 if it is not trained, in any spelling."""
     told = {name: TRUTHS.get(str(turn[name]).strip().lower()) for name in TRAINED if turn.get(name) is not None}
     if "weight" in told and told["weight"] is None:
         raise Unusable(f"a turn with weight {brief(turn['weight'])}, neither 0 nor 1")
@@ -109,7 +109,7 @@ def weight_of(turn: Message) -> Message:
 
 
 def joined(content: Any) -> Any:
-    """Returns the text of a content that is a list of parts of text; any other as it is."""
+    """Returns the text of a content that is a list of text parts; any other content unchanged."""
     if not isinstance(content, list) or not content or any(part_problem(part) for part in content):
         return content
     return "".join(part["text"] for part in content)
@@ -125,7 +125,7 @@ def part_problem(part: Any) -> str | None:
 
 
 def content_problem(message: Message) -> str | None:
-    """Returns why a turn has no text, where there is more to say than that it is missing."""
+    """Returns why a turn has no text, if there is a more specific reason than its absence."""
     content = message.get("content")
     if isinstance(content, list):
         return next(filter(None, map(part_problem, content)), None)
@@ -135,7 +135,7 @@ def content_problem(message: Message) -> str | None:
 
 
 def prompt_of(value: Any) -> Any:
-    """Returns a prompt as turns where it has several: from turns, or a transcript; any other as it is."""
+    """Returns a prompt of several turns as turns, from turns or a transcript; any other prompt unchanged."""
     if isinstance(value, list | dict):
         return plain(turns_of([value] if isinstance(value, dict) else value, "prompt"))
     if not isinstance(value, str) or not is_transcript(value):
@@ -157,7 +157,7 @@ def plain(turns: Sequence[Message]) -> Any:
 
 
 def response_of(value: Any, prompt: Any, field: str) -> Any:
-    r"""Returns a response as text: from one turn of the assistant, or what follows a transcript's last `Assistant:`."""
+    r"""Returns a response as text: one turn of the assistant, or the text after a transcript's last `Assistant:`."""
     if isinstance(value, list | dict):
         turns = turns_of([value] if isinstance(value, dict) else value, field)
         if len(turns) != 1 or turns[0]["role"] != "assistant":
@@ -172,7 +172,7 @@ def response_of(value: Any, prompt: Any, field: str) -> Any:
 
 
 def is_transcript(text: str) -> bool:
-    """Says whether a prompt is a transcript, or has the opening of a response that a template writes."""
+    """Says whether a prompt is a transcript, or ends with a template's opening of a response."""
     return bool(ASKED.match(text) or OPEN.search(text))
 
 

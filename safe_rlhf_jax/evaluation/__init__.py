@@ -1,1 +1,1 @@
-"""What the trained policies do on held-out prompts, and the report that shows it."""
+"""Evaluation of trained policies on held-out prompts, and the report."""

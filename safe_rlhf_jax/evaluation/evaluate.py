@@ -1,4 +1,4 @@
-"""What a policy does on held-out prompts, and how well a scorer ranks and separates held-out pairs."""
+"""Evaluation of policies on held-out prompts, and of scorers on held-out pairs."""
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -33,7 +33,7 @@ def make_respond(
     pad_id: int,
     sampling: Sampling,
 ) -> Callable[[Params, Frozen, PromptBatch, jax.Array], dict[str, jax.Array]]:
-    """Returns respond(params, frozen, prompts, key): one response per prompt, and what is known of it.
+    """Returns respond(params, frozen, prompts, key): one response per prompt, with its measurements.
 
     The result holds tokens i32[B, T], length i32[B], a score f32[B] for every scorer, and kl f32[B]
     (Σ log π − log π_ref over the response, nats).
@@ -76,7 +76,7 @@ def make_respond(
 def best_responses(out: Mapping[str, np.ndarray], cost_limit: float | None) -> dict[str, np.ndarray]:
     """Returns the best of n responses to each prompt by `reward`, within `cost_limit` by `cost` (see `best_of_n`).
 
-    There is no kl of it: choosing makes another distribution than the policy's.
+    It has no kl: the choice changes the distribution.
 
     Args:
         out: Arrays [B, n, …] by name: tokens, length, and a score for every scorer.
@@ -99,7 +99,7 @@ def collect_samples(
     group_field: str | None,
     oracle: Oracle | None,
 ) -> list[Sample]:
-    """Returns one sample per prompt: the response, its scores, and the oracle's reading of it where there is one."""
+    """Returns one sample per prompt: the response, its scores, and the oracle's reading if there is an oracle."""
     samples: list[Sample] = []
     for i, (batch, valid) in enumerate(batches):
         out = respond(batch, jax.random.fold_in(key, i))
@@ -148,13 +148,13 @@ def evaluate_pairs(
     Args:
         score: Returns the score of each text, f32[B].
         batches: With the number of valid rows of each.
-        records: Of the valid rows; their fields are kinds of pairs, to `health`.
+        records: Of the valid rows; `health` uses their fields as kinds of pairs.
 
     Returns:
         `metrics`: accuracy (of ranking; a tie counts one half), for cost models sign_accuracy, the expected calibration
-        error of the probability σ(difference) that the model gives the label, mean and standard deviation of the
+        error of the model's probability σ(difference) of the label, mean and standard deviation of the
         scores. `scores_by_label`: {chosen, rejected} or {safe, unsafe}. `reliability`: (confidence, accuracy, count) by
-        bin. `health`: what `pairs_health` says, for cost models with `sign` of `sign_health`.
+        bin. `health`: result of `pairs_health`, for cost models with `sign` of `sign_health`.
     """
     columns, labels = [], []
     for batch, valid in batches:
@@ -177,7 +177,7 @@ def evaluate_pairs(
         probability, outcome = sigmoid(both), ~is_safe
     else:
         by_label = {"chosen": a.tolist(), "rejected": b.tolist()}
-        # Each pair in a random order, else the outcome would always be 1.
+        # Each pair in random order; otherwise the outcome would always be 1.
         flip = np.random.default_rng(0).random(len(a)) < 0.5
         probability, outcome = sigmoid(np.where(flip, b - a, a - b)), ~flip
     metrics["calibration_error"] = expected_calibration_error(probability.tolist(), outcome.tolist())
@@ -199,8 +199,8 @@ def calibrated_limit(safe: Sequence[float], unsafe: Sequence[float], margin: flo
 def check_reachable(limit: float, safe: Sequence[float], *, field: str = "algorithm.lagrange.cost_limit") -> None:
     """Refuses a limit that no policy can be expected to reach.
 
-    The floor is the 5 % quantile of the cost model's scores of responses labelled safe: a policy whose *mean* lies
-    below it would have to be safer than nineteen in twenty safe responses. `field` names the limit in the error.
+    The floor is the 5 % quantile of the cost model's scores of responses labelled safe: a policy with a *mean* below it
+    would have to be safer than nineteen in twenty safe responses. `field` names the limit in the error.
 
     Raises:
         ConfigError: If the limit is below the floor.

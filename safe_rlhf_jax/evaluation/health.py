@@ -1,4 +1,4 @@
-"""How far a preference model can be trusted: what held-out pairs say of it, and what speaks against building on it.
+"""Reliability of a preference model: its measurements on held-out pairs, and reasons not to build on it.
 
 *Accuracy* is the share of pairs whose preferred response gets the higher reward, or the lower cost. A tie counts one
 half, as a coin would. Every accuracy is {rate, low, high, n} with the ends of its 95 % Wilson interval.
@@ -17,16 +17,16 @@ Health = dict[str, Any]
 
 BINS = 5  # with as many pairs in each
 MOST_FIELDS = 8
-MOST_VALUES = 12  # of a field; the rarest are taken together
+MOST_VALUES = 12  # of a field; the rarest are grouped
 MOST_CHARACTERS = 60  # of a value; longer ones are texts
-# What a record consists of: no kinds of records.
+# Fields that make up a record and define no kinds of records.
 OWN_FIELDS = {
     "prompt", "response", "response_0", "response_1", "better_response_id", "safer_response_id", "is_safe",
     "is_response_0_safe", "is_response_1_safe",
 }  # fmt: skip
 
 FEW_PAIRS = 100  # below, accuracy is known to no better than ± 10 points
-NEARLY_ALL = 0.9  # share of pairs in which a model chooses as a rule does: the rule explains it
+NEARLY_ALL = 0.9  # agreement with a rule above which the rule explains the model
 SIGNS = {
     "safe": ("below", "safe responses count as harm, and a cost limit asks for something else than safety"),
     "unsafe": ("above", "unsafe responses pass for safe, and a cost limit lets them through"),
@@ -40,17 +40,17 @@ def pairs_health(
     records: Sequence[Record],
     votes: str,
 ) -> Health:
-    """What held-out pairs say of how a model ranks.
+    """Measures a model's ranking of held-out pairs.
 
     Args:
-        preferred: f[n], what the model gives the response that the label prefers: its reward, or its cost negated.
+        preferred: f[n], the model's reward, or negated cost, of the response that the label prefers.
         other: f[n], the same of the other response.
         lengths: i[n] each, tokens of the two responses.
-        records: Of the pairs; their fields are the kinds by which accuracy is taken apart. May be empty.
-        votes: Field that holds what each annotator preferred, a list of 0 and 1.
+        records: Of the pairs; their fields define the kinds for accuracy by kind. May be empty.
+        votes: Field with the annotators' preferences, a list of 0 and 1.
 
     Returns:
-        `accuracy`; `ties`, their share; `by_margin`, accuracy over fifths of the pairs by how far apart the scores are,
+        `accuracy`; `ties`, their share; `by_margin`, accuracy over fifths of the pairs by the margin of the scores,
         and `by_length_difference` by preferred − other, in tokens, each with `from` and `to`; `length_alone` (see
         `length_rule`); `by_field` {field: {value: accuracy}}; with votes `annotators` (see `annotators_of`).
     """
@@ -78,15 +78,15 @@ def by_fifths(values: np.ndarray, right: np.ndarray) -> list[dict[str, Any]]:
 
 
 def length_rule(longer_by: np.ndarray, margin: np.ndarray) -> dict[str, Any]:
-    """What the length of the responses alone can do.
+    """Measures the accuracy of length as a rule.
 
     Args:
         longer_by: i[n], tokens of the preferred response − tokens of the other.
         margin: f[n], score of the preferred response − score of the other.
 
     Returns:
-        `rule`, "longer" or "shorter", whichever is right more often, with its accuracy; `agreement`, in how many of the
-        pairs of different length the model chooses as the rule does; absent where there are none.
+        `rule`, "longer" or "shorter", whichever is right more often, with its accuracy; `agreement`, the share of the
+        pairs of different length in which the model agrees with the rule; absent without such pairs.
     """
     nothing = np.zeros_like(longer_by)
     sign = 1 if win_rate(longer_by, nothing)["rate"] >= 0.5 else -1
@@ -134,7 +134,7 @@ def kinds_of(record: Record) -> dict[str, set[str]]:
 
 
 def annotators_of(records: Sequence[Record], field: str, right: np.ndarray) -> dict[str, Any]:
-    """How far annotators agree, and the model's accuracy where they do and where they do not.
+    """Measures the agreement of annotators, and the model's accuracy where they agree and where they do not.
 
     Args:
         records: Those with two votes or more count.
@@ -165,7 +165,7 @@ def as_list(value: Any) -> list[Any]:
 
 
 def sign_health(costs: np.ndarray, is_safe: np.ndarray) -> dict[str, Any]:
-    """What labelled responses say of the sign of a cost; a cost of exactly 0 is wrong.
+    """Measures the sign accuracy of costs on labelled responses; a cost of exactly 0 is wrong.
 
     Args:
         costs: f[n].
@@ -184,7 +184,7 @@ def sign_health(costs: np.ndarray, is_safe: np.ndarray) -> dict[str, Any]:
 
 
 def doubts(health: Mapping[str, Any] | None) -> list[str]:
-    """Why a preference model is not to be built on, what that means and what to do, in words.
+    """Returns reasons not to build on a preference model, each with its meaning and a fix.
 
     Args:
         health: Of `evaluate_pairs`; None where there were no held-out pairs.
@@ -235,7 +235,7 @@ def doubts(health: Mapping[str, Any] | None) -> list[str]:
 
 
 def rows_of(health: Mapping[str, Any]) -> list[tuple[str, str, Mapping[str, Any]]]:
-    """Every accuracy of a model's health as (what it is taken over, which part of it, the accuracy)."""
+    """Returns every accuracy of a model's health as (field, value, accuracy)."""
     length, annotators, sign = health["length_alone"], health.get("annotators", {}), health.get("sign", {})
     rows = [
         ("ranking", "all held-out pairs", health["accuracy"]),

@@ -2,8 +2,8 @@
 
 Each function takes plain data and returns a matplotlib `Figure`, or None without data.
 
-Colours are Okabe and Ito's and Tol's, told apart with any colour vision. Policies, groups of prompts and labels have
-different ones, so that a colour means the same thing in every figure; groups differ by marker too.
+Colours are Okabe and Ito's and Tol's, distinct for any colour vision. Policies, groups of prompts and labels have
+different ones, so that a colour means the same in every figure; groups also differ by marker.
 """
 
 import math
@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-# The first policy is what the others are held against: grey.
+# The first policy is the baseline: grey.
 POLICY_COLOURS = ("#8a8a8a", "#0072B2", "#E69F00", "#56B4E9", "#000000", "#882255", "#117733", "#B58900")
 GROUP_STYLES = (
     ("#332288", "o"), ("#CC79A7", "^"), ("#999933", "s"), ("#661100", "D"), ("#44AA99", "v"), ("#AA4499", "P"),
@@ -37,7 +37,7 @@ CURVES = (
     ("train/kl", "Divergence from the reference", "KL (nats)"),
     ("train/response_length", "Response length", "tokens"),
 )
-LOSS = "train/loss"  # of stages that learn from data: a panel each, since their losses and steps are not one another's
+LOSS = "train/loss"  # of stages that learn from data: a panel each, since their losses and steps are not comparable
 
 
 def policy_colours(names: Sequence[str]) -> dict[str, str]:
@@ -50,7 +50,7 @@ def training_curves(
     colours: Mapping[str, str],
     cost_limit: float | None = None,
 ) -> Figure | None:
-    """λ, costs, reward, KL, length and losses over the steps; a panel per metric that was recorded."""
+    """λ, costs, reward, KL, length and losses over the steps; a panel per recorded metric."""
     curves = {title: {name: _series(rows, key) for name, rows in history.items()} for key, title, _ in CURVES}
     losses = {f"Loss, {short(name)}": {name: _series(rows, LOSS)} for name, rows in history.items()}
     named = [*CURVES, *((LOSS, title, "loss") for title in losses)]
@@ -161,13 +161,13 @@ def grid(
 
 
 def short(name: str, most: int = 36) -> str:
-    """A name that fits beside a bar; matplotlib hides what begins with an underscore."""
+    """A name that fits beside a bar; matplotlib hides names with a leading underscore."""
     name = f" {name}" if name.startswith("_") else name
     return name if len(name) <= most else f"{name[: most // 2 - 1]}…{name[-most // 2 :]}"
 
 
 def legend_below(figure: Figure, handles: Mapping[str, Any]) -> Any:
-    """A legend under the panels, in as many rows as its texts need."""
+    """A legend under the panels, with enough rows for its texts."""
     rows = math.ceil(sum(len(label) + 8 for label in handles) / (13 * figure.get_figwidth()))  # 13 letters an inch
     columns = math.ceil(len(handles) / rows)
     return figure.legend(
@@ -176,12 +176,12 @@ def legend_below(figure: Figure, handles: Mapping[str, Any]) -> Any:
 
 
 def handles_of(axes: Sequence[Axes]) -> dict[str, Any]:
-    """{label: what it stands for} of all panels."""
+    """{label: its artist} of all panels."""
     return {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
 
 
 def padded(values: Sequence[float] | np.ndarray[Any, np.dtype[np.float64]]) -> tuple[float, float]:
-    """The range of values with some room on both sides."""
+    """The range of values with a margin on both sides."""
     low, high = float(np.min(values)), float(np.max(values))
     pad = 0.06 * (high - low) or 0.5
     return low - pad, high + pad

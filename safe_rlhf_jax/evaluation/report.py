@@ -26,18 +26,18 @@ class Report:
     Attributes:
         title: Heading of the page.
         command: The command that reproduces the run.
-        summary_lines: Facts in words: the cost limit and how it was chosen, seed, sizes.
-        policies: Samples (see `statistics`) by policy name; the first is what the others are held against.
+        summary_lines: Facts in words: the cost limit and its origin, seed, sizes.
+        policies: Samples (see `statistics`) by policy name; the first is the baseline.
         scorers: For 'reward' and 'cost': `scores_by_label` {label: scores}, `metrics` {name: value}, and optionally
             `reliability`, a list of (predicted probability, observed share, count), and `health` (see `health`), None
-            for a model of this run that was not held against any pairs.
+            for a model of this run without held-out pairs.
         history: By stage, the metrics of each step, as logged; any key may be missing.
         cost_limit: The constraint is mean cost ≤ cost_limit.
         stage_seconds: Wall-clock seconds by stage.
-        constrained_groups: The groups of prompts that the constraint is about; None for all.
-        measures: What an oracle measured, as columns.
-        note: What a reader has to know of the oracle.
-        provenance: {what: which}: data, models, code.
+        constrained_groups: The groups of prompts under the constraint; None for all.
+        measures: Measurements of an oracle, as columns.
+        note: An explanation of the oracle for the reader.
+        provenance: {item: value}: data, models, code.
         config: The config, as YAML.
     """
 
@@ -63,7 +63,7 @@ def write_report(folder: storage.Path, report: Report) -> storage.Path:
     images = {}
     for name, png in drawn(figures(report, summaries, colours)).items():
         path = folder / f"{name}.png"
-        storage.remove(path)  # a figure of an earlier run must not pass for one of this run
+        storage.remove(path)  # a figure of an earlier run must not appear as one of this run
         if png is not None:
             storage.write(path, png)
             images[name] = base64.b64encode(png).decode("ascii")
@@ -112,11 +112,11 @@ def drawn(figures: Mapping[str, Figure | None]) -> dict[str, bytes | None]:
 
 
 def figures(report: Report, summaries: tables.Summaries, colours: Mapping[str, str]) -> dict[str, Figure | None]:
-    """{name of the file: figure}, None for what there is nothing to show of."""
+    """{name of the file: figure}, None without data."""
     headline = [(m.name, f"{m.heading} {m.better}", m.is_share) for m in tables.headline(summaries, report.measures)]
     scores = (("reward", "reward (reward-model score)"), ("cost", "cost (cost-model score)"))
     titles = {measure.name: measure.heading for measure in report.measures}
-    with matplotlib.rc_context({"text.parse_math": False}):  # names may hold dollars
+    with matplotlib.rc_context({"text.parse_math": False}):  # names may contain dollar signs
         return {
             "headline": plots.headline_bars(summaries, colours, headline),
             "reward_cost": score_plots.reward_cost_scatter(
@@ -132,7 +132,7 @@ def figures(report: Report, summaries: tables.Summaries, colours: Mapping[str, s
 
 
 def summary_table(report: Report) -> Table:
-    """The headline numbers for the terminal: a row per policy, a column per metric that was measured."""
+    """The headline numbers for the terminal: a row per policy, a column per measured metric."""
     summaries = {name: summarize(samples) for name, samples in report.policies.items()}
     columns = tables.measured(summaries, [*(m for m in report.measures if m.headline), *tables.SCORES])
     table = Table(
@@ -160,6 +160,6 @@ def verdicts(report: Report, summaries: tables.Summaries) -> list[str]:
 
 
 def cautions(report: Report) -> list[str]:
-    """A sentence for each preference model that there are doubts about."""
+    """A sentence for each doubtful preference model."""
     numbers = {name: len(doubts(s["health"])) for name, s in report.scorers.items() if "health" in s}
     return [f"Doubts about the {name} model: {n}, below under its name." for name, n in numbers.items() if n]

@@ -1,4 +1,4 @@
-"""Which prompts of an evaluation are worth reading, with what every policy answered."""
+"""Selected prompts of an evaluation, with the responses of every policy."""
 
 import operator
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -11,7 +11,7 @@ from safe_rlhf_jax.evaluation.statistics import Sample, asked, kinds_of_prompts,
 Policies = Mapping[str, Sequence[Sample]]
 
 PICKED = 4  # of each sort
-MOST_PROMPTS = 160  # in the page; those picked, and of the others equally many of each kind, at equal distances
+MOST_PROMPTS = 160  # in the page; the selected ones, and equally many others of each kind, at equal distances
 BEST, WORST, CHANGED, UNSAFE = "best", "worst", "most changed", "an unsafe response"
 
 KEY = operator.itemgetter("split", "group", "prompt")
@@ -54,13 +54,13 @@ def answers_of(policies: Policies) -> list[Answers]:
 
 
 def is_unsafe(sample: Sample) -> bool:
-    """Says whether a response is harmful by the oracle, or without one by its cost."""
+    """Says whether a response is harmful by the oracle, or by its cost if there is no oracle."""
     harmful = sample.get("harmful")
     return (sample.get("cost") or 0.0) > 0 if harmful is None else bool(harmful)
 
 
 def picked(by_policy: Mapping[str, Mapping[Any, Sample]], keys: Sequence[Hashable]) -> dict[Hashable, list[str]]:
-    """{prompt: why it is worth reading}: the last policy's best and worst, and what changed most since the first.
+    """{prompt: why it is worth reading}: the last policy's best and worst, and the largest changes since the first.
 
     Reward and cost are measured in standard deviations; better is a higher reward − cost, and a change is the distance
     in both.
@@ -96,7 +96,7 @@ def spread(kinds: Mapping[Hashable, str]) -> list[Hashable]:
         members.setdefault(kind, []).append(key)
     out: list[tuple[int, Hashable]] = []
     room = MOST_PROMPTS
-    for i, keys in enumerate(sorted(members.values(), key=len)):  # what small kinds leave is for the large ones
+    for i, keys in enumerate(sorted(members.values(), key=len)):  # unused places of small kinds go to the large ones
         count = min(len(keys), room // (len(members) - i))
         room -= count
         where = sorted(set(np.linspace(0, len(keys) - 1, count).astype(int).tolist()))

@@ -28,7 +28,7 @@ Counts = dict[str, dict[str, tuple[float, int]]]  # {row: {policy: (number true,
 
 TEST, REDTEAM = "test", "redteam"  # splits
 ALL, RED_TEAM = "test prompts", "red team"  # kinds of prompts without a group
-MOST_GROUPS = 24  # the smallest of more are taken together
+MOST_GROUPS = 24  # if there are more, the smallest are grouped
 
 
 def bootstrap_interval(
@@ -201,14 +201,14 @@ def select(samples: Iterable[Sample], split: str, groups: Sequence[str] | None =
 
 
 def largest(names: Iterable[str], most: int) -> dict[str, tuple[str, ...]]:
-    """The names that occur, sorted; where there are more than `most`, the rarest together under one name.
+    """The names that occur, sorted; if there are more than `most`, the rarest are grouped under one name.
 
     Args:
         names: One for each member of a group.
-        most: How many may be left.
+        most: Maximum number of names.
 
     Returns:
-        {name to show: names that it stands for}.
+        {name to show: grouped names}.
     """
     ranked = [name for name, _ in Counter(names).most_common()]
     kept = ranked if len(ranked) <= most else ranked[: most - 1]
@@ -222,12 +222,12 @@ def present(samples: Iterable[Sample], key: str) -> list[float]:
 
 
 def main_samples(samples: Sequence[Sample]) -> list[Sample]:
-    """The samples of the test split, or all of them where it has none."""
+    """The samples of the test split, or all of them if it has none."""
     return select(samples, TEST) or list(samples)
 
 
 def kinds_of_prompts(samples: Sequence[Sample]) -> dict[str, tuple[str, tuple[str, ...] | None]]:
-    """{kind of prompts: (split, groups)}: each group of test prompts, or all where there is but one; the red team."""
+    """{kind of prompts: (split, groups)}: each group of test prompts, or all if there is only one; the red team."""
     test = select(samples, TEST)
     groups = largest((s["group"] for s in test), MOST_GROUPS)
     kinds: dict[str, tuple[str, tuple[str, ...] | None]] = {name: (TEST, behind) for name, behind in groups.items()}
@@ -236,14 +236,14 @@ def kinds_of_prompts(samples: Sequence[Sample]) -> dict[str, tuple[str, tuple[st
 
 
 def asked(policies: Mapping[str, Sequence[Sample]]) -> Sequence[Sample]:
-    """The samples of the policy that answered most: they tell the prompts."""
+    """The samples of the policy with the most responses, as a list of the prompts."""
     return max(policies.values(), key=len)
 
 
 def summarize(samples: Sequence[Sample]) -> dict[str, float]:
     """Every number the report says about one policy.
 
-    What an oracle has `measured` is averaged by name. The models' opinions are taken over the test split, except
+    An oracle's `measured` values are averaged by name. Model scores are averaged over the test split, except
     `cost_positive_share_redteam`. Headline metrics come with `…_low` and `…_high`, the ends of a 95 % interval (Wilson
     for shares, bootstrap for means), metrics by parts (`cost_positive_share/<group>`) without.
 
@@ -287,16 +287,16 @@ def summarize(samples: Sequence[Sample]) -> dict[str, float]:
 
 
 def breakdowns(policies: Mapping[str, Sequence[Sample]], titles: Mapping[str, str]) -> dict[str, Counts]:
-    """Counts of harmful responses by kind of prompts, and by the parts or else the categories that samples have.
+    """Counts harmful responses by kind of prompts, and by the parts or else the categories of the samples.
 
-    Harm is the oracle's word where there is one, else a positive cost.
+    A response is harmful by the oracle if there is one, else by a positive cost.
 
     Args:
         policies: Samples by policy.
         titles: Of the metrics by parts.
 
     Returns:
-        {title: {row: {policy: (number true, number)}}}; without what nobody knows.
+        {title: {row: {policy: (number true, number)}}}; without unknown values.
     """
     has_truth = any(s.get("harmful") is not None for samples in policies.values() for s in samples)
 
@@ -331,7 +331,7 @@ def breakdowns(policies: Mapping[str, Sequence[Sample]], titles: Mapping[str, st
 
 
 def plain(name: str) -> str:
-    """A category as it reads best."""
+    """A category in a readable spelling."""
     return name.replace("_", " ").replace(",", ", ").replace("  ", " ")
 
 

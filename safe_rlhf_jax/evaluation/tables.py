@@ -1,4 +1,4 @@
-"""The report's tables, as cells of text: which numbers, under which headings."""
+"""The report's tables, as cells of text: numbers and headings."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -60,18 +60,18 @@ class Table(NamedTuple):
 
 
 def measured(summaries: Summaries, measures: Sequence[Measure]) -> list[Measure]:
-    """The measures that some policy has."""
+    """The measures of at least one policy."""
     return [measure for measure in measures if any(measure.name in summary for summary in summaries.values())]
 
 
 def headline(summaries: Summaries, oracle: Sequence[Measure]) -> list[Measure]:
-    """What an oracle measured, or without one the opinions of the models."""
+    """Measurements of an oracle, or scores of the models without one."""
     found = measured(summaries, [m for m in oracle if m.headline])
     return found or measured(summaries, [m for m in SCORES if m.headline])
 
 
 def shown(summary: Mapping[str, float], measure: Measure) -> str:
-    """A number as the report writes it."""
+    """A number in the report's format."""
     if measure.name not in summary:
         return NOTHING
     digits = 3 if measure.name.startswith("distinct") else 2
@@ -93,7 +93,7 @@ def metrics(summaries: Summaries, measures: Sequence[Measure], colours: Mapping[
 
 
 def prompt_counts(policies: Mapping[str, Sequence[Sample]]) -> list[str]:
-    """A sentence for each split that has prompts: how many, by group, and how many of them differ."""
+    """A sentence for each non-empty split: the number of prompts, by group, and of distinct ones."""
     lines = []
     for split, title in ((TEST, "Test prompts"), (REDTEAM, "Red-team prompts")):
         members = select(asked(policies), split)
@@ -110,7 +110,7 @@ def win_rates(policies: Mapping[str, Sequence[Sample]], *, by_kind: bool) -> Tab
     """Each later policy against each earlier one, prompt by prompt: on all test prompts, or on each kind of prompts."""
     kinds = kinds_of_prompts(asked(policies))
     if by_kind and kinds.keys() == {ALL}:
-        return None  # there is but one
+        return None  # there is only one
     has_oracle = any(s.get("helpfulness") is not None for samples in policies.values() for s in samples)
     better = ("more helpful", "helpfulness", False) if has_oracle else ("higher reward", "reward", False)
     columns = (better, ("lower cost", "cost", True))
@@ -131,7 +131,7 @@ def share(found: Mapping[str, Any]) -> Cell:
 
 
 def scorers(found: Mapping[str, Mapping[str, Any]]) -> Table | None:
-    """What the preference models measured on held-out pairs."""
+    """Metrics of the preference models on held-out pairs."""
     values = {name: scorer.get("metrics", {}) for name, scorer in found.items()}
     names: set[str] = {metric for metrics in values.values() for metric in metrics}
     ordered = [name for name in SCORER_METRICS if name in names] + sorted(names - SCORER_METRICS.keys())
@@ -143,7 +143,7 @@ def scorers(found: Mapping[str, Mapping[str, Any]]) -> Table | None:
 
 
 def health(found: Mapping[str, Any] | None) -> Table | None:
-    """How a preference model ranks, by what the pairs are."""
+    """Accuracy of a preference model by kinds of pairs."""
     if found is None:
         return None
     rows: list[list[Cell]] = []

@@ -1,4 +1,4 @@
-"""Several responses to a prompt: sampled and scored together, the best feasible one, what more of them would buy."""
+"""Best-of-n: sample and score n responses per prompt, select the best feasible one, estimate the gain from larger n."""
 
 from collections.abc import Callable, Mapping, Sequence
 from math import comb
@@ -20,7 +20,7 @@ Table = np.ndarray  # [prompts, n]
 def best_of_n(
     rewards: Float[Array, "B n"], costs: Float[Array, "B n"] | None, cost_limit: float | None
 ) -> tuple[Int[Array, " B"], Bool[Array, " B"]]:
-    """Index of the highest reward among responses with cost ≤ limit; where there are none, of the lowest cost.
+    """Index of the highest reward among responses with cost ≤ limit; if there are none, of the lowest cost.
 
     Source: Touvron et al. 2023 (arXiv 2307.09288) section 3.2.3, rejection sampling; the cost as a filter is ours.
 
@@ -117,7 +117,7 @@ def numbers_up_to(n: int) -> list[int]:
 
 
 def gain_by_number(rewards: Table, feasible: Table) -> list[dict[str, float]]:
-    """What k of the n samples of each prompt would have given, for k = 1, 2, 4, …, n.
+    """Expected rewards of k out of the n samples of each prompt, for k = 1, 2, 4, …, n.
 
     Unbiased: the mean over all subsets of k samples, from order statistics, then over prompts.
 
@@ -158,7 +158,7 @@ def gain_by_number(rewards: Table, feasible: Table) -> list[dict[str, float]]:
 
 
 def described_gain(rows: Sequence[Mapping[str, float]]) -> str:
-    """Returns the last row of `gain_by_number` in words."""
+    """Describes the last row of `gain_by_number`."""
     last = rows[-1]
     return (
         f"of {last['number']:.0f} responses the best has reward {last['reward_max']:.3f}, the median "

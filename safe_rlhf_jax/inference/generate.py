@@ -16,7 +16,7 @@ from safe_rlhf_jax.types import Params, PromptBatch, Rollout, TokenIds
 
 @struct.dataclass
 class DecodeState:
-    """What a step of decoding reads and writes."""
+    """The carry of the decode loop."""
 
     t: jax.Array  # i32[]  response tokens chosen so far
     logits: jax.Array  # f32[B, V]  of the next token
@@ -54,8 +54,8 @@ def generate(
         response_length: T, the most response tokens.
         eos_id: The token, or tokens, that end a response.
         pad_id: Token that fills the columns after the end.
-        sampling: How tokens are chosen.
-        num_responses: n responses per prompt; they share one prefill and stand next to each other.
+        sampling: Sampling settings.
+        num_responses: n responses per prompt; they share one prefill and are adjacent rows.
         early_exit: False runs all T steps; the result is the same.
 
     Returns:
@@ -131,7 +131,7 @@ def generate(
 
 
 def gathered(module: CausalLM, params: Params) -> Params:
-    """Returns a copy of parameters that is whole over `fsdp`, matrices in the compute dtype."""
+    """Returns a copy of the parameters gathered over `fsdp`, with matrices in the compute dtype."""
 
     def gather(x: jax.Array, boxed: Any) -> jax.Array:
         split = constrain(x, *boxed.names)  # cast before it is sent

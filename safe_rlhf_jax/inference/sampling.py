@@ -12,7 +12,7 @@ from safe_rlhf_jax.ops import token_log_probs
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen. The defaults sample from the model's own distribution."""
+    """Sampling settings. The defaults sample from the model's own distribution."""
 
     temperature: float = 1.0  # 0 is greedy
     top_k: int = 0  # keep the k most probable tokens; 0 keeps all
@@ -26,7 +26,7 @@ def penalize_repetition(logits: Float[Array, "B V"], seen: Bool[Array, "B V"], p
 
 
 def keep_top_k(logits: Float[Array, "B V"], k: int) -> Float[Array, "B V"]:
-    """Excludes all but the k largest logits (and those equal to the k-th)."""
+    """Excludes all but the k largest logits (and ties with the k-th)."""
     threshold = jax.lax.top_k(logits, k)[0][:, -1:]
     return jnp.where(logits < threshold, EXCLUDED, logits)
 
@@ -52,7 +52,7 @@ def sample_token(
         key: Random key of this step.
         logits: f32[B, V].
         seen: bool[B, V], tokens that have occurred; needed for a repetition penalty only.
-        sampling: How to choose.
+        sampling: Sampling settings.
 
     Returns:
         token i32[B], and its log-probability under the distribution it was drawn from, f32[B] in nats (greedy: under

@@ -1,4 +1,4 @@
-"""Token by token for a reader who waits: the host asks for each token, unlike `generate`."""
+"""Streaming decoding: the host pulls one token at a time, unlike `generate`."""
 
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -17,12 +17,12 @@ MIN_COLUMNS = 32
 
 
 def round_up(tokens: int) -> int:
-    """Returns the next power of two, at least `MIN_COLUMNS`: few widths are few programs to compile."""
+    """Returns the next power of two, at least `MIN_COLUMNS`: fewer widths, fewer programs to compile."""
     return max(MIN_COLUMNS, 1 << (tokens - 1).bit_length())
 
 
 def columns(tokens: int, most: int) -> int:
-    """Returns `round_up(tokens)`, but at most `most`: what fits is not refused for the padding beside it."""
+    """Returns `round_up(tokens)`, at most `most`: padding must not make a text too long."""
     return min(round_up(tokens), most)
 
 
@@ -53,13 +53,13 @@ class Stream:
         self.sample = jax.jit(partial(sample_token, seen=None), static_argnames="sampling")
 
     def __call__(self, prompt: Sequence[int], key: jax.Array, *, sampling: Sampling, max_tokens: int) -> Iterator[int]:
-        """Yields the tokens of a response, the one that ends it included, as soon as each is chosen.
+        """Yields the tokens of a response, its end token included, as soon as each is chosen.
 
         Args:
             prompt: Token ids.
             key: Random key; token t uses `fold_in(key, t)`, as `generate` does.
-            sampling: How to choose; without a repetition penalty.
-            max_tokens: The most tokens of the response.
+            sampling: Sampling settings, without a repetition penalty.
+            max_tokens: Maximum number of response tokens.
 
         Raises:
             UserError: If prompt and response do not fit into the positions of the model.

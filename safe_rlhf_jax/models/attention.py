@@ -12,7 +12,7 @@ from safe_rlhf_jax.models.layers import Linear, Norm, precision_of, softcap
 from safe_rlhf_jax.models.positions import Rotary, alibi_slopes, config_rotary, rotate
 from safe_rlhf_jax.sharding import constrain
 
-MASKED = -1e30  # finite, so that a row in which nothing is visible stays finite
+MASKED = -1e30  # finite, so that a fully masked row stays finite
 
 
 @struct.dataclass
@@ -32,13 +32,13 @@ class KVCache:
 
 
 def empty_cache(config: ModelConfig, batch: int, length: int) -> KVCache:
-    """Returns zeros for `batch` sequences of at most `length` tokens."""
+    """Returns an empty cache for `batch` sequences of at most `length` tokens."""
     shape = (batch, config.num_kv_heads, length, config.head_dim)
     return KVCache(jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype))
 
 
 def causal_mask(mask: Bool[Array, "B L"]) -> Bool[Array, "B L L"]:
-    """Query i sees key j when j ≤ i and j is a real token."""
+    """Returns the causal mask: query i attends to key j if j ≤ i and j is a real token."""
     length = mask.shape[-1]
     return jnp.tril(jnp.ones((length, length), bool))[None] & mask[:, None, :]
 
@@ -52,7 +52,7 @@ class AttentionContext:
     bias: jax.Array | None  # f32[H, q, k]  added to the scores
     # Set for a full causal pass only, where a fused kernel rebuilds the mask from padding and window:
     real: jax.Array | None = None  # bool[B, k]  columns that are not padding
-    window: int | None = struct.field(pytree_node=False, default=None)  # keys that a query sees, its own included
+    window: int | None = struct.field(pytree_node=False, default=None)  # keys per query, its own included
 
     def for_queries_from(self, first: int) -> "AttentionContext":
         """Returns the context of the queries from column `first` on; keys stay."""
@@ -62,7 +62,7 @@ class AttentionContext:
         return AttentionContext(self.visible[:, first:], self.rotary, bias)
 
     def dense(self) -> "AttentionContext":
-        """Returns the context without what fused kernels read, so that contexts of several windows can be stacked."""
+        """Returns the context without the fields of fused kernels, so that contexts of several windows stack."""
         return AttentionContext(self.visible, self.rotary, self.bias)
 
 
@@ -73,16 +73,16 @@ def contexts(
     slot: jax.Array | int,
     real: Bool[Array, "B l"] | None = None,
 ) -> tuple[list[AttentionContext], list[int]]:
-    """Returns the distinct attention contexts of a model, and for each layer the index of its own.
+    """Returns the distinct attention contexts of a model, and the index of each layer's context.
 
-    Windows and linear biases count columns: the real tokens of a row stand next to each other.
+    Windows and linear biases count columns: the real tokens of a row are contiguous.
 
     Args:
         config: The model's configuration.
         positions: i32[B, l], counted over real tokens.
         visible: bool[B, l, k], which of the k keys each of the l queries may attend to, before any window.
         slot: Column of the first of the l columns.
-        real: bool[B, l] where `visible` is its causal mask: then fused kernels may stand in for `attend`.
+        real: bool[B, l] if `visible` is its causal mask: fused kernels may then replace `attend`.
     """
     length, columns = visible.shape[1:]
     distance = (slot + jnp.arange(length, dtype=jnp.int32))[:, None] - jnp.arange(columns, dtype=jnp.int32)[None]
@@ -159,7 +159,7 @@ class Attention(nn.Module):
     ) -> tuple[Float[Array, "B q D"], KVCache | None]:
         """Attends within x, or from x to the cache after writing x's keys and values at `slot`.
 
-        The last q positions of x ask, all of them answer: `context.visible` has a row for each that asks.
+        The last q positions of x are queries, all of them are keys: `context.visible` has a row for each query.
 
         Returns:
             float[B, q, D] and the updated cache (None without one).
@@ -182,7 +182,7 @@ class Attention(nn.Module):
             keys = rotate(keys, cos, sin, interleaved=c.rotary_interleaved)
         if cache is not None:
             cache = cache.write(keys, values, slot)
-            if context.visible.shape[-1] != keys.shape[2]:  # a step of decoding; prefill sees only what it brings
+            if context.visible.shape[-1] != keys.shape[2]:  # a decode step; prefill attends only to its own keys
                 keys, values = cache.keys, cache.values
         scale = c.head_dim**-0.5 if c.attention_scale is None else c.attention_scale
         cap, real = c.attention_softcap, context.real

@@ -1,4 +1,4 @@
-"""What a network is made of: sizes and switches, independent of any file format."""
+"""Configuration of a network: sizes and switches, independent of any file format."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -9,10 +9,10 @@ ScoreType = Literal["reward", "cost", "critic"]
 Layout = Literal["beaver", "sequence_classification"]  # of score models in Hugging Face folders: models/score_layouts
 Positions = Literal["rotary", "learned", "alibi"]
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
-# What a layer does to the residual stream x, with norms n and n':
+# The update of the residual stream x in a layer, with norms n and n':
 #   pre_norm          x += attention(n(x)), then x += mlp(n'(x))
 #   post_norm         x = n(x + attention(x)), then x = n'(x + mlp(x))
-#   sandwich          as pre_norm, and what is added is normalised too
+#   sandwich          as pre_norm, with both outputs normalised too
 #   parallel          x += attention(n(x)) + mlp(n'(x))
 #   parallel_shared   x += attention(n(x)) + mlp(n(x))
 Block = Literal["pre_norm", "post_norm", "sandwich", "parallel", "parallel_shared"]
@@ -20,9 +20,9 @@ Block = Literal["pre_norm", "post_norm", "sandwich", "parallel", "parallel_share
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-    """How rotary frequencies are stretched for texts longer than those of pretraining.
+    """Scaling of rotary frequencies for texts longer than those of pretraining.
 
-    `dynamic` and `longrope` depend on the length of the text; they are settled only up to `ModelConfig.fixed_length`.
+    `dynamic` and `longrope` depend on the length of the text; they are fixed only up to `ModelConfig.fixed_length`.
     """
 
     kind: Literal["linear", "dynamic", "llama3", "longrope"]
@@ -37,7 +37,7 @@ class RopeScaling:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """A decoder-only transformer, and how to run it. The defaults of the switches make it a Llama.
+    """A decoder-only transformer and its execution. The defaults of the switches make it a Llama.
 
     Axis legend: V `vocab_size`, D `hidden_size`, F `intermediate_size`, N `num_layers`, H `num_heads`,
     K `num_kv_heads`, C `head_dim`.
@@ -57,13 +57,13 @@ class ModelConfig:
     positions: Positions = "rotary"
     rope_theta: float = 10000.0
     rope_scaling: RopeScaling | None = None
-    local_rope_theta: float | None = None  # of layers with a window, which are not scaled; None: as the others
-    rotary_dim: int | None = None  # leading dimensions of a head that turn; None: all
+    local_rope_theta: float | None = None  # of layers with a window, without scaling; None: as the others
+    rotary_dim: int | None = None  # rotated leading dimensions of a head; None: all
     rotary_interleaved: bool = False  # pairs are neighbours (x_2i, x_2i+1) rather than halves (x_i, x_i+C/2)
-    position_offset: int = 0  # row of a learned table that belongs to position 0
+    position_offset: int = 0  # row of position 0 in a learned table
     # Embedding
     tie_embeddings: bool = False
-    embedding_size: int | None = None  # width of a token's embedding where a projection leads to D and back
+    embedding_size: int | None = None  # width of token embeddings, if projections lead to D and back
     embedding_norm: bool = False
     scale_embedding: bool = False  # by √D
     lm_head_bias: bool = False
@@ -79,55 +79,55 @@ class ModelConfig:
     attention_out_bias: bool | None = None  # None: as `attention_bias`
     attention_scale: float | None = None  # of q·k; None: 1/√C
     attention_softcap: float | None = None
-    qk_norm: bool = False  # of each head's queries and keys, before they are turned
-    windows: tuple[int | None, ...] = ()  # tokens that each layer sees, itself included; empty: all, everywhere
+    qk_norm: bool = False  # of each head's queries and keys, before rotation
+    windows: tuple[int | None, ...] = ()  # keys per query in each layer, its own included; empty: all, everywhere
     # MLP
     activation: Activation = "silu"
     gated: bool = True
     mlp_bias: bool = False
-    # How to run it; none of these changes a result beyond rounding.
-    dtype: str = "float32"  # of matmuls and activations; parameters stay as they are stored
+    # Execution; none of these changes a result beyond rounding.
+    dtype: str = "float32"  # of matmuls and activations; parameters keep their stored dtype
     scan_layers: bool = True  # one compiled layer, scanned; False unrolls, faster for small models
-    remat: RematPolicy = "none"  # what the backward pass recomputes
-    gather_to_decode: bool = False  # generation keeps a copy of the parameters that is whole over `fsdp`
-    # Ranges [start, stop) of rows that no token of the tokenizer has (embeddings are padded to round sizes): they are
-    # never sampled and in no softmax.
+    remat: RematPolicy = "none"  # recomputed in the backward pass
+    gather_to_decode: bool = False  # generation keeps a copy of the parameters gathered over `fsdp`
+    # Ranges [start, stop) of rows without a token in the tokenizer (embeddings are padded to round sizes): never
+    # sampled and in no softmax.
     unused_rows: tuple[tuple[int, int], ...] = ()
-    # {file: contents} of the JSON files it was read from: `hf.save` keeps what we have no use for.
+    # {file: contents} of the original JSON files: `hf.save` keeps their unused fields.
     stored: Mapping[str, Any] = dataclasses.field(default_factory=dict, compare=False, repr=False)
 
     @property
     def embedding_width(self) -> int:
-        """Width of token embeddings, and of the hidden states that the heads read."""
+        """Width of token embeddings, and of the hidden states read by the heads."""
         return self.embedding_size or self.hidden_size
 
     @property
     def fixed_length(self) -> int | None:
-        """Tokens up to which a text's first part is encoded the same however it goes on; None: always."""
+        """Number of tokens up to which the encoding of a prefix does not depend on later tokens; None: unlimited."""
         if self.rope_scaling is None or self.rope_scaling.kind not in ("dynamic", "longrope"):
             return None
         return self.max_positions if self.rope_scaling.kind == "dynamic" else self.rope_scaling.original_positions
 
     @property
     def generated_length(self) -> int:
-        """Tokens of prompt and response that generation can hold, whose cache keeps what has been encoded."""
+        """Maximum tokens of prompt and response in generation, whose cache keeps encoded tokens."""
         return min(self.max_positions, self.fixed_length or self.max_positions)
 
 
 @dataclasses.dataclass(frozen=True)
 class ScoreConfig:
-    """A linear head over the decoder that gives every token a score, and its normaliser.
+    """A linear head over the decoder with a score per token, and its normaliser.
 
     Source: REFERENCE section 1.2. `affine` (x − μ)/σ for rewards; `scale` x/σ for costs, which keeps the sign that
-    separates safe from unsafe; critics are never normalised.
+    separates safe from unsafe; critics: never.
     """
 
     score_type: ScoreType
     bias: bool = True
     normalize: bool = False  # apply the normaliser to the scores
     momentum: float | None = None  # of an exponential moving average; None keeps running mean and variance
-    # The score of a text stands on its last token with another id than this, as in transformers' sequence
-    # classification; None: on its last real token.
+    # The score of a text is at its last token with another id than this, as in transformers' sequence
+    # classification; None: at its last real token.
     pad_id: int | None = None
 
 

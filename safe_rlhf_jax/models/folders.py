@@ -1,4 +1,4 @@
-"""A model's folder: found or downloaded, and what is in it. No weight is read here."""
+"""Model folders: find or download them, and read their JSON files. No weight is read here."""
 
 import json
 import warnings
@@ -11,12 +11,12 @@ from safe_rlhf_jax.errors import MissingModelError, ModelError
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-# What of a hub's repository is fetched, and what of it is not: second copies of the weights in other layouts.
+# Files of a hub repository to fetch, and to skip: second copies of the weights in other layouts.
 WANTED = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model")
 SECOND_COPIES = ("*/*", "consolidated*")
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "vocab.json", "merges.txt")
 WEB_PAGE = "is a web page that was saved in place of the file; fetch it again (a gated model needs `hf auth login`)"
-# First bytes, in lower case, of what stands in a file's place when something went wrong on the way.
+# First bytes, in lower case, of files left by a failed download.
 STRAYS = {
     b"version https://git-lfs": "is a pointer of Git LFS in place of the file; fetch it with `git lfs pull`",
     b"<!doctype html": WEB_PAGE,
@@ -38,9 +38,9 @@ MERGE = "merge the adapter into its base and save that: `model.merge_and_unload(
 
 
 def say_once(message: str) -> None:
-    """Warns of what is opened otherwise than its files say; of several processes the first one speaks."""
+    """Warns, on the first process, of a model that is opened otherwise than its files say."""
     if jax.process_index() == 0:
-        warnings.warn(message, stacklevel=2)  # Python shows the same words once
+        warnings.warn(message, stacklevel=2)  # Python shows the same message once
 
 
 # --- Folders ----------------------------------------------------------------------------------------------------------
@@ -50,7 +50,7 @@ def resolve(path_or_id: storage.Place) -> storage.Path:
     """Returns a local folder: the path itself, or the hub's snapshot in its cache (downloaded when missing).
 
     Raises:
-        MissingModelError: If there is neither, saying what to do.
+        MissingModelError: If there is neither; names the fix.
     """
     folder = storage.expanded(path_or_id)
     if storage.is_folder(folder):
@@ -70,7 +70,7 @@ def resolve(path_or_id: storage.Place) -> storage.Path:
 
 
 def download(hub_id: str) -> storage.Path:
-    """Returns the hub's snapshot of a model; what its index names in folders below is fetched too."""
+    """Returns the hub's snapshot of a model, with the files in subfolders that its index names."""
     from huggingface_hub import snapshot_download
 
     patterns: dict[str, Any] = {"allow_patterns": [*WANTED], "ignore_patterns": [*SECOND_COPIES]}
@@ -86,7 +86,7 @@ def read_config(folder: storage.Path) -> dict[str, Any]:
 
     Raises:
         MissingModelError: If the folder has none.
-        ModelError: If the folder is an adapter, or something else stands in place of this file or the tokenizer's.
+        ModelError: If the folder is an adapter, or this file or the tokenizer's has other contents.
     """
     if storage.is_file(folder / ADAPTER):
         raise ModelError(
@@ -97,14 +97,14 @@ def read_config(folder: storage.Path) -> dict[str, Any]:
         below = sorted(path.parent.name for path in storage.matching(folder, "*/config.json"))
         there = f"there is one in {', '.join(below[:5])}: name that folder" if below else "or one half written"
         raise MissingModelError(f"{folder}: no config.json; not a Hugging Face model folder, {there}")
-    for path in filter(storage.is_file, (folder / name for name in TOKENIZER)):  # others open it and say less
+    for path in filter(storage.is_file, (folder / name for name in TOKENIZER)):  # clearer than later errors
         if reason := stray(path):
             raise ModelError(f"{path} {reason}")
     return read_json(folder / "config.json")
 
 
 def stray(path: storage.Path) -> str | None:
-    """Returns what a file holds in place of its contents: a pointer, a web page, nothing; None for any other."""
+    """Describes the wrong contents of a file: a pointer, a web page, nothing; None for any other file."""
     start = storage.read_bytes(path, 64).lstrip().lower()
     if not start:
         return "is empty; fetch it again"
@@ -115,14 +115,12 @@ def read_json(path: storage.Path) -> dict[str, Any]:
     """Returns the object in a JSON file.
 
     Raises:
-        ModelError: If it holds none, naming the file.
+        ModelError: If there is none, naming the file.
     """
     if reason := stray(path):
         raise ModelError(f"{path} {reason}")
     try:
-        value = json.loads(
-            storage.read_bytes(path).decode("utf-8-sig")
-        )  # editors of Windows put a mark before the text
+        value = json.loads(storage.read_bytes(path).decode("utf-8-sig"))  # Windows editors write a byte order mark
     except (ValueError, RecursionError) as error:
         raise ModelError(f"{path}: not valid JSON: {error}") from error
     if not isinstance(value, dict):
@@ -134,10 +132,10 @@ def read_json(path: storage.Path) -> dict[str, Any]:
 
 
 def read_index(folder: storage.Path) -> dict[str, str]:
-    """Returns {tensor: file} of a folder's index, files relative to the folder; nothing where there is no index.
+    """Returns {tensor: file} of a folder's index, files relative to the folder; empty without an index.
 
     Raises:
-        ModelError: If it says no such thing.
+        ModelError: If the index holds no such mapping.
     """
     path = folder / INDEX
     if not storage.is_file(path):
@@ -152,10 +150,10 @@ def read_index(folder: storage.Path) -> dict[str, str]:
 
 
 def weight_files(folder: storage.Path) -> list[storage.Path]:
-    """Returns the files that hold a folder's tensors.
+    """Returns the weight files of a folder.
 
     Raises:
-        MissingModelError: If there are none, saying what is there instead.
+        MissingModelError: If there are none; names what is there instead.
     """
     if storage.is_file(folder / WEIGHTS):
         if others := sorted(path.name for path in storage.matching(folder, "model-*-of-*.safetensors")):
@@ -171,7 +169,7 @@ def weight_files(folder: storage.Path) -> list[storage.Path]:
 
 
 def what_else(folder: storage.Path) -> str:
-    """Returns what a folder without weights holds in their place, and what to do."""
+    """Describes a folder without weights: its contents, and the fix."""
     for patterns, meaning in IN_PLACE_OF_WEIGHTS.items():
         found = [str(path.relative_to(folder)) for path in storage.matching(folder, *patterns)]
         if found:

@@ -1,6 +1,6 @@
-"""Fused attention: kernels that never write the weights to memory, for passes in which every column asks.
+"""Fused attention: kernels that never write the weights to memory, for passes in which every column is a query.
 
-`attention.attend` is what they are equal to on real tokens, and what runs wherever `kernel_for` finds none of them.
+They equal `attention.attend` on real tokens; `attend` runs wherever `kernel_for` finds no kernel.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from safe_rlhf_jax.sharding import partition_spec
 Kernel = Literal["splash", "cudnn"]
 
 LANES = 128  # of a TPU's vector unit: tokens are padded to a multiple
-BLOCKS = (512, 256, 128)  # tokens that splash works on at a time: the largest that divides
+BLOCKS = (512, 256, 128)  # block sizes of splash in tokens: the largest that divides
 ACTIVATION_BYTES = 2
 CUDNN_HEAD_DIM = 128
 CUDNN_CAPABILITY = 8.0  # Ampere
@@ -24,11 +24,11 @@ CUDNN_CAPABILITY = 8.0  # Ampere
 def kernel_for(
     queries: Float[Array, "B H q C"], keys: Float[Array, "B K k C"], *, cap: float | None, biased: bool
 ) -> Kernel | None:
-    """Returns the kernel of the platform that takes such arrays, None where there is none.
+    """Returns the platform's kernel for such arrays, or None.
 
-    The platform is that of the mesh, which need not be here: programs are compiled ahead of time too. None of the
-    kernels takes linear biases or a step of decoding; a sharded one needs whole rows and heads on each device. Float32
-    is left to `attend`: on a TPU splash multiplies it in a single pass of bfloat16.
+    The platform is that of the mesh, whose devices need not exist: programs are compiled ahead of time too. No kernel
+    takes linear biases or a decode step; a sharded one needs whole rows and heads on each device. Float32 is left to
+    `attend`: on a TPU splash multiplies it in a single pass of bfloat16.
     """
     batch, heads, length, size = queries.shape
     mesh = jax.sharding.get_abstract_mesh()
@@ -48,14 +48,14 @@ def kernel_for(
 
 
 def platform() -> str:
-    """Returns what a program traced here will run on: `cpu`, `gpu` or `tpu`."""
+    """Returns the platform of a program traced here: `cpu`, `gpu` or `tpu`."""
     mesh = jax.sharding.get_abstract_mesh()
     if not mesh.empty and mesh.abstract_device is not None:
         name: str = mesh.abstract_device.platform
     elif jax.device_count() == 1:
         name = jax.default_backend()
     else:
-        name = "cpu"  # without a mesh nothing says how arrays are split over the devices: no kernel
+        name = "cpu"  # without a mesh the sharding of the arrays is unknown: no kernel
     return "gpu" if name == "cuda" else name
 
 
@@ -70,18 +70,18 @@ def attend_fused(
     window: int | None,
     cap: float | None,
 ) -> Float[Array, "B H L C"]:
-    """Causal attention by a kernel; real tokens see real tokens, padding sees something and is never read.
+    """Causal attention by a kernel; real tokens attend to real tokens, and the output at padding is never read.
 
     On a mesh each device runs the kernel on its rows and heads: the compiler cannot split a kernel.
 
     Args:
-        kernel: Which.
+        kernel: Name of the kernel.
         queries: float[B, H, L, C].
         keys: float[B, K, L, C].
         values: float[B, K, L, C].
         real: bool[B, L], tokens that are not padding.
         scale: Factor of q·k.
-        window: Columns that a token sees, itself included; None: all before it.
+        window: Keys per query, its own included; None: all before it.
         cap: Limit of the softcap of q·k.
 
     Returns:
@@ -112,8 +112,8 @@ def splash(
     cap: float | None,
     interpret: bool = False,
 ) -> Float[Array, "B H L C"]:
-    """Pallas splash attention on one TPU: padding is a segment of its own, so that it sees at least itself."""
-    # Here, because it takes half a second, which other platforms need not wait.
+    """Pallas splash attention on one TPU: padding is a separate segment, so that it attends at least to itself."""
+    # Imported here because it takes half a second, which other platforms can save.
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 
     heads, length = queries.shape[1:3]

@@ -1,7 +1,7 @@
 """Hugging Face folders in and out: config.json and safetensors, never a pickle.
 
 Layouts: `*ForCausalLM`, and for score models `*ForScore` and `*ForSequenceClassification` (`score_layouts`). Weights
-go from the disk to where they belong one tensor at a time, and back.
+are loaded into their shards, and saved, one tensor at a time.
 """
 
 import contextlib
@@ -68,7 +68,7 @@ __all__ = [
 DTYPES = ("float32", "bfloat16", "float16")
 JSON_FILES = ("config.json", "generation_config.json")
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-# Of a stored config.json, what is not true of what we write.
+# Fields of a stored config.json that do not apply to the files we write.
 STALE = ("auto_map", "quantization_config", "transformers_version")
 MAX_FILE_BYTES = 5 * 10**9
 
@@ -84,10 +84,10 @@ class Matched:
 
     module: CausalLM | ScoreModel
     tensors: Tensors
-    weights: dict[str, Weight]  # by stored name, what is read
+    weights: dict[str, Weight]  # by stored name, the tensors to read
     shapes: dict[Path, Shape]  # of all parameters: a fresh head is not among the weights
     boxed: Variables
-    statistics: dict[str, np.ndarray]  # of the normaliser, where there is one
+    statistics: dict[str, np.ndarray]  # of the normaliser, if any
 
 
 def inspect(
@@ -100,7 +100,7 @@ def inspect(
     as_stored: bool = False,
     scan_layers: bool = True,
 ) -> Matched:
-    """Returns what `load` would open, after all checks that need no weights.
+    """Returns the network that `load` would open, after all checks that need no weights.
 
     Arguments and errors are those of `load`.
     """
@@ -150,22 +150,22 @@ def load(
 ) -> tuple[CausalLM | ScoreModel, Variables]:
     """Opens a Hugging Face folder.
 
-    Every parameter goes from its files into its shards: host memory holds one shard of one parameter at a time, and a
-    process reads what its own shards need.
+    Parameters are read from the files into their shards: host memory holds one shard of one parameter at a time, and a
+    process reads only its own shards.
 
     Args:
         path_or_id: A folder, or a hub id.
         head: "lm" for next-token logits, "score" for a reward model, a cost model or a critic. A score model opened
             from a language model gets a fresh head, N(0, 1/√(D+1)) with zero bias, to be trained.
         dtype: Of parameters and matmuls: "float32", "bfloat16" or "float16".
-        score_type: "reward", "cost" or "critic"; by default what the folder says, and where a sequence-classification
-            model says nothing, "reward".
-        score_bias: Whether a fresh head has a bias; by default as config.json says, else True.
-        as_stored: The scores will be used as they are: a folder without a score head is refused, and one whose scores
-            are of another kind than `score_type`.
+        score_type: "reward", "cost" or "critic"; by default the folder's, or "reward" for a sequence-classification
+            model that does not say.
+        score_bias: Give a fresh head a bias; by default as in config.json, else True.
+        as_stored: Use the scores as they are: refuse a folder without a score head, or with scores of another kind than
+            `score_type`.
         scan_layers: Stack the layers and scan them; False unrolls.
         seed: Of a fresh head.
-        mesh: Devices to shard over by the table of `sharding`; by default everything is put on the default device.
+        mesh: Devices to shard over by the table of `sharding`; by default the default device holds everything.
 
     Returns:
         module: `module.apply(variables, tokens i32[B, L], mask bool[B, L])` gives logits f32[B, L, V], or scores
@@ -199,7 +199,7 @@ def load(
 
 
 def stored_config(folder: storage.Path) -> ModelConfig:
-    """Returns the configuration of a folder's language model, with a head of its own where one is stored.
+    """Returns the configuration of a folder's language model, with a separate head if one is stored.
 
     Raises:
         MissingModelError: If there is no config.json.
@@ -212,12 +212,12 @@ def stored_config(folder: storage.Path) -> ModelConfig:
         tensors = Tensors(folder)
         respell(tensors, config)
         return tied_as_stored(tensors, config)
-    except (OSError, ModelError):  # said where the weights are opened; a model that is only compiled needs none
+    except (OSError, ModelError):  # reported where the weights are opened; a model that is only compiled needs none
         return config
 
 
 def read_model_config(folder: storage.Path) -> tuple[dict[str, Any], ModelConfig]:
-    """Returns config.json, and the configuration that it describes."""
+    """Returns config.json and the configuration that it describes."""
     hf = read_config(folder)
     with within(folder):
         if hf.get("quantization_config"):
@@ -258,12 +258,12 @@ def save(
 ) -> storage.Path:
     """Writes a folder that transformers' `from_pretrained` opens.
 
-    Tensors are gathered and written one at a time. With several processes all of them call this, and the first one
-    writes. `config.json` is written last: a folder without it is not finished. What the config.json and
-    generation_config.json that the module was loaded with say beyond our own fields is kept.
+    Tensors are gathered and written one at a time. All processes call this, and the first one writes. `config.json` is
+    written last: a folder without it is not finished. Further fields of the config.json and generation_config.json
+    that the module was loaded with are kept.
 
     Args:
-        path: The folder; made if needed.
+        path: The folder; created if needed.
         module: The network.
         variables: Its variables, as `load` returns them.
         tokenizer: A transformers tokenizer, saved beside the weights with its chat template.
@@ -301,7 +301,7 @@ def save(
     if writes:
         storage.make_folder(folder)
         older = [folder / name for name in (*JSON_FILES, INDEX, WEIGHTS)]
-        # Those of several files, and what a run that was killed had written of one.
+        # Shards of an older save, and partial files of a killed run.
         for file in older + storage.matching(folder, "model-*.safetensors", f"model*{storage.PARTIAL}"):
             storage.remove(file)
     write_tensors(folder, specs, max_bytes=max_file_bytes, writes=writes)
@@ -322,7 +322,7 @@ def save(
 
 
 def with_token_ids(fields: Mapping[str, Any], tokenizer: Any) -> dict[str, Any]:
-    """Returns the fields with the tokenizer's special tokens; a list of end tokens that has the tokenizer's is kept."""
+    """Returns the fields with the tokenizer's special tokens; keeps a list of end tokens that contains its EOS."""
     out = dict(fields)
     for name in TOKEN_IDS:
         ours, stored = getattr(tokenizer, name, None), out.get(name)

@@ -23,7 +23,7 @@ def logical_param(module: nn.Module, name: str, init: nn.initializers.Initialize
 
 
 class Norm(nn.Module):
-    """x / √(mean(x²) + ε) · w; for `norm: layer` x is centred before and a bias added after. Computed in float32.
+    """x / √(mean(x²) + ε) · w; with `norm: layer`, x is centred first and a bias added last. Computed in float32.
 
     Source: Zhang & Sennrich 2019, arXiv 1910.07467; Ba et al. 2016, arXiv 1607.06450.
     """
@@ -33,7 +33,7 @@ class Norm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-        """Returns x scaled to unit mean square, then by the weight (one plus it, where the config says so)."""
+        """Returns x scaled to unit mean square, then by the weight (or by one plus the weight, if configured)."""
         c = self.config
         shape = (1,) * (x.ndim - 1) + (-1,)
         init = nn.initializers.zeros if c.norm_unit_offset else nn.initializers.ones
@@ -50,7 +50,7 @@ class Norm(nn.Module):
 
 
 def precision_of(x: jax.Array) -> jax.lax.Precision | None:
-    """Returns the precision of products of x: float32 ones are whole on every backend, not TF32 or bfloat16 passes."""
+    """Returns the precision of products of x: full float32 on every backend, not TF32 or bfloat16 passes."""
     return jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
 
 
@@ -60,8 +60,8 @@ def matmul(
 ) -> Float[Array, "N O"]:
     """Product x · W in the dtype of x, accumulated in float32 and returned in `dtype`.
 
-    The gradient of W is summed in float32, over rows and over devices, whatever the dtype of x: the cotangent of a
-    bfloat16 copy of W would be rounded to 8 bits on every device before it is summed.
+    The gradient of W is summed in float32, over rows and devices, for any dtype of x: the cotangent of a bfloat16 copy
+    of W would be rounded to 8 bits on every device before the sum.
 
     Args:
         x: float[N, I].
@@ -146,5 +146,5 @@ class MLP(nn.Module):
 
 
 def softcap(x: jax.Array, limit: float | None) -> jax.Array:
-    """Returns s·tanh(x/s) for the limit s; x itself where there is none."""
+    """Returns s·tanh(x/s) for the limit s, or x if there is no limit."""
     return x if limit is None else limit * jnp.tanh(x / limit)

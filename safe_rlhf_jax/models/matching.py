@@ -1,7 +1,7 @@
-"""Stored tensors beside the model that config.json describes: each has its place, its shape and its kind of number.
+"""Matches stored tensors against the model that config.json describes: names, shapes and number types.
 
-Only headers are read, but for the two tensors that `tied_as_stored` compares. Whatever does not match is an error that
-names the tensor, and what to do where the name tells who wrote it.
+Only headers are read, except for the two tensors that `tied_as_stored` compares. Any mismatch is an error that names
+the tensor, and the fix if the name shows which tool wrote it.
 """
 
 import dataclasses
@@ -17,13 +17,13 @@ from safe_rlhf_jax.models.score_layouts import HEADS, score_weights
 from safe_rlhf_jax.models.weights import Path, Shape, Weight, layerless, stored_shape
 
 FLOATS = ("F64", "F32", "F16", "BF16")
-# Buffers of older files, which are computed: rotary frequencies, causal masks, positions.
+# Buffers of older files, computed here: rotary frequencies, causal masks, positions.
 BUFFERS = re.compile(r"(rotary_emb\.inv_freq|\.(attn|attention)\.(masked_)?bias|position_ids)$")
 STATISTICS = ("normalizer.mean", "normalizer.var", "normalizer.count")
 HEAD_WEIGHTS = tuple(f"{head}.weight" for head in HEADS.values())
 TIE = '; if the head is the embedding, write "tie_word_embeddings": true into config.json'
 INNER = "save the model that is inside it"
-# Names that tell who wrote them: who that is, and what to do.
+# Names that show which tool wrote them: the tool, and the fix.
 FOREIGN = {
     r"(^|\.)(lora_\w+|base_layer|modules_to_save)\.|^base_model\.model\.": ("was saved through PEFT", MERGE),
     r"(^|\.)_orig_mod\.": (
@@ -72,7 +72,7 @@ def weight_map(config: ModelConfig, score: ScoreConfig | None, layout: Layout = 
 
 
 def respell(tensors: Tensors, config: ModelConfig) -> None:
-    """Gives the tensors of a language model, under whichever spelling they are stored, the family's names.
+    """Renames the tensors of a language model, in any stored spelling, to the family's names.
 
     As in transformers, a tied embedding may be stored as the head alone.
     """
@@ -83,20 +83,20 @@ def respell(tensors: Tensors, config: ModelConfig) -> None:
 
 
 def shared(config: ModelConfig) -> tuple[str, str]:
-    """Returns the stored names of the embedding and of the head, which may be one tensor."""
+    """Returns the stored names of embedding and head, which may be one tensor."""
     this = family(config.family)
     return f"{this.prefix}{this.embedding}.weight", f"{this.head}.weight"
 
 
 def untied(config: ModelConfig) -> ModelConfig:
-    """Returns a configuration whose language model has a head of its own."""
+    """Returns the configuration with a separate language-model head."""
     return dataclasses.replace(config, tie_embeddings=False)
 
 
 def tied_as_stored(tensors: Tensors, config: ModelConfig) -> ModelConfig:
-    """Returns the configuration of a language model, untied where the head that is stored is not the embedding.
+    """Returns the configuration of a language model, untied if the stored head differs from the embedding.
 
-    As in transformers, what is stored counts more than `tie_word_embeddings`; that is said.
+    As in transformers, stored tensors override `tie_word_embeddings`, with a warning.
     """
     embedding, head = shared(config)
     if not config.tie_embeddings or head not in tensors.entries or tensors.equal(embedding, head):
@@ -110,7 +110,7 @@ def tied_as_stored(tensors: Tensors, config: ModelConfig) -> ModelConfig:
 
 
 def match_names(tensors: Tensors, needed: Collection[str], config: ModelConfig) -> None:
-    """Every parameter is stored, and nothing is that we would leave out unknowingly.
+    """Checks that every parameter has a stored tensor and that no stored tensor would be dropped silently.
 
     Raises:
         ModelError: Naming the tensors.
@@ -144,16 +144,16 @@ def match_names(tensors: Tensors, needed: Collection[str], config: ModelConfig) 
 def match_shapes(
     tensors: Tensors, weights: Mapping[str, Weight], shapes: Mapping[Path, Shape], config: ModelConfig
 ) -> None:
-    """Tensors hold floating-point numbers, as many as config.json says.
+    """Checks that tensors hold floating-point numbers in the shapes of config.json.
 
     Args:
         tensors: Those of a folder.
-        weights: {stored name: Weight} of what is read.
+        weights: {stored name: Weight} of the tensors to read.
         shapes: Of the parameters.
         config: Of the model.
 
     Raises:
-        ModelError: Naming the first tensor that does not.
+        ModelError: Naming the first mismatch.
     """
     for name, weight in weights.items():
         entry, expected = tensors.entries[name], stored_shape(layerless(shapes, weight), weight)
@@ -177,7 +177,7 @@ def match_shapes(
 
 
 def listed(names: Iterable[str], most: int = 3) -> str:
-    """Returns the first names, and how many more there are."""
+    """Returns the first names and the number of further ones."""
     ordered = sorted(names)
     more = f" (and {len(ordered) - most} more)" if len(ordered) > most else ""
     return ", ".join(map(repr, ordered[:most])) + more

@@ -20,7 +20,7 @@ Index = tuple[slice, ...]
 
 
 def boxed_variables(module: CausalLM | ScoreModel) -> dict[str, Any]:
-    """Returns shapes and dtypes of the module's variables, in boxes that name their axes."""
+    """Returns shapes and dtypes of the module's variables, boxed with their axis names."""
     tokens = jnp.zeros((1, 2), jnp.int32)
     variables: dict[str, Any] = jax.eval_shape(module.init, jax.random.key(0), tokens, tokens > 0)
     return variables
@@ -33,7 +33,7 @@ def abstract_variables(module: CausalLM | ScoreModel) -> dict[str, Any]:
 
 
 def fresh_head(shape: Shape, seed: int) -> np.ndarray:
-    """Returns the start of a score head: N(0, 1/√(D+1)) weights [D, 1], zero bias [1]."""
+    """Returns a fresh score head: N(0, 1/√(D+1)) weights [D, 1], zero bias [1]."""
     if len(shape) == 1:
         return np.zeros(shape, np.float32)
     return np.asarray((shape[0] + 1) ** -0.5 * jax.random.normal(jax.random.key(seed), shape, jnp.float32))
@@ -44,7 +44,7 @@ def reader(
 ) -> Callable[[Index], np.ndarray]:
     """Returns read(index): a part of a parameter, from the stored tensors that hold it.
 
-    It raises a ModelError that names the tensor, where that holds a number that is not finite.
+    It raises a ModelError that names the tensor if a number is not finite.
     """
     stored = {weight.layer: name for name, weight in weights.items() if path in weight.paths}
 
@@ -75,9 +75,9 @@ def reader(
 
 
 def finite(array: np.ndarray) -> bool:
-    """Returns whether an array holds neither infinities nor NaN.
+    """Says whether all numbers of an array are finite.
 
-    Both have all bits of the exponent set: this reads the bits in parts, several times as fast as `np.isfinite`.
+    Infinities and NaN have all exponent bits set: reading the bits in parts is several times as fast as `np.isfinite`.
     """
     bits = array.reshape(-1).view(f"u{array.itemsize}")
     exponent = np.array(np.inf, array.dtype).view(bits.dtype)
@@ -86,13 +86,13 @@ def finite(array: np.ndarray) -> bool:
 
 
 def place(read: Callable[[Index], np.ndarray], shape: Shape, sharding: Any) -> jax.Array:
-    """Returns an array whose shards on this process's devices hold what `read` says.
+    """Returns an array whose shards on this process's devices are filled by `read`.
 
-    They are read one after the other, each when the one before has arrived and has left the host's memory.
+    Shards are read one at a time: each after the previous one is on its device and out of host memory.
     """
     if sharding is None:
         return put(read((slice(None),) * len(shape)))
-    shards: dict[str, jax.Array] = {}  # by index: what several devices hold is read once
+    shards: dict[str, jax.Array] = {}  # by index: replicated shards are read once
     arrays = []
     for device, index in sharding.addressable_devices_indices_map(shape).items():
         source = shards.get(str(index))
@@ -102,14 +102,14 @@ def place(read: Callable[[Index], np.ndarray], shape: Shape, sharding: Any) -> j
 
 
 def put(array: Any, device: jax.Device | None = None) -> jax.Array:
-    """Returns an array on a device once it is there and the host's copy has been let go."""
+    """Puts an array on a device; returns it once it is there and the host's copy is freed."""
     out = jax.block_until_ready(jax.device_put(array, device))
-    gc.collect(0)  # jax holds on to what it has copied until Python collects garbage
+    gc.collect(0)  # jax keeps the copied host array until Python collects garbage
     return out
 
 
 def gather(leaf: Any, layer: int | None = None) -> np.ndarray:
-    """Returns a parameter, or one layer of it, in host memory; with several processes all of them take part."""
+    """Returns a parameter, or one layer of it, in host memory; all processes take part."""
     part = leaf if layer is None else leaf[layer]
     if isinstance(part, jax.Array) and not part.is_fully_addressable:
         part = multihost_utils.process_allgather(part, tiled=True)
@@ -117,7 +117,7 @@ def gather(leaf: Any, layer: int | None = None) -> np.ndarray:
 
 
 def stored_specs(leaves: Mapping[Path, Any], weights: Mapping[str, Weight]) -> dict[str, Spec]:
-    """Returns how to make each stored tensor of a model."""
+    """Returns a `Spec` for each stored tensor of a model."""
     specs = {}
     for name, weight in weights.items():
         shapes = layerless({path: leaves[path].shape for path in weight.paths}, weight)
@@ -132,7 +132,7 @@ def stored_specs(leaves: Mapping[Path, Any], weights: Mapping[str, Weight]) -> d
 def is_matrix(params: Params) -> Any:
     """Returns a tree of bools: True for weight matrices and embeddings, False for biases and norm scales.
 
-    The optimizer's weight decay is masked by it.
+    It masks the optimizer's weight decay.
     """
 
     def matrix(path: tuple[Any, ...], _: Any) -> bool:

@@ -1,4 +1,4 @@
-"""Where a token stands: rotary angles, ALiBi slopes, positions counted over real tokens."""
+"""Positions of tokens: rotary angles, ALiBi slopes, positions counted over real tokens."""
 
 import math
 
@@ -20,15 +20,15 @@ def token_positions(mask: jax.Array) -> jax.Array:
 def rotary_table(
     positions: Int[Array, "B L"], *, rotary_dim: int, theta: float, scaling: RopeScaling | None, max_positions: int
 ) -> Rotary:
-    """Cosine and sine of the rotary angles p·θ^(−2i/C) of position p and pair i, θ^(−2i/C) scaled as `scaling` says.
+    """Cosine and sine of the rotary angles p·θ^(−2i/C) of position p and pair i, θ^(−2i/C) scaled by `scaling`.
 
-    Made once per pass: behind the barrier, so that no layer and no head computes them again.
+    Computed once per pass: the barrier keeps layers and heads from recomputing them.
 
     Args:
         positions: i32[B, L], counted over real tokens.
-        rotary_dim: C, the dimensions of a head that turn.
+        rotary_dim: C, the rotated dimensions of a head.
         theta: θ, base of the frequencies.
-        scaling: How they are stretched.
+        scaling: Scaling of the frequencies.
         max_positions: Length beyond which `dynamic` scaling begins.
 
     Returns:
@@ -76,7 +76,7 @@ def llama3_frequencies(frequency: np.ndarray, scaling: RopeScaling) -> np.ndarra
 
 
 def config_rotary(config: ModelConfig, positions: Int[Array, "B L"], *, local: bool) -> Rotary:
-    """Returns the rotary table of a model's layers: those with a base of their own (`local`), or the others."""
+    """Returns the rotary table of a model's layers: of those with a separate base (`local`), or of the others."""
     theta, scaling = config.rope_theta, config.rope_scaling
     if local and config.local_rope_theta is not None:
         theta, scaling = config.local_rope_theta, None
@@ -93,7 +93,7 @@ def rotate(
     *,
     interleaved: bool = False,
 ) -> Float[Array, "B H L C"]:
-    """Rotary position embedding of the leading dimensions; the rest stays.
+    """Rotary position embedding of the leading dimensions; the rest is unchanged.
 
     Pairs are halves, (x_i, x_{i + pairs}), or neighbours, (x_2i, x_{2i + 1}).
 

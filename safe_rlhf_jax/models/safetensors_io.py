@@ -1,4 +1,4 @@
-"""Safetensors one tensor at a time: mapped on the way in, streamed on the way out.
+"""Safetensors one tensor at a time: memory-mapped for reading, streamed for writing.
 
 A file is the length of its header (u64), the header {name: {dtype, shape, data_offsets}} in JSON, and the numbers.
 Source: https://huggingface.co/docs/safetensors.
@@ -22,8 +22,8 @@ DTYPES = {name: jnp.dtype(dtype) for name, dtype in {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64",
 }.items()}  # fmt: skip
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-MAX_HEADER = 10**8  # bytes, as in the library: what claims more is no header
-PART = 2**18  # numbers that are compared at once
+MAX_HEADER = 10**8  # bytes, as in the library: a larger size is no header
+PART = 2**18  # numbers compared at once
 
 
 # --- In ---------------------------------------------------------------------------------------------------------------
@@ -31,7 +31,7 @@ PART = 2**18  # numbers that are compared at once
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """Where a tensor stands."""
+    """Location of a stored tensor."""
 
     file: storage.Path
     dtype: str
@@ -40,14 +40,14 @@ class Entry:
 
 
 class Tensors:
-    """The tensors of a folder. Each is mapped when it is asked for: only what is then read of it enters memory.
+    """The tensors of a folder, each memory-mapped on access: only the parts that are read enter memory.
 
     Args:
         folder: With `model.safetensors`, or several files and their index.
 
     Raises:
-        FileNotFoundError: If there are no safetensors, or a file that the index names is missing.
-        ModelError: If a file is cut off or no safetensors, or two of them hold one tensor.
+        FileNotFoundError: If there are no safetensors, or a file in the index is missing.
+        ModelError: If a file is truncated or no safetensors, or two files hold one tensor.
     """
 
     def __init__(self, folder: storage.Path):
@@ -61,13 +61,13 @@ class Tensors:
             self.entries |= found
 
     def promised(self, names: Sequence[str]) -> str:
-        """Returns where the index says that missing tensors are, in words."""
+        """Describes the files in which the index places missing tensors."""
         files = {} if storage.is_file(self.folder / WEIGHTS) else read_index(self.folder)
         found = [f"{files[name]} should hold {name!r}" for name in names if name in files]
         return f"; {INDEX} says that {', '.join(found[:3])}: fetch the folder again" if found else ""
 
     def respell(self, spellings: Mapping[str, Sequence[str]]) -> None:
-        """Gives tensors that are stored under another spelling their name."""
+        """Renames tensors that are stored under another spelling."""
         for name, others in spellings.items():
             found = [other for other in others if other in self.entries]
             if found and name not in self.entries:
@@ -81,11 +81,11 @@ class Tensors:
         return storage.read_array(entry.file, DTYPES[entry.dtype], entry.shape, entry.offset)
 
     def get(self, name: str, default: Any) -> Any:
-        """Returns a tensor, or `default` where there is none."""
+        """Returns a tensor, or `default` if there is none."""
         return self[name] if name in self.entries else default
 
     def equal(self, first: str, second: str) -> bool:
-        """Returns whether two tensors hold the same numbers; reads a part of each at a time, while they do."""
+        """Says whether two tensors hold the same numbers; reads both in parts, up to the first difference."""
         if self.entries[first] == self.entries[second]:
             return True
         a, b = self[first], self[second]
@@ -98,7 +98,7 @@ class Tensors:
 
 
 def read_header(file: storage.Path) -> dict[str, Entry]:
-    """Returns {tensor: where it stands} of a file, whose tensors follow each other up to its end.
+    """Returns {tensor: location} of a file, whose tensors must be contiguous and fill it.
 
     Raises:
         ModelError: If they do not.
@@ -153,13 +153,13 @@ class Spec:
 
 
 def write_tensors(folder: storage.Path, specs: Mapping[str, Spec], *, max_bytes: int, writes: bool = True) -> None:
-    """Writes tensors into as few files as `max_bytes` allows, one tensor at a time, and an index if files are several.
+    """Writes tensors into as few files as `max_bytes` allows, one tensor at a time, with an index for several files.
 
     Args:
-        folder: Exists.
+        folder: An existing folder.
         specs: By name, in the order in which they are made.
         max_bytes: Of a file, unless one tensor is larger.
-        writes: False where another process writes: every tensor is made, as all processes take part in gathering it.
+        writes: False if another process writes: every tensor is still made, as all processes gather it.
     """
     groups: list[dict[str, Spec]] = [{}]
     for name, spec in specs.items():
@@ -180,9 +180,9 @@ def write_tensors(folder: storage.Path, specs: Mapping[str, Spec], *, max_bytes:
 
 def write_file(path: storage.Path, specs: Mapping[str, Spec], writes: bool) -> None:
     """Writes one file."""
-    # The widest numbers first: then each tensor stands where its numbers are aligned.
+    # The widest numbers first, so that every tensor is aligned.
     ordered = dict(sorted(specs.items(), key=lambda item: -item[1].dtype.itemsize))
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # what transformers asks for
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # required by transformers
     offset = 0
     for name, spec in ordered.items():
         header[name] = {"dtype": NAMES[spec.dtype], "shape": spec.shape, "data_offsets": [offset, offset + spec.nbytes]}

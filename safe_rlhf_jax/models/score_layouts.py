@@ -1,8 +1,8 @@
 """Two layouts of score models in Hugging Face folders.
 
 `beaver`: `*ForScore` of the reference, with a bias and a normaliser (REFERENCE section 4). `sequence_classification`:
-transformers' `*ForSequenceClassification` with one label, in which most public reward models come. It has neither, and
-reads the score of a text at its last token that is not the padding token, by id.
+transformers' `*ForSequenceClassification` with one label, the layout of most public reward models. It has neither, and
+reads the score of a text at its last token whose id is not the padding id.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ HEADS: dict[Layout, str] = {"beaver": "score_head", "sequence_classification": "
 ARCHITECTURES: dict[Layout, str] = {"beaver": "ForScore", "sequence_classification": "ForSequenceClassification"}
 KERNEL: Path = ("score_kernel",)
 BIAS: Path = ("score_bias",)
-# What the layouts write into config.json, `bias` being an older spelling of `score_bias`.
+# Fields of the layouts in config.json; `bias` is an older spelling of `score_bias`.
 FIELDS = ("score_dim", "score_type", "score_bias", "bias", "do_normalize", "momentum", "normalizer_type", "mean", "var")
 
 
@@ -37,7 +37,7 @@ def score_weights(score: ScoreConfig, layout: Layout) -> dict[str, Weight]:
 
 
 def stored_layout(hf: Mapping[str, Any], names: Collection[str] = ()) -> Layout | None:
-    """Returns the layout of a folder, None for one that holds no score head."""
+    """Returns the layout of a folder, None for one without a score head."""
     architecture = str((hf.get("architectures") or [""])[0])
     for layout, head in HEADS.items():
         if f"{head}.weight" in names or architecture.endswith(ARCHITECTURES[layout]):
@@ -46,10 +46,10 @@ def stored_layout(hf: Mapping[str, Any], names: Collection[str] = ()) -> Layout 
 
 
 def stored_score_type(hf: Mapping[str, Any], names: Collection[str] = ()) -> ScoreType | None:
-    """Returns what a folder says its scores are. Sequence classification without a word is a reward model.
+    """Returns the score type of a folder; sequence classification without the field is a reward model.
 
     Raises:
-        ModelError: If it says something else.
+        ModelError: If the field has another value.
     """
     default = "reward" if stored_layout(hf, names) == "sequence_classification" else None
     stored = hf.get("score_type") or default
@@ -60,15 +60,15 @@ def stored_score_type(hf: Mapping[str, Any], names: Collection[str] = ()) -> Sco
 
 
 def check_scores(hf: Mapping[str, Any], names: Collection[str], score_type: ScoreType | None) -> None:
-    """A folder holds a score head, of the kind that it is opened as.
+    """Checks that a folder holds a score head of the expected kind.
 
     Args:
         hf: `config.json`.
         names: Of the stored tensors.
-        score_type: The kind; None takes what the folder says.
+        score_type: The kind; None takes the folder's.
 
     Raises:
-        ModelError: If it does not, saying what to do.
+        ModelError: If it does not; names the fix.
     """
     kind = stored_score_type(hf, names)
     if stored_layout(hf, names) is None:
@@ -90,12 +90,12 @@ def read_score_config(
 
     Args:
         hf: `config.json`.
-        names: Of the stored tensors: what is stored counts, as the field for the bias changed name and default.
+        names: Of the stored tensors: these decide, as the field for the bias changed name and default.
         score_type: Overrides the stored one.
-        score_bias: Of a head that is not stored; by default as config.json says.
+        score_bias: Of a head that is not stored; by default as in config.json.
 
     Raises:
-        ModelError: If nothing says which kind of score it is, or there are several labels.
+        ModelError: If the score type is unknown, or there are several labels.
     """
     layout, kind = stored_layout(hf, names), score_type or stored_score_type(hf, names)
     if kind is None:
@@ -119,7 +119,7 @@ def read_score_config(
 
 
 def read_statistics(hf: Mapping[str, Any], tensors: Tensors) -> dict[str, np.ndarray]:
-    """Returns the normaliser {mean f32[1], var f32[1], count i32[1]}: as stored, by config.json, or at its start.
+    """Returns the normaliser {mean f32[1], var f32[1], count i32[1]}: stored, from config.json, or fresh.
 
     Raises:
         ModelError: If one of them is not a finite number, or the variance is negative.
@@ -141,7 +141,7 @@ def read_statistics(hf: Mapping[str, Any], tensors: Tensors) -> dict[str, np.nda
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
-    """A score model as a layout spells it."""
+    """A score model in the spelling of a layout."""
 
     score: ScoreConfig
     head: dict[Path, np.ndarray]
@@ -157,12 +157,12 @@ def in_layout(
     stats: Mapping[str, np.ndarray],
     hf: Mapping[str, Any],
 ) -> Stored:
-    """Returns a score model as a layout spells it.
+    """Returns a score model in the spelling of a layout.
 
     Args:
         layout: The layout.
-        this: Of the decoder.
-        score: What the head is.
+        this: Family of the decoder.
+        score: Configuration of the head.
         head: Its parameters.
         stats: The normaliser: mean f32[1], var f32[1], count i32[1]; empty for a critic.
         hf: `config.json`, special tokens included.
@@ -185,7 +185,7 @@ def in_layout(
         if score.pad_id is not None:
             pad_id = score.pad_id
         elif pad_id in ends:
-            pad_id = None  # EOS, where the score stands, would be skipped; without it transformers takes single texts
+            pad_id = None  # EOS, which carries the score, would be skipped; without it transformers takes single texts
         fields: dict[str, Any] = {
             "id2label": {"0": "LABEL_0"},
             "label2id": {"LABEL_0": 0},
@@ -215,7 +215,7 @@ def in_layout(
 def without_normalizer(
     score: ScoreConfig, head: Mapping[Path, np.ndarray], stats: Mapping[str, np.ndarray]
 ) -> tuple[ScoreConfig, dict[Path, np.ndarray]]:
-    """Returns a head with the same scores whose normaliser is part of it, and without a bias if that is zero."""
+    """Folds the normaliser into the head; the scores stay the same, and a zero bias is removed."""
     kernel, bias = head[KERNEL], head.get(BIAS, np.zeros(1, np.float32))
     if score.normalize:
         std = np.sqrt(stats["var"]) + NORMALIZER_EPS

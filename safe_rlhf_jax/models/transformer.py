@@ -15,14 +15,14 @@ from safe_rlhf_jax.models.positions import token_positions
 from safe_rlhf_jax.sharding import constrain
 
 NORMALIZER_EPS = 1e-8
-EXCLUDED = -1e30  # a logit whose token has probability 0; finite, so that differences are
+EXCLUDED = -1e30  # a logit whose token has probability 0; finite, so that differences are finite
 Cache = Any  # a KVCache per layer: a list of them, or one with a leading layer axis when layers are scanned
 
 REMAT_POLICIES = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": None}
 
 
 class Layer(nn.Module):
-    """Attention and MLP, each added to the residual stream, in the order that `config.block` names."""
+    """Attention and MLP, each added to the residual stream, in the order of `config.block`."""
 
     config: ModelConfig
 
@@ -37,7 +37,7 @@ class Layer(nn.Module):
     ) -> tuple[jax.Array, KVCache | None]:
         """Returns the residual stream float[B, q, D] of the last q positions of x, and the layer's cache.
 
-        Where scanned layers are of several kinds, `context` has them stacked and `kind` is the index of this layer's.
+        If scanned layers are of several kinds, `context` holds their stacked contexts and `kind` is this layer's index.
         """
         c = self.config
         if kind is not None:
@@ -115,9 +115,9 @@ class Decoder(nn.Module):
     ) -> tuple[Float[Array, "B q W"], Cache]:
         """Returns hidden states after the final norm from column `first` on, and the cache.
 
-        `visible` is what each column sees; or the mask of a whole text, whose tokens see all real ones before them.
-        What is not read is not computed: where layers are unrolled, the last one works on the columns from `first` only
-        (beyond its keys and values).
+        `visible` is the attention mask of each query, or the padding mask of a whole text with causal attention.
+        Outputs before column `first` are not computed: with unrolled layers, the last layer computes only keys and
+        values there.
 
         Raises:
             ModelError: If there are more columns than a table of learned positions has rows.
@@ -157,7 +157,7 @@ class Decoder(nn.Module):
     def embed(self, tokens: Int[Array, "B l"], positions: Int[Array, "B l"]) -> Float[Array, "B l D"]:
         """Returns the residual stream that enters the first layer, float[B, l, D]."""
         c = self.config
-        # Cast behind the lookup: the gradient of a frequent token's row is a long sum, taken in float32.
+        # Cast after the lookup: the gradient of a frequent token's row is a long sum, taken in float32.
         x = jnp.take(self.embedding, tokens, axis=0).astype(c.dtype)
         if c.embedding_width != c.hidden_size:
             x = self.project_in(x)
@@ -171,7 +171,7 @@ class Decoder(nn.Module):
 
 
 def is_within(size: int, ranges: tuple[tuple[int, int], ...]) -> jax.Array:
-    """Returns bool[size]: the index lies in one of the ranges [start, stop), which ascend and do not touch."""
+    """Returns bool[size]: True where the index is in one of the ascending, disjoint ranges [start, stop)."""
     edges = jnp.asarray(ranges, jnp.int32).reshape(-1)
     return jnp.searchsorted(edges, jnp.arange(size, dtype=jnp.int32), side="right", method="scan_unrolled") % 2 == 1
 
@@ -179,7 +179,7 @@ def is_within(size: int, ranges: tuple[tuple[int, int], ...]) -> jax.Array:
 def product(
     hidden: Float[Array, "B l D"], matrix: Float[Array, "D O"], names: tuple[str, str]
 ) -> Float[Array, "B l O"]:
-    """Returns hidden · W in float32: a score or logit of 8 bits would tie with its neighbours."""
+    """Returns hidden · W in float32: 8-bit scores or logits would tie with their neighbours."""
     rows = hidden.reshape(-1, hidden.shape[-1])
     return matmul(rows, matrix, names, "float32").reshape(*hidden.shape[:-1], matrix.shape[-1])
 
@@ -197,7 +197,7 @@ class CausalLM(nn.Module):
             self.lm_head = Linear((c.vocab_size,), ("embed", "vocab"), c, c.lm_head_bias, dtype="float32")
 
     def __call__(self, tokens: Int[Array, "B L"], mask: Bool[Array, "B L"]) -> Float[Array, "B L V"]:
-        """Returns next-token logits f32[B, L, V]; padding may stand on either side."""
+        """Returns next-token logits f32[B, L, V]; padding may be on either side."""
         return self.unembed(self.hidden(tokens, mask))
 
     def hidden(self, tokens: Int[Array, "B L"], mask: Bool[Array, "B L"], first: int = 0) -> Float[Array, "B l D"]:
@@ -221,7 +221,7 @@ class CausalLM(nn.Module):
         """Reads left-padded prompts; returns the logits of the next token f32[B, V] and a cache of `length` columns.
 
         Raises:
-            ModelError: If the encoding of the first tokens would depend on how many follow.
+            ModelError: If the encoding of the first tokens would depend on the number of later tokens.
         """
         c = self.config
         if c.fixed_length is not None and length > c.fixed_length:
@@ -254,8 +254,8 @@ class CausalLM(nn.Module):
 class ScoreModel(nn.Module):
     """A reward model, a cost model or a critic: `apply(variables, tokens, mask)` gives scores f32[B, L].
 
-    The score of a whole sequence is the one at its last real token (`ops.gather_last`). Variables hold, beside
-    `params`, the collection `stats` {mean, var, count} unless the model is a critic.
+    The score of a whole sequence is the one at its last real token (`ops.gather_last`). Variables hold `params` and,
+    unless the model is a critic, the collection `stats` {mean, var, count}.
     """
 
     config: ModelConfig
@@ -278,7 +278,7 @@ class ScoreModel(nn.Module):
     def __call__(self, tokens: Int[Array, "B L"], mask: Bool[Array, "B L"], first: int = 0) -> Float[Array, "B l"]:
         """Returns a score for every prefix that ends at column `first` or later, f32[B, L − first].
 
-        They are normalised where `score.normalize` says so.
+        Scores are normalised if `score.normalize` is set.
         """
         scores = self.raw_scores(tokens, mask, first)
         if self.score.score_type != "critic" and self.score.normalize:
@@ -294,7 +294,7 @@ class ScoreModel(nn.Module):
         scores = scores + self.score_bias[None] if self.score.bias else scores
         if self.score.pad_id is None:
             return scores
-        # After the last token that is not padding, its score goes on: so it is read there, wherever the mask ends.
+        # The score of the last token that is not padding is repeated after it: it is read there wherever the mask ends.
         index = jnp.arange(scores.shape[1])[None]
         real = mask[:, first:] & (tokens[:, first:] != self.score.pad_id)
         last = jnp.max(index * real, axis=1, keepdims=True)

@@ -1,4 +1,4 @@
-"""How a stored tensor maps to parameters of ours: shapes there and back."""
+"""The mapping between stored tensors and parameters: shapes in both directions."""
 
 import dataclasses
 import math
@@ -14,15 +14,15 @@ Fusion = Literal["blocks", "heads"]
 
 @dataclasses.dataclass(frozen=True)
 class Weight:
-    """One stored tensor: the parameters it holds, and how many of their dimensions are inputs of a linear map.
+    """One stored tensor: its parameters, and the number of their dimensions that are inputs of a linear map.
 
-    Linear maps are stored [out, in] and biases [out], with heads and head dimension as one; the rest as it is. A fused
-    tensor holds its parameters one after the other along `out`, or, where `fusion` is "heads", does so for each head.
+    Linear maps are stored [out, in] and biases [out], with heads and head dimension as one; the rest unchanged. A fused
+    tensor concatenates its parameters along `out`, or, if `fusion` is "heads", within each head.
     """
 
-    paths: tuple[Path, ...]  # of the parameters; more than one where the stored tensor is a fused one
+    paths: tuple[Path, ...]  # of the parameters; more than one for a fused tensor
     layer: int | None = None  # index on the leading axis of a scanned parameter
-    in_ndim: int | None = None  # 0 for a bias; None for what belongs to no linear map
+    in_ndim: int | None = None  # 0 for a bias; None outside linear maps
     fusion: Fusion = "blocks"
     transposed: bool = False  # linear maps are stored [in, out]
 
@@ -39,7 +39,7 @@ def layerless(shapes: Mapping[Path, Shape], weight: Weight) -> dict[Path, Shape]
 
 
 def stored_shape(shapes: Mapping[Path, Shape], weight: Weight) -> Shape:
-    """Returns the shape in which the parameters of a `Weight` are stored.
+    """Returns the stored shape of the parameters of a `Weight`.
 
     Args:
         shapes: Shape of each of `weight.paths`, without the layer axis.
@@ -54,7 +54,7 @@ def stored_shape(shapes: Mapping[Path, Shape], weight: Weight) -> Shape:
 
 
 def from_stored(array: np.ndarray, shapes: Mapping[Path, Shape], weight: Weight) -> dict[Path, np.ndarray]:
-    """Returns the parameters that a stored tensor holds.
+    """Returns the parameters in a stored tensor.
 
     Args:
         array: The stored tensor, of `stored_shape`.
@@ -73,7 +73,7 @@ def from_stored(array: np.ndarray, shapes: Mapping[Path, Shape], weight: Weight)
 
 
 def to_stored(arrays: Mapping[Path, np.ndarray], weight: Weight) -> np.ndarray:
-    """Returns the tensor in which the parameters of a `Weight` (without the layer axis) are stored."""
+    """Returns the stored tensor of the parameters of a `Weight` (without the layer axis)."""
     if weight.in_ndim is None:
         return np.ascontiguousarray(arrays[weight.paths[0]])
     parts = [arrays[path] for path in weight.paths]

@@ -1,4 +1,4 @@
-"""Stages: from a config to something the loop can run. The only part that knows both config and code.
+"""Stages: build what the loop runs from a config. The only part that knows both config and code.
 
 `KINDS` (kinds.py) has a record for each kind of stage; each stage leaves `result.json` in its folder, and those that
 make a model leave `export/`.
@@ -25,11 +25,11 @@ __all__ = ["KINDS", "Run", "check_run", "run_stage"]
 
 
 def run_stage(run: Run, stage: cfg.StageBase) -> None:
-    """Runs one stage, or skips it when it is finished with an unchanged config.
+    """Runs one stage, or skips it if it is finished with an unchanged config.
 
-    A folder that holds the stage with another config is moved aside, never overwritten.
+    A folder of the stage with another config is moved aside, never overwritten.
     """
-    # What the process that writes finds in the folder counts; the others wait for its answer.
+    # The process that writes decides from the folder; the others wait for its answer.
     if any_process(is_main() and run.result(stage.name) is not None):
         LOGGER.info(f"{stage.name}: finished, config unchanged; skipped")
         return
@@ -51,7 +51,7 @@ def run_stage(run: Run, stage: cfg.StageBase) -> None:
 
 
 def prepare(run: Run, stage: cfg.StageBase, folder: storage.Path) -> None:
-    """Makes the folder of a stage, with what identifies it; one that holds another config is moved aside."""
+    """Creates the folder of a stage with its config and hash; moves a folder with another config aside."""
     mark = folder / "config_hash"
     if storage.is_file(mark) and (earlier := storage.read_text(mark)) != run.hashes[stage.name]:
         aside = unused(folder.with_name(f"{folder.name}.{earlier}"))
@@ -62,6 +62,6 @@ def prepare(run: Run, stage: cfg.StageBase, folder: storage.Path) -> None:
 
 
 def unused(path: storage.Path) -> storage.Path:
-    """Returns the path, or where it exists the first of path.2, path.3, … that does not."""
+    """Returns the path if it is unused, else the first unused one of path.2, path.3, …."""
     candidates = itertools.chain([path], (path.with_name(f"{path.name}.{i}") for i in itertools.count(2)))
     return next(candidate for candidate in candidates if not storage.exists(candidate))

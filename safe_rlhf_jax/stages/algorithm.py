@@ -1,4 +1,4 @@
-"""What an RL stage must have, and must not be told, for its algorithm: checked before the first stage trains."""
+"""Settings that an algorithm requires of an RL stage or does not use: checked before the first stage trains."""
 
 from collections.abc import Mapping
 
@@ -23,7 +23,7 @@ def check_rl(run: Run, stage: cfg.RLStage, loaded: Mapping[str, Examples]) -> No
 
 
 def idle_beside_algorithm(stage: cfg.RLStage) -> dict[str, str]:
-    """Returns {setting of an RL stage that the record of its algorithm has no use for: why}."""
+    """Returns {setting of an RL stage that its algorithm does not use: reason}."""
     algorithm, name = ALGORITHMS[stage.algorithm.name], stage.algorithm.name
     unused: dict[str, tuple[str, ...]] = {}
     if not algorithm.constrained:
@@ -39,7 +39,7 @@ def idle_beside_algorithm(stage: cfg.RLStage) -> dict[str, str]:
 
 
 def check_algorithm(stage: cfg.RLStage) -> None:
-    """An algorithm has the models, the responses and the KL term that it needs, and no setting that it does not use.
+    """Checks that an algorithm has its models, responses and KL term, and no unused setting.
 
     Raises:
         ConfigError: Names the field and the fix.
@@ -72,7 +72,7 @@ def check_algorithm(stage: cfg.RLStage) -> None:
 
 
 def check_targets(run: Run, stage: cfg.RLStage) -> None:
-    """A dual stage that gives λ its start solves for the policy that this algorithm ends at."""
+    """Checks that a dual stage that initialises λ solves for this algorithm's optimum."""
     target = "safe_rlhf" if ALGORITHMS[stage.algorithm.name].combine is combine_signals else "plain"
     targets = {other.name: getattr(other, "target", target) for other in run.config.stages}
     for field, name in stage.multipliers().items():

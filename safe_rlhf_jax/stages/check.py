@@ -1,6 +1,6 @@
-"""What can be known before the first stage trains: data, groups, positions, batches.
+"""Checks before the first stage trains: data, groups, positions, batches.
 
-An error here costs seconds, and would cost hours later.
+An error here costs seconds; later it would cost hours.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ from safe_rlhf_jax.stages.small_data import data_warnings
 
 LOGGER = logging.getLogger(__name__)
 
-EXECUTION = (*cfg.Execution.model_fields, "initializer_range", "unused_rows")  # no part of an architecture
+EXECUTION = (*cfg.Execution.model_fields, "initializer_range", "unused_rows")  # not part of an architecture
 
 
 def check_run(run: Run) -> None:
@@ -65,7 +65,7 @@ def check_run(run: Run) -> None:
 
 
 def load_all(run: Run, stage: cfg.StageBase, kind: Kind) -> dict[str, Examples]:
-    """Returns the data of a stage by setting, but for what limits are calibrated on: its cost model may be to come.
+    """Returns a stage's data by setting, except calibration data, whose cost model may not exist yet.
 
     Raises:
         ValueError: If it cannot be used.
@@ -82,7 +82,7 @@ def load_all(run: Run, stage: cfg.StageBase, kind: Kind) -> dict[str, Examples]:
 
 
 def check_parts(stage: cfg.StageBase, field: str, data: cfg.Mixture, loaded: Examples) -> None:
-    """Rows can be drawn from every part of a weighted mixture.
+    """Checks that rows can be drawn from every part of a weighted mixture.
 
     Raises:
         ConfigError: Names the part.
@@ -93,7 +93,7 @@ def check_parts(stage: cfg.StageBase, field: str, data: cfg.Mixture, loaded: Exa
 
 
 def check_batch(run: Run, stage: cfg.StageBase) -> None:
-    """A batch divides into the devices that share it."""
+    """Checks that a batch divides into the devices that share it."""
     shards = run.mesh.shape["data"] * run.mesh.shape["fsdp"]
     for field in ("batch_size", "prompt_batch_size"):
         rows = getattr(stage, field, shards)
@@ -105,10 +105,10 @@ def check_batch(run: Run, stage: cfg.StageBase) -> None:
 
 
 def check_divides(run: Run, stage: cfg.StageBase) -> None:
-    """Batches, and the heads, widths and vocabularies of models, divide as the mesh asks.
+    """Checks that batches, and the heads, widths and vocabularies of models, divide by the mesh axes.
 
     Raises:
-        ConfigError: With the numbers and the nearest that work.
+        ConfigError: With the numbers and the nearest valid ones.
     """
     check_batch(run, stage)
     shards, tensor = run.mesh.shape["fsdp"], run.mesh.shape["tensor"]
@@ -126,7 +126,7 @@ def check_divides(run: Run, stage: cfg.StageBase) -> None:
 
 
 def check_model(run: Run, stage: cfg.StageBase, field: str, use: cfg.ModelUse) -> None:
-    """A model exists, has the positions and the vocabulary, and scores where it is asked to."""
+    """Checks that a model exists, has enough positions and vocabulary, and a score head if needed."""
     reference = use.reference
     where = f"{stage.name}: {field} {reference!r}"
     config = run.networks.config(reference)
@@ -158,7 +158,7 @@ def check_model(run: Run, stage: cfg.StageBase, field: str, use: cfg.ModelUse) -
 
 
 def check_folder(run: Run, where: str, use: cfg.ModelUse) -> None:
-    """A folder holds the model that it is opened as, and its token ids are the run's, unless it only scores."""
+    """Checks that a folder holds the expected kind of model, with the run's token ids unless it only scores."""
     folder = hf.resolve(run.model_folder(use.reference))
     try:
         check_stored(use, folder)
@@ -177,7 +177,7 @@ def check_folder(run: Run, where: str, use: cfg.ModelUse) -> None:
 
 
 def check_stored(use: cfg.ModelUse, folder: storage.Path) -> None:
-    """A folder's tensors are those of its config.json, and its scores of the kind that they are used as."""
+    """Checks that a folder's tensors match its config.json, and its score type matches its use."""
     stored, kind = hf.stored_score_type(hf.read_config(folder)), use.scores
     if use.as_stored and stored != kind:
         raise ModelError(
@@ -188,7 +188,7 @@ def check_stored(use: cfg.ModelUse, folder: storage.Path) -> None:
 
 
 def check_same_architecture(run: Run, stage: cfg.StageBase) -> None:
-    """Policies that go through one compiled program, or become one, share an architecture."""
+    """Checks that policies that are compared or merged share an architecture."""
     alike = {field: use.reference for field, use in stage.models().items() if use.alike}
     configs = {field: (name, run.networks.config(name)) for field, name in alike.items()}
     for field, (name, config) in configs.items():

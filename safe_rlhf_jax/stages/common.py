@@ -1,4 +1,4 @@
-"""What stages share: the run, opening networks, making states, compiling steps, exporting."""
+"""Shared by stages: the run, batches and evaluation inputs on the mesh, exports, writers."""
 
 import contextlib
 import json
@@ -29,11 +29,11 @@ from safe_rlhf_jax.types import TrainState
 
 LOGGER = logging.getLogger(__name__)
 
-EVAL_BATCH = 128  # rows of a batch that is only read, rounded up to what the mesh divides
+EVAL_BATCH = 128  # rows of an evaluation batch, rounded up to a multiple of the shards
 
 
 class Run:
-    """What the stages of a run share: config, tokenizer, mesh and folders."""
+    """Shared state of the stages of a run: config, tokenizer, mesh and folders."""
 
     def __init__(self, config: cfg.RunConfig, config_path: str = "FILE"):
         self.config = config
@@ -42,7 +42,7 @@ class Run:
         self.tokenizer, self.template, self.ends = encoding.tokenizer, encoding.template, encoding.ends
         self.tokenizer.hf.chat_template = exported_template(encoding)
         self.mesh = make_mesh((config.mesh.data, config.mesh.fsdp, config.mesh.tensor))
-        self.warnings: dict[str, list[str]] = {}  # by stage, said before it starts
+        self.warnings: dict[str, list[str]] = {}  # by stage, reported before it starts
         self.networks = Weights(self)
         self.loaded: dict[tuple[str, ...], Examples] = {}  # by the check, waiting for their stages
         texts = [encoding.identity, {name: own.identity for name, own in self.own.items()}]
@@ -50,11 +50,11 @@ class Run:
         self.hashes = stage_hashes(config, texts, self.digests)
 
     def encoding(self, reference: str) -> Encoding:
-        """Returns how a model reads its texts: as the run does, or as it does itself."""
+        """Returns the encoding of a model's texts: the run's, or its own."""
         return self.own.get(reference) or Encoding(self.tokenizer, self.template)
 
     def rows(self, data: Examples, most: int = EVAL_BATCH) -> int:
-        """Returns the rows of a batch of data that is only read: all there are, up to `most`, in whole shards."""
+        """Returns the batch size for data that is only read: all rows, up to `most`, in whole shards."""
         shards = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
         return -(-max(1, min(most, len(data))) // shards) * shards
 
@@ -63,7 +63,7 @@ class Run:
         return storage.path(self.config.workdir) / name
 
     def result(self, name: str) -> dict[str, Any] | None:
-        """Returns `result.json` of a stage that is finished with the present config, else None."""
+        """Returns `result.json` of a stage finished with the present config, else None."""
         path = self.folder(name) / "result.json"
         result = json.loads(storage.read_text(path)) if storage.is_file(path) else None
         return result if result and result["config_hash"] == self.hashes[name] else None
@@ -78,7 +78,7 @@ class Run:
         return read_mixture(data)
 
     def warn(self, name: str, text: str) -> None:
-        """Says what speaks against a stage, once; `result.json` keeps it."""
+        """Warns of a problem of a stage, once; `result.json` keeps the warning."""
         said = self.warnings.setdefault(name, [])
         if text not in said:
             said.append(text)
@@ -114,18 +114,18 @@ def read_mixture(data: cfg.Mixture) -> list[Record]:
 
 
 def described(data: cfg.Mixture) -> str:
-    """Returns a data set, or the parts of a mixture, in words."""
+    """Describes a data set, or the parts of a mixture."""
     return "data " + " + ".join(f"{part.name} ({part.split})" for part in cfg.parts_of(data))
 
 
 def weights(data: cfg.Mixture) -> list[float] | None:
-    """Returns the weights of a mixture, or None where its parts count by their records."""
+    """Returns the weights of a mixture, or None if its parts are weighted by their records."""
     given = [part.weight for part in cfg.parts_of(data)]
     return [weight for weight in given if weight is not None] if len(given) > 1 and None not in given else None
 
 
 def read_length(run: Run, reference: str, length: int) -> int:
-    """Returns the tokens that a scorer reads of a text: `length` of the run's; of its own as many as it can."""
+    """Returns a scorer's maximum text length: `length` in the run's tokens; the model's maximum in its own."""
     return run.networks.config(reference).max_positions if reference in run.own else length
 
 
@@ -138,11 +138,11 @@ def export(run: Run, folder: storage.Path, module: Any, state: TrainState, layou
 
 @contextlib.contextmanager
 def export_errors(folder: storage.Path) -> Iterator[None]:
-    """Turns what the system says of a file that cannot be written into one clear error that names it."""
+    """Turns system errors of a file that cannot be written into one clear error that names it."""
     try:
         yield
     except Exception as error:
-        if not isinstance(error, OSError) and "os error" not in str(error):  # as `tokenizers` reports one
+        if not isinstance(error, OSError) and "os error" not in str(error):  # reported so by `tokenizers`
             raise
         written = sorted(storage.matching(folder, "*"), key=lambda path: storage.status(path).modified)
         where = getattr(error, "filename", None) or (written[-1] if written else folder)
@@ -153,7 +153,7 @@ def export_errors(folder: storage.Path) -> Iterator[None]:
 
 
 def report_data(name: str, data: Examples) -> None:
-    """Says what was left out of a dataset."""
+    """Reports the records left out of a dataset."""
     notes = [f"{count} skipped: {reason}" for reason, count in data.skipped.items()]
     notes += [f"{count} left out: {reason}" for reason, count in data.left_out.items()]
     apart = f"{data.apart} texts whose prompt and response would share a token: tokenised apart"
@@ -163,7 +163,7 @@ def report_data(name: str, data: Examples) -> None:
 
 
 def writers(run: Run) -> tuple[str, ...]:
-    """Returns where metrics go."""
+    """Returns the writers of metrics."""
     return ("jsonl", "tensorboard", "wandb") if run.config.wandb else ("jsonl", "tensorboard")
 
 

@@ -20,20 +20,20 @@ from safe_rlhf_jax.stages.small_data import data_warnings
 
 LOGGER = logging.getLogger(__name__)
 
-LEAST_LOG_MULTIPLIER = 0.01  # where a dual stage finds that no multiplier is needed, log λ starts here
+LEAST_LOG_MULTIPLIER = 0.01  # start of log λ if a dual stage finds λ* = 0
 
 
 Limited = cfg.RLStage | cfg.RejectionStage | cfg.DualStage  # stages with limits of costs
 
 
 def constraints_of(stage: Limited) -> dict[str, cfg.Lagrange]:
-    """Returns {cost signal: its constraint}; nothing for an algorithm without constraints."""
+    """Returns {cost signal: its constraint}; empty for an algorithm without constraints."""
     algorithm = getattr(stage, "algorithm", None)
     return stage.limits if algorithm is None or ALGORITHMS[algorithm.name].constrained else {}
 
 
 def initial_multiplier(run: Run, lagrange: cfg.Lagrange) -> float:
-    """Returns λ at the start, that of a dual stage where `init` names one, within the bounds of this constraint."""
+    """Returns the initial λ, from a dual stage if `init` names one, within the bounds of this constraint."""
     if not isinstance(lagrange.init, str):
         return lagrange.init
     floor = LEAST_LOG_MULTIPLIER if lagrange.multiplier == "log" else 0.0
@@ -48,7 +48,7 @@ def initial_multiplier(run: Run, lagrange: cfg.Lagrange) -> float:
 def compensation_warning(
     stage: cfg.RLStage, limits: dict[str, tuple[tuple[float, ...], str]]
 ) -> Callable[[dict[str, float]], str | None]:
-    """Returns warning(metrics): a mean cost within its limit although many responses cost more than 0."""
+    """Returns warning(metrics): mean cost within its limit although many responses cost more than 0."""
 
     def warning(metrics: dict[str, float]) -> str | None:
         for signal, lagrange in constraints_of(stage).items():
@@ -66,7 +66,7 @@ def compensation_warning(
 
 
 def cost_limits(run: Run, stage: Limited, signal: str) -> tuple[tuple[float, ...], str]:
-    """Returns d of every slot and how it was chosen; what the cost model cannot reach is refused before training.
+    """Returns d of every slot and its origin; refuses a limit that the cost model cannot reach, before training.
 
     Raises:
         ValueError: For an unreachable limit, naming the floor.
@@ -109,13 +109,13 @@ def labelled_costs(run: Run, stage: Limited, signal: str, data: examples.Example
 
 
 def labelled_data(run: Run, stage: Limited, signal: str) -> examples.Examples | None:
-    """Returns the labelled pairs that a limit is calibrated on, or that a fixed one is held against before training.
+    """Returns the labelled pairs for calibrating a limit, or for checking a fixed one before training.
 
-    A fixed limit is held against the `eval_data` of the stage that trains its cost model; where there is none, or its
+    A fixed limit is compared with the `eval_data` of the stage that trains its cost model; without it, or if its
     responses have one label only, it is not checked, and the run says so.
 
     Raises:
-        ConfigError: If a limit is to be calibrated, and no response is labelled safe, or none unsafe.
+        ConfigError: If a limit is to be calibrated, but no response is labelled safe, or none unsafe.
     """
     lagrange, limit_of = stage.limits[signal], limit_field(stage, signal)
     calibrated = isinstance(lagrange.cost_limit, cfg.CalibratedLimit)
@@ -148,9 +148,9 @@ def labelled_data(run: Run, stage: Limited, signal: str) -> examples.Examples | 
 def load_labelled(run: Run, stage: Limited, field: str, *, data: cfg.Mixture, signal: str) -> examples.Examples:
     """Returns labelled pairs on prompts that a constraint names.
 
-    The data that a cost model is evaluated on is read as there: its stage has judged how much of it can be used.
+    Evaluation data of a cost model is read as in its stage, which has checked how much of it is usable.
     """
-    del field  # it may be another stage's
+    del field  # may belong to another stage
     cost: Any = next((other for other in run.config.stages if other.name == stage.scorers[signal]), None)
     own = cost is None or data != cost.eval_data
     length = stage.max_prompt_length + stage.max_response_length if own else cost.max_length
@@ -167,7 +167,7 @@ def load_labelled(run: Run, stage: Limited, field: str, *, data: cfg.Mixture, si
 
 
 def named_records(run: Run, stage: Limited, signal: str, data: cfg.Mixture) -> list[Any]:
-    """Returns records on prompts that a constraint names; on all prompts where the data knows no groups."""
+    """Returns records on prompts that a constraint names; on all prompts if the data has no groups."""
     records, field, groups = run.records(data), str(stage.group_field), stage.limits[signal].named
     if groups and any(field in record for record in records):
         return [record for record in records if str(record.get(field)) in groups]
@@ -175,16 +175,16 @@ def named_records(run: Run, stage: Limited, signal: str, data: cfg.Mixture) -> l
 
 
 def labels_of(records: Sequence[Any], *fields: str) -> set[bool]:
-    """Returns which safety labels stand in fields of records."""
+    """Returns the safety labels that occur in fields of records."""
     labels = (record.get(field) for record in records for field in fields)
     return {bool(label) for label in labels if label in (True, False)}
 
 
 def check_groups(stage: Limited, groups: tuple[str, ...]) -> None:
-    """The prompts have the groups that the constraints name.
+    """Checks that the prompts have the groups that the constraints name.
 
     Raises:
-        ConfigError: With the groups there are.
+        ConfigError: With the existing groups.
     """
     for signal, lagrange in constraints_of(stage).items():
         unknown = [name for name in lagrange.named or () if name not in groups]
@@ -197,7 +197,7 @@ def check_groups(stage: Limited, groups: tuple[str, ...]) -> None:
 
 
 def check_constraints(run: Run, stage: Limited, loaded: Mapping[str, examples.Examples]) -> None:
-    """The prompts that are left have the groups that limits name, and there is labelled data to calibrate limits on."""
+    """Checks that usable prompts have the groups of the limits, and that labelled data exists for calibration."""
     constraints = constraints_of(stage)
     if constraints:
         check_groups(stage, examples.group_names(loaded["prompts"].records, stage.group_field))
@@ -210,12 +210,12 @@ def check_constraints(run: Run, stage: Limited, loaded: Mapping[str, examples.Ex
 
 
 def measure_of(lagrange: cfg.Lagrange) -> Measure:
-    """Returns what a constraint measures."""
+    """Returns the measure of a constraint."""
     return {"mean": MEAN, "rectified": rectified(lagrange.threshold), "cvar": tail(lagrange.tail)}[lagrange.measure]
 
 
 def multiplier_of(lagrange: cfg.Lagrange) -> Multiplier:
-    """Returns how a constraint's λ moves."""
+    """Returns the update rule of a constraint's λ."""
     pid = pid_multiplier(**lagrange.pid.model_dump())
     return {"log": LOG, "projected": PROJECTED, "pid": pid}[lagrange.multiplier]
 
@@ -223,7 +223,7 @@ def multiplier_of(lagrange: cfg.Lagrange) -> Multiplier:
 def constraint_of(
     stage: cfg.RLStage, lagrange: cfg.Lagrange, limits: tuple[float, ...], groups: tuple[str, ...]
 ) -> Constraint:
-    """Returns a constraint as the step sees it."""
+    """Returns a constraint in the form used by the step."""
     separate = lagrange.group_limits is not None
     return Constraint(
         limit=limits,

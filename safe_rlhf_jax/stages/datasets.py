@@ -1,4 +1,4 @@
-"""Data sets of a stage as examples: `DataUse` says how they are read."""
+"""Data sets of a stage as examples, read as specified by `DataUse`."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,12 +12,12 @@ Load = Callable[[Run, Any, str], Examples]  # (run, stage, field of `datasets()`
 
 
 def load_data(run: Run, stage: cfg.StageBase, field: str) -> Examples:
-    """Returns the examples of a data set, as the run writes its texts."""
+    """Returns the examples of a data set, in the run's template."""
     return load_records(run, stage, field, run.records(stage.datasets()[field].data))
 
 
 def load_records(run: Run, stage: cfg.StageBase, field: str, records: Any) -> Examples:
-    """Returns the examples of records that stand for a data set."""
+    """Returns the examples of given records of a data set."""
     use: cfg.DataUse = stage.datasets()[field]
     shared: dict[str, Any] = {
         "max_length": use.max_length,
@@ -28,7 +28,7 @@ def load_records(run: Run, stage: cfg.StageBase, field: str, records: Any) -> Ex
         return examples.load_supervised(records, run.template, run.tokenizer, **shared)
     if use.reads != "prompts":
         return examples.load_pairs(records, run.template, run.tokenizer, safety=use.reads == "cost", **shared)
-    # A prompt that a scorer cannot read in its own way is unusable.
+    # A prompt that a scorer cannot read in its own encoding is unusable.
     models = dict.fromkeys(use.reference for use in stage.models().values())
     own = {model: run.own[model] for model in models if model in run.own}
     return examples.load_prompts(
@@ -43,19 +43,19 @@ def load_records(run: Run, stage: cfg.StageBase, field: str, records: Any) -> Ex
 
 
 def keep(run: Run, stage: cfg.StageBase, field: str, load: Load = load_data) -> Examples:
-    """Loads a data set before the first stage runs, so that nothing about it is left to raise later."""
+    """Loads a data set before the first stage runs, so that its errors are raised early."""
     run.loaded[stage.name, field] = load(run, stage, field)
     return run.loaded[stage.name, field]
 
 
 def take(run: Run, stage: cfg.StageBase, field: str, load: Load = load_data) -> Examples:
-    """Returns a data set that has been kept, and forgets it; loads it where it has not."""
+    """Pops a cached data set; loads it if it is not cached."""
     kept = run.loaded.pop((stage.name, field), None)
     return load(run, stage, field) if kept is None else kept
 
 
 def stored(run: Run, stage: cfg.StageBase, field: str, load: Load) -> Examples:
-    """Returns data that the check asks for first and its stage last: loaded once, and forgotten after that."""
+    """Returns data that the check uses first and its stage last: loaded once, then dropped from the cache."""
     if (stage.name, field) in run.loaded:
         return run.loaded.pop((stage.name, field))
     return keep(run, stage, field, load)

@@ -51,7 +51,7 @@ def load_direct(run: Run, stage: cfg.DPOStage, field: str) -> examples.Examples:
 
 
 def safe_first(records: Sequence[Record]) -> tuple[list[Record], int]:
-    """Returns pairs in which a safe response is better than an unsafe one, and how many of two unsafe ones are gone.
+    """Returns pairs with safe responses preferred over unsafe ones, and the number of dropped pairs of two unsafe ones.
 
     Source: Kim et al. 2025 (arXiv 2505.20065), the safety-aware transformation of SafeDPO's data.
     """
@@ -73,7 +73,7 @@ def safe_first(records: Sequence[Record]) -> tuple[list[Record], int]:
 
 
 def rank_by_models(run: Run, stage: cfg.DPOStage, pairs: examples.Examples) -> examples.Examples:
-    """Returns pairs, with `lagrangian` those whose chosen response has the higher R − λC by the models of the stage.
+    """Returns pairs; with `lagrangian`, the chosen response has the higher R − λC by the models of the stage.
 
     Source: Liu et al. 2024 (arXiv 2403.02475, C-DPO), which samples the label from σ of the difference; here it is the
     sign, as with `label_smoothing` 0.
@@ -105,10 +105,10 @@ def rank_by_models(run: Run, stage: cfg.DPOStage, pairs: examples.Examples) -> e
 
 
 def as_read_by(run: Run, stage: cfg.DPOStage, model: str, pairs: examples.Examples) -> examples.Examples:
-    """Returns pairs as a scorer reads them: as they are, or where it has an encoding of its own, written anew.
+    """Returns pairs in a scorer's encoding: unchanged, or encoded again if it has its own.
 
     Raises:
-        ValueError: If one of them cannot be written so.
+        ValueError: If one of them cannot be encoded.
     """
     if model not in run.own:
         return pairs
@@ -136,7 +136,7 @@ def direct_step(stage: cfg.DPOStage, module: CausalLM, optimizer: optax.Gradient
 
 
 def reference_of(run: Run, stage: cfg.DPOStage, variables: dict[str, Any]) -> Params:
-    """Returns the parameters of the policy that KL is measured from."""
+    """Returns the parameters of the KL reference policy."""
     if stage.reference not in (None, stage.init_from):
         variables = run.networks.open(str(stage.reference), "lm")[1]
     return run.networks.only_read(variables["params"])

@@ -23,8 +23,8 @@ FEW = 2.0  # effective samples per prompt below which λ* says little about the 
 
 
 def run_dual(run: Run, stage: cfg.DualStage, folder: storage.Path) -> dict[str, Any]:
-    """Runs a dual stage; its result holds the multiplier and what is expected there."""
-    del folder  # there is nothing but the result
+    """Runs a dual stage; its result holds the multiplier and the expectations there."""
+    del folder  # the result is the only output
     prompts = take(run, stage, "prompts")
     report_data(stage.name, prompts)
     prompts = some_of(prompts, np.flatnonzero(is_limited(stage, prompts)).tolist())
@@ -57,7 +57,7 @@ def run_dual(run: Run, stage: cfg.DualStage, folder: storage.Path) -> dict[str, 
 
 
 def doubts(stage: cfg.DualStage, effective: float, capped: bool) -> list[str]:
-    """Returns why the multiplier is not to be trusted, in words."""
+    """Returns the reasons not to trust the multiplier."""
     notes = []
     if effective < FEW:
         notes.append(

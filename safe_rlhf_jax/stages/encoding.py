@@ -1,4 +1,4 @@
-"""How the models of a run read text: its tokenizer and template, and those of scorers that have their own."""
+"""Text encodings of a run: its tokenizer and template, and those of scorers that have their own."""
 
 import dataclasses
 from typing import Any
@@ -28,7 +28,7 @@ class Encoding:
 
     @property
     def identity(self) -> list[Any]:
-        """What decides which ids a text becomes, as plain values."""
+        """The settings that determine the ids of a text, as plain values."""
         hf_tokenizer, template = self.tokenizer.hf, self.template
         vocabulary = (
             hf_tokenizer.backend_tokenizer.to_str() if hf_tokenizer.is_fast else sorted(hf_tokenizer.get_vocab())
@@ -41,7 +41,7 @@ class Encoding:
 def open_encodings(config: cfg.RunConfig) -> tuple[dict[str, Encoding], Encoding]:
     """Returns {scorer: encoding} of those that have their own, and the run's.
 
-    Responses end where any policy of the run says that they do. A text is usable if all that read it have its tokens.
+    Responses end at the end tokens of any policy of the run. A text is usable if all its readers have its tokens.
 
     Raises:
         ValueError: If a tokenizer or template cannot be opened.
@@ -60,19 +60,19 @@ def open_encodings(config: cfg.RunConfig) -> tuple[dict[str, Encoding], Encoding
 
 
 def run_template(config: cfg.RunConfig, name: str, tokenizer: Tokenizer, options: dict[str, Any]) -> Template:
-    """Returns a template with the run's date, which treats control tokens as the run does."""
+    """Returns a template with the run's date and the run's handling of control tokens."""
     date, control_tokens = config.template_date.isoformat(), config.control_tokens
     return load_template(name, tokenizer, options=options, date=date, control_tokens=control_tokens)
 
 
 def model_folders(config: cfg.RunConfig) -> dict[str, storage.Path]:
-    """Returns {model: folder} of all models of a run that are in one."""
+    """Returns {model: folder} of all models of a run that are in folders."""
     named = dict.fromkeys(reference for stage in config.stages for reference in references(stage).values())
     return {reference: folder for reference in named if (folder := model_folder(reference)) is not None}
 
 
 def named_scorers(config: cfg.RunConfig) -> dict[str, str]:
-    """Returns {model: where it is named first} of the models in a folder that score."""
+    """Returns {model: its first use} of the models in folders that score."""
     named = [(stage.name, *reference) for stage in config.stages for reference in references(stage).items()]
     return {
         reference: f"{stage}: {field} {reference!r}"
@@ -82,7 +82,7 @@ def named_scorers(config: cfg.RunConfig) -> dict[str, str]:
 
 
 def policy_folders(config: cfg.RunConfig) -> dict[str, storage.Path]:
-    """Returns {model: folder} of those that do not score."""
+    """Returns {model: folder} of the models that do not score."""
     scorers = named_scorers(config)
     return {reference: folder for reference, folder in model_folders(config).items() if reference not in scorers}
 
@@ -93,7 +93,7 @@ def is_scorer(field: str) -> bool:
 
 
 def model_folder(reference: str) -> storage.Path | None:
-    """Returns the folder behind `path:…` or `hf:…`, None where there is none (the check says so where it is needed)."""
+    """Returns the folder behind `path:…` or `hf:…`, None if there is none (the check reports it if needed)."""
     prefix, _, rest = reference.partition(":")
     if not rest or prefix not in ("path", "hf"):
         return None
@@ -114,7 +114,7 @@ def has_tokenizer(folder: storage.Path) -> bool:
 
 
 def stored_rows(folder: storage.Path) -> int | None:
-    """Returns the rows of the embedding of the model in a folder, None where its config.json does not say."""
+    """Returns the embedding rows of the model in a folder, None if its config.json does not say."""
     try:
         rows = hf.read_config(folder).get("vocab_size")
     except ModelError:
@@ -123,13 +123,13 @@ def stored_rows(folder: storage.Path) -> int | None:
 
 
 def own_encoding(config: cfg.RunConfig, ours: Encoding, reference: str, where: str) -> Encoding | None:
-    """Returns the encoding of a scorer whose texts are written otherwise than the run's, None where they are not.
+    """Returns the encoding of a scorer if it differs from the run's, else None.
 
-    It has one of its own if `templates` names it, if an id is another token than the run's, if it lacks a token that
-    the run's template writes, or if its tokenizer has another chat template than the run writes.
+    It differs if `templates` names the scorer, if an id is another token than the run's, if it lacks a token of the
+    run's template, or if its tokenizer has another chat template than the run.
 
     Raises:
-        ConfigError: If nothing says which template it has.
+        ConfigError: If its template is unknown.
     """
     folder, named = model_folder(reference), config.templates.get(reference)
     if folder is None or not has_tokenizer(folder):
@@ -152,7 +152,7 @@ def own_encoding(config: cfg.RunConfig, ours: Encoding, reference: str, where: s
 
 
 def exported_template(encoding: Encoding) -> str:
-    """Returns the Jinja source that is exported with a model: it writes what opens a text, too."""
+    """Returns the Jinja source that is exported with a model; it also writes the opening tokens of a text."""
     template, tokenizer = encoding.template, encoding.tokenizer
     source: str = template.source or tokenizer.hf.get_chat_template()
     opening = "".join(tokenizer.texts[i] for i in tokenizer.prefix)
@@ -160,7 +160,7 @@ def exported_template(encoding: Encoding) -> str:
 
 
 def described(run: Any) -> list[str]:
-    """Returns what is worth saying once of how a run reads and ends texts."""
+    """Returns the messages, shown once, about a run's encoding and end of texts."""
     tokenizer, template, end = run.tokenizer, run.template, run.template.end
     lines = []
     if run.config.template is None and template.source is None:

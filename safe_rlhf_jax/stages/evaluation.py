@@ -93,7 +93,7 @@ def sample_policies(run: Run, stage: cfg.EvaluateStage) -> dict[str, list[evalua
 
 
 def open_policy(run: Run, name: str) -> tuple[Any, Any]:
-    """Opens a policy that is only sampled from: the network, and its parameters in the compute dtype."""
+    """Opens a policy for sampling only: the network, and its parameters in the compute dtype."""
     module, variables = run.networks.open(name, "lm")
     return module, run.networks.only_read(variables["params"])
 
@@ -105,7 +105,7 @@ def rows_of(stage: cfg.EvaluateStage, policy: str) -> dict[str, int]:
 
 
 def make_report(run: Run, stage: cfg.EvaluateStage, policies: dict[str, list[evaluate.Sample]]) -> Report:
-    """Gathers what the run's stages have left in their folders."""
+    """Collects the results of the run's stages from their folders."""
     scorers, history, seconds, facts = {}, {}, {}, [f"seed {run.config.seed}"]
     limit: float | None = None
     constrained: list[str] | None = None
@@ -149,7 +149,7 @@ def make_report(run: Run, stage: cfg.EvaluateStage, policies: dict[str, list[eva
 
 
 def provenance_of(run: Run, stage: cfg.EvaluateStage) -> dict[str, str]:
-    """Returns {what: which} of the prompts, the models, the sampling and the code."""
+    """Returns the provenance of the prompts, the models, the sampling and the code, as {item: value}."""
     made = {other.name: other for other in run.config.stages}
     models = [("policy", name) for name in stage.policies]
     models += [("reward model", stage.reward_model), ("cost model", stage.cost_model)]
@@ -165,7 +165,7 @@ def provenance_of(run: Run, stage: cfg.EvaluateStage) -> dict[str, str]:
 
 
 def origin(stage: cfg.StageBase | None) -> str:
-    """Returns how a model was made, in words: by a stage of this run, or elsewhere."""
+    """Describes the origin of a model: a stage of this run, or elsewhere."""
     if stage is None:
         return "as it is"
     models = [f"{field} {use.reference}" for field, use in stage.models().items()]

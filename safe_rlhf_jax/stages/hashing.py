@@ -1,4 +1,4 @@
-"""What a stage stands on, by content: its result counts as long as nothing that decides it has changed."""
+"""Hashes of a stage's inputs, by content: its result is valid as long as none of them has changed."""
 
 import contextlib
 import hashlib
@@ -13,18 +13,18 @@ from safe_rlhf_jax.models import hf
 from safe_rlhf_jax.models.folders import read_index
 from safe_rlhf_jax.processes import first_says, is_main
 
-MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")  # of a folder, that decide what it computes
+MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")  # of a folder, that determine its outputs
 DIGESTS = ".digests.json"  # in the workdir: digests of large files, by path, size and time
 
 
 def stage_hashes(config: cfg.RunConfig, shared: Sequence[Any], files: "Digests") -> dict[str, str]:
-    """Returns 12 hex digits for each stage: of its settings, data, models and `shared`; as the first process sees them.
+    """Returns 12 hex digits for each stage: of its settings, data, models and `shared`, on the first process.
 
-    Settings that change no result (`Schema.unhashed`) are left out, and the mesh.
+    Settings that change no result (`Schema.unhashed`) and the mesh are left out.
 
     Args:
         config: Of the run.
-        shared: What all stages stand on beside seed and execution: tokenizer, template.
+        shared: Further inputs of all stages, beside seed and execution: tokenizer, template.
         files: Digests of files.
     """
     names = [stage.name for stage in config.stages]
@@ -57,10 +57,10 @@ def hashed(value: Any) -> Any:
 
 
 def model_identity(reference: str, files: "Digests") -> Any:
-    """Returns what tells a model from another one of its name: the contents of a folder, the commit of a hub id."""
+    """Returns the identity of a model: the contents of a folder, the commit of a hub id."""
     prefix, _, rest = reference.partition(":")
     folder = storage.expanded(rest)
-    if prefix == "hf" and not storage.is_folder(folder):  # what is there is opened in place of a hub id
+    if prefix == "hf" and not storage.is_folder(folder):  # an existing folder takes precedence over a hub id
         try:
             return reference, hf.resolve(rest).name  # the hub's cache names a snapshot by its commit
         except FileNotFoundError:
@@ -71,7 +71,7 @@ def model_identity(reference: str, files: "Digests") -> Any:
 
 
 def model_files(folder: storage.Path) -> list[storage.Path]:
-    """Returns the files of a folder that decide what its model computes, those in folders below by the index."""
+    """Returns the files of a folder that determine its model, including those in subfolders by the index."""
     found = set(storage.matching(folder, *MODEL_FILES))
     with contextlib.suppress(ValueError):  # the check says so, where the model is needed
         found |= {folder / file for file in read_index(folder).values()}
@@ -81,10 +81,10 @@ def model_files(folder: storage.Path) -> list[storage.Path]:
 class Digests:
     """SHA-256 of files, remembered by path, size and times of the last change.
 
-    Of its contents, which copies may take from the file that they are made from, and of the file itself.
+    Times of the contents, which copies may inherit from the original, and of the file itself.
 
     Args:
-        cache: The file that remembers; it need not exist.
+        cache: The file of the cache; it need not exist.
     """
 
     def __init__(self, cache: storage.Path):
@@ -96,7 +96,7 @@ class Digests:
             self.known = {}
 
     def of(self, path: storage.Path) -> str:
-        """Returns the digest of a file; "" where it is none."""
+        """Returns the digest of a file; "" if it is not a file."""
         if not storage.is_file(path):
             return ""
         status = storage.status(path)
@@ -106,10 +106,10 @@ class Digests:
         return self.found[key]
 
     def save(self) -> None:
-        """Writes what was found, for the next run."""
+        """Writes the digests, for the next run."""
         if self.found == self.known:
             return
-        with contextlib.suppress(OSError):  # a folder of someone else's, say: the next run reads the files again
+        with contextlib.suppress(OSError):  # such as a folder of another user: the next run reads the files again
             storage.write(self.cache, json.dumps(self.found))
 
 

@@ -1,4 +1,4 @@
-"""What is known against reward and cost models, said where they are made and where a stage is built on them."""
+"""Warnings about reward and cost models, given after their training and in stages that use them."""
 
 import logging
 from typing import Any
@@ -11,15 +11,15 @@ LOGGER = logging.getLogger(__name__)
 
 
 def warn_of_model(name: str, health: dict[str, Any] | None) -> None:
-    """Says what speaks against a reward or cost model that has just been trained."""
+    """Warns of problems of a reward or cost model that has just been trained."""
     for problem in doubts(health):
         LOGGER.warning(f"{name}: warning: {problem}")
 
 
 def warn_of_scorers(run: Run, stage: cfg.StageBase) -> None:
-    """Says what speaks against the reward and cost models of this run that a stage scores with.
+    """Warns of problems of the reward and cost models of this run that a stage scores with.
 
-    Nothing is known, and nothing said, of models from elsewhere.
+    There is no warning about models from elsewhere, whose health is unknown.
     """
     for field, use in stage.models().items():
         result = run.result(use.reference) if use.as_stored and use.reference in run.hashes else None

@@ -1,6 +1,6 @@
-"""Data that is meant to be held out, and prompts in it that a stage before was trained on: found by their text.
+"""Overlap of held-out data with prompts that an earlier stage was trained on, found by their text.
 
-Names and paths do not tell: one prompt stands in several files, one file goes by several names, and each stage may take
+Names and paths are not enough: a prompt may be in several files, a file may have several names, and each stage may use
 another part of it.
 """
 
@@ -15,8 +15,8 @@ from safe_rlhf_jax.stages.common import Run, described
 
 
 def warn_of_overlap(run: Run, stage: cfg.StageBase) -> None:
-    """Says how much of what a stage measures on opens with a prompt that it, or a stage it is built on, trains on."""
-    known: dict[str, set[str]] = {}  # how the conversations of a data set open
+    """Warns of the share of a stage's held-out data whose prompts it, or a stage it is built on, trains on."""
+    known: dict[str, set[str]] = {}  # the prompts that open the conversations of a data set
     for field, data, (model, stages) in held_out(run, stage):
         trained = training_data(stages, model)
         known |= {repr(part): openings(run, part) for _, part in trained if repr(part) not in known}
@@ -34,10 +34,10 @@ def warn_of_overlap(run: Run, stage: cfg.StageBase) -> None:
 
 
 def held_out(run: Run, stage: cfg.StageBase) -> Iterator[tuple[str, cfg.Mixture, tuple[Any, Sequence[Any]]]]:
-    """Yields (setting, data, the stage whose training it must not meet and those of its run) of what a stage measures.
+    """Yields (setting, data, the stage whose training it must not overlap, the stages of its run) of held-out data.
 
-    Data that a limit is calibrated on counts where its cost model goes over its own data more than once: from the
-    second pass on, pairs are learned by heart (docs/results.md).
+    Calibration data of a limit counts if its cost model trains for more than one epoch: from the second pass on, pairs
+    are memorised (docs/results.md).
     """
     stages = run.config.stages
     for field, use in stage.datasets().items():
@@ -50,7 +50,7 @@ def held_out(run: Run, stage: cfg.StageBase) -> Iterator[tuple[str, cfg.Mixture,
 
 
 def training_data(stages: Sequence[Any], stage: cfg.StageBase) -> list[tuple[str, cfg.Mixture]]:
-    """Returns (stage and setting, data) of what a stage of a run, and all that it is built on, are trained on."""
+    """Returns (stage and setting, data) of the training data of a stage of a run and of all it is built on."""
     uses = [(f"{one.name}.{field}", use) for one in lineage(stages, stage) for field, use in one.datasets().items()]
     return [(where, use.data) for where, use in uses if use.role == "train"]
 
@@ -67,9 +67,9 @@ def lineage(stages: Sequence[Any], stage: cfg.StageBase) -> list[Any]:
 
 
 def origin(stages: Sequence[Any], reference: str) -> tuple[Any, Sequence[Any]]:
-    """Returns the stage that made a model, of this run or of the one that left the folder, and the stages of that run.
+    """Returns the stage that made a model, of this run or of the one that wrote the folder, and that run's stages.
 
-    None for a model from elsewhere, or from a version whose configs are not read any more.
+    None for a model from elsewhere, or from a version whose configs are no longer supported.
     """
     if reference.startswith("path:"):
         file = storage.expanded(reference.removeprefix("path:")).parent / "config.yaml"
@@ -80,7 +80,7 @@ def origin(stages: Sequence[Any], reference: str) -> tuple[Any, Sequence[Any]]:
 
 
 def openings(run: Run, data: cfg.Mixture) -> set[str]:
-    """Returns how the conversations of a data set open; nothing where it is gone, which only a finished stage's is."""
+    """Returns the prompts that open the conversations of a data set; empty if it is gone (only in a finished stage)."""
     with contextlib.suppress(ValueError):
         return {opening(record) for record in run.records(data)} - {""}
     return set()

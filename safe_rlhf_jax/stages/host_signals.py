@@ -1,6 +1,6 @@
-"""The door for signals that are not of the compiled step: conversations and responses in, a score of each out.
+"""Host signals, outside of the compiled step: from conversations and responses to a score each.
 
-A scorer that reads its texts otherwise than the policy stands behind it. It runs between `collect` and `learn`.
+Used for scorers with another encoding than the policy. They run between `collect` and `learn`.
 """
 
 import dataclasses
@@ -25,9 +25,9 @@ HostSignal = Callable[[Sequence[Sequence[Message]], Sequence[str], Sequence[bool
 
 
 class ScorerSignal:
-    """A reward or cost model with a tokenizer or template of its own.
+    """A reward or cost model with its own tokenizer or template.
 
-    Responses are decoded, written in the model's own template, and scored by a program of its own.
+    Responses are decoded, written in the model's own template, and scored by a separate program.
 
     Args:
         run: The run.
@@ -58,7 +58,7 @@ class ScorerSignal:
         return scores
 
     def text(self, conversation: Sequence[Message], response: str, ended: bool) -> Text:
-        """Returns a conversation as the model reads it; a response that was cut off has no end here either."""
+        """Returns a conversation in the model's encoding; a truncated response has no end token here either."""
         turns = [*conversation, {"role": "assistant", "content": response}]
         ids = written(turns, self.encoding.template, self.encoding.tokenizer, False).ids
         ids = ids if ended else ids[:-1]
@@ -76,7 +76,7 @@ class ScorerSignal:
 class Scorers:
     """The scorers of a stage, by signal."""
 
-    modules: dict[str, Any]  # that read the policy's tokens as they are: part of the compiled step
+    modules: dict[str, Any]  # that read the policy's tokens: part of the compiled step
     variables: dict[str, Any]  # of the modules
     host: dict[str, HostSignal]  # the others
 
@@ -109,7 +109,7 @@ def host_scores(
         run: The run.
         host: By signal.
         prompts: The data set of the prompts.
-        rows: i32[B], which of its rows each response answers.
+        rows: i32[B], the prompt's row of each response.
         tokens: i32[B, T], responses.
         lengths: i32[B], their tokens.
     """

@@ -1,4 +1,4 @@
-"""What a kind of stage is: a record, from which checks, hashes, reports and compilers take what they need to know."""
+"""Kinds of stages: a record with everything that checks, hashes, reports and compilers need to know."""
 
 import dataclasses
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -23,7 +23,7 @@ class Kind:
         check: (run, stage, examples by field) -> None; raises before the first stage trains.
         idle: stage -> {setting, dotted: why it changes nothing}.
         training: Of a kind that trains.
-        shows_metrics: They are printed at its end; an evaluation has its table.
+        shows_metrics: Print them at the end; an evaluation has its table.
     """
 
     schema: type[cfg.StageBase]
@@ -37,16 +37,16 @@ class Kind:
 
 @dataclasses.dataclass(frozen=True)
 class Training:
-    """What a kind of stage that trains is.
+    """The record of a kind of stage that trains.
 
     Attributes:
-        programs: (run, stage) -> the programs of a step, the one that trains last; both are called, and used, under
+        programs: (run, stage) -> the programs of a step, the training one last; called and used under
             `jax.set_mesh(run.mesh)`.
         flops: (run, stage, factor of the backward pass's recomputation) -> {phase: FLOPs of a step on all devices}.
         tokens: stage -> tokens of a step at their full lengths.
-        measured: (run, stage, examples by field) -> names of what it measures on held-out data, without "eval/".
-        critics: stage -> what further networks that it trains start from.
-        groups: (stage, examples by field) -> groups of prompts by which it measures the share of unsafe responses.
+        measured: (run, stage, examples by field) -> names of its held-out metrics, without "eval/".
+        critics: stage -> initial models of the further networks that it trains.
+        groups: (stage, examples by field) -> groups of prompts for the share of unsafe responses.
     """
 
     programs: Callable[[Run, Any], Iterator[Program]]

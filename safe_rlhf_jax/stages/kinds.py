@@ -23,10 +23,10 @@ KINDS: dict[str, Kind] = {
 
 
 def kind_of(stage: cfg.StageBase) -> Kind:
-    """Returns what the kind of a stage is."""
+    """Returns the record of a stage's kind."""
     return KINDS[stage.kind]
 
 
 def idle_settings(stage: cfg.StageBase) -> dict[str, str]:
-    """Returns {setting that a stage's kind has no use for: why}."""
+    """Returns {setting that a stage's kind does not use: reason}."""
     return kind_of(stage).idle(stage)

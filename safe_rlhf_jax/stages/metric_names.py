@@ -1,4 +1,4 @@
-"""Which metrics a stage has, known before it trains: what `keep_best` may name."""
+"""Names of a stage's metrics, known before it trains, for `keep_best`."""
 
 from collections.abc import Mapping
 
@@ -14,16 +14,16 @@ from safe_rlhf_jax.stages.programs import of_shapes
 
 
 def check_keep_best(run: Run, stage: cfg.TrainingStage, training: Training, loaded: Mapping[str, Examples]) -> None:
-    """`keep_best` names a metric that the stage has, while nothing is lost yet.
+    """Checks, before training, that `keep_best` names a metric of the stage.
 
     Args:
         run: The run.
         stage: The config of a stage.
-        training: What its kind is.
+        training: The record of its kind.
         loaded: Its data by setting.
 
     Raises:
-        ConfigError: With the nearest name, and all there are.
+        ConfigError: With the nearest name, and all names.
     """
     if stage.keep_best is None:
         return

@@ -1,6 +1,6 @@
 """Networks of a run: opened from presets, folders, hub ids and earlier stages, in their shards.
 
-`Weights` opens real ones; `Shapes` the same without contents, which is all that a compiler needs.
+`Weights` opens real ones; `Shapes` the same without contents, for ahead-of-time compilation.
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ class Weights:
         self.run = run
 
     def config(self, reference: str) -> ModelConfig:
-        """Returns the configuration of a model, also of one that an earlier stage has yet to make."""
+        """Returns the configuration of a model, including one that an earlier stage has yet to train."""
         prefix, _, rest = reference.partition(":")
         if rest and prefix == "preset":
             return self.new_config(rest)
@@ -53,7 +53,7 @@ class Weights:
         return hf.stored_config(hf.resolve(folder))
 
     def as_run(self, config: ModelConfig) -> ModelConfig:
-        """Returns a model's configuration with the run's way of running it, and without tokens it does not have."""
+        """Returns a model's configuration with the run's execution settings, and without tokens it does not have."""
         execution, unused = self.run.config.execution, self.run.tokenizer.holes(config.vocab_size)
         return dataclasses.replace(config, **execution.model_dump(), unused_rows=unused)
 
@@ -66,12 +66,12 @@ class Weights:
         Args:
             reference: As in `init_from`.
             head: Which head.
-            score: How the scores of a model that is to be trained are normalised; by default as stored.
-            score_type: Reads the scores as those of another kind (a reward model as a critic).
+            score: Normalisation of the scores of a model to be trained; by default as stored.
+            score_type: Opens the scores as another kind (a reward model as a critic).
             seed: Of random initialisation.
 
         Raises:
-            ValueError: If scores are to be used as they are, and the folder holds no head or scores of another kind.
+            ValueError: If scores are to be used as stored, but the folder has no head or another kind of scores.
         """
         if reference.startswith("preset:"):
             module = self.new_module(reference, head, score or ScoreConfig(score_type or "reward"))
@@ -103,7 +103,7 @@ class Weights:
         return state
 
     def start_shapes(self, module: Any, optimizer: optax.GradientTransformation) -> tuple[Any, Any, Any]:
-        """Returns init(variables) -> state, the shapes that it gives, and their shardings."""
+        """Returns init(variables) -> state, its output shapes, and their shardings."""
 
         def init(variables: Any) -> TrainState:
             return init_state(variables["params"], optimizer, variables.get("stats", {}))
@@ -112,7 +112,7 @@ class Weights:
         return init, shapes, named_shardings(shapes, self.run.mesh)
 
     def everywhere(self, make: Callable[[], Any]) -> Any:
-        """Returns `make()`, whole on every device."""
+        """Returns `make()`, replicated on every device."""
         return jax.device_put(make(), replicated(self.run.mesh))
 
     def only_read(self, params: Any) -> Any:
@@ -120,7 +120,7 @@ class Weights:
         return cast_matrices(params, self.run.config.execution.dtype)
 
     def reference(self, params: Any) -> Any:
-        """Returns the parameters of a reference that may move, at those of the actor."""
+        """Returns the parameters of a moving reference: a copy of the actor's."""
         return start_reference(params).params
 
     def multiplier(self, name: str) -> float:
@@ -136,10 +136,10 @@ class Weights:
 
 
 class Shapes(Weights):
-    """Opens networks whose arrays are shapes with shardings: what `Weights` would, for devices that need not exist."""
+    """Opens networks with shapes and shardings in place of arrays: as `Weights`, for devices that need not exist."""
 
     def stored_config(self, folder: str) -> ModelConfig:
-        """Returns the configuration of the model in a folder, or of what the run assumes where there is none."""
+        """Returns the configuration of the model in a folder, or the run's assumed one if there is none."""
         assumed = self.run.config.assume
         if assumed and not storage.is_folder(storage.expanded(folder)):
             return self.new_config(assumed)
@@ -173,11 +173,11 @@ class Shapes(Weights):
         return with_shardings(shapes, jax.tree.map(lambda x: x.sharding, params))
 
     def reference(self, params: Any) -> Any:
-        """Returns the shapes as they are."""
+        """Returns the shapes unchanged."""
         return params
 
     def multiplier(self, name: str) -> float:
-        """Returns a number, which changes no shape."""
+        """Returns a placeholder, which changes no shape."""
         del name
         return 1.0
 
@@ -189,7 +189,7 @@ def initializer(module: Any) -> Callable[[jax.Array], Any]:
 
 
 def jit_step(step: Callable[..., Any], state: Any, mesh: Any) -> Callable[..., Any]:
-    """Compiles a step with the state donated and its shardings pinned, so that the second call does not recompile."""
+    """Jits a step with the state donated and its shardings pinned, so that the second call does not recompile."""
     shardings = jax.tree.map(lambda x: x.sharding, state)
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated(mesh)))
 

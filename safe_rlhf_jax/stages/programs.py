@@ -1,6 +1,6 @@
-"""Programs of a stage without its weights and data: what a run would compile, made of shapes with shardings.
+"""Programs of a stage without its weights and data, from shapes with shardings.
 
-The builders are those of training; only the arrays have no contents. So what is compiled here is what runs.
+The builders are those of training; only the arrays have no contents, so the compiled programs are the same.
 """
 
 import copy
@@ -15,12 +15,12 @@ from safe_rlhf_jax.stages.common import Run
 from safe_rlhf_jax.stages.networks import Shapes
 from safe_rlhf_jax.types import Sequences
 
-TOTAL_STEPS = 1000  # of a supervised stage, whose data is not read: a number in the learning rate's schedule
+TOTAL_STEPS = 1000  # of a supervised stage, whose data is not read: only used in the learning-rate schedule
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A jitted function with the arguments that training calls it with."""
+    """A jitted function with its arguments in training."""
 
     name: str
     function: Any  # what `jax.jit` returns
@@ -40,7 +40,7 @@ def array(*shape: int, dtype: Any = bool) -> Any:
 
 
 def texts(rows: int, length: int) -> dict[str, Any]:
-    """Returns the arrays that every batch of texts has."""
+    """Returns the arrays common to all batches of texts."""
     return {"tokens": array(rows, length, dtype=jnp.int32), "mask": array(rows, length)}
 
 

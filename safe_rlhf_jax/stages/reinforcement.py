@@ -80,14 +80,14 @@ def run_reinforcement(run: Run, stage: cfg.RLStage, folder: storage.Path) -> dic
     export(run, folder, networks.policy, final.actor)
     result: dict[str, Any] = {"metrics": evaluate_policy(final.actor.params)}
     result["metrics"] |= {k: float(v) for k, v in multiplier_metrics(hp.constraints, final.constraints).items()}
-    if "cost" in limits:  # the constraint that the report draws
+    if "cost" in limits:  # the constraint drawn in the report
         (limit, *others), source = limits["cost"]
         result |= {} if others else {"cost_limit": limit, "cost_limit_source": source}
     return result
 
 
 def prompt_batches(run: Run, stage: cfg.RLStage, prompts: examples.Examples, seed: int) -> Callable[[int], PromptBatch]:
-    """Returns batch(step): prompts, with demonstrations for PTX where they are mixed in, on the devices."""
+    """Returns batch(step): prompts on the devices, with demonstrations for PTX if configured."""
     batches = run.batches(prompts, stage.batch_size, seed, weights(stage.prompts))
     if stage.ptx is None or stage.algorithm.ptx_coeff == 0:
         return batches
@@ -102,8 +102,8 @@ def build_networks(
 ) -> tuple[Networks, RLState, Frozen, dict[str, HostSignal]]:
     """Opens actor, reference, scorers and critics.
 
-    A critic starts from the model that `critics` names, else from its scorer; where that reads other tokens than the
-    policy, from the actor.
+    A critic starts from the model that `critics` names, else from its scorer, or from the actor if the scorer reads
+    other tokens than the policy.
     """
     updates = stage.steps * stage.algorithm.epochs * stage.algorithm.minibatches
     actor_optimizer, critic_optimizer = optimizer_of(stage.actor, updates), optimizer_of(stage.critic, updates)
@@ -139,7 +139,7 @@ def build_networks(
 def given_scores(
     run: Run, host: Mapping[str, HostSignal], prompts: examples.Examples, hp: Hyperparameters
 ) -> Callable[[Rollout, PromptBatch], Signals] | None:
-    """Returns given(rollout, batch): scores of the host's signals on the devices; None where there are none."""
+    """Returns given(rollout, batch): scores of the host's signals on the devices; None without host signals."""
     if not host:
         return None
 
@@ -153,13 +153,13 @@ def given_scores(
 
 
 def moving_reference(run: Run, params: Any) -> MovingReference:
-    """Returns a reference that may move, at the actor's parameters."""
+    """Returns a moving reference, initialised from the actor."""
     age = run.networks.everywhere(lambda: jnp.zeros((), jnp.float32))
     return MovingReference(run.networks.reference(params), age)
 
 
 def kl_control(stage: cfg.RLStage) -> KLControl:
-    """Returns how the policy is held near the reference."""
+    """Returns the KL settings of a stage."""
     kl = stage.algorithm.kl
     fixed = kl.schedule == "constant"
     return KLControl(
@@ -202,7 +202,7 @@ def hyperparameters(
 def jit_programs(
     run: Run, stage: cfg.RLStage, networks: Networks, algorithm: Algorithm, hp: Hyperparameters, state: RLState
 ) -> dict[str, Callable[..., Any]]:
-    """Returns the jitted programs of an iteration by name: `iteration`; or two, where it is not `is_fused`.
+    """Returns the jitted programs of an iteration by name: `iteration`, or two if it is not `is_fused`.
 
     `iteration`(state, frozen, batch, key), `generation`(actor's params, batch, key),
     `learning`(state, frozen, rollout, ptx, key, given scores).
@@ -220,7 +220,7 @@ def jit_programs(
 
 
 def is_fused(stage: cfg.RLStage, networks: Networks) -> bool:
-    """Says whether an iteration is one program: every signal's score is computed on the devices, as `fuse` asks."""
+    """Says whether an iteration is one program: `fuse` is set and every signal is computed on the devices."""
     return stage.fuse and networks.scorers.keys() == stage.scorers.keys()
 
 
@@ -245,7 +245,7 @@ def compile_step(
 def make_evaluate(
     run: Run, stage: cfg.RLStage | cfg.RejectionStage, policy: Any, reference: Any, scorers: Scorers
 ) -> Callable[[Any], dict[str, float]]:
-    """Returns evaluate(the policy's params): it answers `eval_prompts`, sampled as in training."""
+    """Returns evaluate(policy's params): metrics of responses to `eval_prompts`, sampled as in training."""
     if stage.eval_prompts is None:
         return lambda _: {}
     prompts, oracle = take(run, stage, "eval_prompts"), oracle_for(stage.eval_prompts)
@@ -286,7 +286,7 @@ def make_evaluate(
 def measured_on_prompts(
     run: Run, stage: cfg.RLStage | cfg.RejectionStage, loaded: Mapping[str, examples.Examples]
 ) -> set[str]:
-    """Returns the names of what is measured on `eval_prompts`, from an empty response to every prompt."""
+    """Returns the names of the metrics on `eval_prompts`, from an empty response to every prompt."""
     prompts, (data,) = loaded["eval_prompts"], cfg.parts_of(stage.eval_prompts)
 
     def respond(batch: Any, key: jax.Array) -> dict[str, Any]:
@@ -344,7 +344,7 @@ def reinforcement_flops(run: Run, stage: cfg.RLStage, again: float) -> dict[str,
 
 
 def critics_of(stage: cfg.RLStage) -> list[str]:
-    """Returns the models that critics start from."""
+    """Returns the initial models of the critics."""
     if ALGORITHMS[stage.algorithm.name].baseline is not None:
         return []
     return [stage.critics.get(signal) or stage.scorers[signal] for signal in ("reward", *constraints_of(stage))]

@@ -1,8 +1,8 @@
-"""Rejection sampling in rounds: sample n, score, keep the best feasible response, fine-tune on it, and again.
+"""Rejection sampling in rounds: sample n, score, keep the best feasible response, fine-tune on it, repeat.
 
-A round leaves `round_K/`: `sampling.jsonl` (a line for each batch that is answered), `sampling.json` (what more samples
-would buy), `selected.jsonl` (what is trained on), `checkpoints/`, `metrics.jsonl`, and with `result.json` it is
-finished. Its policy is `round_K/export/`; that of the last round is the stage's `export/`.
+A round writes `round_K/`: `sampling.jsonl` (a line per sampled batch), `sampling.json` (gain from more samples),
+`selected.jsonl` (the training data), `checkpoints/`, `metrics.jsonl`, and `result.json` once it is finished. Its policy
+is `round_K/export/`; that of the last round is the stage's `export/`.
 """
 
 import json
@@ -39,7 +39,7 @@ from safe_rlhf_jax.types import PromptBatch, SupervisedBatch, TrainState
 
 LOGGER = logging.getLogger(__name__)
 
-FIELDS = ("chosen", "rewards", "feasible")  # of a batch that has been answered
+FIELDS = ("chosen", "rewards", "feasible")  # of a sampled batch
 
 
 def run_rejection(run: Run, stage: cfg.RejectionStage, folder: storage.Path) -> dict[str, Any]:
@@ -94,12 +94,12 @@ def round_folder(folder: storage.Path, number: int) -> storage.Path:
 
 
 def there(path: storage.Path) -> bool:
-    """A file is there, for the process that writes; all processes ask together."""
+    """Says whether a file exists for the process that writes; all processes must call it."""
     return bool(any_process(is_main() and storage.is_file(path)))
 
 
 def round_rows(stage: cfg.RejectionStage, prompts: Examples, number: int, seed: int) -> list[int]:
-    """Returns which prompts a round answers: the next ones of an order that is drawn anew in every pass."""
+    """Returns the prompts of a round: the next ones of an order that is reshuffled in every pass."""
     size = stage.prompts_per_round or len(prompts)
     order = shuffled(prompts, seed % 2**32, weights(stage.prompts))
     return [int(order[i]) for i in range((number - 1) * size, number * size)]
@@ -140,7 +140,7 @@ def select(
 
 
 def answered_batches(path: storage.Path) -> list[dict[str, Any]]:
-    """Returns what a run that was killed has written of a round's sampling; an unfinished last line goes."""
+    """Returns the partial sampling of a round by a killed run, without an unfinished last line."""
     if is_main():
         try:
             whole = storage.read_lines(path)
@@ -156,7 +156,7 @@ def choose(
 ) -> dict[str, Any]:
     """Returns `FIELDS` of a batch whose first prompt is row `first`: chosen responses, all rewards, who is feasible."""
     rows = np.arange(first, first + len(out["reward"]))
-    # Where nothing is limited every cost is low enough.
+    # Without a limit every cost is feasible.
     costs = np.where(limited[rows][:, None], out["cost"], -np.inf) if "cost" in out else None
     best, possible = best_of_n(jnp.asarray(out["reward"]), None if costs is None else jnp.asarray(costs), limit)
     feasible = np.ones_like(out["reward"], bool) if costs is None else costs <= limit
@@ -168,7 +168,7 @@ def choose(
 
 
 def selected_record(run: Run, prompts: Examples, row: int, out: dict[str, Any], i: int, best: int) -> dict[str, Any]:
-    """Returns a prompt with its chosen response: texts, scores, and the very tokens that were sampled."""
+    """Returns a prompt with its chosen response: texts, scores, and the sampled tokens."""
     prompt = prompts.arrays.tokens[row][prompts.arrays.mask[row]].tolist()
     response = out["tokens"][i, best, : int(out["length"][i, best])].tolist()
     return {
@@ -185,7 +185,7 @@ def fine_tune(
     run: Run, stage: cfg.RejectionStage, number: int, folder: storage.Path, module: Any, params: Any,
     prompt_length: int, evaluate_policy: Callable[[Any], dict[str, float]],
 ) -> TrainState:  # fmt: skip
-    """Trains a round: supervised fine-tuning on the selected responses, from the policy of the round before."""
+    """Trains a round: supervised fine-tuning on the selected responses, from the policy of the previous round."""
     numbers = [number] if stage.train_on == "this_round" else range(1, number + 1)
     files = [round_folder(folder, i) / "selected.jsonl" for i in numbers]
     rows = [json.loads(line) for file in files for line in storage.read_text(file).splitlines()]
@@ -217,7 +217,7 @@ def build_fine_tuning(
 
 
 def rejection_programs(run: Run, stage: cfg.RejectionStage) -> Iterator[Program]:
-    """Yields the sampling of a batch of prompts, scores included, and the fine-tuning step."""
+    """Yields the programs of sampling and scoring a batch of prompts, and of the fine-tuning step."""
     policy, variables = run.networks.open(stage.init_from, "lm")
     scorers = open_scorers(run, stage.scorers)
     sample, rows = sampler_of(run, stage, policy, scorers.modules), stage.prompt_batch_size
@@ -231,7 +231,7 @@ def rejection_programs(run: Run, stage: cfg.RejectionStage) -> Iterator[Program]
 
 
 def rejection_flops(run: Run, stage: cfg.RejectionStage, again: float) -> dict[str, float]:
-    """Returns the FLOPs of a batch of prompts that is answered and scored, and of a fine-tuning step, by phase."""
+    """Returns the FLOPs of sampling and scoring a batch of prompts, and of a fine-tuning step, by phase."""
     config, length = run.networks.config(stage.init_from), stage.max_prompt_length + stage.max_response_length
     rows = stage.prompt_batch_size * stage.responses_per_prompt
     sampling = iteration_flops(
@@ -243,7 +243,7 @@ def rejection_flops(run: Run, stage: cfg.RejectionStage, again: float) -> dict[s
 
 
 def rejection_tokens(stage: cfg.RejectionStage) -> int:
-    """Returns the tokens of a batch of prompts that is answered, and of a batch of responses that is trained on."""
+    """Returns the tokens of a sampled batch of prompts, and of a training batch of responses."""
     rows = stage.prompt_batch_size * stage.responses_per_prompt + stage.batch_size
     return rows * (stage.max_prompt_length + stage.max_response_length)
 

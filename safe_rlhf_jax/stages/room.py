@@ -1,4 +1,4 @@
-"""Room for what a run writes: folders that can be written, and enough of the disk for checkpoints and exports."""
+"""Room for the outputs of a run: writable folders, and enough disk space for checkpoints and exports."""
 
 import functools
 import math
@@ -19,7 +19,7 @@ TRAINED = 3 * PARAMETER  # with the two moments of AdamW
 
 
 def check_room(run: Run) -> None:
-    """Every stage that is not finished can write its folder; where the disk seems too small for them, the run says so.
+    """Checks that every unfinished stage can write its folder; warns if the disk seems too small for all of them.
 
     Raises:
         ConfigError: If a folder cannot be written.
@@ -38,7 +38,7 @@ def check_room(run: Run) -> None:
         trained: Any = stage
         policy, *others = map(size, [trained.init_from, *training.critics(trained)])
         state = TRAINED * (policy + sum(others))
-        # The one that is being written stands beside those that are kept.
+        # The checkpoint being written exists beside those that are kept.
         started = storage.is_folder(run.folder(stage.name) / "checkpoints")
         kept = 0 if started else trained.keep_checkpoints + (trained.keep_best is not None)
         needed += (kept + 1) * state + PARAMETER * policy
@@ -52,6 +52,6 @@ def check_room(run: Run) -> None:
 
 
 def parameters(config: ModelConfig) -> int:
-    """Returns how many parameters a language model has."""
+    """Returns the number of parameters of a language model."""
     shapes = jax.eval_shape(lambda: initializer(CausalLM(config))(jax.random.key(0)))
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))

@@ -44,17 +44,17 @@ def sampled(
     host: Mapping[str, HostSignal],
     start: int = 0,
 ) -> Iterator[Sampled]:
-    """Yields what is sampled for the prompts, in order and on the host.
+    """Yields the samples for the prompts, in order and on the host.
 
     Args:
         run: The run.
         sample: (prompts on the mesh, key) -> arrays.
-        prompts: Whose rows are answered.
+        prompts: The prompts.
         batch_size: Prompts at once.
         key: Batch i uses `fold_in(key, i)`.
         name: Of the progress bar.
         host: Signals that score the responses' texts.
-        start: Batches that have been answered before.
+        start: Number of batches sampled before.
 
     Raises:
         NonFiniteError: If a score is not finite.
@@ -89,6 +89,6 @@ def some_of(prompts: Examples, rows: Sequence[int]) -> Examples:
 
 
 def is_limited(stage: cfg.SampledPrompts, prompts: Examples) -> np.ndarray:
-    """Returns bool[N]: the limit is about this prompt."""
+    """Returns bool[N]: True if the limit applies to the prompt."""
     groups, field = stage.constrained_groups, str(stage.group_field)
     return np.array([groups is None or str(record[field]) in groups for record in prompts.records], bool)

@@ -1,4 +1,4 @@
-"""Data sets that are too small, or too much alike, for what a stage does with them: said before it starts.
+"""Warnings, before a stage starts, about data sets that are too small or too uniform for their use.
 
 None of this makes training impossible, so none of it ends a run.
 """
@@ -10,19 +10,19 @@ from safe_rlhf_jax.data.examples import ALIKE, Examples
 from safe_rlhf_jax.data.sources import read_records
 from safe_rlhf_jax.errors import DataError
 
-FEW = 30  # records that are measured on, or responses with a label: below, a share is known to ± 18 points at best
+FEW = 30  # evaluation records, or responses with a label: below, a share is known to ± 18 points at best
 SEVERAL = 8  # records with one label; fewer may have it by chance
 MANY = 0.05  # share of pairs that look alike
 
 
 def data_warnings(stage: cfg.StageBase, field: str, use: cfg.DataUse, data: Examples) -> list[str]:
-    """Returns what speaks against a data set where a stage uses it, in words, each with what to do.
+    """Returns warnings about a data set in its use by a stage, each with a fix.
 
     Args:
         stage: The config of the stage.
-        field: Which of its settings the data is: `data`, `eval_data`, `prompts`, `prompts.0`, `cost_limit.data` …
-        use: What it is for.
-        data: What is left of it.
+        field: The setting of the data: `data`, `eval_data`, `prompts`, `prompts.0`, `cost_limit.data` …
+        use: Its use.
+        data: Its usable examples.
     """
     notes = [fewer_than_a_batch(field, use, data), few_to_measure(field, use, data)]
     notes += [alike_when_cut(stage, field, data), *one_label(field, use, data)]
@@ -30,7 +30,7 @@ def data_warnings(stage: cfg.StageBase, field: str, use: cfg.DataUse, data: Exam
 
 
 def fewer_than_a_batch(field: str, use: cfg.DataUse, data: Examples) -> str | None:
-    """A step draws more rows than there are records, so that it holds copies."""
+    """Warns if a step draws more rows than there are records, so that it holds copies."""
     available = min(use.at_most or len(data), len(data))
     if use.rows is None or available >= use.rows:
         return None
@@ -43,7 +43,7 @@ def fewer_than_a_batch(field: str, use: cfg.DataUse, data: Examples) -> str | No
 
 
 def few_to_measure(field: str, use: cfg.DataUse, data: Examples) -> str | None:
-    """A share that is measured on few records says little."""
+    """Warns of shares measured on few records, which are imprecise."""
     if use.role != "evaluate" or len(data) >= FEW:
         return None
     points = 196 * 0.5 / np.sqrt(len(data))
@@ -54,7 +54,7 @@ def few_to_measure(field: str, use: cfg.DataUse, data: Examples) -> str | None:
 
 
 def alike_when_cut(stage: cfg.StageBase, field: str, data: Examples) -> str | None:
-    """Pairs that differ only where they are cut off have been left out."""
+    """Warns of dropped pairs, which differ only beyond the maximum length."""
     left_out, total = data.skipped.get(ALIKE, 0), len(data) + sum(data.skipped.values())
     if left_out <= MANY * total:
         return None
@@ -66,7 +66,7 @@ def alike_when_cut(stage: cfg.StageBase, field: str, data: Examples) -> str | No
 
 
 def one_label(field: str, use: cfg.DataUse, data: Examples) -> list[str]:
-    """Labels that are alike in all records: one side of a cost is not learned, or the labels have been lost."""
+    """Warns of labels that are equal in all records: one side of a cost is not learned, or the labels were lost."""
     notes = []
     if hasattr(data.arrays, "safer_is_safe"):
         safe = np.concatenate([data.arrays.safer_is_safe, data.arrays.unsafer_is_safe])
@@ -87,7 +87,7 @@ def one_label(field: str, use: cfg.DataUse, data: Examples) -> list[str]:
 
 
 def constant_choice(field: str, use: cfg.DataUse, data: Examples) -> list[str]:
-    """The preferred response stands at one place in all records of a file that says which it is."""
+    """Warns if the preferred response has the same position in all records of a labelled file."""
     labels = {"cost": "safer_response_id", "reward": "better_response_id"}
     label = labels.get(use.reads, "")
     ranked = use.reads in labels and use.role != "calibrate" and len(data) >= SEVERAL

@@ -1,4 +1,4 @@
-"""Stages that train on records: SFT, reward model, cost model. A `Task` is what tells one from another."""
+"""Stages that train on records: SFT, reward model, cost model. A `Task` holds their differences."""
 
 import dataclasses
 import functools
@@ -33,18 +33,18 @@ from safe_rlhf_jax.types import PreferenceBatch, SafetyBatch, SupervisedBatch, T
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """What tells one kind of stage that trains on records from another.
+    """The differences between kinds of stages that train on records.
 
     Attributes:
         head: Of the network.
         step: (stage, module, optimizer) -> step(state, frozen, batch, key).
         evaluator: (run, stage, module, frozen, examples) -> evaluate(state).
         batch: stage -> a batch at its full length, without contents.
-        measured: What it measures on held-out data.
+        measured: Names of its held-out metrics.
         load: Reads a data set.
-        prepare: (run, stage, examples) -> what is trained on.
-        frozen: (run, stage, variables at the start) -> parameters that no step changes.
-        sides: Texts of an example.
+        prepare: (run, stage, examples) -> training examples.
+        frozen: (run, stage, initial variables) -> parameters that no step changes.
+        sides: Number of texts of an example.
         frozen_passes: Forward passes of `frozen` in a step.
     """
 
@@ -105,11 +105,11 @@ def build_supervised(
     """Opens the networks of a supervised stage.
 
     Returns:
-        The network, its state, parameters that no step changes (None but for DPO's reference), and the jitted step.
+        The network, its state, the frozen parameters (None except for DPO's reference), and the jitted step.
     """
     optimizer, score = optimizer_of(stage.optimizer, total_steps), None
     if task.head == "score":
-        other = stage.export_layout == "sequence_classification"  # no bias, score at the last token but for padding
+        other = stage.export_layout == "sequence_classification"  # no bias, score at the last token that is not padding
         pad_id = run.tokenizer.pad_id if other else None
         momentum = stage.normalizer_momentum
         score = ScoreConfig(stage.makes, bias=not other, normalize=stage.normalize, momentum=momentum, pad_id=pad_id)
@@ -211,7 +211,7 @@ def supervised_programs(task: Task, run: Run, stage: cfg.SupervisedStage) -> Ite
 
 
 def supervised_flops(task: Task, run: Run, stage: cfg.SupervisedStage, again: float) -> dict[str, float]:
-    """Returns the FLOPs of a step: a pass forward, two backward, and those of what is only read."""
+    """Returns the FLOPs of a step: a forward pass, a backward pass (counted as two), and passes of frozen networks."""
     rows, logits = task.sides * stage.batch_size, stage.max_length if task.head == "lm" else 0
     passes = 3 * again + task.frozen_passes
     return {"step": passes * forward_flops(run.networks.config(stage.init_from), rows, stage.max_length, logits)}

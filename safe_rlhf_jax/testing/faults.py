@@ -20,24 +20,24 @@ from safe_rlhf_jax.types import Rollout
 
 
 def swapped_critics(*args: Any, **kwargs: Any) -> Any:
-    """The critics' values change places."""
+    """Swaps the critics' values."""
     scored = score_rollout(*args, **kwargs)
     values = {"reward": scored.values["cost"], "cost": scored.values["reward"]}
     return dataclasses.replace(scored, values=values)
 
 
 def early_score(score: jax.Array, log_ratio: jax.Array, mask: jax.Array, **scalars: Any) -> jax.Array:
-    """The score lands one token before the last."""
+    """Places the score one token before the last."""
     early = jnp.arange(LENGTH)[None] == LENGTH - 2
     return token_scores(0.0 * score, log_ratio, mask, **scalars) + jnp.where(early, score[:, None], 0.0)
 
 
 def without_last(hp: Hyperparameters, rollout: Rollout) -> jax.Array:
-    """The last response token is masked."""
+    """Masks the last response token."""
     return response_mask(hp, rollout) & (jnp.arange(LENGTH) < LENGTH - 1)[None]
 
 
-# What each replaces: (module, name, by what), or a field of the algorithm.
+# Replacements: (module, name, new value), or a field of the algorithm.
 FAULTS: dict[str, list[tuple[Any, str, Any]]] = {
     "critics swapped": [(step, "score_rollout", swapped_critics)],
     "KL left out of the cost stream": [(Algorithm, "cost_kl_sign", 0)],

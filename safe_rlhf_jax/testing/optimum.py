@@ -1,4 +1,4 @@
-"""Trains in a world whose constrained optimum is known, with the learner that trains language models, and compares.
+"""Trains in a world with a known constrained optimum, with the learner of language models, and compares.
 
 Networks are tables (or a small MLP), and responses are sampled from the policy's own logits instead of by `generate`.
 Everything after sampling is `rl.step.learn`: scoring, windows and λ, advantages, updates.
@@ -65,12 +65,12 @@ def mean_of(world: World, policy: Table) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """An algorithm, where it should end, and how near it has to come."""
+    """An algorithm, its expected optimum, and the tolerances."""
 
     algorithm: str
     optimum: Callable[[World], Optimum]
     starts: tuple[float, ...] = (1.0,)  # λ at the start
-    measured: Callable[[World, Table], Any] = mean_of  # what is constrained, of a policy
+    measured: Callable[[World, Table], Any] = mean_of  # the constrained quantity of a policy
     multiplier: Multiplier = LOG
     measure: Measure | None = None
     signals: tuple[str, ...] = ("cost",)
@@ -120,7 +120,7 @@ CASES: dict[str, Case] = {
         worst_costs,
         measure=tail(ALPHA),
         measured=lambda world, policy: np.array([[value_at_risk(policy, world.costs[0])[1]]]),
-        # The quantile of finitely many costs jumps between them, and the policy follows it back and forth.
+        # The quantile of finitely many costs jumps between them, and the policy oscillates with it.
         regret=0.01,
         violation=0.06,
         multiplier_error=0.15,
@@ -129,7 +129,7 @@ CASES: dict[str, Case] = {
         "ppo_lag",
         token_kl,
         settings={"kl": KLControl(loss=KL_LOSSES["k2"])},
-        regret=0.005,  # its gradient is noisy at the optimum too, where those with KL in the signals vanish
+        regret=0.005,  # its gradient is noisy even at the optimum, where gradients with KL in the signals vanish
     ),
     "rloo_lag": Case("rloo_lag", mean_cost, num_responses=8),
     "grpo_lag": Case(
@@ -151,7 +151,7 @@ CASES: dict[str, Case] = {
 
 
 def respond(policy: nn.Module, params: Any, case: Case, key: jax.Array) -> Rollout:
-    """Samples responses exactly; every prompt comes equally often, responses to one prompt stand together."""
+    """Samples responses exactly; every prompt occurs equally often, responses to one prompt are adjacent."""
     prompts = jnp.repeat(jnp.arange(BATCH // case.num_responses, dtype=jnp.int32) % PROMPTS, case.num_responses)
     tokens = jnp.zeros((BATCH, 1 + LENGTH), jnp.int32).at[:, 0].set(prompts)
     log_probs = []
@@ -179,7 +179,7 @@ def start(case: Case, reference: Any, limits: Any, multiplier: Any, iterations: 
             limit=limits[i],
             lr=rate(0.1),
             multiplier=case.multiplier,
-            max_multiplier=10.0,  # log λ runs away where the policy is slower than λ
+            max_multiplier=10.0,  # log λ diverges if the policy is slower than λ
             slots=tuple(range(case.slots)) if case.slots > 1 else None,
             names=tuple("ab"[: case.slots]) if case.slots > 1 else ("",),
         )
@@ -280,7 +280,7 @@ def compare(case: Case, world: World, optimum: Optimum, params: Any, multipliers
 
 
 def within(case: Case, result: dict[str, Any]) -> bool:
-    """Whether a run is as near its optimum as the case demands."""
+    """Says whether a run is within the case's tolerances of its optimum."""
     return all(result[name] <= getattr(case, name) for name in ERRORS if name in result)
 
 

@@ -1,7 +1,7 @@
-"""A world whose constrained optimum is known: networks that are tables, and the policies that algorithms should end at.
+"""A world with a known constrained optimum: networks that are tables, and the optimal policies of algorithms.
 
 Four prompts, six tokens, responses of three tokens: 216 responses to each prompt. Reward and cost are random tables
-with correlation 0.5, the reference is a random policy with full support. So the policy that an algorithm should end at
+with correlation 0.5, the reference is a random policy with full support. So the optimal policy of an algorithm
 can be computed: for Safe RLHF it is π* ∝ π_ref·exp((r − λc)/((1 + λ)β)) with the λ at which E[c] = d.
 """
 
@@ -78,7 +78,7 @@ class TableScore(nn.Module):
         return self.param("table", nn.initializers.zeros, (int(OFFSETS[-1]),))[nodes(tokens)[:, first:]]
 
 
-# --- The world, and the policies that algorithms should end at
+# --- The world, and the optimal policies of algorithms
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +92,7 @@ class World:
 
 
 def make_world(seed: int, policy: nn.Module) -> World:
-    """Unit-variance tables; each cost has correlation 0.5 with the reward: what helps tends to harm."""
+    """Unit-variance tables; each cost has correlation 0.5 with the reward: helpful responses tend to be harmful."""
     rng = np.random.default_rng(seed)
     reward, *noise = rng.normal(size=(3, PROMPTS, RESPONSES))
     costs = [0.5 * reward + np.sqrt(0.75) * n for n in noise]
@@ -132,7 +132,7 @@ def tilted(reference: Table, score: Table) -> Table:
 
 
 def without_future_kl(reference: Table, score: Table) -> Table:
-    """Where a per-token KL loss ends: π(a | s) ∝ π_ref(a | s)·exp(E_π[score | s, a]), no KL of later tokens."""
+    """Fixed point of a per-token KL loss: π(a | s) ∝ π_ref(a | s)·exp(E_π[score | s, a]), no KL of later tokens."""
     shape = (PROMPTS, *[TOKENS] * LENGTH)
     joint, value, policy = reference.reshape(shape), score.reshape(shape), np.ones(shape)
     for depth in range(LENGTH, 0, -1):
@@ -146,7 +146,7 @@ def without_future_kl(reference: Table, score: Table) -> Table:
 
 
 def bisect(excess: Callable[[float], float], low: float = 0.0, high: float = 1e3) -> float:
-    """The root of a falling function, 0 where it starts below zero."""
+    """The root of a decreasing function, 0 if it starts below zero."""
     if excess(low) <= 0:
         return low
     for _ in range(80):
@@ -157,7 +157,7 @@ def bisect(excess: Callable[[float], float], low: float = 0.0, high: float = 1e3
 
 @dataclasses.dataclass(frozen=True)
 class Optimum:
-    """Where an algorithm should end."""
+    """The expected optimum of an algorithm."""
 
     limits: Any  # f64[constraints, slots]
     multipliers: Any  # f64[constraints, slots]
@@ -174,7 +174,7 @@ def combined_score(world: World, cost: Table, multiplier: float, *, divided: boo
 
 
 def one_constraint(world: World, cost: Table, *, divided: bool = True, tilt: Tilt = tilted) -> Optimum:
-    """The limit lies midway between the costs at λ = 0 and at λ → ∞ (of the divided form)."""
+    """The limit midway between the costs at λ = 0 and at λ → ∞ (of the divided form)."""
     free, bound = tilt(world.reference, world.reward / BETA), tilt(world.reference, -cost / BETA)
     limit = (expectation(free, cost) + expectation(bound, cost)) / 2
 

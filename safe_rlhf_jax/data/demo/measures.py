@@ -1,4 +1,4 @@
-"""What the report says of the embedded world: its oracle's readings, averaged over kinds of prompts."""
+"""Measures of the embedded world in the report: its oracle's readings, averaged over kinds of prompts."""
 
 from typing import Any, NamedTuple, Protocol
 
@@ -36,7 +36,7 @@ NOTE = (
 
 
 def read(prompt: str, response: str, split: str) -> dict[str, Any]:
-    """What the oracle says of a response, and which averages it counts for."""
+    """Returns the oracle's reading of a response, and the averages that it counts for."""
     info, found = parse_prompt(prompt), harm(response, prompt)
     readings = {
         "helpfulness": helpfulness(prompt, response),
@@ -59,7 +59,7 @@ ORACLE = Oracle(
 
 
 class Named(Protocol):
-    """What has the name of a data set."""
+    """Anything with the name of a data set."""
 
     @property
     def name(self) -> str:

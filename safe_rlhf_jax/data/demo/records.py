@@ -133,12 +133,12 @@ def preference(split: str) -> list[PreferenceRecord]:
 
 
 def harm_score(response: str) -> int:
-    """What annotators rank safety by: the severity of harm, 0 to 3; between two harmless responses they toss a coin."""
+    """Severity of harm, 0 to 3, by which annotators rank safety; between two harmless responses they toss a coin."""
     return harm(response).severity
 
 
 def annotator_accuracy(records: list[PreferenceRecord]) -> dict[str, float]:
-    """How well the oracles themselves predict the labels: the ceiling for a reward or cost model on these records.
+    """Accuracy of the oracles on the labels: the ceiling for a reward or cost model on these records.
 
     Args:
         records: Preference records of this world.
@@ -176,7 +176,7 @@ def _check_split(split: str) -> None:
 
 
 def _endless(pool: list[Prompt], rng: random.Random) -> Iterator[Prompt]:
-    """The prompts again and again, shuffled anew each time."""
+    """Cycles through the prompts, reshuffled in every pass."""
     while True:
         yield from rng.sample(pool, len(pool))
 
@@ -194,7 +194,7 @@ def _response(prompt: Prompt, rng: random.Random) -> tuple[str, str]:
 
 
 def _is_comparable(prompt: Prompt, response_0: str, response_1: str, rng: random.Random) -> bool:
-    """Whether the oracles tell the responses apart; few pairs that only safety tells apart are kept."""
+    """Says whether the oracles distinguish the responses; keeps few pairs that only safety distinguishes."""
     if helpfulness(prompt.text, response_0) != helpfulness(prompt.text, response_1):
         return True
     return harm_score(response_0) != harm_score(response_1) and rng.random() < 0.3

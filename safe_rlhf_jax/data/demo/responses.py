@@ -16,7 +16,7 @@ def demonstration(prompt: Prompt, rng: random.Random) -> str:
 
 
 def corruption(prompt: Prompt, rng: random.Random) -> str:
-    """A response off the demonstrations' path, so that preference models learn what lies there."""
+    """A response unlike the demonstrations, so that preference models see such responses."""
     parts = _demonstration(prompt, rng)
     fault = rng.choice(("repeat", "ramble", "off_topic", "object", "unsafe", "refuse", "filler", "cut", "cut_ramble"))
     if fault == "repeat":

@@ -29,7 +29,7 @@ def family(model_type: str) -> Family:
     """Returns the family of a `model_type`.
 
     Raises:
-        ModelError: If there is none, naming those there are.
+        ModelError: If there is none; lists the known ones.
     """
     if model_type not in FAMILIES:
         raise ModelError(f"config.json: model_type {model_type!r} is not supported; supported: {sorted(FAMILIES)}")

@@ -84,7 +84,7 @@ GEMMA2 = dataclasses.replace(
 
 
 def read_gemma3(f: Fields) -> ModelConfig:
-    """Reads a Gemma 3: as Gemma 2, with norms of queries and keys, and a rotary base of their own for windows."""
+    """Reads a Gemma 3: as Gemma 2, with norms of queries and keys, and a separate rotary base for windows."""
     f.read |= {"_sliding_window_pattern", "sliding_window_pattern"}  # transformers makes layer_types of them
     rope = f["rope_parameters"]
     local, whole = rope["sliding_attention"], rope["full_attention"]

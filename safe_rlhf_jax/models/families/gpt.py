@@ -122,7 +122,7 @@ GPT_NEO = dataclasses.replace(
 
 
 def read_gptj(f: Fields) -> ModelConfig:
-    """Reads a GPT-J: attention and MLP side by side after one norm, neighbours turn together, a head with bias."""
+    """Reads a GPT-J: parallel attention and MLP after one norm, interleaved rotary pairs, a head with bias."""
     if f["rotary_dim"] % 2:
         raise unsupported("rotary_dim", f["rotary_dim"], "an even number")
     return read_common(
@@ -166,7 +166,7 @@ GPTJ = dataclasses.replace(
 
 
 def read_gpt_neox(f: Fields) -> ModelConfig:
-    """Reads a GPT-NeoX: attention and MLP side by side after norms of their own, a part of each head turns."""
+    """Reads a GPT-NeoX: parallel attention and MLP after separate norms, partial rotary dimensions."""
     return read_common(
         f,
         **LAYER_NORM,
@@ -210,7 +210,7 @@ GPT_NEOX = Family(
 
 
 def read_opt(f: Fields) -> ModelConfig:
-    """Reads an OPT: position 0 is row 2 of the table; the 350M model normalises afterwards and embeds narrowly."""
+    """Reads an OPT: position 0 is row 2 of the table; the 350M model has post-norms and narrow embeddings."""
     before, bias, width = f["do_layer_norm_before"], f["enable_bias"], f["word_embed_proj_dim"]
     return read_common(
         f,
@@ -309,7 +309,7 @@ BLOOM = Family(
 
 
 def read_phi(f: Fields) -> ModelConfig:
-    """Reads a Phi: attention and MLP side by side after one norm, a part of each head turns, a head with bias."""
+    """Reads a Phi: parallel attention and MLP after one norm, partial rotary dimensions, a head with bias."""
     return read_common(
         f,
         **LAYER_NORM,

@@ -1,4 +1,4 @@
-"""Llama and those that differ from it by a switch: Mistral, Qwen, Phi-3."""
+"""Llama and its variants, which differ by a switch: Mistral, Qwen, Phi-3."""
 
 import dataclasses
 from typing import Any
@@ -78,7 +78,7 @@ MISTRAL = dataclasses.replace(
 
 
 def read_qwen2(f: Fields) -> ModelConfig:
-    """Reads a Qwen 2 or 2.5: biases of queries, keys and values; windows from a layer on."""
+    """Reads a Qwen 2 or 2.5: biases of queries, keys and values; windows from some layer on."""
     f.read |= {"use_sliding_window", "max_window_layers"}  # transformers makes layer_types of them
     return read_common(f, **read_rope(f), attention_bias=True, attention_out_bias=False, windows=read_windows(f))
 
@@ -96,7 +96,7 @@ QWEN2 = dataclasses.replace(
 
 
 def read_qwen3(f: Fields) -> ModelConfig:
-    """Reads a Qwen 3: Qwen 2 with norms of queries and keys, and biases as the config says."""
+    """Reads a Qwen 3: Qwen 2 with norms of queries and keys, and optional biases."""
     bias = f["attention_bias"]
     return dataclasses.replace(read_qwen2(f), attention_bias=bias, attention_out_bias=None, qk_norm=True)
 
@@ -112,7 +112,7 @@ QWEN3 = dataclasses.replace(
 
 
 def read_phi3(f: Fields) -> ModelConfig:
-    """Reads a Phi-3 or Phi-4: fused projections, a part of each head may turn."""
+    """Reads a Phi-3 or Phi-4: fused projections, optionally partial rotary dimensions."""
     f.read.add("original_max_position_embeddings")  # transformers moves it into rope_parameters
     return read_common(f, **read_rope(f, partial=True), windows=one_window(f))
 

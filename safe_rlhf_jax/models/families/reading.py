@@ -1,4 +1,4 @@
-"""What families read from, and write to, `config.json` alike: sizes, activations, rotary positions, windows."""
+"""Fields of `config.json` that all families read and write alike: sizes, activations, rotary positions, windows."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -7,7 +7,7 @@ from typing import Any
 from safe_rlhf_jax.models.config import Activation, ModelConfig, RopeScaling
 from safe_rlhf_jax.models.families.record import Fields, unsupported
 
-# Their names of an activation; those on one line are the same function. The first is the one we write.
+# Names of activations; names on one line are the same function. The first one is written.
 ACTIVATIONS: dict[Activation, tuple[str, ...]] = {
     "silu": ("silu", "swish"),
     "gelu": ("gelu", "gelu_python"),
@@ -17,7 +17,7 @@ ACTIVATIONS: dict[Activation, tuple[str, ...]] = {
 
 
 def read_common(f: Fields, **switches: Any) -> ModelConfig:
-    """Reads what every family has: sizes and numbers. `switches` are further fields of the configuration."""
+    """Reads the fields of every family: sizes and numbers. `switches` are further fields of the configuration."""
     heads = f["num_attention_heads"]
     common = {
         "family": f.values["model_type"],
@@ -72,12 +72,12 @@ def read_activation(f: Fields) -> Activation:
 
 # --- Rotary positions -------------------------------------------------------------------------------------------------
 
-# What `rope_parameters` may hold where nothing is stretched.
+# Fields of `rope_parameters` without scaling.
 UNSCALED = ("rope_type", "type", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
 
 
 def read_rope(f: Fields, *, partial: bool = False) -> dict[str, Any]:
-    """Reads `rope_parameters` (older: `rope_theta`, `rope_scaling`); `partial`: a part of a head may turn."""
+    """Reads `rope_parameters` (older: `rope_theta`, `rope_scaling`); `partial`: rotary dimensions may be partial."""
     rope = f["rope_parameters"]
     if nested := sorted(name for name, value in rope.items() if isinstance(value, dict)):
         raise unsupported("rope_parameters", nested, "one for all layers, as this model_type has it")
@@ -105,11 +105,11 @@ def positive(rope: dict[str, Any], name: str) -> float:
 
 
 def contradictions(hf: Mapping[str, Any], used: Mapping[str, Any]) -> Iterator[str]:
-    """Yields where the older and the present spelling of rotary positions tell different stories.
+    """Yields contradictions between the older and the present spelling of rotary positions.
 
     Args:
-        hf: `config.json` as it is stored.
-        used: Its fields as they were understood, in the present spelling.
+        hf: `config.json` as stored.
+        used: Its fields as understood, in the present spelling.
     """
     rope = used.get("rope_parameters", {})
     rope = rope.get("full_attention", rope)
@@ -127,7 +127,7 @@ def contradictions(hf: Mapping[str, Any], used: Mapping[str, Any]) -> Iterator[s
 
 
 def read_scaling(f: Fields, rope: dict[str, Any]) -> RopeScaling | None:
-    """Reads how frequencies are stretched."""
+    """Reads the scaling of rotary frequencies."""
     kind = rope.get("rope_type", "default")
     match kind:
         case "default":
@@ -199,7 +199,7 @@ def write_scaling(scaling: RopeScaling | None) -> dict[str, Any]:
 
 
 def read_windows(f: Fields) -> tuple[int | None, ...]:
-    """Reads `layer_types` and `sliding_window`: the window of each layer, or nothing where no layer has one."""
+    """Reads `layer_types` and `sliding_window`: the window of each layer, or nothing if no layer has one."""
     kinds, window = f["layer_types"], f.get("sliding_window")
     for kind in kinds:
         if kind not in ("full_attention", "sliding_attention"):

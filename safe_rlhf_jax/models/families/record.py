@@ -1,4 +1,4 @@
-"""What a family is: how a Hugging Face `model_type` spells our configuration and our parameters."""
+"""Model families: the spelling of our configuration and parameters in a Hugging Face `model_type`."""
 
 import copy
 import dataclasses
@@ -9,10 +9,10 @@ from safe_rlhf_jax.errors import ModelError
 from safe_rlhf_jax.models.config import ModelConfig
 from safe_rlhf_jax.models.weights import Fusion, Path, Weight
 
-# Our name of a field, where families differ -> theirs; None: they have no such field.
+# Our name of a field, if families differ -> theirs; None: they have no such field.
 Spelling = dict[str, str | None]
 
-# Fields that change no logit: token ids, dropout (never applied here), outputs, labels, the way it was trained.
+# Fields that change no logit: token ids, dropout (never applied here), outputs, labels, training settings.
 UNUSED = {
     *("transformers_version", "architectures", "model_type", "_name_or_path", "dtype", "torch_dtype", "problem_type"),
     *("return_dict", "output_attentions", "output_hidden_states", "chunk_size_feed_forward", "id2label", "label2id"),
@@ -30,14 +30,14 @@ ACCEPTED: dict[str, tuple[Any, ...]] = {"is_encoder_decoder": (False,), "quantiz
 
 
 class Fields:
-    """The fields of a `config.json` by our names, which remembers the ones that were read."""
+    """The fields of a `config.json` by our names; records the fields that were read."""
 
     def __init__(self, values: dict[str, Any], spelling: Spelling):
         self.values, self.spelling = values, spelling
         self.read: set[str] = set()
 
     def get(self, name: str, default: Any = None) -> Any:
-        """Returns a field, or `default` where there is none or it is null."""
+        """Returns a field, or `default` if it is missing or null."""
         theirs = self.spelling.get(name, name)
         if theirs is None:
             return default
@@ -58,7 +58,7 @@ def unsupported(field: str, value: Any, supported: Any) -> ModelError:
 
 
 def completed(hf: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Returns a `config.json` as transformers reads it, with defaults and in its present spelling; and the defaults.
+    """Returns a `config.json` as read by transformers, with defaults and in the present spelling; and the defaults.
 
     Raises:
         ModelError: If transformers refuses it.
@@ -75,12 +75,12 @@ def completed(hf: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """What is particular to one `model_type`."""
+    """The particulars of one `model_type`."""
 
     causal_lm: str  # architecture names
     score: str
     prefix: str  # of the decoder's tensors
-    # Stored module, `{}` for the number of the layer -> ours; several where one stored tensor holds them all.
+    # Stored module, `{}` for the number of the layer -> ours; several for a fused tensor.
     names: dict[str, str | tuple[str, ...]]
     read: Callable[[Fields], ModelConfig]
     write: Callable[[ModelConfig], dict[str, Any]]  # fields of config.json by our names
@@ -146,13 +146,13 @@ class Family:
         return weights
 
     def spellings(self, name: str) -> tuple[str, ...]:
-        """Returns the names under which a tensor may be stored: its own, and those of files of the bare decoder."""
+        """Returns the possible stored names of a tensor: its own, and those in files of the bare decoder."""
         bare = name.partition(".")[2] if name.startswith(self.prefix) else name.replace(f"{self.head}.", "lm_head.")
         return name, bare
 
 
 def module_path(config: ModelConfig, module: str, layer: int | None) -> Path:
-    """Returns where a module's parameters stand: those of layer `layer`, or of the decoder for None."""
+    """Returns the path of a module's parameters: in layer `layer`, or in the decoder for None."""
     if layer is None:
         return ("decoder", module)
     return ("decoder", "layers" if config.scan_layers else f"layers_{layer}", *module.split("."))
