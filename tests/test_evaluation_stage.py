@@ -76,17 +76,18 @@ def test_evaluation_holds_frozen_networks_once_as_they_are_multiplied_and_polici
     run, opened, before = run_of(tmp_path, models, "abc"), {}, alive()
     with jax.set_mesh(run.mesh):
         scorers = evaluation.open_scorers(run, {kind: f"path:{models}/{kind}" for kind in ("reward", "cost")})
-        reference = evaluation.only_read(run, evaluation.open_model(run, f"path:{models}/a", "lm")[1]["params"])
+        reference = run.networks.only_read(run.networks.open(f"path:{models}/a", "lm")[1]["params"])
     held = alive() - before
     assert {str(leaf.dtype) for leaf in jax.tree.leaves(reference)} == {"bfloat16", "float32"}  # norms
     del scorers, reference
-    open_model = evaluation.open_model
+    open_network = run.networks.open
 
-    def recorded(run, name, *rest):
-        opened.setdefault(Path(name).name, []).append(alive() - before)
-        return open_model(run, name, *rest)
+    def recorded(name, head, **options):
+        if head == "lm":
+            opened.setdefault(Path(name).name, []).append(alive() - before)
+        return open_network(name, head, **options)
 
-    monkeypatch.setattr(evaluation, "open_model", recorded)
+    monkeypatch.setattr(run.networks, "open", recorded)
     sample(run)
     assert [(name, len(times)) for name, times in opened.items()] == [("a", 1), ("b", 1), ("c", 1)]
     assert opened["b"] == opened["c"] == [pytest.approx(held, abs=4096)]  # keys and the like

@@ -22,7 +22,7 @@ from safe_rlhf_jax.objectives import (
 )
 from safe_rlhf_jax.ops import gather_last
 from safe_rlhf_jax.optim import gradient_step, init_state
-from safe_rlhf_jax.stages.supervised import pairs_step, sft_step
+from safe_rlhf_jax.stages.supervised import reward_step, sft_step
 from safe_rlhf_jax.types import PreferenceBatch, Sequences, SupervisedBatch
 from tests.helpers import apply, make_lm, make_scorer, right_padded, tiny_config
 
@@ -225,7 +225,7 @@ def test_scores_of_pairs_are_normalised_alike_however_the_batch_is_cut(microbatc
         batch_size=16, microbatches=microbatches,
     )  # fmt: skip
     state = init_state(variables["params"], optax.sgd(0.1), variables["stats"])
-    state, metrics = jax.jit(pairs_step(stage, module, optax.sgd(0.1)))(state, None, batch, jax.random.key(0))
+    state, metrics = jax.jit(reward_step(stage, module, optax.sgd(0.1)))(state, None, batch, jax.random.key(0))
     scores = np.concatenate(
         [
             gather_last(score, side.mask)
