@@ -7,7 +7,8 @@ def forward_flops(config: ModelConfig, sequences: int, length: int, logits: int)
     """FLOPs of a forward pass over `sequences` of `length` tokens with `logits` positions each read out."""
     c = config
     attention = c.hidden_size * c.head_dim * (2 * c.num_heads + 2 * c.num_kv_heads)
-    weights = c.num_layers * (attention + 3 * c.hidden_size * c.intermediate_size)
+    feed_forward = (3 if c.gated else 2) * c.hidden_size * c.intermediate_size
+    weights = c.num_layers * (attention + feed_forward)
     pairs = 2 * c.num_layers * c.num_heads * c.head_dim * length
     return 2.0 * sequences * (length * (weights + pairs) + logits * c.hidden_size * c.vocab_size)
 

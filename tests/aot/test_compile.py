@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 import yaml
+from flax.traverse_util import flatten_dict
 
 from safe_rlhf_jax import compile as compile_command
 from safe_rlhf_jax import config as cfg
@@ -25,7 +26,7 @@ from safe_rlhf_jax.stages.host_signals import open_scorers
 from safe_rlhf_jax.stages.reinforcement import build_networks, hyperparameters
 from safe_rlhf_jax.stages.rejection import build_fine_tuning
 from safe_rlhf_jax.stages.sampling import sampler_of
-from tests.helpers import stage_of
+from tests.helpers import make_lm, stage_of, tiny_config
 
 ROOT = Path(__file__).parent.parent.parent
 MINI = Path(__file__).parent.parent / "configs" / "mini.yaml"
@@ -342,3 +343,14 @@ def test_rejection_sampling_is_reported_by_phase_and_the_dual_is_not_compiled(ca
     assert [list(program["phases"]) for program in stage["programs"]] == [["generation", "scoring"], ["step"]]
     assert compile_command.main([*arguments, "--stage", "dual"]) == 1
     assert "no training stage of this config; there are ['rejection', 'ppo_lag']" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_flops_of_a_pass_are_those_of_its_matrices(gated):
+    """Two for each weight of a matrix and token; attention's scores and sums beside them."""
+    config = tiny_config(gated=gated, num_layers=3)
+    params = flatten_dict(make_lm(config)[1]["params"])
+    weights = sum(x.size for path, x in params.items() if "kernel" in path[-1] and "lm_head" not in path)
+    scores = 2 * 2 * 3 * config.num_heads * config.head_dim * 16  # both products, of each of 16 tokens with all 16
+    assert forward_flops(config, 5, 16, 0) == 5 * 16 * (2 * weights + scores)
+
