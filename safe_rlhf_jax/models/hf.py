@@ -147,6 +147,7 @@ def load(
     scan_layers: bool = True,
     seed: int = 0,
     mesh: Mesh | None = None,
+    placed: dict[Any, Any] | None = None,
 ) -> tuple[CausalLM | ScoreModel, Variables]:
     """Opens a Hugging Face folder.
 
@@ -166,6 +167,8 @@ def load(
         scan_layers: Stack the layers and scan them; False unrolls.
         seed: Of a fresh head.
         mesh: Devices to shard over by the table of `sharding`; by default the default device holds everything.
+        placed: Parameters read before, which are shared; those that are read now are added. Several networks that
+            start from one folder read it once.
 
     Returns:
         module: `module.apply(variables, tokens i32[B, L], mask bool[B, L])` gives logits f32[B, L, V], or scores
@@ -185,12 +188,19 @@ def load(
     where = flatten_dict(shardings["params"])
     stored = {path for weight in found.weights.values() for path in weight.paths}
     params = {}
+    known = {} if placed is None else placed
     for path, shape in found.shapes.items():
+        key = str(found.tensors.folder), path, shape, dtype
+        if key in known:
+            params[path] = known[key]
+            continue
         if path in stored:
             read = reader(found.tensors, found.weights, path, found.shapes, jnp.dtype(dtype))
         else:
             read = fresh_head(shape, seed).astype(dtype).__getitem__
         params[path] = place(read, shape, where[path])
+        if path in stored:
+            known[key] = params[path]
     variables: Variables = {"params": unflatten_dict(params)}
     if found.statistics:
         stats = found.statistics.items()

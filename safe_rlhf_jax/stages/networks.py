@@ -3,8 +3,9 @@
 `Weights` opens real ones; `Shapes` the same without contents, for ahead-of-time compilation.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
 import jax
@@ -32,6 +33,16 @@ class Weights:
 
     def __init__(self, run: "Run"):
         self.run = run
+        self.placed: dict[Any, Any] | None = None  # parameters that several networks share at their start
+
+    @contextlib.contextmanager
+    def reading_once(self) -> Iterator[None]:
+        """Reads every folder once within the block, however many networks start from it."""
+        self.placed = {}
+        try:
+            yield
+        finally:
+            self.placed = None
 
     def config(self, reference: str) -> ModelConfig:
         """Returns the configuration of a model, including one that an earlier stage has yet to train."""
@@ -85,6 +96,7 @@ class Weights:
             scan_layers=self.run.config.execution.scan_layers,
             seed=seed,
             mesh=self.run.mesh,
+            placed=self.placed,
         )
         module = module.clone(config=self.as_run(module.config))
         if score is not None:

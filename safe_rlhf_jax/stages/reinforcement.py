@@ -108,13 +108,14 @@ def build_networks(
     updates = stage.steps * stage.algorithm.epochs * stage.algorithm.minibatches
     actor_optimizer, critic_optimizer = optimizer_of(stage.actor, updates), optimizer_of(stage.critic, updates)
     algorithm = ALGORITHMS[stage.algorithm.name]
-    policy, variables = run.networks.open(stage.init_from, "lm", seed=run.seed(stage))
-    scorers = open_scorers(run, stage.scorers)
     critics, critic_states = {}, {}
-    for signal in hp.signals if algorithm.baseline is None else ():
-        start = stage.critics.get(signal) or (stage.init_from if signal in scorers.host else stage.scorers[signal])
-        critics[signal], start_variables = run.networks.open(start, "score", score_type="critic", seed=run.seed(stage))
-        critic_states[signal] = run.networks.start(critics[signal], start_variables, critic_optimizer)
+    with run.networks.reading_once():
+        policy, variables = run.networks.open(stage.init_from, "lm", seed=run.seed(stage))
+        scorers = open_scorers(run, stage.scorers)
+        for signal in hp.signals if algorithm.baseline is None else ():
+            start = stage.critics.get(signal) or (stage.init_from if signal in scorers.host else stage.scorers[signal])
+            critics[signal], begin = run.networks.open(start, "score", score_type="critic", seed=run.seed(stage))
+            critic_states[signal] = run.networks.start(critics[signal], begin, critic_optimizer)
 
     initial = {signal: initial_multiplier(run, stage.limits[signal]) for signal in hp.constraints}
 

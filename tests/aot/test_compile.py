@@ -353,4 +353,3 @@ def test_flops_of_a_pass_are_those_of_its_matrices(gated):
     weights = sum(x.size for path, x in params.items() if "kernel" in path[-1] and "lm_head" not in path)
     scores = 2 * 2 * 3 * config.num_heads * config.head_dim * 16  # both products, of each of 16 tokens with all 16
     assert forward_flops(config, 5, 16, 0) == 5 * 16 * (2 * weights + scores)
-

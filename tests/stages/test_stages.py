@@ -1,12 +1,15 @@
 """Stages: what decides whether one runs again, and steps that compile once."""
 
+from collections import Counter
 from pathlib import Path
 
+import chex
 import jax
 import jax.numpy as jnp
 import pytest
 
 from safe_rlhf_jax import config as cfg
+from safe_rlhf_jax.models.safetensors_io import Tensors
 from safe_rlhf_jax.rl.algorithms import ALGORITHMS
 from safe_rlhf_jax.sharding import replicated
 from safe_rlhf_jax.stages import Run, reinforcement, unused
@@ -82,3 +85,24 @@ def test_frozen_networks_in_the_dtype_of_the_matmuls_score_the_same():
         assert (apply(variables, tokens, mask) == apply(frozen, tokens, mask)).all()
     size = lambda tree: sum(leaf.nbytes for leaf in jax.tree.leaves(tree))  # noqa: E731
     assert size(frozen["params"]) < 0.51 * size(variables["params"])
+
+
+def test_a_folder_is_read_once_however_many_networks_start_from_it(mini_run, monkeypatch):
+    """The models of a run: a policy, and scorers from which critics start."""
+    run = Run(cfg.load_config(MINI, [f"workdir={mini_run[0]}"]))
+    stage, read = stage_of(run.config, "ppo_lag"), []
+    get = Tensors.__getitem__
+    monkeypatch.setattr(Tensors, "__getitem__", lambda self, name: read.append((self.folder, name)) or get(self, name))
+
+    with jax.set_mesh(run.mesh):
+        for reference, head in ((stage.init_from, "lm"), (stage.reward_model, "score"), (stage.cost_model, "score")):
+            run.networks.open(reference, head)
+        alone = Counter(read)
+        read.clear()
+        hp = reinforcement.hyperparameters(run, stage, 24, {"cost": (0.0,)}, ("benign", "risky", "sensitive"))
+        _, state, frozen, _ = reinforcement.build_networks(run, stage, hp)
+    assert set(state.critics) == {"reward", "cost"}
+    assert Counter(read) == alone
+    critic, scorer = state.critics["cost"].params, frozen.scorers["cost"]["params"]
+    chex.assert_trees_all_equal(critic, scorer)
+    assert not any(a is b for a, b in zip(jax.tree.leaves(critic), jax.tree.leaves(scorer), strict=True))
