@@ -1,11 +1,13 @@
 """The console script, and what command lines say of errors: one line of those a user can act on, all of the others."""
 
+import builtins
 import subprocess
 import sys
+import traceback
 
 import pytest
 
-from safe_rlhf_jax import __version__, cli
+from safe_rlhf_jax import __version__, cli, errors
 from safe_rlhf_jax.errors import ConfigError, DataError, MissingModelError, ModelError, NonFiniteError, UserError
 
 DATA = "from safe_rlhf_jax.data import sources\nsources.DATASETS['demo/sft'] = lambda split: "
@@ -93,3 +95,11 @@ def test_intended_error_inside_a_run_is_one_line(train_process, tmp_path):
     process = train_process(f"workdir={tmp_path}", prelude=DATA + "{}[split]")
     assert process.returncode == 1
     assert process.stderr == "error: data 'demo/sft': split 'train': 'train'\n"
+
+
+def test_tracebacks_name_the_built_in_error_that_an_error_is():
+    shown = {errors.DataError: "ValueError", errors.ModelError: "ValueError", errors.FileError: "OSError"}
+    shown |= {errors.MissingModelError: "FileNotFoundError", errors.NonFiniteError: "FloatingPointError"}
+    for error, name in shown.items():
+        assert traceback.format_exception_only(error("what")) == [f"{name}: what\n"]
+        assert issubclass(error, getattr(builtins, name))
