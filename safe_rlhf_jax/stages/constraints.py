@@ -36,9 +36,11 @@ def initial_multiplier(run: Run, lagrange: cfg.Lagrange) -> float:
     """Returns the initial λ, from a dual stage if `init` names one, within the bounds of this constraint."""
     if not isinstance(lagrange.init, str):
         return lagrange.init
+    found = run.networks.multiplier(lagrange.init)
+    if found is None:  # a number changes no shape
+        return 1.0
     floor = LEAST_LOG_MULTIPLIER if lagrange.multiplier == "log" else 0.0
     low, high = max(lagrange.min_multiplier or 0.0, floor), lagrange.max_multiplier or float("inf")
-    found = run.networks.multiplier(lagrange.init)
     used = min(max(found, low), high)
     note = "" if used == found else f", moved to {used:.4g}, within [{low:.4g}, {high:.4g}]"
     LOGGER.info(f"multiplier at the start: {found:.4g} of stage {lagrange.init}{note}")

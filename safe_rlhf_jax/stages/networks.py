@@ -135,7 +135,7 @@ class Weights:
         """Returns the parameters of a moving reference: a copy of the actor's."""
         return start_reference(params).params
 
-    def multiplier(self, name: str) -> float:
+    def multiplier(self, name: str) -> float | None:
         """Returns λ* of a dual stage.
 
         Raises:
@@ -188,10 +188,9 @@ class Shapes(Weights):
         """Returns the shapes unchanged."""
         return params
 
-    def multiplier(self, name: str) -> float:
-        """Returns a placeholder, which changes no shape."""
+    def multiplier(self, name: str) -> None:
+        """Returns None: the stage need not be finished."""
         del name
-        return 1.0
 
 
 def initializer(module: Any) -> Callable[[jax.Array], Any]:
