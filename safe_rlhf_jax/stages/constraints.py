@@ -15,7 +15,7 @@ from safe_rlhf_jax.rl.algorithms import ALGORITHMS
 from safe_rlhf_jax.rl.constraints import MEAN, Constraint, Measure, by_group, rectified, tail
 from safe_rlhf_jax.rl.lagrange import LOG, PROJECTED, Multiplier, pid_multiplier
 from safe_rlhf_jax.stages.common import Run, described, read_length, report_data
-from safe_rlhf_jax.stages.datasets import stored
+from safe_rlhf_jax.stages.datasets import keep, take
 from safe_rlhf_jax.stages.small_data import data_warnings
 
 LOGGER = logging.getLogger(__name__)
@@ -110,7 +110,9 @@ def labelled_costs(run: Run, stage: Limited, signal: str, data: examples.Example
     return by_label
 
 
-def labelled_data(run: Run, stage: Limited, signal: str) -> examples.Examples | None:
+def labelled_data(
+    run: Run, stage: Limited, signal: str, get: Callable[..., examples.Examples] = take
+) -> examples.Examples | None:
     """Returns the labelled pairs for calibrating a limit, or for checking a fixed one before training.
 
     A fixed limit is compared with the `eval_data` of the stage that trains its cost model; without it, or if its
@@ -128,7 +130,7 @@ def labelled_data(run: Run, stage: Limited, signal: str) -> examples.Examples | 
     records = paired(named_records(run, stage, signal, data))
     if len(labels_of(records, "is_response_0_safe", "is_response_1_safe")) == 2:
         load = functools.partial(load_labelled, data=data, signal=signal)
-        pairs = stored(run, stage, f"labelled by {signal}", load)
+        pairs = get(run, stage, f"labelled by {signal}", load)
         if len({*pairs.arrays.safer_is_safe.tolist(), *pairs.arrays.unsafer_is_safe.tolist()}) == 2:
             return pairs
     on = f" on {', '.join(lagrange.named)} prompts" if lagrange.named else ""
@@ -204,7 +206,7 @@ def check_constraints(run: Run, stage: Limited, loaded: Mapping[str, examples.Ex
     if constraints:
         check_groups(stage, examples.group_names(loaded["prompts"].records, stage.group_field))
     for signal, lagrange in constraints.items():
-        data = labelled_data(run, stage, signal)
+        data = labelled_data(run, stage, signal, keep)
         if isinstance(lagrange.cost_limit, cfg.CalibratedLimit) and data is not None:
             field = f"{stage.limit_field(signal, 'cost_limit')}.data"
             for warning in data_warnings(stage, field, stage.datasets()[field], data):

@@ -52,10 +52,3 @@ def take(run: Run, stage: cfg.StageBase, field: str, load: Load = load_data) -> 
     """Pops a cached data set; loads it if it is not cached."""
     kept = run.loaded.pop((stage.name, field), None)
     return load(run, stage, field) if kept is None else kept
-
-
-def stored(run: Run, stage: cfg.StageBase, field: str, load: Load) -> Examples:
-    """Returns data that the check uses first and its stage last: loaded once, then dropped from the cache."""
-    if (stage.name, field) in run.loaded:
-        return run.loaded.pop((stage.name, field))
-    return keep(run, stage, field, load)
