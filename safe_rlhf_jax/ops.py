@@ -105,23 +105,28 @@ def response_log_probs(
     *,
     prompt_length: int,
     temperature: float = 1.0,
+    below: Float[Array, "B L D"] | None = None,
 ) -> Float[Array, "B T"]:
     """Log-probability of each response token, f32[B, T], nats; t is the t-th response token.
 
-    Token S + t is predicted from position S + t − 1: only this function and `response_values` shift by one.
+    Token S + t is predicted from position S + t − 1: only this function and `response_values` shift by one. `below` is
+    the output of the network's trunk for these tokens, computed before.
     """
-    hidden = module.apply({"params": params}, tokens, mask, prompt_length - 1, method="hidden")[:, :-1]
+    given = () if below is None else (below,)
+    hidden = module.apply({"params": params}, tokens, mask, prompt_length - 1, *given, method="hidden")[:, :-1]
     return next_token_log_probs(module, params, hidden, tokens[:, prompt_length:], temperature=temperature)
 
 
 def response_values(
-    module: Any, params: Any, tokens: Int[Array, "B L"], mask: Bool[Array, "B L"], *, prompt_length: int
-) -> Float[Array, "B T"]:
+    module: Any, params: Any, tokens: Int[Array, "B L"], mask: Bool[Array, "B L"], *, prompt_length: int,
+    below: Float[Array, "B L D"] | None = None,
+) -> Float[Array, "B T"]:  # fmt: skip
     """Value of the state in which each response token is chosen, f32[B, T], in units of the signal.
 
-    V_t is read at position S + t − 1, before the t-th response token is known.
+    V_t is read at position S + t − 1, before the t-th response token is known. `below` is as in `response_log_probs`.
     """
-    return module.apply({"params": params}, tokens, mask, prompt_length - 1)[:, :-1]
+    given = () if below is None else (below,)
+    return module.apply({"params": params}, tokens, mask, prompt_length - 1, *given)[:, :-1]
 
 
 def sequence_scores(

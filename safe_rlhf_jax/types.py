@@ -89,6 +89,7 @@ class ScoredRollout:
     ref_log_probs: jax.Array  # f32[B, T]
     scores: Signals  # f32[B]
     values: Signals  # f32[B, T]
+    below: dict[str, jax.Array] = struct.field(default_factory=dict)  # [B, L, D]  output of each base's trunk
 
 
 @struct.dataclass
@@ -101,6 +102,7 @@ class Experience:
     values: Signals  # f32[B, T]  of signals that have a critic
     advantages: Signals  # f32[B, T]
     returns: Signals  # f32[B, T]  of signals that have a critic
+    below: dict[str, jax.Array] = struct.field(default_factory=dict)  # [B, L, D]  output of each base's trunk
 
 
 @struct.dataclass
@@ -155,3 +157,4 @@ class Frozen:
 
     reference: Params
     scorers: dict[str, Any]  # {signal: variables of a ScoreModel}
+    bases: dict[str, Params] = struct.field(default_factory=dict)  # of networks with adapters, by name

@@ -6,13 +6,14 @@ Sources: [ref] PKU-Alignment/safe-rlhf@82743cc scripts; [paper] Dai et al. 2023,
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
+import pydantic
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from safe_rlhf_jax.config.algorithm import Lagrange
 from safe_rlhf_jax.config.data import Schema, Share, parts_of, source
 from safe_rlhf_jax.config.messages import did_you_mean, nearest_multiples
 from safe_rlhf_jax.config.uses import DataUse, Makes, ModelUse
-from safe_rlhf_jax.models.config import PRESETS
+from safe_rlhf_jax.models.config import PRESETS, TARGETS, Lora
 
 
 class OptimizerConfig(Schema):
@@ -26,6 +27,33 @@ class OptimizerConfig(Schema):
     b2: Share = 0.95  # [ref]
     eps: PositiveFloat = 1e-8  # [ref]
     max_grad_norm: PositiveFloat | None = 1.0  # [ref]
+
+
+class LoraConfig(Schema):
+    """Low-rank adapters on a frozen base, in PEFT's terms."""
+
+    rank: PositiveInt = 16
+    alpha: PositiveFloat = 32.0  # the adapter is scaled by alpha / rank
+    targets: Annotated[tuple[str, ...], Field(min_length=1)] = TARGETS  # linear maps of a layer
+    layers: PositiveInt | None = None  # the last so many layers have adapters; null: all
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0  # of an adapter's input, in training
+    rank_stabilized: bool = False  # alpha / √rank, arXiv 2312.03732
+    # `export/` is the merged model, or a PEFT folder of the adapter; `adapter/` is always the latter.
+    export: Literal["merged", "peft"] = "merged"
+
+    @pydantic.field_validator("targets")
+    @classmethod
+    def targets_exist(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        """Names of linear maps."""
+        for name in value:
+            if name not in TARGETS:
+                raise ValueError(f"no layer has {name!r}; there are {', '.join(TARGETS)}{did_you_mean(name, TARGETS)}")
+        return value
+
+    @property
+    def form(self) -> Lora:
+        """The adapters of a network."""
+        return Lora(self.rank, self.alpha, self.targets, self.layers, self.dropout, self.rank_stabilized)
 
 
 class StageBase(Schema):
@@ -43,6 +71,11 @@ class StageBase(Schema):
     def scorers(self) -> dict[str, str]:
         """{signal: model}."""
         return {}
+
+    @property
+    def adapters(self) -> Lora | None:
+        """Form of the adapters that the stage trains; None where it trains whole networks, or nothing."""
+        return None
 
     @property
     def limits(self) -> dict[str, Lagrange]:
@@ -133,6 +166,7 @@ class TrainingStage(StageBase):
         {"microbatches", "checkpoint_every", "keep_checkpoints", "keep_best", "eval_every", "fuse"}
     )
     init_from: str  # "preset:tiny", "path:FOLDER", "hf:OWNER/NAME", or an earlier stage's name
+    lora: LoraConfig | None = None  # train adapters on a frozen base, not the whole network
     seed: NonNegativeInt | None = None  # the run's seed by default
     microbatches: PositiveInt = 1  # slices of a (mini)batch whose gradients are accumulated
     checkpoint_every: PositiveInt = 100  # steps
@@ -140,6 +174,11 @@ class TrainingStage(StageBase):
     keep_best: Annotated[str, Field(pattern="^-?(train|eval)/")] | None = None  # by metric: highest; -eval/loss: lowest
     eval_every: PositiveInt | None = None  # steps; None evaluates at the end only
     held_out: ClassVar[str]  # the setting of its own evaluation data
+
+    @property
+    def adapters(self) -> Lora | None:
+        """Form of the adapters."""
+        return None if self.lora is None else self.lora.form
 
     @property
     def rows(self) -> int:

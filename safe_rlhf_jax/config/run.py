@@ -24,13 +24,16 @@ class Mesh(Schema):
 class Execution(Schema):
     """Execution of networks; none of these changes a result beyond rounding."""
 
-    unhashed: ClassVar[frozenset[str]] = frozenset({"remat", "gather_to_decode"})
+    unhashed: ClassVar[frozenset[str]] = frozenset({"remat", "gather_to_decode", "merge_to_decode"})
     dtype: Literal["float32", "bfloat16"] = "float32"  # of matmuls; parameters stay float32
     remat: RematPolicy = "none"  # recomputed in the backward pass: nothing, all but matmuls ("dots"), everything
     scan_layers: bool = True  # False unrolls the layers: longer to compile, faster for small models
     # Gather parameters split over `fsdp` once before decoding, not for every token: faster, but needs the memory of a
     # copy in `dtype` over `tensor` while responses are generated.
     gather_to_decode: bool = False
+    # Merge adapters into a copy of their layers before decoding: faster, but needs the memory of that copy.
+    merge_to_decode: bool = True
+    base: Literal["int8", "int4"] | None = None  # quantisation of the frozen bases of adapters; null: `dtype`
 
 
 Stage = Annotated[

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from safe_rlhf_jax.inference.sampling import Sampling, sample_token
+from safe_rlhf_jax.models.adapters import merged
 from safe_rlhf_jax.models.parameters import boxed_variables, cast_matrices
 from safe_rlhf_jax.models.transformer import CausalLM
 from safe_rlhf_jax.ops import is_any
@@ -65,6 +66,8 @@ def generate(
     rows, length = batch * num_responses, prompt_length + response_length
     repeat = lambda x: jnp.repeat(x, num_responses, axis=0)  # noqa: E731
 
+    if module.config.merge_to_decode:
+        module, params = merged(module, params)
     if module.config.gather_to_decode:
         params = gathered(module, params)
     logits, cache = module.apply({"params": params}, prompts.tokens, prompts.mask, length, method="prefill")

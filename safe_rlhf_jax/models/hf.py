@@ -7,7 +7,7 @@ are loaded into their shards, and saved, one tensor at a time.
 import contextlib
 import dataclasses
 import json
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, Literal
 
 import jax
@@ -99,6 +99,7 @@ def inspect(
     score_bias: bool | None = None,
     as_stored: bool = False,
     scan_layers: bool = True,
+    trunk: Callable[[ModelConfig], int] = lambda _: 0,
 ) -> Matched:
     """Returns the network that `load` would open, after all checks that need no weights.
 
@@ -109,7 +110,7 @@ def inspect(
     folder = resolve(path_or_id)
     hf, config = read_model_config(folder)
     stored = {name: read_json(folder / name) for name in JSON_FILES if storage.is_file(folder / name)}
-    config = dataclasses.replace(config, dtype=dtype, scan_layers=scan_layers, stored=stored)
+    config = dataclasses.replace(config, dtype=dtype, scan_layers=scan_layers, stored=stored, trunk=trunk(config))
     tensors = Tensors(folder)
     respell(tensors, config)
     if head == "lm":
@@ -148,6 +149,8 @@ def load(
     seed: int = 0,
     mesh: Mesh | None = None,
     placed: dict[Any, Any] | None = None,
+    trunk: Callable[[ModelConfig], int] = lambda _: 0,
+    finish: Callable[[Path, Any], Any] | None = None,
 ) -> tuple[CausalLM | ScoreModel, Variables]:
     """Opens a Hugging Face folder.
 
@@ -169,6 +172,8 @@ def load(
         mesh: Devices to shard over by the table of `sharding`; by default the default device holds everything.
         placed: Parameters read before, which are shared; those that are read now are added. Several networks that
             start from one folder read it once.
+        trunk: Number of leading layers that are a stack of their own, by the folder's configuration.
+        finish: Applied to each parameter as soon as it is placed, such as a cast.
 
     Returns:
         module: `module.apply(variables, tokens i32[B, L], mask bool[B, L])` gives logits f32[B, L, V], or scores
@@ -182,7 +187,7 @@ def load(
     """
     found = inspect(
         path_or_id, head, dtype, score_type=score_type, score_bias=score_bias, as_stored=as_stored,
-        scan_layers=scan_layers,
+        scan_layers=scan_layers, trunk=trunk,
     )  # fmt: skip
     shardings = named_shardings(found.boxed, mesh) if mesh else jax.tree.map(lambda _: None, nn.unbox(found.boxed))
     where = flatten_dict(shardings["params"])
@@ -190,7 +195,7 @@ def load(
     params = {}
     known = {} if placed is None else placed
     for path, shape in found.shapes.items():
-        key = str(found.tensors.folder), path, shape, dtype
+        key = str(found.tensors.folder), path, shape, dtype, finish is None
         if key in known:
             params[path] = known[key]
             continue
@@ -199,6 +204,8 @@ def load(
         else:
             read = fresh_head(shape, seed).astype(dtype).__getitem__
         params[path] = place(read, shape, where[path])
+        if finish is not None:
+            params[path] = finish(path, params[path])
         if path in stored:
             known[key] = params[path]
     variables: Variables = {"params": unflatten_dict(params)}

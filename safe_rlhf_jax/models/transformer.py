@@ -1,5 +1,7 @@
 """The decoder and its two heads: next-token logits and per-token scores."""
 
+import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -89,18 +91,22 @@ class Decoder(nn.Module):
         layer: Any = Layer
         if c.remat != "none":
             layer = nn.remat(Layer, policy=REMAT_POLICIES[c.remat], prevent_cse=not c.scan_layers)
+        plain = dataclasses.replace(c, lora=None)
         if c.scan_layers:
-            scanned = nn.scan(
+            scanned = functools.partial(
+                nn.scan,
                 layer,
-                variable_axes={"params": 0},
-                split_rngs={"params": True},
+                variable_axes={"params": 0, "adapter": 0},
+                split_rngs={"params": True, "dropout": True},
                 in_axes=(0, 0, nn.broadcast, nn.broadcast),
-                length=c.num_layers,
                 metadata_params={nn.PARTITION_NAME: "layers"},
             )
-            self.layers = scanned(c)
+            if c.trunk:
+                self.trunk = scanned(length=c.trunk)(plain)
+            self.layers = scanned(length=c.num_layers - c.trunk)(c)
         else:
-            self.layers = [layer(c) for _ in range(c.num_layers)]
+            self.trunk = [layer(plain) for _ in range(c.trunk)]
+            self.layers = [layer(c) for _ in range(c.num_layers - c.trunk)]
         if c.final_norm:
             self.final_norm = Norm(c)
 
@@ -112,8 +118,11 @@ class Decoder(nn.Module):
         cache: Cache = None,
         slot: jax.Array | int = 0,
         first: int = 0,
+        below: Float[Array, "B l D"] | None = None,
     ) -> tuple[Float[Array, "B q W"], Cache]:
         """Returns hidden states after the final norm from column `first` on, and the cache.
+
+        `below` is the output of `read_trunk` for these tokens, computed before.
 
         `visible` is the attention mask of each query, or the padding mask of a whole text with causal attention.
         Outputs before column `first` are not computed: with unrolled layers, the last layer computes only keys and
@@ -123,36 +132,68 @@ class Decoder(nn.Module):
             ModelError: If there are more columns than a table of learned positions has rows.
         """
         c = self.config
-        real = None
+        kinds, index = self.contexts(positions, visible, slot)
+        lower, upper = (None, cache) if cache is None or not c.trunk else (cache[0], cache[1])
+        if below is None:
+            x = self.embed(tokens, positions)
+            if c.trunk:
+                x, lower = self.through(self.trunk, x, lower, kinds, index[: c.trunk], slot)
+        else:
+            x = below
+        x, upper = self.through(self.layers, x, upper, kinds, index[c.trunk :], slot, first)
+        cache = upper if lower is None else (lower, upper)
+        if c.final_norm:
+            x = self.final_norm(x)
+        if c.embedding_width != c.hidden_size:
+            x = self.project_out(x)
+        return x, cache
+
+    def contexts(
+        self, positions: Int[Array, "B l"], visible: Bool[Array, "B l k"] | Bool[Array, "B l"], slot: jax.Array | int
+    ) -> tuple[list[AttentionContext], list[int]]:
+        """Returns the attention contexts of the layers, and the index of each layer's; `visible` is as in a call.
+
+        Raises:
+            ModelError: If there are more columns than a table of learned positions has rows.
+        """
+        c, real = self.config, None
         if visible.ndim == 2:
             real, visible = visible, causal_mask(visible)
         if c.positions == "learned" and visible.shape[-1] > c.max_positions:
             raise ModelError(
                 f"{visible.shape[-1]} tokens are more than the model's {c.max_positions} learned positions"
             )
-        x = self.embed(tokens, positions)
-        kinds, index = contexts(c, positions, visible, slot, real)
-        if c.scan_layers:
+        return contexts(c, positions, visible, slot, real)
+
+    def through(
+        self, layers: Any, x: jax.Array, cache: Cache, kinds: list[AttentionContext], index: list[int],
+        slot: jax.Array | int, first: int = 0,
+    ) -> tuple[jax.Array, Cache]:  # fmt: skip
+        """Returns the residual stream from column `first` on, behind consecutive layers, and their cache."""
+        if self.config.scan_layers:
             if len(kinds) == 1:
-                x, cache = self.layers(x, cache, None, kinds[0], slot)
+                x, cache = layers(x, cache, None, kinds[0], slot)
             else:
                 stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(kind.dense() for kind in kinds))
-                x, cache = self.layers(x, cache, jnp.array(index, jnp.int32), stacked, slot)
-            x = x[:, first:]
-        else:
-            caches = []
-            for i, layer in enumerate(self.layers):
-                context = kinds[index[i]]
-                if i + 1 == len(self.layers):
-                    context = context.for_queries_from(first)
-                x, layer_cache = layer(x, None if cache is None else cache[i], None, context, slot)
-                caches.append(layer_cache)
-            cache = None if cache is None else caches
-        if c.final_norm:
-            x = self.final_norm(x)
-        if c.embedding_width != c.hidden_size:
-            x = self.project_out(x)
-        return x, cache
+                x, cache = layers(x, cache, jnp.array(index, jnp.int32), stacked, slot)
+            return x[:, first:], cache
+        caches = []
+        for i, layer in enumerate(layers):
+            context = kinds[index[i]]
+            if i + 1 == len(layers):
+                context = context.for_queries_from(first)
+            x, layer_cache = layer(x, None if cache is None else cache[i], None, context, slot)
+            caches.append(layer_cache)
+        return x, None if cache is None else caches
+
+    def read_trunk(self, tokens: Int[Array, "B L"], mask: Bool[Array, "B L"]) -> Float[Array, "B L D"]:
+        """Returns the residual stream behind the trunk, which no adapter changes, float[B, L, D]."""
+        positions = token_positions(mask)
+        x = self.embed(tokens, positions)
+        if not self.config.trunk:
+            return x
+        kinds, index = self.contexts(positions, mask, 0)
+        return self.through(self.trunk, x, None, kinds, index[: self.config.trunk], 0)[0]
 
     def embed(self, tokens: Int[Array, "B l"], positions: Int[Array, "B l"]) -> Float[Array, "B l D"]:
         """Returns the residual stream that enters the first layer, float[B, l, D]."""
@@ -200,9 +241,15 @@ class CausalLM(nn.Module):
         """Returns next-token logits f32[B, L, V]; padding may be on either side."""
         return self.unembed(self.hidden(tokens, mask))
 
-    def hidden(self, tokens: Int[Array, "B L"], mask: Bool[Array, "B L"], first: int = 0) -> Float[Array, "B l D"]:
-        """Returns the hidden states after the final norm from column `first` on, float[B, L − first, D]."""
-        return self.decoder(tokens, token_positions(mask), mask, first=first)[0]
+    def hidden(
+        self, tokens: Int[Array, "B L"], mask: Bool[Array, "B L"], first: int = 0,
+        below: Float[Array, "B L D"] | None = None,
+    ) -> Float[Array, "B l D"]:  # fmt: skip
+        """Returns the hidden states after the final norm from column `first` on, float[B, L − first, D].
+
+        `below` is the output of `Decoder.read_trunk` for these tokens, computed before.
+        """
+        return self.decoder(tokens, token_positions(mask), mask, first=first, below=below)[0]
 
     def unembed(self, hidden: Float[Array, "B l D"]) -> Float[Array, "B l V"]:
         """Returns logits f32[B, l, V] of hidden states."""
@@ -231,12 +278,17 @@ class CausalLM(nn.Module):
                 f"{c.fixed_length} earlier tokens are encoded by how many follow, which a cache cannot do. Make them "
                 "shorter."
             )
-        cache: Cache = [empty_cache(c, tokens.shape[0], length) for _ in range(c.num_layers)]
-        if c.scan_layers:
-            cache = jax.tree.map(lambda *layers: jnp.stack(layers), *cache)
+        cache: Cache = self.empty(tokens.shape[0], length, c.num_layers - c.trunk)
+        if c.trunk:
+            cache = self.empty(tokens.shape[0], length, c.trunk), cache
         last = tokens.shape[1] - 1
         hidden, cache = self.decoder(tokens, token_positions(mask), mask, cache, 0, last)
         return self.unembed(hidden)[:, 0], cache
+
+    def empty(self, rows: int, length: int, layers: int) -> Cache:
+        """Returns the empty cache of consecutive layers."""
+        cache: Cache = [empty_cache(self.config, rows, length) for _ in range(layers)]
+        return jax.tree.map(lambda *layers: jnp.stack(layers), *cache) if self.config.scan_layers else cache
 
     def decode(
         self,
@@ -275,21 +327,48 @@ class ScoreModel(nn.Module):
             self.var = self.variable("stats", "var", jnp.ones, (1,), jnp.float32)
             self.count = self.variable("stats", "count", jnp.zeros, (1,), jnp.int32)
 
-    def __call__(self, tokens: Int[Array, "B L"], mask: Bool[Array, "B L"], first: int = 0) -> Float[Array, "B l"]:
+    def __call__(
+        self, tokens: Int[Array, "B L"], mask: Bool[Array, "B L"], first: int = 0,
+        below: Float[Array, "B L D"] | None = None,
+    ) -> Float[Array, "B l"]:  # fmt: skip
         """Returns a score for every prefix that ends at column `first` or later, f32[B, L − first].
 
-        Scores are normalised if `score.normalize` is set.
+        Scores are normalised if `score.normalize` is set. `below` is as in `hidden`.
         """
-        scores = self.raw_scores(tokens, mask, first)
+        return self.normalized(self.raw_scores(tokens, mask, first, below))
+
+    def scores(
+        self, hidden: Float[Array, "B l D"], tokens: Int[Array, "B L"], mask: Bool[Array, "B L"], first: int
+    ) -> Float[Array, "B l"]:
+        """Returns the scores of hidden states from column `first` on, as a call on the tokens does."""
+        return self.normalized(self.read_out(hidden, tokens, mask, first))
+
+    def normalized(self, scores: Float[Array, "B l"]) -> Float[Array, "B l"]:
+        """Applies the normaliser if `score.normalize` is set."""
         if self.score.score_type != "critic" and self.score.normalize:
             if self.score.score_type == "reward":
                 scores = scores - self.mean.value[None]
             scores = scores / (jnp.sqrt(self.var.value[None]) + NORMALIZER_EPS)
         return scores
 
-    def raw_scores(self, tokens: Int[Array, "B L"], mask: Bool[Array, "B L"], first: int = 0) -> Float[Array, "B l"]:
+    def raw_scores(
+        self, tokens: Int[Array, "B L"], mask: Bool[Array, "B L"], first: int = 0,
+        below: Float[Array, "B L D"] | None = None,
+    ) -> Float[Array, "B l"]:  # fmt: skip
         """Returns the head's output before normalisation, f32[B, L − first]."""
-        hidden, _ = self.decoder(tokens, token_positions(mask), mask, first=first)
+        return self.read_out(self.hidden(tokens, mask, first, below), tokens, mask, first)
+
+    def hidden(
+        self, tokens: Int[Array, "B L"], mask: Bool[Array, "B L"], first: int = 0,
+        below: Float[Array, "B L D"] | None = None,
+    ) -> Float[Array, "B l D"]:  # fmt: skip
+        """Returns the hidden states after the final norm from column `first` on, as `CausalLM.hidden`."""
+        return self.decoder(tokens, token_positions(mask), mask, first=first, below=below)[0]
+
+    def read_out(
+        self, hidden: Float[Array, "B l D"], tokens: Int[Array, "B L"], mask: Bool[Array, "B L"], first: int
+    ) -> Float[Array, "B l"]:
+        """Returns the head's output on hidden states from column `first` on, f32[B, L − first]."""
         scores = product(hidden, self.score_kernel, ("embed", "score"))[..., 0]
         scores = scores + self.score_bias[None] if self.score.bias else scores
         if self.score.pad_id is None:

@@ -1,15 +1,16 @@
 """Step 5 of the line: log-probabilities, scores and values of a rollout."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
 import optax
 
-from safe_rlhf_jax.ops import response_log_probs, response_values, sequence_scores
+from safe_rlhf_jax.models.adapters import Adapted, hidden_of_roles, on, output_of_trunk
+from safe_rlhf_jax.ops import gather_last, next_token_log_probs, response_log_probs
 from safe_rlhf_jax.optim import split
-from safe_rlhf_jax.types import Frozen, RLState, Rollout, ScoredRollout
+from safe_rlhf_jax.types import Frozen, Params, RLState, Rollout, ScoredRollout
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,6 +22,11 @@ class Networks:
     critics: dict[str, Any]
     actor_optimizer: optax.GradientTransformation
     critic_optimizers: dict[str, optax.GradientTransformation]
+
+    def on(self, bases: Mapping[str, Params]) -> "Networks":
+        """Returns the networks with those that have adapters on their bases."""
+        scorers, critics = ({s: on(m, bases) for s, m in each.items()} for each in (self.scorers, self.critics))
+        return dataclasses.replace(self, policy=on(self.policy, bases), scorers=scorers, critics=critics)
 
 
 def map_slices(function: Callable[[Any], Any], batch: Any, slices: int) -> Any:
@@ -56,32 +62,77 @@ def score_rollout(
             exactly 1; else take the sampler's, one forward pass fewer.
         slices: Number of parts of the batch to score; with the learner's microbatch size the arithmetic is the same.
 
+    Networks with adapters that share a base read the rollout in one pass, all but the actor: its log-probs come from
+    the graph that the learner differentiates.
+
     Returns:
         A `ScoredRollout`; a signal has scores if it has a scorer, and values if it has a critic.
     """
     reference = frozen.reference if state.reference is None else state.reference.params
 
+    first = prompt_length - 1
+    roles = {"reference": (networks.policy, {"params": reference})}
+    roles |= {f"score of {s}": (module, frozen.scorers[s]) for s, module in networks.scorers.items()}
+    roles |= {f"value of {s}": (module, {"params": state.critics[s].params}) for s, module in networks.critics.items()}
+
     def score(part: Rollout) -> ScoredRollout:
+        below = outputs_of_trunks((networks.policy, *networks.critics.values()), part)
+        hidden = hidden_by_role(roles, part, first, below)
+
         def log_probs(params: Any) -> jax.Array:
             return response_log_probs(
-                networks.policy, params, part.tokens, part.mask, prompt_length=prompt_length, temperature=temperature
+                networks.policy, params, part.tokens, part.mask, prompt_length=prompt_length, temperature=temperature,
+                below=below_of(networks.policy, below),
+            )  # fmt: skip
+
+        def ref_log_probs() -> jax.Array:
+            if "reference" not in hidden:
+                return log_probs(reference)
+            targets = part.tokens[:, prompt_length:]
+            return next_token_log_probs(
+                networks.policy, reference, hidden["reference"][:, :-1], targets, temperature=temperature
             )
 
-        def end_score(signal: str) -> jax.Array:
-            module, variables = networks.scorers[signal], frozen.scorers[signal]
-            return sequence_scores(module, variables, part.tokens, part.mask, first=prompt_length - 1)
+        def read(role: str) -> jax.Array:
+            module, variables = roles[role]
+            if role not in hidden:
+                out: jax.Array = module.apply(variables, part.tokens, part.mask, first)
+                return out
+            read_out: jax.Array = module.apply(variables, hidden[role], part.tokens, part.mask, first, method="scores")
+            return read_out
 
         return ScoredRollout(
             rollout=part,
             log_probs=log_probs(state.actor.params) if recompute_log_probs else part.sampler_log_probs,
-            ref_log_probs=log_probs(reference),
-            scores={signal: end_score(signal) for signal in networks.scorers},
-            values={
-                signal: response_values(
-                    module, state.critics[signal].params, part.tokens, part.mask, prompt_length=prompt_length
-                )
-                for signal, module in networks.critics.items()
-            },
+            ref_log_probs=ref_log_probs(),
+            scores={s: gather_last(read(f"score of {s}"), part.mask[:, first:]) for s in networks.scorers},
+            values={s: read(f"value of {s}")[:, :-1] for s in networks.critics},
+            below=below,
         )
 
     return map_slices(score, rollout, slices)
+
+
+def outputs_of_trunks(modules: Iterable[Any], part: Rollout) -> dict[str, jax.Array]:
+    """Returns the output of the trunk of each base that trained networks stand on, [B, L, D], by its name."""
+    adapted = {module.base: module for module in modules if isinstance(module, Adapted) and module.config.trunk}
+    return {base: output_of_trunk(module, part.tokens, part.mask) for base, module in adapted.items()}
+
+
+def below_of(module: Any, below: Mapping[str, jax.Array]) -> jax.Array | None:
+    """Returns the output of a network's trunk, if it has one."""
+    return below.get(module.base) if isinstance(module, Adapted) else None
+
+
+def hidden_by_role(
+    roles: Mapping[str, tuple[Any, Any]], part: Rollout, first: int, below: Mapping[str, jax.Array]
+) -> dict[str, jax.Array]:
+    """Returns the hidden states of the networks with adapters, from column `first` on: one pass over each base."""
+    out: dict[str, jax.Array] = {}
+    for base in dict.fromkeys(module.base for module, _ in roles.values() if isinstance(module, Adapted)):
+        here = {role: found for role, found in roles.items() if getattr(found[0], "base", None) == base}
+        module = next(iter(here.values()))[0]
+        params = [variables["params"] for _, variables in here.values()]
+        states = hidden_of_roles(module, params, part.tokens, part.mask, first, below.get(base))
+        out |= dict(zip(here, states, strict=True))
+    return out

@@ -50,7 +50,7 @@ def make_step(networks: Networks, algorithm: Algorithm, hp: Hyperparameters) -> 
 
     def step(state: RLState, frozen: Frozen, batch: PromptBatch, key: jax.Array) -> tuple[RLState, Metrics]:
         sample_key, learn_key = jax.random.split(key)
-        rollout = collect(networks, hp, state.actor.params, batch, sample_key)
+        rollout = collect(networks.on(frozen.bases), hp, state.actor.params, batch, sample_key)
         return learn(networks, algorithm, hp, state, frozen, rollout, batch.ptx, learn_key)
 
     return step
@@ -87,6 +87,7 @@ def learn(
 
     `given` holds scores f32[B] of signals that no network of the step computes.
     """
+    networks = networks.on(frozen.bases)
     scored = score_rollout(
         networks,
         state,
@@ -163,6 +164,7 @@ def estimate_advantages(
         values={signal: scored.values[signal] for signal in returns},
         advantages=advantages,
         returns=returns,
+        below=scored.below,
     )
     return experience, metrics
 

@@ -16,7 +16,7 @@ from safe_rlhf_jax.rl.constraints import move_multiplier, row_multipliers
 from safe_rlhf_jax.rl.hyperparameters import Hyperparameters
 from safe_rlhf_jax.rl.kl import kl_loss
 from safe_rlhf_jax.rl.losses import clip_fraction, clipped_value_loss, negative_entropy, policy_ratio
-from safe_rlhf_jax.rl.rollout import Networks, map_slices
+from safe_rlhf_jax.rl.rollout import Networks, below_of, map_slices
 from safe_rlhf_jax.types import Experience, Metrics, RLState, Rollout, SupervisedBatch
 
 
@@ -103,7 +103,7 @@ def sampler_distance(networks: Networks, hp: Hyperparameters, params: Any, exper
 
     def distances(part: Experience) -> jax.Array:
         mask = response_mask(hp, part.rollout)
-        log_probs = rollout_log_probs(networks, hp, params, part.rollout)
+        log_probs = rollout_log_probs(networks, hp, params, part)
         return distance_terms(policy_ratio(log_probs, part.log_probs, mask), mask)
 
     return map_slices(distances, experience, hp.microbatches).mean()
@@ -114,15 +114,16 @@ def distance_terms(ratio: jax.Array, mask: jax.Array) -> jax.Array:
     return sequence_mean(ratio - 1.0 - jnp.log(ratio), mask)
 
 
-def rollout_log_probs(networks: Networks, hp: Hyperparameters, params: Any, rollout: Rollout) -> jax.Array:
+def rollout_log_probs(networks: Networks, hp: Hyperparameters, params: Any, experience: Experience) -> jax.Array:
     """Log-probabilities of the response tokens by the policy with these parameters, f32[B, T]."""
     return response_log_probs(
         networks.policy,
         params,
-        rollout.tokens,
-        rollout.mask,
+        experience.rollout.tokens,
+        experience.rollout.mask,
         prompt_length=hp.prompt_length,
         temperature=hp.temperature,
+        below=below_of(networks.policy, experience.below),
     )
 
 
@@ -159,8 +160,8 @@ def update_minibatch(
 
     def policy_loss(params: Any, part: Any) -> tuple[Any, Metrics]:
         part_experience, advantages, part_ptx, part_weights = in_rows(algorithm, part)
-        rollout, mask = part_experience.rollout, response_mask(hp, part_experience.rollout)
-        log_probs = rollout_log_probs(networks, hp, params, rollout)
+        mask = response_mask(hp, part_experience.rollout)
+        log_probs = rollout_log_probs(networks, hp, params, part_experience)
         ratio = policy_ratio(log_probs, part_experience.log_probs, mask)
         loss = algorithm.policy_loss(
             ratio, advantages, mask, clip_range_ratio=hp.clip_range_ratio, dual_clip=hp.dual_clip
@@ -215,9 +216,11 @@ def value_loss(networks: Networks, hp: Hyperparameters, signal: str) -> Loss:
 
     def loss(params: Any, part: Experience) -> tuple[jax.Array, Metrics]:
         rollout = part.rollout
+        critic = networks.critics[signal]
         values = response_values(
-            networks.critics[signal], params, rollout.tokens, rollout.mask, prompt_length=hp.prompt_length
-        )
+            critic, params, rollout.tokens, rollout.mask, prompt_length=hp.prompt_length,
+            below=below_of(critic, part.below),
+        )  # fmt: skip
         mask = response_mask(hp, rollout)
         old_values, returns = part.values[signal], part.returns[signal]
         return clipped_value_loss(values, old_values, returns, mask, clip_range_value=hp.clip_range_value), {}

@@ -15,7 +15,9 @@ from safe_rlhf_jax.data.loader import Batches
 from safe_rlhf_jax.data.sources import mix, read_records
 from safe_rlhf_jax.errors import FileError
 from safe_rlhf_jax.models import hf
+from safe_rlhf_jax.models.adapters import Adapted, merged, whole
 from safe_rlhf_jax.models.config import Layout
+from safe_rlhf_jax.models.peft import write_adapter
 from safe_rlhf_jax.sharding import (
     fetch,
     make_mesh,
@@ -25,7 +27,7 @@ from safe_rlhf_jax.sharding import (
 from safe_rlhf_jax.stages.encoding import Encoding, exported_template, open_encodings
 from safe_rlhf_jax.stages.hashing import DIGESTS, Digests, stage_hashes
 from safe_rlhf_jax.stages.networks import Weights
-from safe_rlhf_jax.types import TrainState
+from safe_rlhf_jax.types import Params, TrainState
 
 LOGGER = logging.getLogger(__name__)
 
@@ -129,11 +131,47 @@ def read_length(run: Run, reference: str, length: int) -> int:
     return run.networks.config(reference).max_positions if reference in run.own else length
 
 
-def export(run: Run, folder: storage.Path, module: Any, state: TrainState, layout: Layout | None = None) -> None:
-    """Writes `export/`, a Hugging Face folder of the network and the tokenizer; `layout` is that of a score model."""
-    variables = {"params": state.params} | ({"stats": state.stats} if state.stats else {})
+def export(
+    run: Run, stage: cfg.TrainingStage, folder: storage.Path, module: Any, state: TrainState,
+    base: Params | None = None, layout: Layout | None = None,
+) -> None:  # fmt: skip
+    """Writes `export/`, a Hugging Face folder of the network and the tokenizer, and `adapter/` of one with adapters.
+
+    Args:
+        run: The run.
+        stage: The stage, whose `lora.export` says what `export/` is.
+        folder: Of the stage.
+        module: The network.
+        state: Its state.
+        base: Of a network with adapters.
+        layout: Of a score model.
+    """
+    variables = {"params": whole(state.params, base)} | ({"stats": state.stats} if state.stats else {})
+    if isinstance(module, Adapted):
+        with export_errors(folder / "adapter"):
+            save_adapter(run, stage, folder / "adapter", module, variables)
     with export_errors(folder / "export"):
-        hf.save(folder / "export", module, variables, run.tokenizer.hf, layout=layout, ends=run.ends)
+        if stage.lora is not None and stage.lora.export == "peft":
+            save_adapter(run, stage, folder / "export", module, variables)
+        else:
+            module, variables["params"] = merged(module, variables["params"], lazily=True)
+            hf.save(folder / "export", module, variables, run.tokenizer.hf, layout=layout, ends=run.ends)
+
+
+def save_adapter(run: Run, stage: cfg.TrainingStage, folder: storage.Path, module: Adapted, variables: Any) -> None:
+    """Writes a PEFT folder of a network's adapter."""
+    base = run.networks.origin(stage.init_from)[0]
+    write_adapter(
+        folder,
+        module.config,
+        variables["params"]["adapter"],
+        score=getattr(module.module, "score", None),
+        head=variables["params"].get("head"),
+        stats=variables.get("stats"),
+        base=str(storage.absolute(run.model_folder(base))) if not base.startswith("hf:") else run.model_folder(base),
+        tokenizer=run.tokenizer.hf,
+        ends=run.ends,
+    )
 
 
 @contextlib.contextmanager

@@ -102,7 +102,7 @@ def limit_field(stage: Limited, signal: str) -> str:
 def labelled_costs(run: Run, stage: Limited, signal: str, data: examples.Examples) -> dict[str, list[float]]:
     """Returns a cost model's scores of labelled responses, {safe, unsafe}."""
     report_data(f"{stage.name}: cost_limit", data)
-    module, variables = run.networks.open(stage.scorers[signal], "score", score_type="cost")
+    module, variables = run.networks.read(stage.scorers[signal], "score", score_type="cost")
     score = evaluate.make_score(module)
     batches = in_order(data, run.rows(data))
     out = evaluate.evaluate_pairs(lambda texts: run.get(score(variables, run.put(texts))), batches)

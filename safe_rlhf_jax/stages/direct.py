@@ -17,8 +17,10 @@ from safe_rlhf_jax.data import examples
 from safe_rlhf_jax.data.formats import UNUSABLE, Record, Unusable
 from safe_rlhf_jax.data.loader import in_order
 from safe_rlhf_jax.data.texts import safety_labels
+from safe_rlhf_jax.errors import ConfigError
 from safe_rlhf_jax.evaluation import evaluate
 from safe_rlhf_jax.models import hf
+from safe_rlhf_jax.models.adapters import Adapted, whole
 from safe_rlhf_jax.models.transformer import CausalLM
 from safe_rlhf_jax.optim import gradient_step
 from safe_rlhf_jax.stages.common import Run, export_errors, read_length
@@ -26,7 +28,7 @@ from safe_rlhf_jax.stages.datasets import load_records
 from safe_rlhf_jax.stages.kind import Kind
 from safe_rlhf_jax.stages.programs import array, one_side
 from safe_rlhf_jax.stages.supervised import Task, supervised_kind
-from safe_rlhf_jax.types import Params, PreferenceBatch, TrainState
+from safe_rlhf_jax.types import Frozen, Params, PreferenceBatch, TrainState
 
 LOGGER = logging.getLogger(__name__)
 
@@ -82,7 +84,7 @@ def rank_by_models(run: Run, stage: cfg.DPOStage, pairs: examples.Examples) -> e
         return pairs
     values = np.zeros((2, len(pairs)), np.float32)
     for kind, model, weight in (("reward", stage.reward_model, 1.0), ("cost", stage.cost_model, -stage.multiplier)):
-        module, variables = run.networks.open(str(model), "score", score_type=kind)  # type: ignore[arg-type]
+        module, variables = run.networks.read(str(model), "score", score_type=kind)  # type: ignore[arg-type]
         score = evaluate.make_score(module)
         batches = in_order(read := as_read_by(run, stage, str(model), pairs), run.rows(read))
         for side, name in enumerate(("chosen", "rejected")):
@@ -135,11 +137,21 @@ def direct_step(stage: cfg.DPOStage, module: CausalLM, optimizer: optax.Gradient
     return step
 
 
-def reference_of(run: Run, stage: cfg.DPOStage, variables: dict[str, Any]) -> Params:
-    """Returns the parameters of the KL reference policy."""
-    if stage.reference not in (None, stage.init_from):
-        variables = run.networks.open(str(stage.reference), "lm")[1]
-    return run.networks.only_read(variables["params"])
+def reference_of(run: Run, stage: cfg.DPOStage, module: Any, variables: dict[str, Any]) -> Params:
+    """Returns the parameters of the KL reference policy, without its base.
+
+    Raises:
+        ConfigError: If it stands on another base than the policy.
+    """
+    reference = stage.reference or stage.init_from
+    if reference != stage.init_from:
+        other, variables = run.networks.to_train(stage, reference, "lm")
+        if isinstance(module, Adapted) and other.base != module.base:
+            raise ConfigError(
+                f"{stage.name}: reference {reference!r} has another base than init_from {stage.init_from!r}; with lora "
+                "both stand on one. Leave reference out, or train the whole network"
+            )
+    return run.networks.reference_of(reference, variables["params"])
 
 
 def direct_batch(stage: cfg.DPOStage) -> PreferenceBatch:
@@ -155,11 +167,14 @@ def loss_options(stage: cfg.DPOStage) -> dict[str, Any]:
 
 
 def direct_evaluate(
-    run: Run, stage: cfg.DPOStage, module: CausalLM, reference: Params, pairs: examples.Examples
+    run: Run, stage: cfg.DPOStage, module: CausalLM, frozen: Frozen, pairs: examples.Examples
 ) -> Callable[[TrainState], dict[str, Any]]:
     """Returns evaluate(state): the loss and its metrics on held-out pairs."""
     batches = in_order(pairs, run.rows(pairs))
     ratios = jax.jit(functools.partial(objectives.pair_log_ratios, module))
+    reference = (
+        whole(frozen.reference, frozen.bases.get(module.base)) if isinstance(module, Adapted) else frozen.reference
+    )
 
     def evaluate_state(state: TrainState) -> dict[str, Any]:
         parts = [

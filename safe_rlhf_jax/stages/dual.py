@@ -29,8 +29,8 @@ def run_dual(run: Run, stage: cfg.DualStage, folder: storage.Path) -> dict[str, 
     report_data(stage.name, prompts)
     prompts = some_of(prompts, np.flatnonzero(is_limited(stage, prompts)).tolist())
     (limit,), source = cost_limits(run, stage, "cost")
-    policy, variables = run.networks.open(stage.init_from, "lm", seed=run.seed(stage))
-    params = run.networks.only_read(variables["params"])
+    policy, variables = run.networks.read(stage.init_from, "lm", seed=run.seed(stage))
+    params = variables["params"]
     scorers = open_scorers(run, stage.scorers)
     sample = sampler_of(run, stage, policy, scorers.modules)
     batches = list(

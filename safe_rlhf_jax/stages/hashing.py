@@ -78,6 +78,13 @@ def model_files(folder: storage.Path) -> list[storage.Path]:
     return sorted(found)
 
 
+def base_digest(folder: str, files: "Digests") -> str:
+    """Returns 12 hex digits of a model's weights and configuration, on the first process; of a hub id, its commit."""
+    where = hf.resolve(folder)
+    names = sorted({*storage.matching(where, "*.safetensors"), where / "config.json"})
+    return first_says(config_hash([files.of(path) for path in names]) if is_main() else "0" * 12)
+
+
 class Digests:
     """SHA-256 of files, remembered by path, size and times of the last change.
 

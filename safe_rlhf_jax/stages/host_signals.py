@@ -15,6 +15,7 @@ from safe_rlhf_jax.data.examples import Examples, pad_right
 from safe_rlhf_jax.data.formats import Message
 from safe_rlhf_jax.evaluation.evaluate import make_score
 from safe_rlhf_jax.inference.stream import columns
+from safe_rlhf_jax.models.config import Lora
 from safe_rlhf_jax.stages.common import Run
 from safe_rlhf_jax.types import Sequences
 
@@ -37,8 +38,7 @@ class ScorerSignal:
 
     def __init__(self, run: Run, reference: str, kind: Any):
         self.run, self.reference, self.encoding = run, reference, run.encoding(reference)
-        self.module, variables = run.networks.open(reference, "score", score_type=kind)
-        self.variables = variables | {"params": run.networks.only_read(variables["params"])}
+        self.module, self.variables = run.networks.read(reference, "score", score_type=kind)
         self.score = make_score(self.module)
         self.has_cut = False
 
@@ -81,17 +81,17 @@ class Scorers:
     host: dict[str, HostSignal]  # the others
 
 
-def open_scorers(run: Run, scorers: Mapping[str, str]) -> Scorers:
-    """Opens scorers, given as {signal: model}."""
+def open_scorers(run: Run, scorers: Mapping[str, str], lora: Lora | None = None) -> Scorers:
+    """Opens scorers, given as {signal: model}; with `lora`, each as a frozen base with an adapter of that form."""
     modules, variables = {}, {}
     host: dict[str, HostSignal] = {}
-    for signal, reference in scorers.items():
-        kind: Any = signal.partition("/")[0]
-        if reference in run.own:
-            host[signal] = ScorerSignal(run, reference, kind)
-        else:
-            modules[signal], found = run.networks.open(reference, "score", score_type=kind)
-            variables[signal] = found | {"params": run.networks.only_read(found["params"])}
+    with run.networks.reading_once():
+        for signal, reference in scorers.items():
+            kind: Any = signal.partition("/")[0]
+            if reference in run.own:
+                host[signal] = ScorerSignal(run, reference, kind)
+            else:
+                modules[signal], variables[signal] = run.networks.read(reference, "score", score_type=kind, lora=lora)
     return Scorers(modules, variables, host)
 
 

@@ -15,13 +15,17 @@ from flax import linen as nn
 
 from safe_rlhf_jax import config as cfg
 from safe_rlhf_jax import storage
+from safe_rlhf_jax.errors import ConfigError, ModelError
 from safe_rlhf_jax.models import hf
-from safe_rlhf_jax.models.config import PRESETS, ModelConfig, ScoreConfig, ScoreType
+from safe_rlhf_jax.models.adapters import HEAD, Adapted, trained, whole, without_adapters
+from safe_rlhf_jax.models.config import PRESETS, Lora, ModelConfig, ScoreConfig, ScoreType
 from safe_rlhf_jax.models.parameters import cast_matrices
+from safe_rlhf_jax.models.peft import is_adapter, read_adapter
 from safe_rlhf_jax.models.transformer import CausalLM, ScoreModel
 from safe_rlhf_jax.optim import init_state, make_optimizer, schedule
 from safe_rlhf_jax.rl.kl import start_reference
 from safe_rlhf_jax.sharding import init_sharded, named_shardings, replicated, with_shardings
+from safe_rlhf_jax.stages.hashing import base_digest
 from safe_rlhf_jax.types import TrainState
 
 if TYPE_CHECKING:
@@ -34,15 +38,18 @@ class Weights:
     def __init__(self, run: "Run"):
         self.run = run
         self.placed: dict[Any, Any] | None = None  # parameters that several networks share at their start
+        self.folders: dict[str, str] = {}  # by name of a base: the first folder that it was found in
 
     @contextlib.contextmanager
     def reading_once(self) -> Iterator[None]:
-        """Reads every folder once within the block, however many networks start from it."""
-        self.placed = {}
+        """Reads every folder once within the block, or the one around it, however many networks start from it."""
+        outermost = self.placed is None
+        self.placed = {} if self.placed is None else self.placed
         try:
             yield
         finally:
-            self.placed = None
+            if outermost:
+                self.placed = None
 
     def config(self, reference: str) -> ModelConfig:
         """Returns the configuration of a model, including one that an earlier stage has yet to train."""
@@ -63,10 +70,33 @@ class Weights:
         """Returns the configuration of the model in a folder."""
         return hf.stored_config(hf.resolve(folder))
 
-    def as_run(self, config: ModelConfig) -> ModelConfig:
+    def as_run(self, config: ModelConfig, lora: Lora | None = None) -> ModelConfig:
         """Returns a model's configuration with the run's execution settings, and without tokens it does not have."""
-        execution, unused = self.run.config.execution, self.run.tokenizer.holes(config.vocab_size)
-        return dataclasses.replace(config, **execution.model_dump(), unused_rows=unused)
+        execution, unused = self.run.config.execution.model_dump(exclude={"base"}), self.run.tokenizer.holes
+        return dataclasses.replace(with_adapters(config, lora), **execution, unused_rows=unused(config.vocab_size))
+
+    def origin(self, reference: str) -> tuple[str, str | None]:
+        """Returns the base of a model, and the folder of its adapter; a model without one is its own base."""
+        for stage in self.run.config.stages:
+            if stage.name == reference and stage.adapters is not None:
+                start = stage.models()["init_from"].reference
+                return self.origin(start)[0], str(self.run.folder(reference) / "adapter")
+        if reference.startswith(("path:", "hf:")):
+            folder = self.run.model_folder(reference)
+            if is_adapter(folder):
+                base = read_adapter(folder).base
+                kind = "path" if storage.is_folder(storage.expanded(base)) else "hf"
+                return self.origin(f"{kind}:{base}")[0], folder
+        return reference, None
+
+    def base_name(self, reference: str) -> str:
+        """Returns the name of a base, by the contents of its weights: one name for one base, however it is spelled."""
+        if reference.startswith("preset:"):
+            return reference
+        folder = self.run.model_folder(reference)
+        found = base_digest(folder, self.run.digests)
+        self.folders.setdefault(found, folder)
+        return found
 
     def open(
         self, reference: str, head: Literal["lm", "score"], *, score: ScoreConfig | None = None,
@@ -87,21 +117,134 @@ class Weights:
         if reference.startswith("preset:"):
             module = self.new_module(reference, head, score or ScoreConfig(score_type or "reward"))
             return module, init_sharded(initializer(module), self.run.mesh, jax.random.key(seed))
+        as_stored = head == "score" and score is None and score_type != "critic"
+        return self.load(self.run.model_folder(reference), head, score, score_type, seed, as_stored=as_stored)
+
+    def load(
+        self, folder: str, head: Literal["lm", "score"], score: ScoreConfig | None, score_type: ScoreType | None,
+        seed: int, *, as_stored: bool, lora: Lora | None = None,
+    ) -> tuple[Any, dict[str, Any]]:  # fmt: skip
+        """Returns the network in a folder and its variables; with `lora`, in the form of a frozen base."""
         module, variables = hf.load(
-            self.run.model_folder(reference),
+            folder,
             head,
             score_type=score.score_type if score else score_type,
             score_bias=score.bias if score else None,
-            as_stored=head == "score" and score is None and score_type != "critic",
+            as_stored=as_stored,
             scan_layers=self.run.config.execution.scan_layers,
             seed=seed,
             mesh=self.run.mesh,
             placed=self.placed,
+            trunk=lambda config: with_adapters(config, lora).trunk,
+            finish=None if lora is None else self.cast,
         )
-        module = module.clone(config=self.as_run(module.config))
+        module = module.clone(config=self.as_run(module.config, lora))
         if score is not None:
             module = module.clone(score=dataclasses.replace(score, bias=module.score.bias))
         return module, variables
+
+    def adapted(
+        self, reference: str, head: Literal["lm", "score"], lora: Lora, *, score: ScoreConfig | None = None,
+        score_type: ScoreType | None = None, seed: int = 0, trains: bool = True,
+    ) -> tuple[Adapted, dict[str, Any]]:  # fmt: skip
+        """Returns a network with adapters and its variables, with the base among its parameters.
+
+        The adapter is that of the model, in the form of `lora`, or a fresh one. A network that is not trained has none
+        where its model has none.
+
+        Args:
+            reference: As in `init_from`.
+            head: Which head.
+            lora: Form of the adapters.
+            score: As in `open`.
+            score_type: As in `open`.
+            seed: Of random initialisation.
+            trains: It is trained.
+
+        Raises:
+            ModelError: If the model's adapter does not fit into the form.
+        """
+        base, folder = self.origin(reference)
+        stored = None if folder is None else read_adapter(folder)
+        scores = stored.score if stored is not None and head == "score" else None
+        if scores is not None and score is None and score_type not in (None, "critic", scores.score_type):
+            raise ModelError(f"{folder}: has {scores.score_type} scores, not {score_type} scores")
+        name = self.base_name(base)
+        as_stored = head == "score" and score is None and score_type != "critic" and scores is None
+        module, variables = self.load(self.folders[name], head, score, score_type, seed, as_stored=as_stored, lora=lora)
+        if scores is not None:
+            kind = score_type or scores.score_type
+            module = module.clone(score=score or dataclasses.replace(scores, score_type=kind))
+        network = Adapted(module, name)
+        boxed = jax.eval_shape(lambda: initializer(network)(jax.random.key(0)))
+        shardings = named_shardings(boxed, self.run.mesh)
+        params = {"base": {k: v for k, v in variables["params"].items() if k not in HEAD}}
+        params["base"] = self.quantized(network, params["base"])
+        if stored is not None:
+            params["adapter"] = jax.device_put(stored.params(module.config, lora), shardings["params"]["adapter"])
+        elif trains:
+            init = initializer(network)
+            params["adapter"] = init_sharded(
+                lambda key: init(key)["params"]["adapter"], self.run.mesh, jax.random.key(seed)
+            )
+        if head == "score":
+            own = {k: v for k, v in variables["params"].items() if k in HEAD}
+            if stored is not None and scores is not None:
+                own = jax.device_put(stored.head, shardings["params"]["head"])
+            params["head"] = own
+        out = {"params": params}
+        if "stats" in boxed:
+            stats = variables["stats"] if stored is None or scores is None else stored.stats
+            out["stats"] = jax.device_put(stats, shardings["stats"])
+        return network, out
+
+    def to_train(
+        self, stage: cfg.TrainingStage, reference: str, head: Literal["lm", "score"], *,
+        score: ScoreConfig | None = None, score_type: ScoreType | None = None,
+    ) -> tuple[Any, dict[str, Any]]:  # fmt: skip
+        """Returns a network that a stage trains and its variables: the whole of it, or adapters on its base."""
+        options: dict[str, Any] = {"score": score, "score_type": score_type, "seed": self.run.seed(stage)}
+        if stage.adapters is None:
+            return self.open(reference, head, **options)
+        return self.adapted(reference, head, stage.adapters, **options)
+
+    def reference_of(self, reference: str, params: Any) -> Any:
+        """Returns the reference of a policy that starts from a model: its parameters there, without the base."""
+        if "base" not in params:
+            return self.only_read(params)
+        return self.only_read(trained(params)) if self.origin(reference)[1] is not None else {}
+
+    def read(
+        self, reference: str, head: Literal["lm", "score"], *, score_type: ScoreType | None = None,
+        lora: Lora | None = None, seed: int = 0,
+    ) -> tuple[Any, dict[str, Any]]:  # fmt: skip
+        """Returns a network that is only read, and its variables in the dtype of computation.
+
+        Adapters are left on their base, which networks of one `reading_once` share.
+        """
+        form = self.form(reference) if lora is None else lora
+        if form is None:
+            module, variables = self.open(reference, head, score_type=score_type, seed=seed)
+            return module, variables | {"params": self.only_read(variables["params"])}
+        module, variables = self.adapted(reference, head, form, score_type=score_type, trains=False)
+        params = variables["params"]
+        return module, variables | {"params": whole(self.only_read(trained(params)), params["base"])}
+
+    def form(self, reference: str) -> Lora | None:
+        """Returns the form of a model's adapter; None without one."""
+        for stage in self.run.config.stages:
+            if stage.name == reference:
+                return stage.adapters
+        folder = self.origin(reference)[1]
+        return None if folder is None else read_adapter(folder).form
+
+    def cast(self, path: tuple[str, ...], leaf: jax.Array) -> jax.Array:
+        """Returns a parameter of a frozen base as it is kept: matrices in the dtype of computation."""
+        return leaf if path[0] in HEAD else self.only_read({path[-1]: leaf})[path[-1]]
+
+    def quantized(self, network: Adapted, base: Any) -> Any:
+        """Returns a base quantised as the run asks, and says what that changes."""
+        return base
 
     def new_module(self, reference: str, head: Literal["lm", "score"], score: ScoreConfig) -> Any:
         """Returns the network of a model, without its variables."""
@@ -111,7 +254,8 @@ class Weights:
     def start(self, module: Any, variables: dict[str, Any], optimizer: optax.GradientTransformation) -> TrainState:
         """Returns the state of a network before its first step; moments are sharded like the parameters."""
         init, _, shardings = self.start_shapes(module, optimizer)
-        state: TrainState = jax.jit(init, out_shardings=shardings)(nn.unbox(variables))
+        variables = nn.unbox(variables) | {"params": trained(nn.unbox(variables["params"]))}
+        state: TrainState = jax.jit(init, out_shardings=shardings)(variables)
         return state
 
     def start_shapes(self, module: Any, optimizer: optax.GradientTransformation) -> tuple[Any, Any, Any]:
@@ -167,6 +311,31 @@ class Shapes(Weights):
         boxed = jax.eval_shape(lambda: initializer(module)(jax.random.key(0)))
         return module, with_shardings(nn.unbox(boxed), named_shardings(boxed, self.run.mesh))
 
+    def adapted(
+        self, reference: str, head: Literal["lm", "score"], lora: Lora, *, score: ScoreConfig | None = None,
+        score_type: ScoreType | None = None, seed: int = 0, trains: bool = True,
+    ) -> tuple[Adapted, dict[str, Any]]:  # fmt: skip
+        """Returns a network with adapters and the shapes of its variables."""
+        del seed
+        base, adapter = self.origin(reference)
+        name = self.base_name(base)
+        module = self.new_module(base, head, score or ScoreConfig(score_type or "reward"))
+        module = module.clone(config=self.as_run(module.config, lora))
+        network = Adapted(module, name)
+        plain = without_adapters(module)
+        boxed = jax.eval_shape(lambda: initializer(plain)(jax.random.key(0)))
+        variables = with_shardings(nn.unbox(boxed), named_shardings(boxed, self.run.mesh))
+        params = {"base": self.only_read({k: v for k, v in variables["params"].items() if k not in HEAD})}
+        boxed = jax.eval_shape(lambda: initializer(network)(jax.random.key(0)))
+        own = with_shardings(nn.unbox(boxed), named_shardings(boxed, self.run.mesh))
+        if adapter is None and not trains:
+            del own["params"]["adapter"]
+        return network, own | {"params": own["params"] | params}
+
+    def base_name(self, reference: str) -> str:
+        """Returns the name of a base, which need not exist."""
+        return reference
+
     def start(self, module: Any, variables: dict[str, Any], optimizer: optax.GradientTransformation) -> TrainState:
         """Returns the shapes of a state."""
         del variables
@@ -191,6 +360,19 @@ class Shapes(Weights):
     def multiplier(self, name: str) -> None:
         """Returns None: the stage need not be finished."""
         del name
+
+
+def with_adapters(config: ModelConfig, lora: Lora | None) -> ModelConfig:
+    """Returns the configuration of a network with adapters, whose trunk is the layers below them.
+
+    Raises:
+        ConfigError: If there are fewer layers than are to have adapters.
+    """
+    if lora is None:
+        return config
+    if (lora.layers or 0) > config.num_layers:
+        raise ConfigError(f"lora.layers {lora.layers}: the model has {config.num_layers} layers; null adapts all")
+    return dataclasses.replace(config, lora=lora, trunk=config.num_layers - (lora.layers or config.num_layers))
 
 
 def initializer(module: Any) -> Callable[[jax.Array], Any]:

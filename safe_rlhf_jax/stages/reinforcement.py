@@ -17,6 +17,7 @@ from safe_rlhf_jax.evaluation import evaluate
 from safe_rlhf_jax.evaluation.statistics import summarize
 from safe_rlhf_jax.inference.sampling import Sampling
 from safe_rlhf_jax.loop import TrainLoop, fit
+from safe_rlhf_jax.models.adapters import Adapted, bases_of, trained, whole
 from safe_rlhf_jax.optim import schedule
 from safe_rlhf_jax.rl.algorithms import ALGORITHMS, Algorithm
 from safe_rlhf_jax.rl.constraints import init_constraint, multiplier_metrics
@@ -38,7 +39,16 @@ from safe_rlhf_jax.stages.host_signals import HostSignal, Scorers, host_scores, 
 from safe_rlhf_jax.stages.kind import Kind, Training
 from safe_rlhf_jax.stages.networks import jit_step, optimizer_of
 from safe_rlhf_jax.stages.programs import Program, array, put, random_key, texts
-from safe_rlhf_jax.types import Frozen, MovingReference, PromptBatch, RLState, Rollout, Signals, SupervisedBatch
+from safe_rlhf_jax.types import (
+    Frozen,
+    MovingReference,
+    Params,
+    PromptBatch,
+    RLState,
+    Rollout,
+    Signals,
+    SupervisedBatch,
+)
 
 
 def run_reinforcement(run: Run, stage: cfg.RLStage, folder: storage.Path) -> dict[str, Any]:
@@ -52,8 +62,10 @@ def run_reinforcement(run: Run, stage: cfg.RLStage, folder: storage.Path) -> dic
     algorithm = ALGORITHMS[stage.algorithm.name]
     step = compile_step(run, stage, networks, algorithm, hp, state, given_scores(run, host, prompts, hp))
     seed = run.seed(stage)
-    scorers = Scorers(networks.scorers, frozen.scorers, host)
-    evaluate_policy = make_evaluate(run, stage, networks.policy, frozen.reference, scorers)
+    base = frozen.bases.get(networks.policy.base) if isinstance(networks.policy, Adapted) else None
+    readable = on_bases(networks, frozen)
+    scorers = Scorers(networks.scorers, readable.scorers, host)
+    evaluate_policy = make_evaluate(run, stage, networks.policy, readable.reference, scorers)
     rows = stage.batch_size * stage.responses_per_prompt
     prompt_tokens = prompts.mean_tokens
     final: RLState = fit(
@@ -69,7 +81,7 @@ def run_reinforcement(run: Run, stage: cfg.RLStage, folder: storage.Path) -> dic
             keep_checkpoints=stage.keep_checkpoints,
             keep_best=stage.keep_best,
             eval_every=stage.eval_every,
-            evaluate=lambda s: evaluate_policy(s.actor.params),
+            evaluate=lambda s: evaluate_policy(whole(s.actor.params, base)),
             tokens=lambda metrics: rows * (prompt_tokens + metrics["train/response_length"]),
             warning=compensation_warning(stage, limits),
             shown=("train/reward", "train/cost", "train/multiplier", "train/kl"),
@@ -77,8 +89,8 @@ def run_reinforcement(run: Run, stage: cfg.RLStage, folder: storage.Path) -> dic
         folder,
         writers=writers(run),
     )
-    export(run, folder, networks.policy, final.actor)
-    result: dict[str, Any] = {"metrics": evaluate_policy(final.actor.params)}
+    export(run, stage, folder, networks.policy, final.actor, base)
+    result: dict[str, Any] = {"metrics": evaluate_policy(whole(final.actor.params, base))}
     result["metrics"] |= {k: float(v) for k, v in multiplier_metrics(hp.constraints, final.constraints).items()}
     if "cost" in limits:  # the constraint drawn in the report
         (limit, *others), source = limits["cost"]
@@ -109,13 +121,18 @@ def build_networks(
     actor_optimizer, critic_optimizer = optimizer_of(stage.actor, updates), optimizer_of(stage.critic, updates)
     algorithm = ALGORITHMS[stage.algorithm.name]
     critics, critic_states = {}, {}
+    bases: dict[str, Params] = {}
     with run.networks.reading_once():
-        policy, variables = run.networks.open(stage.init_from, "lm", seed=run.seed(stage))
-        scorers = open_scorers(run, stage.scorers)
+        policy, variables = run.networks.to_train(stage, stage.init_from, "lm")
+        scorers = open_scorers(run, stage.scorers, stage.adapters)
         for signal in hp.signals if algorithm.baseline is None else ():
             start = stage.critics.get(signal) or (stage.init_from if signal in scorers.host else stage.scorers[signal])
-            critics[signal], begin = run.networks.open(start, "score", score_type="critic", seed=run.seed(stage))
+            critics[signal], begin = run.networks.to_train(stage, start, "score", score_type="critic")
             critic_states[signal] = run.networks.start(critics[signal], begin, critic_optimizer)
+            bases |= bases_of(critics[signal], begin["params"])
+    bases |= bases_of(policy, variables["params"])
+    for signal, module in scorers.modules.items():
+        bases |= bases_of(module, scorers.variables[signal]["params"])
 
     initial = {signal: initial_multiplier(run, stage.limits[signal]) for signal in hp.constraints}
 
@@ -133,8 +150,22 @@ def build_networks(
         step=step, actor=actor, critics=critic_states, constraints=constraints, kl_coeff=kl_coeff, reference=reference
     )
     networks = Networks(policy, scorers.modules, critics, actor_optimizer, dict.fromkeys(critics, critic_optimizer))
-    frozen = Frozen(reference=run.networks.only_read(variables["params"]), scorers=scorers.variables)
+    read = {s: v | {"params": trained(v["params"])} for s, v in scorers.variables.items()}
+    frozen = Frozen(run.networks.reference_of(stage.init_from, variables["params"]), read, bases)
     return networks, state, frozen, scorers.host
+
+
+def on_bases(networks: Networks, frozen: Frozen) -> Frozen:
+    """Returns the frozen parameters each with its base, for programs that evaluate."""
+
+    def with_base(module: Any, params: Params) -> Params:
+        return whole(params, frozen.bases[module.base]) if isinstance(module, Adapted) else params
+
+    scorers = {
+        signal: variables | {"params": with_base(networks.scorers[signal], variables["params"])}
+        for signal, variables in frozen.scorers.items()
+    }
+    return Frozen(with_base(networks.policy, frozen.reference), scorers)
 
 
 def given_scores(
@@ -205,14 +236,14 @@ def jit_programs(
 ) -> dict[str, Callable[..., Any]]:
     """Returns the jitted programs of an iteration by name: `iteration`, or two if it is not `is_fused`.
 
-    `iteration`(state, frozen, batch, key), `generation`(actor's params, batch, key),
+    `iteration`(state, frozen, batch, key), `generation`(actor's params, bases, batch, key),
     `learning`(state, frozen, rollout, ptx, key, given scores).
     """
     if is_fused(stage, networks):
         return {"iteration": jit_step(make_step(networks, algorithm, hp), state, run.mesh)}
 
-    def generate(params: Any, batch: PromptBatch, key: jax.Array) -> Any:
-        return collect(networks, hp, params, batch, key)
+    def generate(params: Any, bases: Any, batch: PromptBatch, key: jax.Array) -> Any:
+        return collect(networks.on(bases), hp, params, batch, key)
 
     def learn_from(state: RLState, frozen: Frozen, rollout: Any, ptx: Any, key: jax.Array, given: Signals) -> Any:
         return learn(networks, algorithm, hp, state, frozen, rollout, ptx, key, given)
@@ -236,7 +267,7 @@ def compile_step(
 
     def step(state: RLState, frozen: Frozen, batch: PromptBatch, key: jax.Array) -> Any:
         sample_key, learn_key = jax.random.split(key)
-        rollout = programs["generation"](state.actor.params, batch, sample_key)
+        rollout = programs["generation"](state.actor.params, frozen.bases, batch, sample_key)
         scores = {} if given is None else given(rollout, batch)
         return programs["learning"](state, frozen, rollout, batch.ptx, learn_key, scores)
 
@@ -320,7 +351,7 @@ def reinforcement_programs(run: Run, stage: cfg.RLStage) -> Iterator[Program]:
     if is_fused(stage, networks):
         yield Program("iteration", jitted["iteration"], (state, frozen, batch, key))
         return
-    generation = Program("generation", jitted["generation"], (state.actor.params, batch, key))
+    generation = Program("generation", jitted["generation"], (state.actor.params, frozen.bases, batch, key))
     yield generation
     rollout = put(run, jax.eval_shape(generation.function, *generation.arguments))
     given = {signal: put(run, array(rows, dtype=jnp.float32)) for signal in stage.scorers.keys() - networks.scorers}

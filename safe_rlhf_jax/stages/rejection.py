@@ -24,18 +24,19 @@ from safe_rlhf_jax.errors import UserError
 from safe_rlhf_jax.evaluation.plots import best_of_n_curves
 from safe_rlhf_jax.inference.best_of_n import best_of_n, described_gain, gain_by_number
 from safe_rlhf_jax.loop import TrainLoop, fit
+from safe_rlhf_jax.models.adapters import bases_of, whole
 from safe_rlhf_jax.processes import any_process, barrier, is_main
 from safe_rlhf_jax.stages.common import Run, export, report_data, weights, writers
 from safe_rlhf_jax.stages.constraints import check_constraints, cost_limits
 from safe_rlhf_jax.stages.datasets import take
 from safe_rlhf_jax.stages.host_signals import HostSignal, open_scorers
 from safe_rlhf_jax.stages.kind import Kind, Training
-from safe_rlhf_jax.stages.networks import jit_step, optimizer_of
+from safe_rlhf_jax.stages.networks import optimizer_of
 from safe_rlhf_jax.stages.programs import TOTAL_STEPS, Program, array, put, random_key, texts
 from safe_rlhf_jax.stages.reinforcement import make_evaluate, measured_on_prompts
 from safe_rlhf_jax.stages.sampling import Sampled, is_limited, sampled, sampler_of, some_of
-from safe_rlhf_jax.stages.supervised import sft_step
-from safe_rlhf_jax.types import PromptBatch, SupervisedBatch, TrainState
+from safe_rlhf_jax.stages.supervised import jit_supervised, sft_step
+from safe_rlhf_jax.types import Frozen, PromptBatch, SupervisedBatch, TrainState
 
 LOGGER = logging.getLogger(__name__)
 
@@ -47,8 +48,8 @@ def run_rejection(run: Run, stage: cfg.RejectionStage, folder: storage.Path) -> 
     prompts = take(run, stage, "prompts")
     report_data(stage.name, prompts)
     limit = cost_limits(run, stage, "cost") if stage.cost_model else None
-    module, start = run.networks.open(stage.init_from, "lm", seed=run.seed(stage))
-    scorers = open_scorers(run, stage.scorers)
+    module, start = run.networks.to_train(stage, stage.init_from, "lm")
+    scorers = open_scorers(run, stage.scorers, stage.adapters)
     reference = start["params"] if stage.eval_prompts else None
     del start
     evaluate_policy = make_evaluate(run, stage, module, reference, scorers)
@@ -59,8 +60,9 @@ def run_rejection(run: Run, stage: cfg.RejectionStage, folder: storage.Path) -> 
         if there(here / "result.json"):
             LOGGER.info(f"{stage.name}: round {number} is finished; skipped")
         else:
-            before = stage.init_from if number == 1 else f"path:{round_folder(folder, number - 1) / 'export'}"
-            params = run.networks.open(before, "lm", seed=run.seed(stage))[1]["params"]
+            made = "export" if stage.lora is None else "adapter"
+            before = stage.init_from if number == 1 else f"path:{round_folder(folder, number - 1) / made}"
+            params = run.networks.to_train(stage, before, "lm")[1]["params"]
             if not there(here / "selected.jsonl"):
                 rows = round_rows(stage, prompts, number, run.seed(stage))
                 select(
@@ -69,10 +71,11 @@ def run_rejection(run: Run, stage: cfg.RejectionStage, folder: storage.Path) -> 
                 )  # fmt: skip
                 barrier(f"{stage.name}: round {number} is selected")
             state = fine_tune(run, stage, number, folder, module, params, prompts.width, evaluate_policy)
+            base = params.get("base")
             del params
-            export(run, folder if number == stage.rounds else here, module, state)
-            evaluation = evaluate_policy(state.params)
-            del state
+            export(run, stage, folder if number == stage.rounds else here, module, state, base)
+            evaluation = evaluate_policy(whole(state.params, base))
+            del state, base
             if is_main():
                 summary = json.loads(storage.read_text(here / "sampling.json"))
                 storage.write(here / "result.json", json.dumps(summary | {"metrics": evaluation}, indent=2) + "\n")
@@ -192,15 +195,16 @@ def fine_tune(
     width = prompt_length + stage.max_response_length
     data = load_sampled(rows, width=width, pad_id=run.tokenizer.pad_id)
     total, seed = max(int(stage.epochs * len(data)) // stage.batch_size, 1), run.seed(stage) + number
-    state, step = build_fine_tuning(run, stage, module, params, total)
+    state, frozen, step = build_fine_tuning(run, stage, module, params, total)
+    base = params.get("base")
     tokens_per_step = stage.batch_size * data.mean_tokens
     final: TrainState = fit(
         TrainLoop(
             name=f"{stage.name}: round {number}", total_steps=total, init=lambda: state, step=step,
-            batch=run.batches(data, stage.batch_size, seed, None), frozen=None, seed=seed,
+            batch=run.batches(data, stage.batch_size, seed, None), frozen=frozen, seed=seed,
             checkpoint_every=stage.checkpoint_every, keep_checkpoints=stage.keep_checkpoints,
             keep_best=stage.keep_best, eval_every=stage.eval_every,
-            evaluate=lambda s: evaluate_policy(s.params), tokens=lambda _: tokens_per_step,
+            evaluate=lambda s: evaluate_policy(whole(s.params, base)), tokens=lambda _: tokens_per_step,
         ),
         round_folder(folder, number), writers=writers(run),
     )  # fmt: skip
@@ -209,25 +213,26 @@ def fine_tune(
 
 def build_fine_tuning(
     run: Run, stage: cfg.RejectionStage, module: Any, params: Any, total_steps: int
-) -> tuple[TrainState, Callable[..., Any]]:
-    """Returns the state of a policy before a round's first step, and the jitted step."""
+) -> tuple[TrainState, Frozen, Callable[..., Any]]:
+    """Returns the state of a policy before a round's first step, the frozen parameters, and the jitted step."""
     optimizer = optimizer_of(stage.optimizer, total_steps)
     state = run.networks.start(module, {"params": params}, optimizer)
-    return state, jit_step(sft_step(stage, module, optimizer), state, run.mesh)
+    step = jit_supervised(run, stage, sft_step, module, optimizer, state)
+    return state, Frozen(None, {}, bases_of(module, params)), step
 
 
 def rejection_programs(run: Run, stage: cfg.RejectionStage) -> Iterator[Program]:
     """Yields the programs of sampling and scoring a batch of prompts, and of the fine-tuning step."""
-    policy, variables = run.networks.open(stage.init_from, "lm")
-    scorers = open_scorers(run, stage.scorers)
+    policy, variables = run.networks.to_train(stage, stage.init_from, "lm")
+    scorers = open_scorers(run, stage.scorers, stage.adapters)
     sample, rows = sampler_of(run, stage, policy, scorers.modules), stage.prompt_batch_size
     group = array(rows, dtype=jnp.int32)
     batch = put(run, PromptBatch(**texts(rows, stage.max_prompt_length), group=group, row=group))
     yield Program("sampling", sample, (variables["params"], scorers.variables, batch, random_key()))
-    state, step = build_fine_tuning(run, stage, policy, variables["params"], TOTAL_STEPS)
+    state, frozen, step = build_fine_tuning(run, stage, policy, variables["params"], TOTAL_STEPS)
     length = stage.max_prompt_length + stage.max_response_length
     selected = SupervisedBatch(**texts(stage.batch_size, length), loss_mask=array(stage.batch_size, length))
-    yield Program("step", step, (state, None, put(run, selected), random_key()))
+    yield Program("step", step, (state, frozen, put(run, selected), random_key()))
 
 
 def rejection_flops(run: Run, stage: cfg.RejectionStage, again: float) -> dict[str, float]:

@@ -18,6 +18,7 @@ from safe_rlhf_jax.data import examples
 from safe_rlhf_jax.data.loader import in_order
 from safe_rlhf_jax.evaluation import evaluate
 from safe_rlhf_jax.loop import TrainLoop, fit
+from safe_rlhf_jax.models.adapters import Adapted, bases_of, on, whole
 from safe_rlhf_jax.models.config import ScoreConfig
 from safe_rlhf_jax.models.transformer import CausalLM, ScoreModel
 from safe_rlhf_jax.optim import gradient_step
@@ -28,7 +29,7 @@ from safe_rlhf_jax.stages.health import warn_of_model
 from safe_rlhf_jax.stages.kind import Kind, Training
 from safe_rlhf_jax.stages.networks import jit_step, optimizer_of
 from safe_rlhf_jax.stages.programs import TOTAL_STEPS, Program, array, one_side, put, random_key, texts
-from safe_rlhf_jax.types import PreferenceBatch, SafetyBatch, SupervisedBatch, TrainState
+from safe_rlhf_jax.types import Frozen, PreferenceBatch, SafetyBatch, SupervisedBatch, TrainState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Task:
         measured: Names of its held-out metrics.
         load: Reads a data set.
         prepare: (run, stage, examples) -> training examples.
-        frozen: (run, stage, initial variables) -> parameters that no step changes.
+        frozen: (run, stage, network, initial variables) -> parameters that no step changes, beside the base.
         sides: Number of texts of an example.
         frozen_passes: Forward passes of `frozen` in a step.
     """
@@ -55,7 +56,7 @@ class Task:
     measured: tuple[str, ...]
     load: Callable[[Run, Any, str], examples.Examples] = load_data
     prepare: Callable[[Run, Any, examples.Examples], examples.Examples] = lambda run, stage, loaded: loaded
-    frozen: Callable[[Run, Any, dict[str, Any]], Any] = lambda *_: None
+    frozen: Callable[[Run, Any, Any, dict[str, Any]], Any] = lambda *_: None
     sides: int = 1
     frozen_passes: int = 0
 
@@ -74,7 +75,12 @@ def run_supervised(task: Task, run: Run, stage: Any, folder: storage.Path) -> di
     seed = run.seed(stage)
     module, state, frozen, step = build_supervised(task, run, stage, total)
     no_evaluation: Callable[[TrainState], dict[str, Any]] = lambda _: {}  # noqa: E731
-    evaluate_state = task.evaluator(run, stage, module, frozen, held_out) if held_out else no_evaluation
+    base = frozen.bases.get(module.base) if isinstance(module, Adapted) else None
+    evaluator = task.evaluator(run, stage, module, frozen, held_out) if held_out else no_evaluation
+
+    def evaluate_state(state: TrainState) -> dict[str, Any]:
+        return evaluator(dataclasses.replace(state, params=whole(state.params, base)))
+
     tokens_per_step = stage.batch_size * data.mean_tokens
     final: TrainState = fit(
         TrainLoop(
@@ -91,7 +97,7 @@ def run_supervised(task: Task, run: Run, stage: Any, folder: storage.Path) -> di
     scores = task.head == "score"
     if scores and evaluation and is_main():
         storage.write(folder / "scores.json", json.dumps(evaluation))
-    export(run, folder, module, final, stage.export_layout if scores else None)
+    export(run, stage, folder, module, final, base, stage.export_layout if scores else None)
     result: dict[str, Any] = {"metrics": flat(evaluation)}
     if scores:
         result["health"] = evaluation.get("health")
@@ -105,7 +111,7 @@ def build_supervised(
     """Opens the networks of a supervised stage.
 
     Returns:
-        The network, its state, the frozen parameters (None except for DPO's reference), and the jitted step.
+        The network, its state, the frozen parameters (`Frozen`: DPO's reference, and the base), and the jitted step.
     """
     optimizer, score = optimizer_of(stage.optimizer, total_steps), None
     if task.head == "score":
@@ -113,9 +119,26 @@ def build_supervised(
         pad_id = run.tokenizer.pad_id if other else None
         momentum = stage.normalizer_momentum
         score = ScoreConfig(stage.makes, bias=not other, normalize=stage.normalize, momentum=momentum, pad_id=pad_id)
-    module, variables = run.networks.open(stage.init_from, task.head, score=score, seed=run.seed(stage))
-    state, frozen = run.networks.start(module, variables, optimizer), task.frozen(run, stage, variables)
-    return module, state, frozen, jit_step(task.step(stage, module, optimizer), state, run.mesh)
+    with run.networks.reading_once():
+        module, variables = run.networks.to_train(stage, stage.init_from, task.head, score=score)
+        frozen = Frozen(task.frozen(run, stage, module, variables), {}, bases_of(module, variables["params"]))
+    state = run.networks.start(module, variables, optimizer)
+    return module, state, frozen, jit_supervised(run, stage, task.step, module, optimizer, state)
+
+
+def jit_supervised(
+    run: Run, stage: Any, step_of: Callable[..., Callable[..., Any]], module: Any,
+    optimizer: optax.GradientTransformation, state: TrainState,
+) -> Callable[..., Any]:  # fmt: skip
+    """Returns the jitted step(state, frozen, batch, key) of a network on its base, if it has one."""
+
+    def step(state: TrainState, frozen: Frozen, batch: Any, key: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
+        result: tuple[TrainState, dict[str, jax.Array]] = step_of(stage, on(module, frozen.bases, key), optimizer)(
+            state, frozen.reference, batch, key
+        )
+        return result
+
+    return jit_step(step, state, run.mesh)
 
 
 def sft_step(

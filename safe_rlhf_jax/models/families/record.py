@@ -155,7 +155,13 @@ def module_path(config: ModelConfig, module: str, layer: int | None) -> Path:
     """Returns the path of a module's parameters: in layer `layer`, or in the decoder for None."""
     if layer is None:
         return ("decoder", module)
-    return ("decoder", "layers" if config.scan_layers else f"layers_{layer}", *module.split("."))
+    stack, row = layer_place(config, layer)
+    return ("decoder", stack if config.scan_layers else f"{stack}_{row}", *module.split("."))
+
+
+def layer_place(config: ModelConfig, layer: int) -> tuple[str, int]:
+    """Returns the stack that holds a layer, and its row there."""
+    return ("trunk", layer) if layer < config.trunk else ("layers", layer - config.trunk)
 
 
 Parameters = tuple[tuple[Path, str, int | None], ...]  # of a module: name, stored name, `Weight.in_ndim`

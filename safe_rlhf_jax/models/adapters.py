@@ -1,0 +1,209 @@
+"""Networks with adapters: a frozen base that several networks share, and the little that each of them trains."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jaxtyping import Array, Bool, Float, Int
+
+from safe_rlhf_jax.models.config import Lora, ModelConfig
+from safe_rlhf_jax.models.positions import token_positions
+from safe_rlhf_jax.models.transformer import CausalLM, Decoder, ScoreModel
+from safe_rlhf_jax.types import Params
+
+HEAD = ("score_kernel", "score_bias")  # parameters of a score model that are trained beside its adapter
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapted:
+    """A language or score model with adapters, called as the module itself.
+
+    Its parameters are {"adapter": …, "head": …}, what is trained; a language model has no head, and a network without
+    an adapter is the base itself. Where "base" is among them it is used, else the base that `on` has bound: the
+    argument of a training step, shared by all networks of that name.
+
+    Attributes:
+        module: Whose `config.lora` says what has adapters.
+        base: Name of the base.
+        bound: Parameters of the base.
+        dropout: Key of the dropout before A.
+    """
+
+    module: CausalLM | ScoreModel
+    base: str
+    bound: Params | None = None
+    dropout: jax.Array | None = None
+
+    @property
+    def config(self) -> ModelConfig:
+        """Configuration of the module."""
+        return self.module.config
+
+    @property
+    def score(self) -> Any:
+        """Configuration of the scores of a score model."""
+        return self.module.score  # type: ignore[union-attr]
+
+    def clone(self, **changes: Any) -> "Adapted":
+        """Returns the network with another configuration."""
+        return dataclasses.replace(self, module=self.module.clone(**changes))
+
+    def on(self, bases: Mapping[str, Params], dropout: jax.Array | None = None) -> "Adapted":
+        """Returns the network on its base; with a key for dropout, in training."""
+        return dataclasses.replace(self, bound=bases[self.base], dropout=dropout)
+
+    @property
+    def decoder_params(self) -> Params:
+        """Parameters of the decoder of the bound base."""
+        assert self.bound is not None, "`on` has not been called"
+        return self.bound["decoder"]
+
+    def variables(self, variables: Mapping[str, Any]) -> tuple[CausalLM | ScoreModel, dict[str, Any]]:
+        """Returns the module that these variables are for, and its own: base and head as `params`, and `adapter`."""
+        params = variables["params"]
+        base = params.get("base", self.bound)
+        inner = {**variables, "params": base | params.get("head", {})}
+        if "adapter" not in params:
+            return without_adapters(self.module), inner
+        return self.module, inner | {"adapter": params["adapter"]}
+
+    def apply(self, variables: Mapping[str, Any], *args: Any, **options: Any) -> Any:
+        """Applies the module; arguments are those of `flax.linen.Module.apply`."""
+        module, inner = self.variables(variables)
+        keys: dict[str, Any] = {} if self.dropout is None else {"rngs": {"dropout": self.dropout}}
+        return module.apply(inner, *args, **keys, **options)
+
+    def init(self, *args: Any) -> dict[str, Any]:
+        """Returns fresh variables, {"params": {"adapter", "head"}} and "stats" if there are any, without a base."""
+        fresh = self.module.init(*args)
+        head = {name: fresh["params"][name] for name in HEAD if name in fresh["params"]}
+        params = {"adapter": fresh["adapter"]} | ({"head": head} if head else {})
+        return {"params": params} | ({"stats": fresh["stats"]} if "stats" in fresh else {})
+
+
+def without_adapters(module: Any) -> Any:
+    """Returns the module of the base alone."""
+    return module.clone(config=dataclasses.replace(module.config, lora=None))
+
+
+def on(module: Any, bases: Mapping[str, Params], dropout: jax.Array | None = None) -> Any:
+    """Returns a network on its base, any other unchanged."""
+    return module.on(bases, dropout) if isinstance(module, Adapted) else module
+
+
+def trained(params: Params) -> Params:
+    """Returns what is trained of a network's parameters: all but the base."""
+    is_adapted = isinstance(params, Mapping) and "base" in params
+    return {name: part for name, part in params.items() if name != "base"} if is_adapted else params
+
+
+def bases_of(module: Any, params: Params) -> dict[str, Params]:
+    """Returns {name: base} of a network's parameters, empty without a base."""
+    return {module.base: params["base"]} if isinstance(module, Adapted) else {}
+
+
+def whole(params: Params, base: Params | None) -> Params:
+    """Returns parameters with their base, if they have one."""
+    return params if base is None else {**params, "base": base}
+
+
+def hidden_of_roles(
+    module: Adapted,
+    roles: Sequence[Params],
+    tokens: Int[Array, "B L"],
+    mask: Bool[Array, "B L"],
+    first: int,
+    below: Float[Array, "B L D"] | None = None,
+) -> list[Float[Array, "B l D"]]:
+    """Returns the hidden states of several networks on one base that read the same tokens, float[B, L − first, D] each.
+
+    It is one pass: the base is read, and gathered, once for all of them, and the trunk is computed once.
+
+    Args:
+        module: Any of the networks, on its base.
+        roles: Parameters of each network.
+        tokens: i32[B, L].
+        mask: bool[B, L].
+        first: First column that is returned.
+        below: Output of the trunk.
+    """
+
+    def hidden(config: ModelConfig, **adapter: Any) -> jax.Array:
+        variables = {"params": module.decoder_params} | adapter
+        positions = token_positions(mask)
+        out: Any = Decoder(config).apply(variables, tokens, positions, mask, first=first, below=below)
+        return out[0]  # type: ignore[no-any-return]
+
+    adapters = [params["adapter"]["decoder"] for params in roles if "adapter" in params]
+    if not adapters:  # all are the base
+        return [hidden(without_adapters(module.module).config)] * len(roles)
+    nothing = jax.tree.map(jnp.zeros_like, adapters[0])
+    given = [params["adapter"]["decoder"] if "adapter" in params else nothing for params in roles]
+    dtypes = jax.tree.map(lambda *leaves: jnp.result_type(*leaves), *given)
+    stacked = jax.tree.map(lambda dtype, *leaves: jnp.stack([leaf.astype(dtype) for leaf in leaves]), dtypes, *given)
+    return list(jax.vmap(lambda adapter: hidden(module.config, adapter=adapter))(stacked))
+
+
+def output_of_trunk(module: Adapted, tokens: Int[Array, "B L"], mask: Bool[Array, "B L"]) -> Float[Array, "B L D"]:
+    """Returns what enters the first layer with an adapter: the same for all networks on the base, float[B, L, D]."""
+    decoder = Decoder(without_adapters(module.module).config)
+    out: Any = decoder.apply({"params": module.decoder_params}, tokens, mask, method="read_trunk")
+    return out  # type: ignore[no-any-return]
+
+
+def merged(module: Any, params: Params, *, lazily: bool = False) -> tuple[Any, Params]:
+    """Returns a network without adapters and its parameters: W + s·A·B, in the dtype that it computes in.
+
+    Layer by layer, so that no second copy in float32 is ever in memory; `lazily` makes a stack of layers one whose
+    layers are computed when they are taken.
+    """
+    if not isinstance(module, Adapted):
+        return module, params
+    inner_module, variables = module.variables({"params": params})
+    lora = inner_module.config.lora
+    base = flatten_dict(variables["params"], is_leaf=lambda _, x: not isinstance(x, Mapping))
+    if lora is not None:
+        adapter = flatten_dict(variables["adapter"])
+        for path in [path[:-1] for path in adapter if path[-1] == "lora_a"]:
+            kernel = (*path, "kernel")
+            parts = base[kernel], adapter[(*path, "lora_a")], adapter[(*path, "lora_b")]
+            product = functools.partial(add_product, lora=lora, dtype=module.config.dtype)
+            if not module.config.scan_layers:
+                base[kernel] = product(parts)
+            elif lazily:
+                base[kernel] = Layers(parts, product)
+            else:
+                base[kernel] = jax.lax.map(product, parts)
+    return without_adapters(inner_module), unflatten_dict(base)
+
+
+def add_product(parts: tuple[Any, jax.Array, jax.Array], *, lora: Lora, dtype: str) -> jax.Array:
+    """Returns W + s·A·B of one layer."""
+    kernel, a, b = parts
+    low_rank = jnp.tensordot(a.astype(jnp.float32), b.astype(jnp.float32), 1, precision=jax.lax.Precision.HIGHEST)
+    return (kernel.astype(jnp.float32) + lora.scale * low_rank).astype(dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Layers:
+    """A stack of layers that are computed when they are taken: of a parameter that is written layer by layer."""
+
+    parts: tuple[Any, jax.Array, jax.Array]
+    product: Callable[[Any], jax.Array]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the stack."""
+        return tuple(self.parts[0].shape)
+
+    @property
+    def dtype(self) -> Any:
+        """Of its layers."""
+        return jax.eval_shape(self.__getitem__, 0).dtype
+
+    def __getitem__(self, layer: Any) -> jax.Array:
+        return self.product(jax.tree.map(lambda x: x[layer], self.parts))
