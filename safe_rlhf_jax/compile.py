@@ -6,7 +6,9 @@ Exit status 0: everything fits. 1: something does not fit, or the config is wron
 
 import argparse
 import json
+import math
 import os
+import re
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -121,7 +123,9 @@ def topology_devices(name: str, slices: int) -> list[Any]:
     if name == "local":
         return list(jax.devices())
     os.environ |= COMPILE_ONLY
-    options = {"num_slices": slices} if slices > 1 else {}
+    options: dict[str, Any] = {"num_slices": slices} if slices > 1 else {}
+    if math.prod(map(int, re.findall(r"\d+", name.partition(":")[2]))) == 1:  # libtpu expects hosts of four chips
+        options["chips_per_host_bounds"] = (1, 1, 1)
     try:
         devices = list(topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices)
     except RuntimeError as error:

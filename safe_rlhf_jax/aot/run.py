@@ -11,7 +11,7 @@ from safe_rlhf_jax.data.tokenizer import Tokenizer, load_tokenizer
 from safe_rlhf_jax.errors import ConfigError
 from safe_rlhf_jax.models.config import PRESETS
 from safe_rlhf_jax.stages.common import Run
-from safe_rlhf_jax.stages.networks import Shapes
+from safe_rlhf_jax.stages.shapes import Shapes
 
 
 class AbstractRun(Run):

@@ -198,3 +198,20 @@ class TrainingStage(StageBase):
     def models(self) -> dict[str, ModelUse]:
         """Returns the models that the stage reads, by field."""
         return {"init_from": ModelUse(self.init_from, may_be_new=True, alike=True)} | super().models()
+
+    def mistakes(self, earlier: Sequence[StageBase]) -> Iterator[str]:
+        """Yields errors with respect to earlier stages, and why adapters cannot be trained as asked."""
+        yield from super().mistakes(earlier)
+        form = self.adapters
+        if form is None:
+            return
+        if self.init_from.startswith("preset:"):
+            yield (
+                f"lora: init_from {self.init_from!r} is a network without training, on which an adapter can build "
+                "nothing; name a trained model, or leave lora out"
+            )
+        stages = {other.name: other for other in earlier}
+        for field, use in self.models().items():
+            theirs = stages[use.reference].adapters if use.reference in stages else None
+            if theirs is not None and (reason := form.holds(theirs)):
+                yield f"{field} names {use.reference!r}, whose adapter does not fit into this stage's lora: {reason}"

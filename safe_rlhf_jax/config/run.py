@@ -35,6 +35,13 @@ class Execution(Schema):
     merge_to_decode: bool = True
     base: Literal["int8", "int4"] | None = None  # quantisation of the frozen bases of adapters; null: `dtype`
 
+    @pydantic.model_validator(mode="after")
+    def gathers_what_is_merged(self) -> "Execution":
+        """Checks that the copy that decoding gathers exists."""
+        if self.gather_to_decode and not self.merge_to_decode:
+            raise ValueError("gather_to_decode gathers the copy that merge_to_decode: false does not make; set one")
+        return self
+
 
 Stage = Annotated[
     SFTStage | RewardStage | CostStage | DPOStage | MergeStage | RLStage | RejectionStage | DualStage | EvaluateStage,

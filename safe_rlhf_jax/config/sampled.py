@@ -121,6 +121,11 @@ class RLStage(TrainingStage):
         """Yields errors with respect to earlier stages, and of constraints and batches."""
         yield from super().mistakes(earlier)
         yield from self.wrong_multipliers(earlier)
+        if self.lora is not None and self.lora.dropout:
+            yield (
+                f"lora.dropout {self.lora.dropout}: the ratio of new to old probabilities would measure the dropout; "
+                "leave it out"
+            )
         parts = self.algorithm.minibatches * self.microbatches
         yield from indivisible("batch_size·responses_per_prompt =", self.rows, "minibatches·microbatches =", parts)
         for signal in self.critics.keys() - self.scorers.keys():

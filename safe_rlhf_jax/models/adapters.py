@@ -101,9 +101,13 @@ def trained(params: Params) -> Params:
     return {name: part for name, part in params.items() if name != "base"} if is_adapted else params
 
 
-def bases_of(module: Any, params: Params) -> dict[str, Params]:
-    """Returns {name: base} of a network's parameters, empty without a base."""
-    return {module.base: params["base"]} if isinstance(module, Adapted) else {}
+def bases_of(*networks: tuple[Any, Params]) -> dict[str, Params]:
+    """Returns {name: base} of networks, each with its parameters; heads of language models belong to the base."""
+    bases: dict[str, Params] = {}
+    for module, params in networks:
+        if isinstance(module, Adapted):
+            bases[module.base] = bases.get(module.base, {}) | params["base"]
+    return bases
 
 
 def whole(params: Params, base: Params | None) -> Params:

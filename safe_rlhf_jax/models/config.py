@@ -52,6 +52,16 @@ class Lora:
     dropout: float = 0.0  # of x before A, in training
     rank_stabilized: bool = False
 
+    def holds(self, other: "Lora") -> str | None:
+        """Returns why adapters of another form do not fit into this one; None if they do."""
+        if other.rank > self.rank:
+            return f"rank {other.rank} is more than lora.rank {self.rank}"
+        if missing := [name for name in other.targets if name not in self.targets]:
+            return f"it adapts {', '.join(missing)}, which lora.targets leaves out"
+        if self.layers is not None and (other.layers is None or other.layers > self.layers):
+            return f"it adapts {other.layers or 'all'} layers, more than lora.layers {self.layers}"
+        return None
+
     @property
     def scale(self) -> float:
         """s: alpha / rank, or alpha / √rank if rank-stabilised."""

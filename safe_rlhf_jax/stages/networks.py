@@ -1,6 +1,6 @@
 """Networks of a run: opened from presets, folders, hub ids and earlier stages, in their shards.
 
-`Weights` opens real ones; `Shapes` the same without contents, for ahead-of-time compilation.
+`shapes.Shapes` opens the same without contents, for ahead-of-time compilation.
 """
 
 import contextlib
@@ -17,14 +17,14 @@ from safe_rlhf_jax import config as cfg
 from safe_rlhf_jax import storage
 from safe_rlhf_jax.errors import ConfigError, ModelError
 from safe_rlhf_jax.models import hf
-from safe_rlhf_jax.models.adapters import HEAD, Adapted, trained, whole, without_adapters
+from safe_rlhf_jax.models.adapters import HEAD, Adapted, trained, whole
 from safe_rlhf_jax.models.config import PRESETS, Lora, ModelConfig, ScoreConfig, ScoreType
 from safe_rlhf_jax.models.parameters import cast_matrices
 from safe_rlhf_jax.models.peft import is_adapter, read_adapter
 from safe_rlhf_jax.models.transformer import CausalLM, ScoreModel
 from safe_rlhf_jax.optim import init_state, make_optimizer, schedule
 from safe_rlhf_jax.rl.kl import start_reference
-from safe_rlhf_jax.sharding import init_sharded, named_shardings, replicated, with_shardings
+from safe_rlhf_jax.sharding import init_sharded, named_shardings, replicated
 from safe_rlhf_jax.stages.hashing import base_digest
 from safe_rlhf_jax.types import TrainState
 
@@ -289,77 +289,6 @@ class Weights:
         if result is None:
             raise cfg.ConfigError(f"algorithm.lagrange.init: stage {name!r} is not finished; run it first")
         return float(result["multiplier"])
-
-
-class Shapes(Weights):
-    """Opens networks with shapes and shardings in place of arrays: as `Weights`, for devices that need not exist."""
-
-    def stored_config(self, folder: str) -> ModelConfig:
-        """Returns the configuration of the model in a folder, or the run's assumed one if there is none."""
-        assumed = self.run.config.assume
-        if assumed and not storage.is_folder(storage.expanded(folder)):
-            return self.new_config(assumed)
-        return super().stored_config(folder)
-
-    def open(
-        self, reference: str, head: Literal["lm", "score"], *, score: ScoreConfig | None = None,
-        score_type: ScoreType | None = None, seed: int = 0,
-    ) -> tuple[Any, dict[str, Any]]:  # fmt: skip
-        """Returns a network and the shapes of its variables."""
-        del seed
-        module = self.new_module(reference, head, score or ScoreConfig(score_type or "reward"))
-        boxed = jax.eval_shape(lambda: initializer(module)(jax.random.key(0)))
-        return module, with_shardings(nn.unbox(boxed), named_shardings(boxed, self.run.mesh))
-
-    def adapted(
-        self, reference: str, head: Literal["lm", "score"], lora: Lora, *, score: ScoreConfig | None = None,
-        score_type: ScoreType | None = None, seed: int = 0, trains: bool = True,
-    ) -> tuple[Adapted, dict[str, Any]]:  # fmt: skip
-        """Returns a network with adapters and the shapes of its variables."""
-        del seed
-        base, adapter = self.origin(reference)
-        name = self.base_name(base)
-        module = self.new_module(base, head, score or ScoreConfig(score_type or "reward"))
-        module = module.clone(config=self.as_run(module.config, lora))
-        network = Adapted(module, name)
-        plain = without_adapters(module)
-        boxed = jax.eval_shape(lambda: initializer(plain)(jax.random.key(0)))
-        variables = with_shardings(nn.unbox(boxed), named_shardings(boxed, self.run.mesh))
-        params = {"base": self.only_read({k: v for k, v in variables["params"].items() if k not in HEAD})}
-        boxed = jax.eval_shape(lambda: initializer(network)(jax.random.key(0)))
-        own = with_shardings(nn.unbox(boxed), named_shardings(boxed, self.run.mesh))
-        if adapter is None and not trains:
-            del own["params"]["adapter"]
-        return network, own | {"params": own["params"] | params}
-
-    def base_name(self, reference: str) -> str:
-        """Returns the name of a base, which need not exist."""
-        return reference
-
-    def start(self, module: Any, variables: dict[str, Any], optimizer: optax.GradientTransformation) -> TrainState:
-        """Returns the shapes of a state."""
-        del variables
-        _, shapes, shardings = self.start_shapes(module, optimizer)
-        state: TrainState = with_shardings(nn.unbox(shapes), shardings)
-        return state
-
-    def everywhere(self, make: Callable[[], Any]) -> Any:
-        """Returns the shape of `make()`."""
-        shapes, sharding = jax.eval_shape(make), replicated(self.run.mesh)
-        return with_shardings(shapes, jax.tree.map(lambda _: sharding, shapes))
-
-    def only_read(self, params: Any) -> Any:
-        """Casts the shapes of frozen parameters to the compute dtype."""
-        shapes = jax.eval_shape(super().only_read, params)
-        return with_shardings(shapes, jax.tree.map(lambda x: x.sharding, params))
-
-    def reference(self, params: Any) -> Any:
-        """Returns the shapes unchanged."""
-        return params
-
-    def multiplier(self, name: str) -> None:
-        """Returns None: the stage need not be finished."""
-        del name
 
 
 def with_adapters(config: ModelConfig, lora: Lora | None) -> ModelConfig:

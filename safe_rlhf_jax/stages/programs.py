@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from safe_rlhf_jax.sharding import batch_sharding, with_shardings
 from safe_rlhf_jax.stages.common import Run
-from safe_rlhf_jax.stages.networks import Shapes
+from safe_rlhf_jax.stages.shapes import Shapes
 from safe_rlhf_jax.types import Sequences
 
 TOTAL_STEPS = 1000  # of a supervised stage, whose data is not read: only used in the learning-rate schedule

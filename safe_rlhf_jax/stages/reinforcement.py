@@ -37,7 +37,7 @@ from safe_rlhf_jax.stages.constraints import (
 from safe_rlhf_jax.stages.datasets import take
 from safe_rlhf_jax.stages.host_signals import HostSignal, Scorers, host_scores, open_scorers
 from safe_rlhf_jax.stages.kind import Kind, Training
-from safe_rlhf_jax.stages.networks import jit_step, optimizer_of
+from safe_rlhf_jax.stages.networks import jit_step, optimizer_of, with_adapters
 from safe_rlhf_jax.stages.programs import Program, array, put, random_key, texts
 from safe_rlhf_jax.types import (
     Frozen,
@@ -121,7 +121,7 @@ def build_networks(
     actor_optimizer, critic_optimizer = optimizer_of(stage.actor, updates), optimizer_of(stage.critic, updates)
     algorithm = ALGORITHMS[stage.algorithm.name]
     critics, critic_states = {}, {}
-    bases: dict[str, Params] = {}
+    opened: list[tuple[Any, Params]] = []
     with run.networks.reading_once():
         policy, variables = run.networks.to_train(stage, stage.init_from, "lm")
         scorers = open_scorers(run, stage.scorers, stage.adapters)
@@ -129,10 +129,9 @@ def build_networks(
             start = stage.critics.get(signal) or (stage.init_from if signal in scorers.host else stage.scorers[signal])
             critics[signal], begin = run.networks.to_train(stage, start, "score", score_type="critic")
             critic_states[signal] = run.networks.start(critics[signal], begin, critic_optimizer)
-            bases |= bases_of(critics[signal], begin["params"])
-    bases |= bases_of(policy, variables["params"])
-    for signal, module in scorers.modules.items():
-        bases |= bases_of(module, scorers.variables[signal]["params"])
+            opened.append((critics[signal], begin["params"]))
+    opened += [(module, scorers.variables[signal]["params"]) for signal, module in scorers.modules.items()]
+    bases = bases_of((policy, variables["params"]), *opened)
 
     initial = {signal: initial_multiplier(run, stage.limits[signal]) for signal in hp.constraints}
 
@@ -361,8 +360,8 @@ def reinforcement_programs(run: Run, stage: cfg.RLStage) -> Iterator[Program]:
 def reinforcement_flops(run: Run, stage: cfg.RLStage, again: float) -> dict[str, float]:
     """Returns the FLOPs of an iteration, by phase."""
     algorithm = ALGORITHMS[stage.algorithm.name]
-    flops = iteration_flops(
-        run.networks.config(stage.init_from),
+    return iteration_flops(
+        with_adapters(run.networks.config(stage.init_from), stage.adapters),
         stage.rows,
         stage.max_prompt_length,
         stage.max_response_length,
@@ -371,8 +370,8 @@ def reinforcement_flops(run: Run, stage: cfg.RLStage, again: float) -> dict[str,
         scorers=len(stage.scorers),
         epochs=stage.algorithm.epochs,
         ptx=stage.ptx is not None and stage.algorithm.ptx_coeff > 0,
+        again=again,
     )
-    return flops | {"update": again * flops["update"]}
 
 
 def critics_of(stage: cfg.RLStage) -> list[str]:

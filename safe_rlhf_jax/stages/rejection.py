@@ -16,7 +16,7 @@ import numpy as np
 
 from safe_rlhf_jax import config as cfg
 from safe_rlhf_jax import storage
-from safe_rlhf_jax.aot.flops import forward_flops, iteration_flops
+from safe_rlhf_jax.aot.flops import iteration_flops, trunk_flops, update_flops
 from safe_rlhf_jax.data.examples import Examples, load_sampled
 from safe_rlhf_jax.data.loader import shuffled
 from safe_rlhf_jax.data.texts import shown
@@ -31,7 +31,7 @@ from safe_rlhf_jax.stages.constraints import check_constraints, cost_limits
 from safe_rlhf_jax.stages.datasets import take
 from safe_rlhf_jax.stages.host_signals import HostSignal, open_scorers
 from safe_rlhf_jax.stages.kind import Kind, Training
-from safe_rlhf_jax.stages.networks import optimizer_of
+from safe_rlhf_jax.stages.networks import optimizer_of, with_adapters
 from safe_rlhf_jax.stages.programs import TOTAL_STEPS, Program, array, put, random_key, texts
 from safe_rlhf_jax.stages.reinforcement import make_evaluate, measured_on_prompts
 from safe_rlhf_jax.stages.sampling import Sampled, is_limited, sampled, sampler_of, some_of
@@ -218,7 +218,7 @@ def build_fine_tuning(
     optimizer = optimizer_of(stage.optimizer, total_steps)
     state = run.networks.start(module, {"params": params}, optimizer)
     step = jit_supervised(run, stage, sft_step, module, optimizer, state)
-    return state, Frozen(None, {}, bases_of(module, params)), step
+    return state, Frozen(None, {}, bases_of((module, params))), step
 
 
 def rejection_programs(run: Run, stage: cfg.RejectionStage) -> Iterator[Program]:
@@ -237,13 +237,15 @@ def rejection_programs(run: Run, stage: cfg.RejectionStage) -> Iterator[Program]
 
 def rejection_flops(run: Run, stage: cfg.RejectionStage, again: float) -> dict[str, float]:
     """Returns the FLOPs of sampling and scoring a batch of prompts, and of a fine-tuning step, by phase."""
-    config, length = run.networks.config(stage.init_from), stage.max_prompt_length + stage.max_response_length
+    config = with_adapters(run.networks.config(stage.init_from), stage.adapters)
+    length = stage.max_prompt_length + stage.max_response_length
     rows = stage.prompt_batch_size * stage.responses_per_prompt
     sampling = iteration_flops(
         config, rows, stage.max_prompt_length, stage.max_response_length, False, critics=0,
         scorers=len(stage.scorers), reference=False,
     )  # fmt: skip
-    step = 3 * again * forward_flops(config, stage.batch_size, length, length)
+    step = trunk_flops(config, stage.batch_size, length)
+    step += update_flops(config, stage.batch_size, length, length, again)
     return {"generation": sampling["generation"], "scoring": sampling["scoring"], "step": step}
 
 

@@ -13,7 +13,7 @@ import optax
 
 from safe_rlhf_jax import config as cfg
 from safe_rlhf_jax import objectives, storage
-from safe_rlhf_jax.aot.flops import forward_flops
+from safe_rlhf_jax.aot.flops import forward_flops, trunk_flops, update_flops
 from safe_rlhf_jax.data import examples
 from safe_rlhf_jax.data.loader import in_order
 from safe_rlhf_jax.evaluation import evaluate
@@ -27,7 +27,7 @@ from safe_rlhf_jax.stages.common import Run, export, flat, report_data, weights,
 from safe_rlhf_jax.stages.datasets import load_data, take
 from safe_rlhf_jax.stages.health import warn_of_model
 from safe_rlhf_jax.stages.kind import Kind, Training
-from safe_rlhf_jax.stages.networks import jit_step, optimizer_of
+from safe_rlhf_jax.stages.networks import jit_step, optimizer_of, with_adapters
 from safe_rlhf_jax.stages.programs import TOTAL_STEPS, Program, array, one_side, put, random_key, texts
 from safe_rlhf_jax.types import Frozen, PreferenceBatch, SafetyBatch, SupervisedBatch, TrainState
 
@@ -121,7 +121,7 @@ def build_supervised(
         score = ScoreConfig(stage.makes, bias=not other, normalize=stage.normalize, momentum=momentum, pad_id=pad_id)
     with run.networks.reading_once():
         module, variables = run.networks.to_train(stage, stage.init_from, task.head, score=score)
-        frozen = Frozen(task.frozen(run, stage, module, variables), {}, bases_of(module, variables["params"]))
+        frozen = Frozen(task.frozen(run, stage, module, variables), {}, bases_of((module, variables["params"])))
     state = run.networks.start(module, variables, optimizer)
     return module, state, frozen, jit_supervised(run, stage, task.step, module, optimizer, state)
 
@@ -236,8 +236,10 @@ def supervised_programs(task: Task, run: Run, stage: cfg.SupervisedStage) -> Ite
 def supervised_flops(task: Task, run: Run, stage: cfg.SupervisedStage, again: float) -> dict[str, float]:
     """Returns the FLOPs of a step: a forward pass, a backward pass (counted as two), and passes of frozen networks."""
     rows, logits = task.sides * stage.batch_size, stage.max_length if task.head == "lm" else 0
-    passes = 3 * again + task.frozen_passes
-    return {"step": passes * forward_flops(run.networks.config(stage.init_from), rows, stage.max_length, logits)}
+    config = with_adapters(run.networks.config(stage.init_from), stage.adapters)
+    frozen = task.frozen_passes * forward_flops(config, rows, stage.max_length, logits)
+    trunk = trunk_flops(config, rows, stage.max_length)
+    return {"step": trunk + update_flops(config, rows, stage.max_length, logits, again) + frozen}
 
 
 def supervised_kind(schema: type[cfg.SupervisedStage], task: Task) -> Kind:

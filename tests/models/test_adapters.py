@@ -46,9 +46,7 @@ def opened(net, seed=0, moved=True):
     params = nn.unbox(net.init(jax.random.key(seed + 1), TOKENS, MASK))["params"]
     if moved:
         keys = iter(jax.random.split(jax.random.key(seed + 2), 200))
-        params["adapter"] = jax.tree.map(
-            lambda x: x + 0.1 * jax.random.normal(next(keys), x.shape), params["adapter"]
-        )
+        params["adapter"] = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(next(keys), x.shape), params["adapter"])
     return base, params
 
 
@@ -147,7 +145,9 @@ def test_scanned_and_unrolled_are_one_network():
         return unflatten_dict(out)
 
     ours = scanned.on({"base": base}).apply({"params": params}, TOKENS, MASK)
-    theirs = unrolled.on({"base": unstacked(base)}).apply({"params": {"adapter": unstacked(params["adapter"])}}, TOKENS, MASK)
+    theirs = unrolled.on({"base": unstacked(base)}).apply(
+        {"params": {"adapter": unstacked(params["adapter"])}}, TOKENS, MASK
+    )
     np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
 
