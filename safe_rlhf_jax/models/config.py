@@ -35,6 +35,29 @@ class RopeScaling:
     attention_factor: float = 1.0  # of cosine and sine
 
 
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # the `Linear`s of a layer
+
+
+@dataclasses.dataclass(frozen=True)
+class Lora:
+    """Low-rank adapters: y = x·W + s·(x·A)·B with a frozen W, in PEFT's terms.
+
+    Source: Hu et al. 2021, arXiv 2106.09685; `rank_stabilized`: Kalajdzievski 2023, arXiv 2312.03732.
+    """
+
+    rank: int
+    alpha: float
+    targets: tuple[str, ...] = TARGETS
+    layers: int | None = None  # the last so many layers have adapters; None: all
+    dropout: float = 0.0  # of x before A, in training
+    rank_stabilized: bool = False
+
+    @property
+    def scale(self) -> float:
+        """s: alpha / rank, or alpha / √rank if rank-stabilised."""
+        return self.alpha / (self.rank**0.5 if self.rank_stabilized else self.rank)
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """A decoder-only transformer and its execution. The defaults of the switches make it a Llama.
@@ -90,6 +113,8 @@ class ModelConfig:
     scan_layers: bool = True  # one compiled layer, scanned; False unrolls, faster for small models
     remat: RematPolicy = "none"  # recomputed in the backward pass
     gather_to_decode: bool = False  # generation keeps a copy of the parameters gathered over `fsdp`
+    lora: Lora | None = None  # adapters: a collection of variables beside the parameters, which are a frozen base then
+    trunk: int = 0  # leading layers that never have an adapter, a stack of their own where layers are scanned
     # Ranges [start, stop) of rows without a token in the tokenizer (embeddings are padded to round sizes): never
     # sampled and in no softmax.
     unused_rows: tuple[tuple[int, int], ...] = ()
