@@ -33,7 +33,9 @@ IN_PLACE_OF_WEIGHTS = {
     ("*.bin", "*.pt", "*.pth"): f"only pickled weights ({{}}), which are never opened: save them as safetensors {SAVE}",
     ("*.gguf",): "there are {}, which are not opened: fetch the model that they were made from",
 }
-ADAPTER = "adapter_config.json"
+# Files of a PEFT folder: its config, its weights, and what we add about a score head.
+ADAPTER, ADAPTER_WEIGHTS, SCORE = "adapter_config.json", "adapter_model.safetensors", "score_config.json"
+GENERATION = "generation_config.json"
 MERGE = "merge the adapter into its base and save that: `model.merge_and_unload().save_pretrained(FOLDER)`"
 
 
@@ -86,13 +88,8 @@ def read_config(folder: storage.Path) -> dict[str, Any]:
 
     Raises:
         MissingModelError: If the folder has none.
-        ModelError: If the folder is an adapter, or this file or the tokenizer's has other contents.
+        ModelError: If this file or the tokenizer's has other contents.
     """
-    if storage.is_file(folder / ADAPTER):
-        raise ModelError(
-            f"{folder}: {ADAPTER} says that this is a PEFT adapter; {MERGE}. If the weights here are merged already, "
-            f"remove {ADAPTER} and adapter_model.safetensors"
-        )
     if not storage.is_file(folder / "config.json"):
         below = sorted(path.parent.name for path in storage.matching(folder, "*/config.json"))
         there = f"there is one in {', '.join(below[:5])}: name that folder" if below else "or one half written"
@@ -101,6 +98,21 @@ def read_config(folder: storage.Path) -> dict[str, Any]:
         if reason := stray(path):
             raise ModelError(f"{path} {reason}")
     return read_json(folder / "config.json")
+
+
+def is_adapter(folder: storage.Path) -> bool:
+    """Says whether a folder is a PEFT adapter.
+
+    Raises:
+        ModelError: If it holds the weights of a model as well.
+    """
+    found = storage.is_file(folder / ADAPTER)
+    if found and any(storage.is_file(folder / name) for name in (WEIGHTS, INDEX)):
+        raise ModelError(
+            f"{folder}: {ADAPTER} says that this is a PEFT adapter, but the weights of a model are here too. If they "
+            f"are merged, remove {ADAPTER} and {ADAPTER_WEIGHTS}; if they are the base, move the adapter elsewhere"
+        )
+    return found
 
 
 def stray(path: storage.Path) -> str | None:
@@ -126,6 +138,14 @@ def read_json(path: storage.Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ModelError(f"{path}: holds a {type(value).__name__}, not an object")
     return value
+
+
+def clear(folder: storage.Path) -> None:
+    """Removes the model or adapter in a folder: of an older save, and partial files of a killed run."""
+    names = ("config.json", GENERATION, ADAPTER, INDEX, WEIGHTS, ADAPTER_WEIGHTS, SCORE)
+    patterns = "model-*.safetensors", f"model*{storage.PARTIAL}", f"adapter_model*{storage.PARTIAL}"
+    for file in [folder / name for name in names] + storage.matching(folder, *patterns):
+        storage.remove(file)
 
 
 # --- Weights ----------------------------------------------------------------------------------------------------------

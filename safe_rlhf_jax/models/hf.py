@@ -6,8 +6,7 @@ are loaded into their shards, and saved, one tensor at a time.
 
 import contextlib
 import dataclasses
-import json
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, Literal
 
 import jax
@@ -23,7 +22,8 @@ from safe_rlhf_jax.errors import ModelError
 from safe_rlhf_jax.models.config import Layout, ModelConfig, ScoreType
 from safe_rlhf_jax.models.families import family
 from safe_rlhf_jax.models.families.reading import contradictions
-from safe_rlhf_jax.models.folders import INDEX, WEIGHTS, read_config, read_json, resolve, say_once
+from safe_rlhf_jax.models.folders import GENERATION, INDEX, WEIGHTS, clear, is_adapter, read_json, resolve, say_once
+from safe_rlhf_jax.models.json_out import as_json, config_fields, generation_fields
 from safe_rlhf_jax.models.matching import match_names, match_shapes, respell, tied_as_stored, weight_map
 from safe_rlhf_jax.models.parameters import (
     abstract_variables,
@@ -34,6 +34,8 @@ from safe_rlhf_jax.models.parameters import (
     reader,
     stored_specs,
 )
+from safe_rlhf_jax.models.peft import Index, StoredAdapter, read_adapter
+from safe_rlhf_jax.models.peft_heads import config_folder, over_base, read_config
 from safe_rlhf_jax.models.safetensors_io import Spec, Tensors, write_tensors
 from safe_rlhf_jax.models.score_layouts import (
     BIAS,
@@ -47,7 +49,7 @@ from safe_rlhf_jax.models.score_layouts import (
     stored_score_type,
 )
 from safe_rlhf_jax.models.transformer import CausalLM, ScoreModel
-from safe_rlhf_jax.models.weights import Path, Shape, Weight
+from safe_rlhf_jax.models.weights import Path, Shape, Weight, layerless
 from safe_rlhf_jax.sharding import named_shardings
 
 __all__ = [
@@ -66,10 +68,6 @@ __all__ = [
 ]
 
 DTYPES = ("float32", "bfloat16", "float16")
-JSON_FILES = ("config.json", "generation_config.json")
-TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-# Fields of a stored config.json that do not apply to the files we write.
-STALE = ("auto_map", "quantization_config", "transformers_version")
 MAX_FILE_BYTES = 5 * 10**9
 
 Variables = dict[str, Any]
@@ -80,7 +78,10 @@ Variables = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Matched:
-    """A folder that matches the network its config.json describes; its weights have not been read."""
+    """A folder that matches the network its config.json describes; its weights have not been read.
+
+    A PEFT folder is its base with the adapter merged.
+    """
 
     module: CausalLM | ScoreModel
     tensors: Tensors
@@ -88,6 +89,26 @@ class Matched:
     shapes: dict[Path, Shape]  # of all parameters: a fresh head is not among the weights
     boxed: Variables
     statistics: dict[str, np.ndarray]  # of the normaliser, if any
+    adapter: StoredAdapter | None
+    adapted: Collection[str]  # stored modules that the adapter changes
+
+    def merged(self, name: str, path: Path, index: Index, part: np.ndarray) -> np.ndarray:
+        """Returns a part of a parameter in a stored tensor, with the adapter added in float32."""
+        module = name.removesuffix(".weight")
+        if self.adapter is None or module not in self.adapted:
+            return part
+        shapes = layerless(self.shapes, self.weights[name])
+        out = self.adapter.product(module, self.weights[name], shapes, path, index)
+        out += part
+        return out
+
+    def source(self, path: Path) -> str:
+        """Returns the files that determine a parameter: one that no adapter changes is the base's."""
+        names = [name for name, weight in self.weights.items() if path in weight.paths]
+        files = {self.tensors.entries[name].file.parent for name in names}
+        if self.adapter is not None and any(name.removesuffix(".weight") in self.adapted for name in names):
+            files.add(self.adapter.folder)
+        return " ".join(sorted(map(str, files)))
 
 
 def inspect(
@@ -109,11 +130,16 @@ def inspect(
         raise ModelError(f"dtype {dtype!r}: pass one of {DTYPES}")
     folder = resolve(path_or_id)
     hf, config = read_model_config(folder)
-    stored = {name: read_json(folder / name) for name in JSON_FILES if storage.is_file(folder / name)}
+    tensors, adapter = opened(folder)
+    stored = {"config.json": hf}
+    for file in (tensors.folder / GENERATION, folder / GENERATION):
+        stored |= {GENERATION: read_json(file)} if storage.is_file(file) else {}
     config = dataclasses.replace(config, dtype=dtype, scan_layers=scan_layers, stored=stored, trunk=trunk(config))
-    tensors = Tensors(folder)
     respell(tensors, config)
+    adapted = adapter.adapted(config) if adapter else ()
     if head == "lm":
+        if adapter and adapter.scores:
+            raise ModelError(f"{folder}: task_type 'SEQ_CLS' is a reward or cost model, not a language model")
         config = tied_as_stored(tensors, config)
         module: CausalLM | ScoreModel = CausalLM(config)
         weights = weight_map(config, None)
@@ -134,7 +160,13 @@ def inspect(
     match_shapes(tensors, weights, shapes, config)
     with within(folder):
         statistics = read_statistics(hf, tensors) if "stats" in boxed else {}
-    return Matched(module, tensors, weights, shapes, boxed, statistics)
+    return Matched(module, tensors, weights, shapes, boxed, statistics, adapter, adapted)
+
+
+def opened(folder: storage.Path) -> tuple[Tensors, StoredAdapter | None]:
+    """Returns the tensors of a folder; of a PEFT folder those of its base, and the adapter."""
+    adapter = read_adapter(folder) if is_adapter(folder) else None
+    return (Tensors(folder) if adapter is None else over_base(adapter)), adapter
 
 
 def load(
@@ -195,12 +227,12 @@ def load(
     params = {}
     known = {} if placed is None else placed
     for path, shape in found.shapes.items():
-        key = str(found.tensors.folder), path, shape, dtype, finish is None
+        key = found.source(path), path, shape, dtype, finish is None
         if key in known:
             params[path] = known[key]
             continue
         if path in stored:
-            read = reader(found.tensors, found.weights, path, found.shapes, jnp.dtype(dtype))
+            read = reader(found.tensors, found.weights, path, found.shapes, jnp.dtype(dtype), found.merged)
         else:
             read = fresh_head(shape, seed).astype(dtype).__getitem__
         params[path] = place(read, shape, where[path])
@@ -226,7 +258,7 @@ def stored_config(folder: storage.Path) -> ModelConfig:
     if not config.tie_embeddings:
         return config
     try:
-        tensors = Tensors(folder)
+        tensors, _ = opened(folder)
         respell(tensors, config)
         return tied_as_stored(tensors, config)
     except (OSError, ModelError):  # reported where the weights are opened; a model that is only compiled needs none
@@ -236,7 +268,7 @@ def stored_config(folder: storage.Path) -> ModelConfig:
 def read_model_config(folder: storage.Path) -> tuple[dict[str, Any], ModelConfig]:
     """Returns config.json and the configuration that it describes."""
     hf = read_config(folder)
-    with within(folder):
+    with within(config_folder(folder)):
         if hf.get("quantization_config"):
             raise ModelError("config.json: quantization_config is not supported; open the unquantised model")
         if hf.get("text_config"):
@@ -299,8 +331,7 @@ def save(
     folder, writes = storage.path(path), jax.process_index() == 0
     config, stored, leaves = module.config, module.config.stored, flatten_dict(variables["params"])
     this = family(config.family)
-    hf = {name: value for name, value in stored.get("config.json", {}).items() if name not in STALE}
-    hf = with_token_ids(hf | this.config_to_hf(config), tokenizer)
+    hf = config_fields(stored, this.config_to_hf(config), tokenizer)
     if isinstance(module, ScoreModel):
         layout = layout or stored_layout(hf) or "beaver"
         head = {name: gather(leaves[name]) for name in (KERNEL, BIAS) if name in leaves}
@@ -317,37 +348,15 @@ def save(
 
     if writes:
         storage.make_folder(folder)
-        older = [folder / name for name in (*JSON_FILES, INDEX, WEIGHTS)]
-        # Shards of an older save, and partial files of a killed run.
-        for file in older + storage.matching(folder, "model-*.safetensors", f"model*{storage.PARTIAL}"):
-            storage.remove(file)
+        clear(folder)
     write_tensors(folder, specs, max_bytes=max_file_bytes, writes=writes)
     if writes:
         if tokenizer is not None:
             with storage.local_draft(folder) as local:
                 tokenizer.save_pretrained(local)
         if not isinstance(module, ScoreModel):
-            generation = {k: v for k, v in stored.get("generation_config.json", {}).items() if k not in STALE}
-            ids = {name: hf[name] for name in TOKEN_IDS if name in hf}
-            generation = with_token_ids(ids | generation, tokenizer)
-            several = {"eos_token_id": sorted(ends)} if len(ends) > 1 else {}
-            storage.write(folder / "generation_config.json", as_json(generation | several))
+            storage.write(folder / GENERATION, as_json(generation_fields(stored, hf, tokenizer, ends)))
         storage.write(folder / "config.json", as_json(hf))
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(f"{folder} is written")
     return folder
-
-
-def with_token_ids(fields: Mapping[str, Any], tokenizer: Any) -> dict[str, Any]:
-    """Returns the fields with the tokenizer's special tokens; keeps a list of end tokens that contains its EOS."""
-    out = dict(fields)
-    for name in TOKEN_IDS:
-        ours, stored = getattr(tokenizer, name, None), out.get(name)
-        if ours is not None and ours not in (stored if isinstance(stored, list) else [stored]):
-            out[name] = ours
-    return out
-
-
-def as_json(value: Mapping[str, Any]) -> str:
-    """Returns a JSON file's text."""
-    return json.dumps(value, indent=2, sort_keys=True) + "\n"

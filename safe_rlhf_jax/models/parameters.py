@@ -40,16 +40,23 @@ def fresh_head(shape: Shape, seed: int) -> np.ndarray:
 
 
 def reader(
-    tensors: Tensors, weights: Mapping[str, Weight], path: Path, shapes: Mapping[Path, Shape], dtype: np.dtype
+    tensors: Tensors,
+    weights: Mapping[str, Weight],
+    path: Path,
+    shapes: Mapping[Path, Shape],
+    dtype: np.dtype,
+    adapted: Callable[[str, Path, Index, np.ndarray], np.ndarray],
 ) -> Callable[[Index], np.ndarray]:
     """Returns read(index): a part of a parameter, from the stored tensors that hold it.
 
-    It raises a ModelError that names the tensor if a number is not finite.
+    It raises a ModelError that names the tensor if a number is not finite. Each part of a stored tensor goes through
+    `adapted`, which may change it.
     """
     stored = {weight.layer: name for name, weight in weights.items() if path in weight.paths}
 
     def view(name: str, index: Index) -> np.ndarray:
-        return from_stored(tensors[name], layerless(shapes, weights[name]), weights[name])[path][index]
+        part = from_stored(tensors[name], layerless(shapes, weights[name]), weights[name])[path][index]
+        return adapted(name, path, index, part)
 
     def fill(out: np.ndarray, part: np.ndarray, name: str) -> None:
         out[...] = part

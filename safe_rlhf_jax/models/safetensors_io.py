@@ -44,20 +44,21 @@ class Tensors:
 
     Args:
         folder: With `model.safetensors`, or several files and their index.
+        files: Other files of the folder, to be read in place of those.
 
     Raises:
         FileNotFoundError: If there are no safetensors, or a file in the index is missing.
         ModelError: If a file is truncated or no safetensors, or two files hold one tensor.
     """
 
-    def __init__(self, folder: storage.Path):
+    def __init__(self, folder: storage.Path, *files: storage.Path):
         self.folder = folder
         self.entries: dict[str, Entry] = {}
-        for file in weight_files(folder):
+        for file in files or weight_files(folder):
             found = read_header(file)
             for name in found.keys() & self.entries.keys():
-                files = " and ".join(str(entry.file.relative_to(folder)) for entry in (self.entries[name], found[name]))
-                raise ModelError(f"{folder}: tensor {name!r} stands in {files}; fetch or save the folder again")
+                both = " and ".join(str(entry.file.relative_to(folder)) for entry in (self.entries[name], found[name]))
+                raise ModelError(f"{folder}: tensor {name!r} stands in {both}; fetch or save the folder again")
             self.entries |= found
 
     def promised(self, names: Sequence[str]) -> str:

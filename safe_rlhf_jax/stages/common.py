@@ -17,7 +17,7 @@ from safe_rlhf_jax.errors import FileError
 from safe_rlhf_jax.models import hf
 from safe_rlhf_jax.models.adapters import Adapted, merged, whole
 from safe_rlhf_jax.models.config import Layout
-from safe_rlhf_jax.models.peft import write_adapter
+from safe_rlhf_jax.models.peft_export import write_adapter
 from safe_rlhf_jax.sharding import (
     fetch,
     make_mesh,
@@ -160,10 +160,12 @@ def export(
 
 def save_adapter(run: Run, stage: cfg.TrainingStage, folder: storage.Path, module: Adapted, variables: Any) -> None:
     """Writes a PEFT folder of a network's adapter."""
-    base = run.networks.origin(stage.init_from)[0]
+    base, lora = run.networks.origin(stage.init_from)[0], module.config.lora
+    assert lora is not None
     write_adapter(
         folder,
         module.config,
+        lora,
         variables["params"]["adapter"],
         score=getattr(module.module, "score", None),
         head=variables["params"].get("head"),

@@ -15,12 +15,14 @@ from flax import linen as nn
 
 from safe_rlhf_jax import config as cfg
 from safe_rlhf_jax import storage
-from safe_rlhf_jax.errors import ConfigError, ModelError
+from safe_rlhf_jax.errors import ConfigError
 from safe_rlhf_jax.models import hf
 from safe_rlhf_jax.models.adapters import HEAD, Adapted, trained, whole
 from safe_rlhf_jax.models.config import PRESETS, Lora, ModelConfig, ScoreConfig, ScoreType
+from safe_rlhf_jax.models.folders import is_adapter
 from safe_rlhf_jax.models.parameters import cast_matrices
-from safe_rlhf_jax.models.peft import is_adapter, read_adapter
+from safe_rlhf_jax.models.peft import read_adapter
+from safe_rlhf_jax.models.peft_heads import read_head
 from safe_rlhf_jax.models.transformer import CausalLM, ScoreModel
 from safe_rlhf_jax.optim import init_state, make_optimizer, schedule
 from safe_rlhf_jax.rl.kl import start_reference
@@ -83,8 +85,8 @@ class Weights:
                 return self.origin(start)[0], str(self.run.folder(reference) / "adapter")
         if reference.startswith(("path:", "hf:")):
             folder = self.run.model_folder(reference)
-            if is_adapter(folder):
-                base = read_adapter(folder).base
+            if is_adapter(storage.expanded(folder)):
+                base = read_adapter(storage.expanded(folder)).base
                 kind = "path" if storage.is_folder(storage.expanded(base)) else "hf"
                 return self.origin(f"{kind}:{base}")[0], folder
         return reference, None
@@ -165,16 +167,14 @@ class Weights:
             ModelError: If the model's adapter does not fit into the form.
         """
         base, folder = self.origin(reference)
-        stored = None if folder is None else read_adapter(folder)
-        scores = stored.score if stored is not None and head == "score" else None
-        if scores is not None and score is None and score_type not in (None, "critic", scores.score_type):
-            raise ModelError(f"{folder}: has {scores.score_type} scores, not {score_type} scores")
-        name = self.base_name(base)
-        as_stored = head == "score" and score is None and score_type != "critic" and scores is None
+        stored, name = None if folder is None else read_adapter(storage.expanded(folder)), self.base_name(base)
+        scores = stored is not None and stored.scores and head == "score"
+        as_stored = head == "score" and score is None and score_type != "critic" and not scores
         module, variables = self.load(self.folders[name], head, score, score_type, seed, as_stored=as_stored, lora=lora)
-        if scores is not None:
-            kind = score_type or scores.score_type
-            module = module.clone(score=score or dataclasses.replace(scores, score_type=kind))
+        if stored is not None and scores:
+            asked = score.score_type if score else score_type
+            kept, stored_head, stored_stats = read_head(stored, module.config, asked)
+            module = module.clone(score=score or kept)
         network = Adapted(module, name)
         boxed = jax.eval_shape(lambda: initializer(network)(jax.random.key(0)))
         shardings = named_shardings(boxed, self.run.mesh)
@@ -188,13 +188,11 @@ class Weights:
                 lambda key: init(key)["params"]["adapter"], self.run.mesh, jax.random.key(seed)
             )
         if head == "score":
-            own = {k: v for k, v in variables["params"].items() if k in HEAD}
-            if stored is not None and scores is not None:
-                own = jax.device_put(stored.head, shardings["params"]["head"])
-            params["head"] = own
+            own_head = {k: v for k, v in variables["params"].items() if k in HEAD}
+            params["head"] = jax.device_put(stored_head if scores else own_head, shardings["params"]["head"])
         out = {"params": params}
         if "stats" in boxed:
-            stats = variables["stats"] if stored is None or scores is None else stored.stats
+            stats = stored_stats if scores else variables["stats"]
             out["stats"] = jax.device_put(stats, shardings["stats"])
         return network, out
 
@@ -235,8 +233,8 @@ class Weights:
         for stage in self.run.config.stages:
             if stage.name == reference:
                 return stage.adapters
-        folder = self.origin(reference)[1]
-        return None if folder is None else read_adapter(folder).form
+        base, folder = self.origin(reference)
+        return None if folder is None else read_adapter(storage.expanded(folder)).form(self.config(base))
 
     def cast(self, path: tuple[str, ...], leaf: jax.Array) -> jax.Array:
         """Returns a parameter of a frozen base as it is kept: matrices in the dtype of computation."""

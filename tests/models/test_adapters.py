@@ -82,7 +82,8 @@ def test_merged_is_applied(shape, form, scan):
 
 
 def test_families_of_these_shapes_exist():
-    assert SHAPES.keys() <= FAMILIES.keys() and len(TARGETS) == 7
+    assert SHAPES.keys() <= FAMILIES.keys()
+    assert len(TARGETS) == 7
 
 
 @pytest.mark.parametrize("form", FORMS, ids=["all", "last", "some"])
@@ -158,7 +159,8 @@ def test_a_critic_and_a_scorer_read_their_own_heads_on_one_base():
     stats = {"mean": jnp.zeros(1), "var": jnp.ones(1), "count": jnp.zeros(1, jnp.int32)}
     scores = scorer.on({"base": base}).apply({"params": params, "stats": stats}, TOKENS, MASK)
     values = critic.on({"base": base}).apply({"params": params}, TOKENS, MASK)
-    assert jnp.array_equal(scores, values) and jnp.abs(values).max() > 0
+    assert jnp.array_equal(scores, values)
+    assert jnp.abs(values).max() > 0
 
 
 @pytest.mark.parametrize("remat", ["none", "dots", "full"])
@@ -193,4 +195,5 @@ def test_dropout_acts_in_training_only_and_by_its_key():
         net.on({"base": base}, jax.random.key(i)).apply({"params": params}, TOKENS, MASK) for i in (0, 0, 1)
     )
     assert jnp.array_equal(first, again)
-    assert not jnp.allclose(first, other) and not jnp.allclose(first, read)
+    assert not jnp.allclose(first, other)
+    assert not jnp.allclose(first, read)

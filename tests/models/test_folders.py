@@ -1,4 +1,4 @@
-"""What a folder holds in place of a model: pointers, web pages, adapters, indices without a map, files elsewhere."""
+"""What a folder holds in place of a model: pointers, web pages, indices without a map, files elsewhere."""
 
 import json
 import shutil
@@ -76,13 +76,11 @@ def test_a_web_page_and_a_mark_before_json_are_told_apart(tmp_path):
         read_json(path)
 
 
-@pytest.mark.parametrize("whole", [True, False], ids=["beside a model", "alone"])
-def test_an_adapter_is_refused_with_what_to_do(folder, whole):
-    if not whole:
-        (folder / "config.json").unlink()
-        (folder / hf.WEIGHTS).unlink()
+def test_an_adapter_beside_the_weights_of_a_model_is_refused(folder):
     (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "owner/base"}')
-    with pytest.raises(ValueError, match=r"adapter_config\.json says that this is a PEFT adapter; .*merge_and_unload"):
+    with pytest.raises(
+        ValueError, match=r"is a PEFT adapter, but the weights of a model are here too.*remove adapter_c"
+    ):
         hf.load(folder)
 
 
