@@ -30,7 +30,8 @@ from flax import linen as nn
 from safe_rlhf_jax.aot.chips import chip_of
 from safe_rlhf_jax.aot.flops import iteration_flops
 from safe_rlhf_jax.aot.roofline import analyse, memory_of
-from safe_rlhf_jax.models.config import ModelConfig, ScoreConfig
+from safe_rlhf_jax.models.adapters import Adapted, without_adapters
+from safe_rlhf_jax.models.config import Lora, ModelConfig, ScoreConfig
 from safe_rlhf_jax.models.parameters import cast_matrices
 from safe_rlhf_jax.models.transformer import CausalLM, ScoreModel
 from safe_rlhf_jax.optim import init_state, make_optimizer
@@ -39,6 +40,7 @@ from safe_rlhf_jax.rl.constraints import Constraint, init_constraint
 from safe_rlhf_jax.rl.rollout import Networks, score_rollout
 from safe_rlhf_jax.rl.step import Hyperparameters, collect, estimate_advantages, make_step
 from safe_rlhf_jax.rl.update import update_networks
+from safe_rlhf_jax.stages.networks import with_adapters
 from safe_rlhf_jax.train import keep_freed_memory
 from safe_rlhf_jax.types import Frozen, PromptBatch, RLState
 
@@ -63,11 +65,17 @@ def matmul_peak(dtype: str) -> float:
 
 
 def build(spec: dict[str, Any], recompute: bool) -> tuple[Networks, Hyperparameters, RLState, Frozen, PromptBatch]:
-    """Random networks and prompts."""
-    config = ModelConfig(**spec["model"])
-    policy = CausalLM(config)
-    scorers = {s: ScoreModel(config, ScoreConfig(s)) for s in ("reward", "cost")}  # type: ignore[arg-type]
-    critic = ScoreModel(config, ScoreConfig("critic"))
+    """Random networks and prompts; with `lora` adapters on one base, also for scorers and critics."""
+    lora = Lora(**spec["lora"]) if "lora" in spec else None
+    config = with_adapters(ModelConfig(**spec["model"]), lora)
+    policy: Any = CausalLM(config)
+    scorers: Any = {s: ScoreModel(config, ScoreConfig(s)) for s in ("reward", "cost")}  # type: ignore[arg-type]
+    critic: Any = ScoreModel(config, ScoreConfig("critic"))
+    bases = {}
+    if lora is not None:
+        plain = without_adapters(policy)
+        policy, critic = Adapted(policy, "base"), Adapted(critic, "base")
+        scorers = {s: Adapted(module, "base") for s, module in scorers.items()}
     optimizer = make_optimizer(1e-6)
     batch, prompt = spec["batch_size"], spec["prompt_length"]
     tokens = jnp.asarray(np.random.default_rng(0).integers(3, config.vocab_size, (batch, prompt)), jnp.int32)
@@ -78,6 +86,11 @@ def build(spec: dict[str, Any], recompute: bool) -> tuple[Networks, Hyperparamet
 
     def variables(module: Any, seed: int) -> Any:
         return random(module, jax.random.key(seed, impl="unsafe_rbg"))  # compiles several times faster than the default
+
+    if lora is not None:
+        make = jax.jit(lambda key: cast_matrices(nn.unbox(plain.init(key, tokens[:1], tokens[:1] > 0))["params"],
+                                                 config.dtype))  # fmt: skip
+        bases["base"] = make(jax.random.key(9, impl="unsafe_rbg"))
 
     def only_read(variables: Any) -> Any:
         return variables | {"params": cast_matrices(variables["params"], config.dtype)}
@@ -100,8 +113,9 @@ def build(spec: dict[str, Any], recompute: bool) -> tuple[Networks, Hyperparamet
         constraints={"cost": init_constraint(Constraint(), multiplier=1.0, window=128)},
     )
     frozen = Frozen(
-        only_read(variables(policy, 0))["params"],
+        {} if bases else only_read(variables(policy, 0))["params"],
         {s: only_read(variables(scorers[s], i + 3)) for i, s in enumerate(scorers)},
+        bases,
     )
     return networks, hp, state, frozen, PromptBatch(tokens, tokens > 0, jnp.zeros((batch,), jnp.int32))
 
@@ -140,23 +154,25 @@ def measure(spec: dict[str, Any], repeats: int, recompute: bool) -> Iterator[dic
     }
 
     # Networks are arguments: as constants they would be compiled into each program.
-    generate = jax.jit(lambda params, prompts: collect(networks, hp, params, prompts, key))
-    score = jax.jit(lambda state, frozen, rollout: score_rollout(networks, state, frozen, rollout, **options))
-    rollout = generate(box[0].actor.params, prompts)
+    generate = jax.jit(lambda params, bases, prompts: collect(networks.on(bases), hp, params, prompts, key))
+    score = jax.jit(
+        lambda state, frozen, rollout: score_rollout(networks.on(frozen.bases), state, frozen, rollout, **options)
+    )
+    rollout = generate(box[0].actor.params, frozen.bases, prompts)
     scored = score(box[0], frozen, rollout)
     update = jax.jit(
-        lambda state, scored: update_networks(
-            networks, algorithm, hp, state, estimate_advantages(algorithm, hp, state, scored)[0], None, key
+        lambda state, bases, scored: update_networks(
+            networks.on(bases), algorithm, hp, state, estimate_advantages(algorithm, hp, state, scored)[0], None, key
         ),
         donate_argnums=0,
     )
     phases = {
-        "generation": seconds(lambda: generate(box[0].actor.params, prompts), repeats),
+        "generation": seconds(lambda: generate(box[0].actor.params, frozen.bases, prompts), repeats),
         "scoring": seconds(lambda: score(box[0], frozen, rollout), repeats),
     }
 
     def run_update() -> Any:
-        box[0], metrics = update(box[0], scored)
+        box[0], metrics = update(box[0], frozen.bases, scored)
         return metrics
 
     phases["update"] = seconds(run_update, repeats)
@@ -175,7 +191,8 @@ def measure(spec: dict[str, Any], repeats: int, recompute: bool) -> Iterator[dic
         },
         "share_of_matmul_peak": total / iteration / peak,
     }
-    executed = flops | {"update": flops["update"] * (4 / 3 if config.remat == "full" else 1)}
+    again = 4 / 3 if config.remat == "full" else 1.0
+    executed = iteration_flops(config, rows, hp.prompt_length, hp.response_length, recompute, again=again)
     yield {"compiler": analyse(compiled, mesh_shape={}, devices=jax.devices()[:1], chip=chip, flops=executed)}
 
 
@@ -206,10 +223,15 @@ def main() -> None:
     parser.add_argument("--config", required=True, help="sizes, such as benchmarks/configs/rl_step_tiny.yaml")
     parser.add_argument("--json", help="write the result to this file")
     parser.add_argument("--repeats", type=int, default=5, help="timed calls; the median counts")
+    parser.add_argument(
+        "--lora", help="adapters in place of whole networks, such as '{rank: 16, alpha: 32, layers: 10}'"
+    )
     parser.add_argument("--old-log-probs", choices=["recomputed", "sampled"], default="recomputed")
     options = parser.parse_args()
     keep_freed_memory()
     spec = yaml.safe_load(pathlib.Path(options.config).read_text())
+    if options.lora:
+        spec["lora"] = yaml.safe_load(options.lora)
     result = {"config": spec, "environment": environment()}
     for part in measure(spec, options.repeats, options.old_log_probs == "recomputed"):
         result |= part
