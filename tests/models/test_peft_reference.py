@@ -16,6 +16,7 @@ from tests.golden.make_families import MODELS, VOCAB, random_model
 from tests.helpers import apply
 from tests.models.test_peft import random_adapter
 
+pytest.importorskip("peft", reason="peft is not installed (extra `torch`)")
 pytestmark = pytest.mark.reference
 
 EQUAL = 1e-5  # of the largest logit, float32
