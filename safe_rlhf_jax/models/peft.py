@@ -221,14 +221,16 @@ class StoredAdapter:
             rank_stabilized=bool(self.fields.get("use_rslora")),
         )
 
-    def params(self, config: ModelConfig, form: Lora) -> dict[str, Any]:
+    def params(self, config: ModelConfig, form: Lora, start: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Returns the adapter as a tree of `lora_a` f32[k, *in, r] and `lora_b` f32[k, r, *out] in a form.
 
-        What the form has beyond the folder is zero; other scales than the form's are in `lora_b`.
+        What the form has beyond the folder is zero in B; other scales than the form's are in `lora_b`.
 
         Args:
             config: Of the base; unrolled layers have leaves of their own, without the axis k.
             form: At least as large as `form(config)`.
+            start: A fresh tree of the form, for an adapter that is trained further: its A stands where the folder has
+                none. Where A and B are both zero, as without it, no gradient ever reaches them.
 
         Raises:
             ModelError: As `adapted`, or if the form is too small; names the setting.
@@ -236,7 +238,7 @@ class StoredAdapter:
         size = form.layers or config.num_layers
         shapes = {path: shape for path, shape in kernel_shapes(config).items() if path[-2] in form.targets}
         ins = {path: weight.in_ndim for weight in linear_maps(config).values() for path in weight.paths}
-        out = {path: (np.zeros((size, *shape[: ins[path]], form.rank), np.float32),
+        out = {path: (np.full((size, *shape[: ins[path]], form.rank), np.nan, np.float32),  # NaN: not in the folder
                       np.zeros((size, form.rank, *shape[ins[path] :]), np.float32))
                for path, shape in shapes.items()}  # fmt: skip
         for path, layer, piece in self.pieces(config, form.targets):
@@ -252,7 +254,9 @@ class StoredAdapter:
                     )
             out[path][0][row, ..., :rank] = piece.a
             out[path][1][row, :rank] = piece.b * np.float32(piece.scale / form.scale)
-        return unflatten_dict(dict(in_layers(config, out)))
+        leaves = dict(in_layers(config, out))
+        fresh = flatten_dict(start) if start is not None else dict.fromkeys(leaves, np.float32(0))
+        return unflatten_dict({name: np.where(np.isnan(leaf), fresh[name], leaf) for name, leaf in leaves.items()})
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,6 +19,7 @@ from safe_rlhf_jax.models.peft_export import write_adapter
 from safe_rlhf_jax.models.peft_heads import read_head
 from safe_rlhf_jax.sharding import make_mesh
 from tests.golden.make_families import FOLDER
+from tests.models.test_hf_streaming import host_bytes
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma", "gemma2", "gemma3_text", "gpt2", "gpt_neo", "gptj",
@@ -191,6 +192,22 @@ def test_a_larger_form_is_filled_with_zeros_and_means_the_same(name, scan_layers
     assert_close(plus_product(base, padded, large.scale), plus_product(base, adapter, small.scale))
 
 
+@pytest.mark.parametrize("scan_layers", [True, False], ids=["scanned", "unrolled"])
+def test_an_adapter_that_is_trained_further_in_a_larger_form_has_no_dead_ranks(scan_layers, tmp_path):
+    small, large = Lora(2, 2.0, ("q_proj",), layers=1), Lora(3, 3.0, ("q_proj", "o_proj"))
+    folder, _ = written(tmp_path, "llama", small, scan_layers=scan_layers)
+    stored, config = read_adapter(folder), config_of("llama", scan_layers)
+    fresh = random_adapter(config, large, seed=1)
+    zero, started = (flatten_dict(stored.params(config, large, start)) for start in (None, fresh))
+    for path, leaf in started.items():
+        if path[-1] == "lora_b":
+            np.testing.assert_array_equal(leaf, zero[path])
+        else:
+            assert leaf.all()
+            held = zero[path] != 0
+            np.testing.assert_array_equal(leaf, np.where(held, zero[path], flatten_dict(fresh)[path]))
+
+
 def test_ranks_and_alphas_of_single_modules_are_kept_in_b(tmp_path):
     folder, _ = written(tmp_path, "llama", Lora(2, 4.0, ("q_proj", "down_proj")))
     edit(folder, rank_pattern={"layers.1.self_attn.q_proj": 4}, alpha_pattern={"mlp.down_proj": 1})
@@ -255,6 +272,20 @@ def test_shards_are_those_of_the_whole_model(tmp_path):
     _, whole = hf.load(folder)
     _, sharded = hf.load(folder, mesh=make_mesh((2, 2, 2)))
     assert_close(jax.device_get(sharded), jax.device_get(whole))
+
+
+def test_merging_holds_one_layer_of_one_parameter_more_in_host_memory(tmp_path):
+    config = dataclasses.replace(
+        config_of("llama"), vocab_size=512, hidden_size=256, intermediate_size=1024, num_layers=8, num_heads=8,
+        num_kv_heads=8, head_dim=32, stored={},
+    )  # fmt: skip
+    variables = jax.tree.map(lambda x: np.full(x.shape, 0.5, np.float32), hf.abstract_variables(hf.CausalLM(config)))
+    base = hf.save(tmp_path / "base", hf.CausalLM(config), variables)
+    form = Lora(2, 2.0)
+    folder = write_adapter(tmp_path / "a", config, form, random_adapter(config, form), base=str(base))
+    hf.load(folder)  # what stays in caches does not count
+    peak, _ = host_bytes(lambda: hf.load(folder))
+    assert peak < 1.5 * variables["params"]["decoder"]["layers"]["mlp"]["up_proj"]["kernel"].nbytes + 4 * 2**20
 
 
 def test_the_sum_is_taken_in_float32_and_rounded_once(tmp_path):
@@ -490,6 +521,18 @@ def test_a_folder_of_another_base_is_said(tmp_path):
         edit(folder, base_model_name_or_path=str(FOLDER / other))
         with pytest.raises(ValueError, match=rf"{other}.*a PEFT folder of another base"):
             hf.load(folder)
+
+
+def test_a_write_that_is_killed_leaves_nothing_that_looks_like_an_adapter(tmp_path, monkeypatch):
+    folder, _ = written(tmp_path, "llama", Lora(2, 2.0))
+
+    def killed(*args, **more):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("safe_rlhf_jax.models.peft_export.write_file", killed)
+    with pytest.raises(KeyboardInterrupt):
+        written(tmp_path, "llama", Lora(2, 2.0))
+    assert not (folder / CONFIG).exists()
 
 
 def test_what_is_wrong_with_the_base_is_said(tmp_path):
