@@ -131,8 +131,9 @@ class Family:
             for param, suffix, in_ndim in present.get(parts[0], ()):
                 for layer in range(config.num_layers) if "{}" in stored else (None,):
                     paths = tuple((*module_path(config, part, layer), *param) for part in parts)
+                    row = layer_place(config, layer)[1] if layer is not None and config.scan_layers else None
                     weights[f"{stored.format(layer)}.{suffix}"] = Weight(
-                        paths, layer if config.scan_layers else None, in_ndim, self.fusion, self.transposed
+                        paths, row, in_ndim, self.fusion, self.transposed
                     )
         return weights
 
