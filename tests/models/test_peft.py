@@ -285,7 +285,9 @@ def test_merging_holds_one_layer_of_one_parameter_more_in_host_memory(tmp_path):
     folder = write_adapter(tmp_path / "a", config, form, random_adapter(config, form), base=str(base))
     hf.load(folder)  # what stays in caches does not count
     peak, _ = host_bytes(lambda: hf.load(folder))
-    assert peak < 1.5 * variables["params"]["decoder"]["layers"]["mlp"]["up_proj"]["kernel"].nbytes + 4 * 2**20
+    assert (
+        peak < 1.5 * variables["params"]["decoder"]["layers"]["mlp"]["up_proj"]["kernel"].nbytes + 2 * 2**20
+    )  # a product of all layers would be as much again
 
 
 def test_the_sum_is_taken_in_float32_and_rounded_once(tmp_path):
