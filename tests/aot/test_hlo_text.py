@@ -6,6 +6,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from safe_rlhf_jax.aot.collectives import axes_of, find_collectives, first_group
+from safe_rlhf_jax.aot.gpus import compiler_options, gpu_devices
 from safe_rlhf_jax.aot.hlo import Module, parse_instruction
 from safe_rlhf_jax.aot.traffic import hbm_bytes
 from safe_rlhf_jax.sharding import make_mesh
@@ -13,13 +14,14 @@ from safe_rlhf_jax.sharding import make_mesh
 ROUNDS = 5
 
 
-def compiled_text(function, *arguments):
-    return jax.jit(function).lower(*arguments).compile().as_text()
+def compiled_text(function, *arguments, device=None):
+    options = compiler_options(device or jax.devices()[0])
+    return jax.jit(function).lower(*arguments).compile(options).as_text()
 
 
-@pytest.fixture(scope="module")
-def mesh():
-    return make_mesh((2, 4, 1))
+@pytest.fixture(scope="module", params=["cpu", pytest.param("gpu", marks=pytest.mark.gpu_aot)])
+def mesh(request):
+    return make_mesh((2, 4, 1), gpu_devices("h100:8") if request.param == "gpu" else None)
 
 
 def collectives_in_a_loop(mesh, body, rounds=ROUNDS):
@@ -32,7 +34,7 @@ def collectives_in_a_loop(mesh, body, rounds=ROUNDS):
     spec = PartitionSpec(("data", "fsdp"))
     function = jax.shard_map(local, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
     x = jax.ShapeDtypeStruct((64,), jnp.float32, sharding=NamedSharding(mesh, spec))
-    return Module(compiled_text(function, x))
+    return Module(compiled_text(function, x, device=mesh.devices.flat[0]))
 
 
 @pytest.mark.parametrize(
