@@ -11,7 +11,7 @@ COMPILE := $(UV) pip compile pyproject.toml --quiet --universal --python-version
              --no-emit-index-url --no-annotate --custom-compile-command 'make lock'
 
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart test test-fast test-distributed test-reference test-tpu lint format types dist wheels lock clean
+.PHONY: help venv quickstart test test-fast test-distributed test-reference test-tpu test-gpu-aot lint format types dist wheels lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -29,11 +29,11 @@ $(STAMP): requirements-dev.lock pyproject.toml
 quickstart: venv ## train the small pipeline on this machine's CPU (ARGS="dotted.key=value ...")
 	$(BIN)/python -m safe_rlhf_jax.train --config configs/quickstart.yaml $(ARGS)
 
-test: venv ## all tests that need neither a TPU nor torch, the slow ones too (ARGS="-k name ...")
-	$(BIN)/python -m pytest -m "not tpu and not reference and not distributed" $(PYTEST) $(ARGS)
+test: venv ## all tests that need neither TPU, GPU nor torch, the slow ones too (ARGS="-k name ...")
+	$(BIN)/python -m pytest -m "not tpu and not gpu_aot and not reference and not distributed" $(PYTEST) $(ARGS)
 
 test-fast: venv ## the same without the slow ones
-	$(BIN)/python -m pytest -m "not tpu and not reference and not distributed and not slow" $(PYTEST) $(ARGS)
+	$(BIN)/python -m pytest -m "not tpu and not gpu_aot and not reference and not distributed and not slow" $(PYTEST) $(ARGS)
 
 test-distributed: venv ## kills, terminations and deaths of processes; every mesh shape (about ten minutes)
 	$(BIN)/python -m pytest -m distributed $(ARGS)
@@ -45,6 +45,10 @@ test-reference: venv ## comparisons with the torch reference (installs torch int
 test-tpu: venv ## programs for TPU topologies, compiled without a TPU (installs libtpu into .venv)
 	$(PIP) install --no-build-isolation -e '.[tpu]'
 	$(BIN)/python -m pytest -m tpu $(ARGS)
+
+test-gpu-aot: venv ## programs for GPUs, compiled without a GPU (installs JAX's CUDA plugin into .venv)
+	$(PIP) install --no-build-isolation -e '.[gpu-aot]'
+	$(BIN)/python -m pytest -m gpu_aot $(ARGS)
 
 lint: venv ## ruff: rules and format
 	$(BIN)/ruff check .

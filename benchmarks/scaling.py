@@ -1,7 +1,8 @@
-"""What large configs need on TPU topologies: compiles them (`--compile`), and writes docs/scaling.md from the figures.
+"""What large configs need on TPUs and GPUs: compiles them (`--compile`), and writes docs/scaling.md from the figures.
 
 python benchmarks/scaling.py --compile      compiles and searches what has no figures yet in benchmarks/results (needs
-                                            libtpu; most of an hour for everything, on two cores)
+                                            the extra tpu, for GPUs gpu-aot; most of an hour for everything, on two
+                                            cores)
 python benchmarks/scaling.py                writes docs/scaling.md from the figures that are there
 """
 
@@ -66,6 +67,29 @@ mesh is left out. The configs here have the first row of their search.
 
 """
 
+GPUS = """\
+## GPUs
+
+    pip install 'safe_rlhf_jax[gpu-aot]'
+    python -m safe_rlhf_jax.compile --config FILE --topology h100:8
+
+Neither a GPU nor its driver nor a CUDA toolkit is needed: JAX's CUDA plugin compiles for a GPU that is described to it,
+and NVIDIA's assembler is a package. Without a GPU the plugin complains at every start of JAX unless `JAX_PLATFORMS=cpu`
+is set; an environment of its own is best. `a100-80`, `b200`, `h100` and `h200` are the SXM boards, by their number, at
+most the eight of one host, or by hosts and GPUs on each: `h100:2x8`. What XLA is told of them stands in
+`safe_rlhf_jax/aot/gpus.py`, their peak rates and capacity in `safe_rlhf_jax/aot/chips.py`, both with sources.
+
+- Capacity is all of the stated memory. JAX takes three quarters of it unless `XLA_PYTHON_CLIENT_MEM_FRACTION` says
+  otherwise; CUDA's context and NCCL's buffers come on top. XLA states no code for GPUs.
+- Where a program needs more than about three quarters of the memory, XLA itself computes some values again to save it:
+  the same program moves fewer bytes on a GPU of the same rates with more memory.
+- On a GPU XLA times several kernels for a matrix product and takes the fastest; here it takes one without timing it.
+- Attention is plain, with its weights in memory. In bfloat16 a run takes cuDNN's where it can (heads of at most 128, no
+  softcap, no linear biases), which cannot be compiled without a GPU: memory and HBM bytes are then less than stated.
+- Collectives run over NVLink within a host. Between hosts every GPU has its own InfiniBand port (400 Gb/s, on A100
+  200 Gb/s): a group with k GPUs on each host has k of them, up to the rate of NVLink. Only `data` crosses hosts.
+"""
+
 NOTES = """\
 ## Reading it
 
@@ -100,6 +124,11 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 
 def mesh_name(mesh: dict[str, int]) -> str:
     return " · ".join(f"{axis} {size}" for axis, size in mesh.items() if size > 1)
+
+
+def compiled_with(environment: dict) -> str:
+    packages = ("jax", "libtpu", "jax-cuda12-plugin", "nvidia-cuda-nvcc-cu12")
+    return ", ".join(f"{package} {environment[package]}" for package in packages if package in environment)
 
 
 def memory_rows(report: dict) -> list[list[str]]:
@@ -154,7 +183,7 @@ def search_rows(report: dict) -> list[list[str]]:
 
 def page() -> str:
     reports, searches = figures("scaling", RUNS), figures("search", SEARCHES)
-    versions = sorted({f"jax {r['environment']['jax']}, libtpu {r['environment']['libtpu']}" for r in reports})
+    versions = sorted({compiled_with(report["environment"]) for report in reports})
     memory = ["config", "topology", "chips", "mesh", "arguments", "temporary", "code", "total", "capacity", "compile s"]
     speed = ["config", "topology", "s per step", "tokens/s", "MFU"]
     search = ["config", "topology", "mesh", "remat", "microbatches", "gathered to decode", "GiB", *speed[2:]]
@@ -168,6 +197,7 @@ def page() -> str:
         "## Phases, per device and step; seconds are projected\n\n"
         + table(phase, [row for r in reports for row in phase_rows(r)]),
         SEARCH_INTRODUCTION + table(search, [row for r in searches for row in search_rows(r)]),
+        GPUS,
         NOTES,
     ]
     return "\n".join(parts)

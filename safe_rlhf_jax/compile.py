@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from safe_rlhf_jax.aot.gpus import EXAMPLES, GPUS, assumptions, gpu_devices, is_absent_gpu
 from safe_rlhf_jax.cli import CONFIG_HELP, exit_status, prog
 
 # Keeps libtpu from looking for a missing machine, and from locking it.
@@ -28,7 +29,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     """Returns the parsed command line; needs no JAX, so that `--help` starts no accelerator."""
     parser = argparse.ArgumentParser(
         prog=prog("compile"),
-        description="Compiles the training stages of a config for a TPU topology that need not be here, and reports "
+        description="Compiles the training stages of a config for TPUs or GPUs that need not be here, and reports "
         "memory, FLOPs, traffic, collectives and a projection of speed. Exits with 1 where a program does not fit, and "
         "says what would make it fit.",
         epilog="Example: python -m safe_rlhf_jax.compile --config configs/beaver_7b/ppo_lag.yaml --topology v5e:8x8",
@@ -38,11 +39,16 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         "--topology",
         required=True,
         metavar="NAME",
-        help="as libtpu names it: generation and chips per axis, such as v5e:8x8, v5p:2x2x4, v6e:8x8 (needs the extra "
-        "tpu); or local, the devices of this machine",
+        help="TPUs as libtpu names them: generation and chips per axis, such as v5e:8x8, v5p:2x2x4, v6e:8x8 (needs the "
+        f"extra tpu); GPUs ({', '.join(GPUS)}) by their number, or by hosts x GPUs on each, such as h100:8, h100:2x8 "
+        "(needs the extra gpu-aot); or local, the devices of this machine",
     )
     parser.add_argument(
-        "--slices", type=int, default=1, metavar="N", help="number of slices, connected by the data-center network"
+        "--slices",
+        type=int,
+        default=1,
+        metavar="N",
+        help="number of slices of TPUs, connected by the data-center network",
     )
     parser.add_argument("--stage", metavar="NAME", help="compile this stage only")
     parser.add_argument("--json", metavar="FILE", help="write the report to this file too")
@@ -91,6 +97,10 @@ def compile_config(options: argparse.Namespace) -> int:
             raise ConfigError(f"--stage {options.stage}: no training stage of this config; there are {names}")
     report: dict[str, Any] = {"config": options.config, "overrides": options.overrides}
     report |= {"topology": options.topology, "slices": options.slices, "environment": environment(devices)}
+    if is_absent_gpu(devices[0]):
+        hosts = len({device.process_index for device in devices})
+        report["assumptions"] = assumptions(devices[0], config.execution.dtype, hosts)
+        print("\n".join(report["assumptions"]))
     report["stages"] = []
     for stage in stages:
         if options.search:
@@ -113,15 +123,33 @@ def topology_devices(name: str, slices: int) -> list[Any]:
     """Returns the devices of a topology, or those of this machine.
 
     Raises:
-        ConfigError: If libtpu does not know the name, a chip has two devices, or libtpu is not installed.
+        ConfigError: If the name is not known, or what compiles for such devices is not installed.
     """
     import jax
-    from jax.experimental import topologies
 
     from safe_rlhf_jax.config import ConfigError
 
     if name == "local":
         return list(jax.devices())
+    if re.match(r"v\d|tpu", name):
+        return tpu_devices(name, slices)
+    if slices > 1:
+        raise ConfigError(
+            f"--slices {slices}: slices are of TPUs; --topology {name} names its hosts itself: {EXAMPLES}"
+        )
+    return gpu_devices(name)
+
+
+def tpu_devices(name: str, slices: int) -> list[Any]:
+    """Returns the devices of a TPU topology.
+
+    Raises:
+        ConfigError: If libtpu does not know the name, a chip has two devices, or libtpu is not installed.
+    """
+    from jax.experimental import topologies
+
+    from safe_rlhf_jax.config import ConfigError
+
     os.environ |= COMPILE_ONLY
     options: dict[str, Any] = {"num_slices": slices} if slices > 1 else {}
     if math.prod(map(int, re.findall(r"\d+", name.partition(":")[2]))) == 1:  # libtpu expects hosts of four chips
@@ -148,6 +176,9 @@ def environment(devices: Sequence[Any]) -> dict[str, Any]:
     versions: dict[str, Any] = {"jax": jax.__version__, "cores": os.cpu_count()}
     if devices[0].platform == "tpu":
         versions["libtpu"] = importlib.metadata.version("libtpu")
+    if is_absent_gpu(devices[0]):
+        packages = ("jax-cuda12-plugin", "nvidia-cuda-nvcc-cu12")
+        versions |= {package: importlib.metadata.version(package) for package in packages}
     chip = chip_of(devices[0])
     return versions | {"chip": chip.name if chip else devices[0].device_kind, "devices": len(devices)}
 

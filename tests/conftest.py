@@ -71,7 +71,11 @@ hypothesis.settings.load_profile("jax")
 
 log.show()  # as the command lines do
 
-NEEDS = {"reference": ("torch", "torch is not installed (extra `torch`)"), "tpu": ("libtpu", "libtpu is not installed")}
+NEEDS = {
+    "reference": ("torch", "torch is not installed (extra `torch`)"),
+    "tpu": ("libtpu", "libtpu is not installed"),
+    "gpu_aot": ("jax_cuda12_plugin", "jax-cuda12-plugin is not installed (extra `gpu-aot`)"),
+}
 
 
 def pytest_collection_modifyitems(items):

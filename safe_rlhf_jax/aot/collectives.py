@@ -27,7 +27,7 @@ class Collective:
     kind: str
     axes: tuple[str, ...]  # mesh axes that it communicates over
     group: tuple[int, ...]  # devices of its first group, by their index in the mesh
-    arrays: tuple[Array, ...]  # of the larger side: the gathered result, or the operand of a reduction
+    arrays: tuple[Array, ...]  # its results; of a reduce-scatter one shard of each
     bytes_each: float  # sent by each device per execution
     times: int
     phase: str
@@ -57,15 +57,14 @@ def find_collectives(module: Module, mesh_shape: Mapping[str, int], scopes: tupl
             if len(group) < 2:
                 continue
             factor = {"all-reduce": 2.0, "collective-permute": 2.0}.get(kind, 1.0)  # a permutation sends all, 2 · 1/2
-            arrays = whole(instruction)
             scale = len(group) if instruction.opcode.startswith("reduce-scatter") else 1  # its result is one shard
-            sent = factor * scale * sum(array.bytes for array in arrays) * (len(group) - 1) / len(group)
+            sent = factor * scale * instruction.bytes * (len(group) - 1) / len(group)
             # TPUs overlap a collective with several fusions; each of them contains it, with the same channel.
             channel = CHANNEL.search(instruction.attributes)
             key = channel[1] if channel else (executed.computation, executed.instruction.name, i)
             name = instruction.op_name or executed.instruction.op_name
             axes = axes_of(group, mesh_shape)
-            found[key] = Collective(kind, axes, group, arrays, sent, executed.times, executed.phase, name)
+            found[key] = Collective(kind, axes, group, instruction.results, sent, executed.times, executed.phase, name)
     return list(found.values())
 
 
@@ -80,13 +79,6 @@ def underlying(module: Module, instruction: Instruction) -> Iterator[tuple[Instr
                 for wrapped, inner_kind in underlying(module, inner):
                     scatters = inner_kind == "all-reduce" and "all-reduce-scatter" in name
                     yield wrapped, "reduce-scatter" if scatters else inner_kind
-
-
-def whole(instruction: Instruction) -> tuple[Array, ...]:
-    """Returns the results of a collective; an asynchronous one names its operands and its state beside them."""
-    if instruction.opcode.endswith("-start") and not instruction.opcode.startswith("all-reduce"):
-        return (max(instruction.arrays, key=lambda array: array.bytes),)
-    return instruction.arrays
 
 
 def numbers(text: str | None) -> tuple[int, ...]:

@@ -9,9 +9,9 @@ import jax
 
 from safe_rlhf_jax import config as cfg
 from safe_rlhf_jax.aot.chips import chip_of
+from safe_rlhf_jax.aot.gpus import compiler_options
 from safe_rlhf_jax.aot.roofline import analyse, exhausted_memory
-from safe_rlhf_jax.aot.run import AbstractRun
-from safe_rlhf_jax.sharding import make_mesh
+from safe_rlhf_jax.aot.run import AbstractRun, mesh_over
 from safe_rlhf_jax.stages.check import check_divides
 from safe_rlhf_jax.stages.common import Run
 from safe_rlhf_jax.stages.kind import Training
@@ -34,9 +34,9 @@ def compile_stage(config: cfg.RunConfig, stage: cfg.StageBase, devices: Sequence
         projection of a whole step if the chip is known; `fits`.
 
     Raises:
-        ConfigError: If the stage does not divide by its mesh axes.
+        ConfigError: If the devices do not divide into the mesh, or the stage by its axes.
     """
-    run = AbstractRun(config, make_mesh((config.mesh.data, config.mesh.fsdp, config.mesh.tensor), devices))
+    run = AbstractRun(config, mesh_over(config.mesh, devices))
     check_divides(run, stage)
     reports = []
     with jax.set_mesh(run.mesh):
@@ -55,7 +55,7 @@ def compile_program(run: Run, stage: cfg.StageBase, program: Program) -> dict[st
     chip = chip_of(devices[0])
     started = time.monotonic()
     try:
-        compiled = program.function.lower(*program.arguments).compile()
+        compiled = program.function.lower(*program.arguments).compile(compiler_options(devices[0]))
     except jax.errors.JaxRuntimeError as error:
         memory = exhausted_memory(str(error), chip.hbm if chip else None)
         if memory is None:

@@ -12,6 +12,7 @@ REFERENCE = re.compile(r"%([\w.\-]+)")
 CALLED = re.compile(r"(?:calls|to_apply|body|called_computations|branch_computations)=(\{[^}]*\}|%[\w.\-]+)")
 TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 CONDITION = re.compile(r"condition=%([\w.\-]+)")
+WORKSPACE = re.compile(r'custom_call_target="__cu(?:blas|dnn)\$')  # its last result is scratch memory
 OP_NAME = re.compile(r'op_name="([^"]*)"')
 
 
@@ -36,7 +37,7 @@ class Instruction:
 
     name: str
     opcode: str
-    arrays: tuple[Array, ...]  # of its result, tuples flattened
+    arrays: tuple[Array, ...]  # of what it returns, tuples flattened
     operands: tuple[str, ...]  # names in the same computation
     value: str  # of a constant; the number of a parameter
     attributes: str
@@ -44,8 +45,17 @@ class Instruction:
 
     @property
     def bytes(self) -> int:
-        """Size of the result."""
-        return sum(array.bytes for array in self.arrays)
+        """Size of the results."""
+        return sum(array.bytes for array in self.results)
+
+    @property
+    def results(self) -> tuple[Array, ...]:
+        """Its results alone: no operands and no state of what it starts, no workspace of a library's kernel."""
+        if self.opcode == "copy-start":
+            return self.arrays[:1]
+        if self.opcode.endswith("-start") and self.opcode != "all-reduce-start":
+            return self.arrays[len(self.operands) : 2 * len(self.operands)]
+        return self.arrays[:-1] if WORKSPACE.search(self.attributes) else self.arrays
 
     @property
     def called(self) -> tuple[str, ...]:

@@ -1,6 +1,8 @@
 """A run on devices that need not exist, whose arrays are shapes."""
 
 import dataclasses
+from collections.abc import Sequence
+from typing import Any
 
 from jax.sharding import Mesh
 
@@ -10,8 +12,26 @@ from safe_rlhf_jax.config.messages import did_you_mean
 from safe_rlhf_jax.data.tokenizer import Tokenizer, load_tokenizer
 from safe_rlhf_jax.errors import ConfigError
 from safe_rlhf_jax.models.config import PRESETS
+from safe_rlhf_jax.sharding import make_mesh
 from safe_rlhf_jax.stages.common import Run
 from safe_rlhf_jax.stages.shapes import Shapes
+
+
+def mesh_over(sizes: cfg.Mesh, devices: Sequence[Any]) -> Mesh:
+    """Returns the mesh that a run has on these devices.
+
+    Raises:
+        ConfigError: If another axis than `data` would cross the network between hosts of GPUs: present, the GPUs of a
+            host are a slice (see `make_mesh`); those of a topology do not say so.
+    """
+    mesh = make_mesh((sizes.data, sizes.fsdp, sizes.tensor), devices)
+    hosts = len({device.process_index for device in devices}) if devices[0].platform == "gpu" else 1
+    if mesh.shape["data"] % hosts:
+        raise ConfigError(
+            f"mesh: data {mesh.shape['data']} does not divide into the {hosts} hosts that the GPUs are in; only data "
+            f"crosses the network between hosts. Make it a multiple of {hosts}."
+        )
+    return mesh
 
 
 class AbstractRun(Run):

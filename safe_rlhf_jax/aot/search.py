@@ -14,9 +14,8 @@ import jax
 from safe_rlhf_jax import config as cfg
 from safe_rlhf_jax.aot.chips import chip_of
 from safe_rlhf_jax.aot.compile import argument_bytes, compile_stage
-from safe_rlhf_jax.aot.run import AbstractRun
+from safe_rlhf_jax.aot.run import AbstractRun, mesh_over
 from safe_rlhf_jax.errors import ConfigError
-from safe_rlhf_jax.sharding import make_mesh
 from safe_rlhf_jax.stages.check import check_divides
 
 REMATS = ("none", "dots", "full")  # from the fastest to the smallest
@@ -41,7 +40,7 @@ def advise(config: cfg.RunConfig, stage: cfg.TrainingStage, devices: Sequence[ja
 
     It tries more microbatches first, then more rematerialisation, then other meshes.
     """
-    own = cfg.Mesh(**dict(make_mesh(sizes(config.mesh), devices).shape))
+    own = cfg.Mesh(**dict(mesh_over(config.mesh, devices).shape))
     remats = REMATS[REMATS.index(config.execution.remat) :]
     tries = [(own, remats)]
     tries += [(mesh, ("full",)) for mesh in meshes(config, stage, devices)[:MESHES] if mesh != own]
@@ -49,13 +48,8 @@ def advise(config: cfg.RunConfig, stage: cfg.TrainingStage, devices: Sequence[ja
     return next((some[0] for some in found if some), None)
 
 
-def sizes(mesh: cfg.Mesh) -> tuple[int, int, int]:
-    """Returns the sizes in the order of the mesh axes."""
-    return mesh.data, mesh.fsdp, mesh.tensor
-
-
 def meshes(config: cfg.RunConfig, stage: cfg.TrainingStage, devices: Sequence[jax.Device]) -> list[cfg.Mesh]:
-    """Returns the meshes that the stage divides into and whose arguments alone fit, the most promising first.
+    """Returns the meshes that devices and stage divide into and whose arguments alone fit, the most promising first.
 
     Most promising is the least gathering in decoding: parameters over `fsdp` are gathered for every token, those over
     `tensor` stay in place. Ties are broken by the fewest tensor-parallel devices.
@@ -63,8 +57,8 @@ def meshes(config: cfg.RunConfig, stage: cfg.TrainingStage, devices: Sequence[ja
     chip = chip_of(devices[0])
     fitting = []
     for mesh in shapes(len(devices)):
-        run = AbstractRun(config.model_copy(update={"mesh": mesh}), make_mesh(sizes(mesh), devices))
         try:
+            run = AbstractRun(config.model_copy(update={"mesh": mesh}), mesh_over(mesh, devices))
             check_divides(run, stage)
         except ConfigError:
             continue
@@ -106,7 +100,7 @@ def variants(
     counts, chip = microbatch_counts(stage, mesh), chip_of(devices[0])
     capacity, held = math.inf, 0
     if chip is not None:
-        run = AbstractRun(config.model_copy(update={"mesh": mesh}), make_mesh(sizes(mesh), devices))
+        run = AbstractRun(config.model_copy(update={"mesh": mesh}), mesh_over(mesh, devices))
         capacity, held = chip.hbm, held_bytes(run, stage)
     for gather in (True, False) if config.execution.gather_to_decode and generates(stage) else (False,):
         below = math.inf

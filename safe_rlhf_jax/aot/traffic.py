@@ -44,11 +44,12 @@ def instruction_bytes(module: Module, executed: Executed) -> float:
     if instruction.opcode == "dynamic-update-slice":
         return 2 * in_hbm(here[instruction.operands[1]].arrays)
     if instruction.opcode in SLICES:
-        return in_hbm(instruction.arrays) + in_hbm(instruction.arrays[:1])
+        read = instruction.bytes if in_hbm(here[instruction.operands[0]].arrays) else 0
+        return in_hbm(instruction.results) + read
     if instruction.opcode == "fusion":
         return fusion_bytes(module, instruction, here)
     operands = [here[name] for name in instruction.operands if name in here]
-    return in_hbm(instruction.arrays) + sum(in_hbm(operand.arrays) for operand in operands)
+    return in_hbm(instruction.results) + sum(in_hbm(operand.arrays) for operand in operands)
 
 
 def in_hbm(arrays: tuple[Array, ...]) -> int:

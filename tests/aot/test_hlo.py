@@ -1,6 +1,7 @@
 """Programs that scale: properties of the compiled training programs, and that each can be seen to break.
 
-On eight simulated CPU devices, and (marker `tpu`, needs libtpu but no TPU) on the program for eight TPU chips.
+On eight simulated CPU devices, and on the program for eight TPU chips (marker `tpu`, needs libtpu but no TPU) or GPUs
+(marker `gpu_aot`, needs the extra of that name but no GPU).
 """
 
 import dataclasses
@@ -16,6 +17,7 @@ from safe_rlhf_jax import ops, sharding
 from safe_rlhf_jax.aot import properties
 from safe_rlhf_jax.aot.collectives import find_collectives
 from safe_rlhf_jax.aot.compile import training_of
+from safe_rlhf_jax.aot.gpus import compiler_options
 from safe_rlhf_jax.aot.hlo import Module
 from safe_rlhf_jax.aot.run import AbstractRun
 from safe_rlhf_jax.compile import topology_devices
@@ -50,11 +52,12 @@ class Compiled:
     state_bytes: int  # per device
 
 
-@pytest.fixture(scope="module", params=["cpu", pytest.param("tpu", marks=pytest.mark.tpu)])
+TOPOLOGIES = [pytest.param("v5e:2x4", marks=pytest.mark.tpu), pytest.param("h100:8", marks=pytest.mark.gpu_aot)]
+
+
+@pytest.fixture(scope="module", params=["local", *TOPOLOGIES])
 def devices(request):
-    if request.param == "cpu":
-        return jax.devices()
-    return topology_devices("v5e:2x4", 1)
+    return topology_devices(request.param, 1)
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +80,7 @@ def compile_for(devices):
             with jax.set_mesh(run.mesh):
                 (program,) = training_of(config.stages[0]).programs(run, config.stages[0])
                 function = change(program.function, run.mesh) if change else program.function
-                compiled = function.lower(*program.arguments).compile()
+                compiled = function.lower(*program.arguments).compile(compiler_options(devices[0]))
             module = Module(compiled.as_text())
             leaves = jax.tree.leaves(program.arguments[0])
             size = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
@@ -126,8 +129,8 @@ def test_nothing_waits_for_the_host(sound):
 
 
 def test_a_callback_would_be_seen(compile_for, devices):
-    if devices[0].platform == "tpu":
-        pytest.skip("host callbacks cannot be compiled ahead of time for a TPU")
+    if devices[0].platform != "cpu":
+        pytest.skip("host callbacks cannot be compiled ahead of time")
     assert properties.host_transfers(compile_for(change=calling_the_host).module)
 
 
@@ -199,8 +202,18 @@ def test_gradients_that_the_compiler_reduces_as_it_likes_would_be_seen(compile_f
 
 
 def only_for_tpu(devices):
-    if devices[0].platform == "cpu":
+    if devices[0].platform != "tpu":
         pytest.skip("a property of the TPU program")
+
+
+@pytest.mark.gpu_aot
+def test_between_gpus_gradients_are_scattered_and_attention_is_plain(compile_for, devices):
+    """Plain, because cuDNN's cannot be compiled without a GPU."""
+    if devices[0].platform != "gpu":
+        pytest.skip("a property of the GPU program")
+    compiled = compile_for(mesh=(1, 8, 1), **WIDE)
+    assert not gradients_given_whole(compiled)
+    assert "__cudnn" not in compiled.module.text
 
 
 def test_gradients_that_are_all_reduced_would_be_seen(compile_for):

@@ -6,6 +6,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from safe_rlhf_jax.aot.collectives import axes_of, find_collectives, first_group
+from safe_rlhf_jax.aot.gpus import compiler_options, gpu_devices
 from safe_rlhf_jax.aot.hlo import Module, parse_instruction
 from safe_rlhf_jax.aot.traffic import hbm_bytes
 from safe_rlhf_jax.sharding import make_mesh
@@ -13,13 +14,14 @@ from safe_rlhf_jax.sharding import make_mesh
 ROUNDS = 5
 
 
-def compiled_text(function, *arguments):
-    return jax.jit(function).lower(*arguments).compile().as_text()
+def compiled_text(function, *arguments, device=None):
+    options = compiler_options(device or jax.devices()[0])
+    return jax.jit(function).lower(*arguments).compile(options).as_text()
 
 
-@pytest.fixture(scope="module")
-def mesh():
-    return make_mesh((2, 4, 1))
+@pytest.fixture(scope="module", params=["cpu", pytest.param("gpu", marks=pytest.mark.gpu_aot)])
+def mesh(request):
+    return make_mesh((2, 4, 1), gpu_devices("h100:8") if request.param == "gpu" else None)
 
 
 def collectives_in_a_loop(mesh, body, rounds=ROUNDS):
@@ -32,7 +34,7 @@ def collectives_in_a_loop(mesh, body, rounds=ROUNDS):
     spec = PartitionSpec(("data", "fsdp"))
     function = jax.shard_map(local, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
     x = jax.ShapeDtypeStruct((64,), jnp.float32, sharding=NamedSharding(mesh, spec))
-    return Module(compiled_text(function, x))
+    return Module(compiled_text(function, x, device=mesh.devices.flat[0]))
 
 
 @pytest.mark.parametrize(
@@ -96,6 +98,78 @@ def test_traffic_counts_what_a_fusion_inside_of_a_fusion_slices_off():
     assert hbm_bytes(Module(NESTED))[""] == 3 * row + 4  # a row of the weights, x, the result; the index
     whole = NESTED.replace("dynamic-slice(%p0, %p1, %zero)", "reduce(%p0, %zero)")
     assert hbm_bytes(Module(whole))[""] == (32 + 2) * row + 4
+
+
+# As XLA writes it for eight GPUs; metadata is shortened.
+ASYNCHRONOUS = """\
+HloModule jit_step, is_scheduled=true, num_partitions=8
+
+%body (state: (s32[], f32[64,8])) -> (s32[], f32[64,8]) {
+  %state = (s32[], f32[64,8]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%state), index=0
+  %x = f32[64,8]{1,0} get-tuple-element(%state), index=1
+  %norm = f32[16]{0} constant({...})
+  %kernel = bf16[8,32]{1,0} constant({...})
+  %all-gather-start = ((f32[16]{0}, bf16[8,32]{1,0}), (f32[128]{0}, bf16[64,32]{1,0})) all-gather-start(%norm, %kernel), channel_id=1, replica_groups=mesh['axis_0'=8,'axis_1'=1] {'axis_0'}, dimensions={0}, use_global_device_ids=true, metadata={op_name="jit(step)/update/while/body/(norm/mul:kernel/dot_general)"}
+  %all-gather-done = (f32[128]{0}, bf16[64,32]{1,0}) all-gather-done(%all-gather-start)
+  %reduce-scatter-start = ((f32[64,8]{1,0}), f32[8,8]{1,0}) reduce-scatter-start(%x), channel_id=2, replica_groups=mesh['axis_0'=8,'axis_1'=1] {'axis_0'}, use_global_device_ids=true, dimensions={0}, to_apply=%add
+  %reduce-scatter-done = f32[8,8]{1,0} reduce-scatter-done(%reduce-scatter-start)
+  %all-to-all-start = ((f32[64,8]{1,0}), f32[64,8]{1,0}) all-to-all-start(%x), channel_id=3, replica_groups=mesh['axis_0'=8] {'axis_0'}, dimensions={0}
+  %all-to-all-done = f32[64,8]{1,0} all-to-all-done(%all-to-all-start)
+  %all-reduce-start = f32[64,8]{1,0} all-reduce-start(%x), channel_id=4, replica_groups=mesh['axis_0'=8] {'axis_0'}, use_global_device_ids=true, to_apply=%add
+  %all-reduce-done = f32[64,8]{1,0} all-reduce-done(%all-reduce-start)
+  %custom-call.1 = (f32[64,8]{1,0}, s8[33554432]{0}) custom-call(%x, %all-reduce-done), custom_call_target="__cublas$lt$matmul", metadata={op_name="jit(step)/update/while/body/dot_general"}
+  %product = f32[64,8]{1,0} get-tuple-element(%custom-call.1), index=0
+  ROOT %next = (s32[], f32[64,8]{1,0}) tuple(%i, %product)
+}
+
+%condition (state: (s32[], f32[64,8])) -> pred[] {
+  %state = (s32[], f32[64,8]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%state), index=0
+  %bound = s32[] constant(5)
+  ROOT %less = pred[] compare(%i, %bound), direction=LT
+}
+
+ENTRY %main (start: (s32[], f32[64,8])) -> (s32[], f32[64,8]) {
+  %start = (s32[], f32[64,8]{1,0}) parameter(0)
+  ROOT %while = (s32[], f32[64,8]{1,0}) while(%start), condition=%condition, body=%body, metadata={op_name="jit(step)/update/while"}
+}
+"""  # noqa: E501
+WHOLE, SHARD, GATHERED = 64 * 8 * 4, 8 * 8 * 4, 128 * 4 + 64 * 32 * 2
+
+
+def test_asynchronous_collectives_of_gpus_are_counted_with_all_of_their_results_and_no_operand():
+    found = find_collectives(Module(ASYNCHRONOUS), {"data": 1, "fsdp": 8, "tensor": 1}, ("update",))
+    assert {c.kind: c.bytes_each for c in found} == {
+        "all-gather": 7 / 8 * GATHERED,
+        "reduce-scatter": 7 / 8 * WHOLE,
+        "all-to-all": 7 / 8 * WHOLE,
+        "all-reduce": 2 * 7 / 8 * WHOLE,
+    }
+    assert {(c.axes, c.times, c.phase) for c in found} == {(("fsdp",), 5, "update")}
+
+
+def test_traffic_of_gpus_is_operands_and_results_without_the_workspace_of_a_library():
+    collectives = (GATHERED // 8 + GATHERED) + (WHOLE + SHARD) + 2 * WHOLE + 2 * WHOLE
+    assert hbm_bytes(Module(ASYNCHRONOUS), ("update",))["update"] == 5 * (collectives + 3 * WHOLE)
+
+
+STARTED = """\
+HloModule started
+
+ENTRY %main (p: f32[32,64]) -> f32[2,64] {
+  %p = f32[32,64]{1,0} parameter(0)
+  %copy-start = (f32[32,64]{1,0:S(1)}, f32[32,64]{1,0}, u32[]{:S(2)}) copy-start(%p)
+  %copy-done = f32[32,64]{1,0:S(1)} copy-done(%copy-start)
+  %slice-start = ((f32[32,64]{1,0}), f32[2,64]{1,0:S(1)}, s32[]{:S(2)}) slice-start(%p), slice={[0:2], [0:64]}
+  %slice-done = f32[2,64]{1,0:S(1)} slice-done(%slice-start)
+  ROOT %row = f32[2,64]{1,0} slice(%copy-done), slice={[0:2], [0:64]}
+}
+"""
+
+
+def test_a_copy_or_slice_that_is_started_reads_once_what_it_moves():
+    assert hbm_bytes(Module(STARTED))[""] == 32 * 64 * 4 + 2 * 64 * 4 + 2 * 64 * 4
 
 
 @pytest.mark.parametrize(
