@@ -19,6 +19,7 @@ from safe_rlhf_jax.inference.sampling import Sampling
 from safe_rlhf_jax.inference.stream import columns
 from safe_rlhf_jax.models import hf
 from safe_rlhf_jax.models.config import ScoreType
+from safe_rlhf_jax.models.peft_heads import tokenizer_folder
 from safe_rlhf_jax.ops import sequence_scores
 from safe_rlhf_jax.types import PromptBatch
 
@@ -208,7 +209,7 @@ def open_network(path_or_id: str, head: Any, template: str | Template | None, dt
     """Returns module, variables, tokenizer and template."""
     folder = hf.resolve(path_or_id)
     hf.read_config(folder)  # a clearer error than a tokenizer's for a file with wrong contents
-    tokenizer = tokenizer or load_tokenizer(str(folder))
+    tokenizer = tokenizer or load_tokenizer(str(tokenizer_folder(folder)))
     if not isinstance(template, Template):
         template = load_template(template or default_template(tokenizer), tokenizer)
     module, variables = hf.load(folder, head, dtype, score_type=score_type, as_stored=head == "score")

@@ -39,6 +39,12 @@ def config_folder(folder: storage.Path) -> storage.Path:
     return read_adapter(folder).base_folder() if is_adapter(folder) else folder
 
 
+def tokenizer_folder(folder: storage.Path) -> storage.Path:
+    """Returns the folder that holds a model's tokenizer: of a PEFT folder without one, that of its base."""
+    has_one = any(storage.is_file(folder / name) for name in folders.TOKENIZER)
+    return folder if has_one else config_folder(folder)
+
+
 def read_config(folder: storage.Path) -> dict[str, Any]:
     """Returns `config.json`; of a PEFT folder that of its base, with the fields of the adapter's own score head.
 

@@ -10,6 +10,7 @@ from safe_rlhf_jax.data.templates import PROBE, TEMPLATES, Template, default_tem
 from safe_rlhf_jax.data.tokenizer import Tokenizer, load_tokenizer, stored_ends
 from safe_rlhf_jax.errors import ModelError
 from safe_rlhf_jax.models import hf
+from safe_rlhf_jax.models.peft_heads import tokenizer_folder
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "tokenizer_config.json")
 
@@ -98,7 +99,7 @@ def model_folder(reference: str) -> storage.Path | None:
     if not rest or prefix not in ("path", "hf"):
         return None
     try:
-        return hf.resolve(rest)
+        return tokenizer_folder(hf.resolve(rest))
     except FileNotFoundError:
         return None
 

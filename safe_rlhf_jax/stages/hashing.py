@@ -10,7 +10,8 @@ from safe_rlhf_jax import config as cfg
 from safe_rlhf_jax import storage
 from safe_rlhf_jax.data.sources import data_files
 from safe_rlhf_jax.models import hf
-from safe_rlhf_jax.models.folders import read_index
+from safe_rlhf_jax.models.folders import is_adapter, read_index
+from safe_rlhf_jax.models.peft import read_adapter
 from safe_rlhf_jax.processes import first_says, is_main
 
 MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")  # of a folder, that determine its outputs
@@ -67,7 +68,14 @@ def model_identity(reference: str, files: "Digests") -> Any:
             return reference  # the check says so, where the model is needed
     if prefix not in ("path", "hf"):
         return reference
-    return {str(path.relative_to(folder)): files.of(path) for path in model_files(folder)}
+    found: dict[str, Any] = {str(path.relative_to(folder)): files.of(path) for path in model_files(folder)}
+    if is_adapter(folder):  # its base is a part of it
+        with contextlib.suppress(ValueError, FileNotFoundError):  # the check says so, where the model is needed
+            base = read_adapter(folder).base
+            found["base"] = model_identity(
+                ("path:" if storage.is_folder(storage.expanded(base)) else "hf:") + base, files
+            )
+    return found
 
 
 def model_files(folder: storage.Path) -> list[storage.Path]:

@@ -20,7 +20,7 @@ from safe_rlhf_jax.models import hf
 from safe_rlhf_jax.models.adapters import HEAD, Adapted, trained, whole
 from safe_rlhf_jax.models.config import PRESETS, Lora, ModelConfig, ScoreConfig, ScoreType
 from safe_rlhf_jax.models.folders import is_adapter
-from safe_rlhf_jax.models.parameters import cast_matrices
+from safe_rlhf_jax.models.parameters import cast_matrices, place
 from safe_rlhf_jax.models.peft import read_adapter
 from safe_rlhf_jax.models.peft_heads import read_head
 from safe_rlhf_jax.models.transformer import CausalLM, ScoreModel
@@ -180,20 +180,20 @@ class Weights:
         shardings = named_shardings(boxed, self.run.mesh)
         params = {"base": {k: v for k, v in variables["params"].items() if k not in HEAD}}
         params["base"] = self.quantized(network, params["base"])
-        if stored is not None:
-            params["adapter"] = jax.device_put(stored.params(module.config, lora), shardings["params"]["adapter"])
-        elif trains:
+        fresh = None
+        if trains:
             init = initializer(network)
-            params["adapter"] = init_sharded(
-                lambda key: init(key)["params"]["adapter"], self.run.mesh, jax.random.key(seed)
-            )
+            fresh = init_sharded(lambda key: init(key)["params"]["adapter"], self.run.mesh, jax.random.key(seed))
+            params["adapter"] = fresh
+        if stored is not None:
+            start = None if fresh is None else self.run.get(fresh)
+            params["adapter"] = place_all(stored.params(module.config, lora, start), shardings["params"]["adapter"])
         if head == "score":
             own_head = {k: v for k, v in variables["params"].items() if k in HEAD}
-            params["head"] = jax.device_put(stored_head if scores else own_head, shardings["params"]["head"])
+            params["head"] = place_all(stored_head, shardings["params"]["head"]) if scores else own_head
         out = {"params": params}
         if "stats" in boxed:
-            stats = stored_stats if scores else variables["stats"]
-            out["stats"] = jax.device_put(stats, shardings["stats"])
+            out["stats"] = place_all(stored_stats, shardings["stats"]) if scores else variables["stats"]
         return network, out
 
     def to_train(
@@ -287,6 +287,11 @@ class Weights:
         if result is None:
             raise cfg.ConfigError(f"algorithm.lagrange.init: stage {name!r} is not finished; run it first")
         return float(result["multiplier"])
+
+
+def place_all(arrays: Any, shardings: Any) -> Any:
+    """Puts a tree of host arrays, whole in every process, on the mesh."""
+    return jax.tree.map(lambda x, sharding: place(x.__getitem__, x.shape, sharding), arrays, shardings)
 
 
 def with_adapters(config: ModelConfig, lora: Lora | None) -> ModelConfig:
