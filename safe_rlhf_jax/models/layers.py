@@ -9,16 +9,18 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
+from qwix import QArray
 
 from safe_rlhf_jax.models.config import Activation, Lora, ModelConfig
+from safe_rlhf_jax.models.quantized import quantized_matmul
 from safe_rlhf_jax.sharding import constrain, scattered
 
 
 def logical_param(module: nn.Module, name: str, init: nn.initializers.Initializer, shape: tuple[int, ...],
-                  axes: tuple[str, ...]) -> jax.Array:  # fmt: skip
-    """Declares a float32 parameter whose dimensions carry logical axis names."""
+                  axes: tuple[str, ...]) -> jax.Array | QArray:  # fmt: skip
+    """Declares a float32 parameter whose dimensions carry logical axis names; a kernel may be given as a `QArray`."""
     boxed = nn.with_logical_partitioning(init, axes)
-    param: jax.Array = module.param(name, boxed, shape, jnp.float32)  # type: ignore[assignment]  # flax unboxes it
+    param: jax.Array | QArray = module.param(name, boxed, shape, jnp.float32)  # type: ignore[assignment]  # flax unboxes it
     return param
 
 
@@ -112,8 +114,11 @@ class Linear(nn.Module):
         names = (self.axes[0], self.axes[self.in_ndim])
         lora, rows = self.config.lora, x.reshape(-1, inputs)
         adapted = lora is not None and self.name in lora.targets
-        exact = self.use_bias or adapted  # summed in float32
-        y = matmul(rows, kernel.reshape(inputs, -1), names, "float32" if exact else dtype)
+        out = "float32" if self.use_bias or adapted else dtype  # where something is added, in float32
+        if isinstance(kernel, QArray):
+            y = quantized_matmul(rows, kernel, out, precision_of(rows))
+        else:
+            y = matmul(rows, kernel.reshape(inputs, -1), names, out)
         if lora is not None and adapted:
             y = y + lora.scale * self.low_rank(rows, shape[: self.in_ndim], lora)
         y = y.reshape(*x.shape[: x.ndim - self.in_ndim], *self.features)

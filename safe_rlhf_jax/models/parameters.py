@@ -139,12 +139,11 @@ def stored_specs(leaves: Mapping[Path, Any], weights: Mapping[str, Weight]) -> d
 def is_matrix(params: Params) -> Any:
     """Returns a tree of bools: True for weight matrices and embeddings, False for biases and norm scales.
 
-    It masks the optimizer's weight decay.
+    It masks the optimizer's weight decay. The integers and scales of a quantised kernel are False.
     """
 
     def matrix(path: tuple[Any, ...], _: Any) -> bool:
-        name = str(getattr(path[-1], "key", path[-1]))
-        return name not in ("bias", "score_bias", "weight")
+        return getattr(path[-1], "key", "weight") not in ("bias", "score_bias", "weight")
 
     return jax.tree_util.tree_map_with_path(matrix, params)
 
