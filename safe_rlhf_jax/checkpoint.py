@@ -6,7 +6,7 @@ import json
 import logging
 import math
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -19,13 +19,63 @@ from safe_rlhf_jax.errors import ConfigError, FileError
 LOGGER = logging.getLogger(__name__)
 
 
+def complete_steps(folder: storage.Place) -> list[int]:
+    """Returns the steps of the complete checkpoints in a folder, sorted; looks only, so a run may be writing there."""
+    where = storage.absolute(folder)
+    return sorted(ocp.utils.checkpoint_steps(where)) if storage.is_folder(where) else []
+
+
+def read_part(folder: storage.Place, step: int, place: Sequence[str], like: dict[str, Any]) -> dict[str, Any]:
+    """Returns a part of the state in a checkpoint; nothing else of it is read, and nothing is changed.
+
+    Args:
+        folder: Of the checkpoints.
+        step: Of the checkpoint.
+        place: Keys that lead from the state to the part's parent.
+        like: {key of the parent: shapes, dtypes and shardings}.
+
+    Raises:
+        FileError: If the checkpoint cannot be read, or holds other arrays.
+    """
+    hush_writers()
+    where = storage.absolute(folder) / str(step) / "default"
+    try:
+        handler = ocp.PyTreeCheckpointHandler()
+        parent: Any = functools.reduce(lambda tree, key: tree[key], place, handler.metadata(where).tree)
+        stored = {key: jax.tree.map(shape_of, parent[key]) for key in like}
+        if stored != (asked := jax.tree.map(shape_of, like)):
+            raise ValueError(first_difference(stored, asked))
+        item = functools.reduce(lambda tree, key: {key: tree}, reversed(place), like)
+        args = ocp.args.PyTreeRestore(
+            item=item, restore_args=ocp.checkpoint_utils.construct_restore_args(item), partial_restore=True
+        )
+        found: dict[str, Any] = functools.reduce(lambda tree, key: tree[key], place, handler.restore(where, args=args))
+    except Exception as error:  # whatever a broken file makes Orbax raise
+        raise FileError(f"step {step}: {type(error).__name__}: {error}".splitlines()[0][:300]) from error
+    return found
+
+
+def shape_of(array: Any) -> str:
+    """Returns shape and dtype of an array, or of its description."""
+    return f"{array.dtype}{list(array.shape)}"
+
+
+def first_difference(stored: Any, asked: Any) -> str:
+    """Describes the first array in which two trees of `shape_of` differ."""
+    trees = [{jax.tree_util.keystr(path): x for path, x in jax.tree.leaves_with_path(t)} for t in (stored, asked)]
+    path = min(path for path in {*trees[0], *trees[1]} if trees[0].get(path) != trees[1].get(path))
+    has, asks = (tree.get(path, "no such array") for tree in trees)
+    return f"state{path} is {has}; the network of this config has {asks}"
+
+
 @functools.cache
 def hush_writers() -> None:
-    """Keeps writer threads from printing a traceback for every array that they could not write.
+    """Keeps threads from printing a traceback for every array that they could not write, or read.
 
     `Checkpoints.write_errors` reports it once, with the fix; hundreds of lines at the end of a log would hide it.
     """
     logging.getLogger("absl").addFilter(lambda record: not (record.exc_info and "orbax" in record.pathname))
+    logging.getLogger("asyncio").addFilter(lambda record: "tensorstore" not in record.getMessage())
     show = sys.unraisablehook
 
     def unraisablehook(unraisable: Any) -> None:

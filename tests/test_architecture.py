@@ -20,7 +20,7 @@ LEVELS = (
     {"checkpoint", "loop", "config", "pipeline", "testing"},
     {"stages"},
     {"aot"},
-    {"cli", "train", "compile", "chat", "inspect_data", "data.__main__"},
+    {"cli", "train", "compile", "chat", "export", "inspect_data", "data.__main__"},
 )
 # Parts that may import even less: nothing of the package but this.
 ONLY = {

@@ -18,6 +18,7 @@ from safe_rlhf_jax.stages.check import check_run
 from safe_rlhf_jax.stages.common import Run
 from safe_rlhf_jax.stages.health import warn_of_scorers
 from safe_rlhf_jax.stages.kinds import KINDS, idle_settings, kind_of
+from safe_rlhf_jax.stages.trained import BASES, Bases, bases_now, check_bases
 
 LOGGER = logging.getLogger(__name__)
 
@@ -33,9 +34,9 @@ def run_stage(run: Run, stage: cfg.StageBase) -> None:
     if any_process(is_main() and run.result(stage.name) is not None):
         LOGGER.info(f"{stage.name}: finished, config unchanged; skipped")
         return
-    folder = run.folder(stage.name)
+    folder, bases = run.folder(stage.name), bases_now(run, stage)
     if is_main():
-        prepare(run, stage, folder)
+        prepare(run, stage, folder, bases)
     barrier(f"{stage.name} begins")
     warn_of_scorers(run, stage)
     started = time.monotonic()
@@ -50,13 +51,22 @@ def run_stage(run: Run, stage: cfg.StageBase) -> None:
     LOGGER.info(f"{stage.name}: done in {seconds:.0f} s" + "".join(f"; {k} {v:.4g}" for k, v in shown.items()))
 
 
-def prepare(run: Run, stage: cfg.StageBase, folder: storage.Path) -> None:
-    """Creates the folder of a stage with its config and hash; moves a folder with another config aside."""
+def prepare(run: Run, stage: cfg.StageBase, folder: storage.Path, bases: Bases) -> None:
+    """Creates the folder of a stage with its config, hash and bases; moves a folder with another config aside.
+
+    Raises:
+        ConfigError: If the folder is of this config, but its adapters belong to other bases. The hash covers what a
+            base is made from, and not an export that was written anew, nor the base of a PEFT folder.
+    """
     mark = folder / "config_hash"
     if storage.is_file(mark) and (earlier := storage.read_text(mark)) != run.hashes[stage.name]:
         aside = unused(folder.with_name(f"{folder.name}.{earlier}"))
         storage.move(folder, aside)
         LOGGER.info(f"{stage.name}: the config has changed; the earlier result is kept in {aside}")
+    if bases and storage.is_file(folder / BASES):
+        check_bases(stage.name, folder, bases)
+    elif bases:
+        storage.write(folder / BASES, json.dumps(bases, indent=2) + "\n")
     storage.write(mark, run.hashes[stage.name])
     storage.write(folder / "config.yaml", cfg.dump(run.config, stage, idle_settings))
 

@@ -148,32 +148,40 @@ def export(
     """
     variables = {"params": whole(state.params, base)} | ({"stats": state.stats} if state.stats else {})
     if isinstance(module, Adapted):
-        with export_errors(folder / "adapter"):
-            save_adapter(run, stage, folder / "adapter", module, variables)
-    with export_errors(folder / "export"):
-        if stage.lora is not None and stage.lora.export == "peft":
-            save_adapter(run, stage, folder / "export", module, variables)
-        else:
-            module, variables["params"] = merged(module, variables["params"], lazily=True)
-            hf.save(folder / "export", module, variables, run.tokenizer.hf, layout=layout, ends=run.ends)
+        save_adapter(run, stage.init_from, folder / "adapter", module, variables)
+    if stage.lora is not None and stage.lora.export == "peft":
+        save_adapter(run, stage.init_from, folder / "export", module, variables)
+    else:
+        save_merged(run, folder / "export", module, variables, layout)
 
 
-def save_adapter(run: Run, stage: cfg.TrainingStage, folder: storage.Path, module: Adapted, variables: Any) -> None:
-    """Writes a PEFT folder of a network's adapter."""
-    base, lora = run.networks.origin(stage.init_from)[0], module.config.lora
+def save_merged(
+    run: Run, folder: storage.Path, module: Any, variables: dict[str, Any], layout: Layout | None = None
+) -> None:
+    """Writes a Hugging Face folder of a network, of one with adapters merged."""
+    module, params = merged(module, variables["params"], lazily=True)
+    with export_errors(folder):
+        hf.save(folder, module, variables | {"params": params}, run.tokenizer.hf, layout=layout, ends=run.ends)
+
+
+def save_adapter(run: Run, start: str, folder: storage.Path, module: Adapted, variables: dict[str, Any]) -> None:
+    """Writes a PEFT folder of the adapter of a network, which starts from a model."""
+    base, lora = run.networks.origin(start)[0], module.config.lora
     assert lora is not None
-    write_adapter(
-        folder,
-        module.config,
-        lora,
-        variables["params"]["adapter"],
-        score=getattr(module.module, "score", None),
-        head=variables["params"].get("head"),
-        stats=variables.get("stats"),
-        base=str(storage.absolute(run.model_folder(base))) if not base.startswith("hf:") else run.model_folder(base),
-        tokenizer=run.tokenizer.hf,
-        ends=run.ends,
-    )
+    where = run.model_folder(base)
+    with export_errors(folder):
+        write_adapter(
+            folder,
+            module.config,
+            lora,
+            variables["params"]["adapter"],
+            score=getattr(module.module, "score", None),
+            head=variables["params"].get("head"),
+            stats=variables.get("stats"),
+            base=where if base.startswith("hf:") else str(storage.absolute(where)),
+            tokenizer=run.tokenizer.hf,
+            ends=run.ends,
+        )
 
 
 @contextlib.contextmanager

@@ -45,7 +45,7 @@ class Training:
         flops: (run, stage, factor of the backward pass's recomputation) -> {phase: FLOPs of a step on all devices}.
         tokens: stage -> tokens of a step at their full lengths.
         measured: (run, stage, examples by field) -> names of its held-out metrics, without "eval/".
-        critics: stage -> initial models of the further networks that it trains.
+        critics: (run, stage) -> initial models of the further networks that it trains.
         groups: (stage, examples by field) -> groups of prompts for the share of unsafe responses.
     """
 
@@ -53,5 +53,5 @@ class Training:
     flops: Callable[[Run, Any, float], dict[str, float]]
     tokens: Callable[[Any], int]
     measured: Callable[[Run, Any, Mapping[str, Examples]], Collection[str]]
-    critics: Callable[[Any], list[str]] = lambda _: []
+    critics: Callable[[Run, Any], list[str]] = lambda *_: []
     groups: Callable[[Any, Mapping[str, Examples]], tuple[str, ...]] = lambda *_: ()

@@ -39,6 +39,7 @@ from safe_rlhf_jax.stages.host_signals import HostSignal, Scorers, host_scores, 
 from safe_rlhf_jax.stages.kind import Kind, Training
 from safe_rlhf_jax.stages.networks import jit_step, optimizer_of, with_adapters
 from safe_rlhf_jax.stages.programs import Program, array, put, random_key, texts
+from safe_rlhf_jax.stages.trained import critic_starts
 from safe_rlhf_jax.types import (
     Frozen,
     MovingReference,
@@ -112,21 +113,15 @@ def prompt_batches(run: Run, stage: cfg.RLStage, prompts: examples.Examples, see
 def build_networks(
     run: Run, stage: cfg.RLStage, hp: Hyperparameters
 ) -> tuple[Networks, RLState, Frozen, dict[str, HostSignal]]:
-    """Opens actor, reference, scorers and critics.
-
-    A critic starts from the model that `critics` names, else from its scorer, or from the actor if the scorer reads
-    other tokens than the policy.
-    """
+    """Opens actor, reference, scorers and critics."""
     updates = stage.steps * stage.algorithm.epochs * stage.algorithm.minibatches
     actor_optimizer, critic_optimizer = optimizer_of(stage.actor, updates), optimizer_of(stage.critic, updates)
-    algorithm = ALGORITHMS[stage.algorithm.name]
     critics, critic_states = {}, {}
     opened: list[tuple[Any, Params]] = []
     with run.networks.reading_once():
         policy, variables = run.networks.to_train(stage, stage.init_from, "lm")
         scorers = open_scorers(run, stage.scorers, stage.adapters)
-        for signal in hp.signals if algorithm.baseline is None else ():
-            start = stage.critics.get(signal) or (stage.init_from if signal in scorers.host else stage.scorers[signal])
+        for signal, start in critic_starts(run, stage).items():
             critics[signal], begin = run.networks.to_train(stage, start, "score", score_type="critic")
             critic_states[signal] = run.networks.start(critics[signal], begin, critic_optimizer)
             opened.append((critics[signal], begin["params"]))
@@ -374,13 +369,6 @@ def reinforcement_flops(run: Run, stage: cfg.RLStage, again: float) -> dict[str,
     )
 
 
-def critics_of(stage: cfg.RLStage) -> list[str]:
-    """Returns the initial models of the critics."""
-    if ALGORITHMS[stage.algorithm.name].baseline is not None:
-        return []
-    return [stage.critics.get(signal) or stage.scorers[signal] for signal in ("reward", *constraints_of(stage))]
-
-
 RL = Kind(
     cfg.RLStage,
     run_reinforcement,
@@ -391,7 +379,7 @@ RL = Kind(
         reinforcement_flops,
         tokens=lambda stage: stage.rows * (stage.max_prompt_length + stage.max_response_length),
         measured=measured_on_prompts,
-        critics=critics_of,
+        critics=lambda run, stage: list(critic_starts(run, stage).values()),
         groups=lambda stage, loaded: examples.group_names(loaded["prompts"].records, stage.group_field),
     ),
 )

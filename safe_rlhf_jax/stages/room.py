@@ -36,7 +36,7 @@ def check_room(run: Run) -> None:
         if training is None:
             continue
         trained: Any = stage
-        policy, *others = map(size, [trained.init_from, *training.critics(trained)])
+        policy, *others = map(size, [trained.init_from, *training.critics(run, trained)])
         state = TRAINED * (policy + sum(others))
         # The checkpoint being written exists beside those that are kept.
         started = storage.is_folder(run.folder(stage.name) / "checkpoints")

@@ -19,7 +19,6 @@ from safe_rlhf_jax.data.loader import in_order
 from safe_rlhf_jax.evaluation import evaluate
 from safe_rlhf_jax.loop import TrainLoop, fit
 from safe_rlhf_jax.models.adapters import Adapted, bases_of, on, whole
-from safe_rlhf_jax.models.config import ScoreConfig
 from safe_rlhf_jax.models.transformer import CausalLM, ScoreModel
 from safe_rlhf_jax.optim import gradient_step
 from safe_rlhf_jax.processes import is_main
@@ -29,6 +28,7 @@ from safe_rlhf_jax.stages.health import warn_of_model
 from safe_rlhf_jax.stages.kind import Kind, Training
 from safe_rlhf_jax.stages.networks import jit_step, optimizer_of, with_adapters
 from safe_rlhf_jax.stages.programs import TOTAL_STEPS, Program, array, one_side, put, random_key, texts
+from safe_rlhf_jax.stages.trained import trained_networks
 from safe_rlhf_jax.types import Frozen, PreferenceBatch, SafetyBatch, SupervisedBatch, TrainState
 
 
@@ -113,14 +113,9 @@ def build_supervised(
     Returns:
         The network, its state, the frozen parameters (`Frozen`: DPO's reference, and the base), and the jitted step.
     """
-    optimizer, score = optimizer_of(stage.optimizer, total_steps), None
-    if task.head == "score":
-        other = stage.export_layout == "sequence_classification"  # no bias, score at the last token that is not padding
-        pad_id = run.tokenizer.pad_id if other else None
-        momentum = stage.normalizer_momentum
-        score = ScoreConfig(stage.makes, bias=not other, normalize=stage.normalize, momentum=momentum, pad_id=pad_id)
+    optimizer = optimizer_of(stage.optimizer, total_steps)
     with run.networks.reading_once():
-        module, variables = run.networks.to_train(stage, stage.init_from, task.head, score=score)
+        module, variables = trained_networks(run, stage)[stage.makes].open(run, stage)
         frozen = Frozen(task.frozen(run, stage, module, variables), {}, bases_of((module, variables["params"])))
     state = run.networks.start(module, variables, optimizer)
     return module, state, frozen, jit_supervised(run, stage, task.step, module, optimizer, state)
