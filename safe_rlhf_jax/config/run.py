@@ -91,6 +91,11 @@ class RunConfig(Schema):
                 raise ValueError(f"{where}: name {stage.name!r} is taken by an earlier stage; names must differ")
             for mistake in stage.mistakes(earlier):
                 raise ValueError(f"{where}: {mistake}")
+        if self.execution.base is not None and all(stage.adapters is None for stage in self.stages):
+            raise ValueError(
+                f"execution.base {self.execution.base!r} quantises the frozen bases of adapters, and no stage has "
+                "lora; a base that is trained itself cannot be quantised"
+            )
         used = [use.reference for stage in self.stages for use in stage.models().values()]
         for model in self.templates.keys() - set(used):
             raise ValueError(f"templates names {model!r}, which no stage uses{did_you_mean(model, used)}")

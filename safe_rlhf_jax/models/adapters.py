@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from safe_rlhf_jax.models.config import Lora, ModelConfig
 from safe_rlhf_jax.models.positions import token_positions
+from safe_rlhf_jax.models.quantized import dequantize, is_quantized
 from safe_rlhf_jax.models.transformer import CausalLM, Decoder, ScoreModel
 from safe_rlhf_jax.types import Params
 
@@ -176,38 +177,44 @@ def merged(module: Any, params: Params, *, lazily: bool = False) -> tuple[Any, P
             kernel = (*path, "kernel")
             parts = base[kernel], adapter[(*path, "lora_a")], adapter[(*path, "lora_b")]
             product = functools.partial(add_product, lora=lora, dtype=module.config.dtype)
-            if not module.config.scan_layers:
-                base[kernel] = product(parts)
-            elif lazily:
-                base[kernel] = Layers(parts, product)
-            else:
-                base[kernel] = jax.lax.map(product, parts)
+            base[kernel] = by_layer(product, parts, module.config, lazily)
+    if lazily:  # to be written: integers and scales are for computing only
+        exact = functools.partial(dequantize, dtype=module.config.dtype)
+        for path, leaf in base.items():
+            base[path] = by_layer(exact, leaf, module.config, lazily) if is_quantized(leaf) else leaf
     return without_adapters(inner_module), unflatten_dict(base)
+
+
+def by_layer(function: Callable[[Any], jax.Array], parts: Any, config: ModelConfig, lazily: bool) -> Any:
+    """Applies a function to each layer of a stack, now or when it is taken; at once where layers are not stacked."""
+    if not config.scan_layers:
+        return function(parts)
+    return Layers(parts, function) if lazily else jax.lax.map(function, parts)
 
 
 def add_product(parts: tuple[Any, jax.Array, jax.Array], *, lora: Lora, dtype: str) -> jax.Array:
     """Returns W + s·A·B of one layer."""
     kernel, a, b = parts
     low_rank = jnp.tensordot(a.astype(jnp.float32), b.astype(jnp.float32), 1, precision=jax.lax.Precision.HIGHEST)
-    return (kernel.astype(jnp.float32) + lora.scale * low_rank).astype(dtype)
+    return (dequantize(kernel).astype(jnp.float32) + lora.scale * low_rank).astype(dtype)
 
 
 @dataclasses.dataclass(frozen=True)
 class Layers:
     """A stack of layers that are computed when they are taken: of a parameter that is written layer by layer."""
 
-    parts: tuple[Any, jax.Array, jax.Array]
+    parts: Any
     product: Callable[[Any], jax.Array]
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the stack."""
-        return tuple(self.parts[0].shape)
+        return (len(jax.tree.leaves(self.parts)[0]), *jax.eval_shape(lambda: self[0]).shape)
 
     @property
     def dtype(self) -> Any:
         """Of its layers."""
-        return jax.eval_shape(self.__getitem__, 0).dtype
+        return jax.eval_shape(lambda: self[0]).dtype
 
     def __getitem__(self, layer: Any) -> jax.Array:
         return self.product(jax.tree.map(lambda x: x[layer], self.parts))

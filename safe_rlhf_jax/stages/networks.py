@@ -5,6 +5,7 @@
 
 import contextlib
 import dataclasses
+import logging
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,12 +18,14 @@ from safe_rlhf_jax import config as cfg
 from safe_rlhf_jax import storage
 from safe_rlhf_jax.errors import ConfigError
 from safe_rlhf_jax.models import hf
-from safe_rlhf_jax.models.adapters import HEAD, Adapted, trained, whole
+from safe_rlhf_jax.models.adapters import HEAD, Adapted, trained, whole, without_adapters
 from safe_rlhf_jax.models.config import PRESETS, Lora, ModelConfig, ScoreConfig, ScoreType
 from safe_rlhf_jax.models.folders import is_adapter
 from safe_rlhf_jax.models.parameters import cast_matrices, place
 from safe_rlhf_jax.models.peft import read_adapter
 from safe_rlhf_jax.models.peft_heads import read_head
+from safe_rlhf_jax.models.quantization_error import error as quantization_error
+from safe_rlhf_jax.models.quantized import is_quantized, quantize
 from safe_rlhf_jax.models.transformer import CausalLM, ScoreModel
 from safe_rlhf_jax.optim import init_state, make_optimizer, schedule
 from safe_rlhf_jax.rl.kl import start_reference
@@ -32,6 +35,16 @@ from safe_rlhf_jax.types import TrainState
 
 if TYPE_CHECKING:
     from safe_rlhf_jax.stages.common import Run
+
+
+LOGGER = logging.getLogger(__name__)
+
+# What a quantised base is measured on.
+PROBE_TEXT = (
+    "A doctor is someone who is trained to treat people who are ill. In 1928 Alexander Fleming noticed that a mould "
+    "had killed the bacteria around it; twelve years later penicillin was tried on the first patient. How would you "
+    "explain to a child why some illnesses need an antibiotic and others do not?"
+)
 
 
 class Weights:
@@ -166,8 +179,8 @@ class Weights:
         Raises:
             ModelError: If the model's adapter does not fit into the form.
         """
-        base, folder = self.origin(reference)
-        stored, name = None if folder is None else read_adapter(storage.expanded(folder)), self.base_name(base)
+        origin, folder = self.origin(reference)
+        stored, name = None if folder is None else read_adapter(storage.expanded(folder)), self.base_name(origin)
         scores = stored is not None and stored.scores and head == "score"
         as_stored = head == "score" and score is None and score_type != "critic" and not scores
         module, variables = self.load(self.folders[name], head, score, score_type, seed, as_stored=as_stored, lora=lora)
@@ -178,8 +191,9 @@ class Weights:
         network = Adapted(module, name)
         boxed = jax.eval_shape(lambda: initializer(network)(jax.random.key(0)))
         shardings = named_shardings(boxed, self.run.mesh)
-        params = {"base": {k: v for k, v in variables["params"].items() if k not in HEAD}}
-        params["base"] = self.quantized(network, params["base"])
+        own_head = {k: v for k, v in variables["params"].items() if k in HEAD}
+        base = {k: v for k, v in variables["params"].items() if k not in HEAD}
+        params = {"base": self.quantized(network, base, own_head)}
         fresh = None
         if trains:
             init = initializer(network)
@@ -189,7 +203,6 @@ class Weights:
             start = None if fresh is None else self.run.get(fresh)
             params["adapter"] = place_all(stored.params(module.config, lora, start), shardings["params"]["adapter"])
         if head == "score":
-            own_head = {k: v for k, v in variables["params"].items() if k in HEAD}
             params["head"] = place_all(stored_head, shardings["params"]["head"]) if scores else own_head
         out = {"params": params}
         if "stats" in boxed:
@@ -240,9 +253,20 @@ class Weights:
         """Returns a parameter of a frozen base as it is kept: matrices in the dtype of computation."""
         return leaf if path[0] in HEAD else self.only_read({path[-1]: leaf})[path[-1]]
 
-    def quantized(self, network: Adapted, base: Any) -> Any:
-        """Returns a base quantised as the run asks, and says what that changes."""
-        return base
+    def quantized(self, network: Adapted, base: Any, head: Any) -> Any:
+        """Returns a base quantised as the run asks, in place of the one that was read, and says what it loses."""
+        kind = self.run.config.execution.base
+        if kind is None or any(map(is_quantized, jax.tree.leaves(base, is_leaf=is_quantized))):
+            return base
+        out = quantize(base, kind)
+        tokens = jnp.asarray([self.run.tokenizer.encode(PROBE_TEXT)], jnp.int32)
+        plain = without_adapters(network.module)
+        found = quantization_error(plain, base | head, out | head, tokens, tokens >= 0)
+        LOGGER.info(f"{network.base}: {found}")
+        leaves = lambda tree: jax.tree.leaves(tree, is_leaf=is_quantized)  # noqa: E731
+        instead = {id(old): new for old, new in zip(leaves(base), leaves(out), strict=True)}
+        self.placed = {key: instead.get(id(leaf), leaf) for key, leaf in (self.placed or {}).items()}
+        return out
 
     def new_module(self, reference: str, head: Literal["lm", "score"], score: ScoreConfig) -> Any:
         """Returns the network of a model, without its variables."""

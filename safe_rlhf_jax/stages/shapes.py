@@ -10,6 +10,7 @@ from flax import linen as nn
 from safe_rlhf_jax import storage
 from safe_rlhf_jax.models.adapters import HEAD, Adapted, without_adapters
 from safe_rlhf_jax.models.config import Lora, ModelConfig, ScoreConfig, ScoreType
+from safe_rlhf_jax.models.quantized import quantize
 from safe_rlhf_jax.sharding import named_shardings, replicated, with_shardings
 from safe_rlhf_jax.stages.networks import Weights, initializer
 from safe_rlhf_jax.types import TrainState
@@ -50,6 +51,8 @@ class Shapes(Weights):
         boxed = jax.eval_shape(lambda: initializer(plain)(jax.random.key(0)))
         variables = with_shardings(nn.unbox(boxed), named_shardings(boxed, self.run.mesh))
         params = {"base": self.only_read({k: v for k, v in variables["params"].items() if k not in HEAD})}
+        if (kind := self.run.config.execution.base) is not None:
+            params["base"] = quantize(params["base"], kind)
         boxed = jax.eval_shape(lambda: initializer(network)(jax.random.key(0)))
         own = with_shardings(nn.unbox(boxed), named_shardings(boxed, self.run.mesh))
         if adapter is None and not trains:

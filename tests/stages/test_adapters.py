@@ -158,7 +158,12 @@ def test_adapters_that_cannot_be_trained_are_refused_in_one_line(config, overrid
 
 
 def test_more_layers_than_the_model_has_are_refused(config):
-    run = Run(cfg.load_config(config, ["stages.sft.lora.layers=9", *(f"stages.{name}.lora.layers=9" for name in ("dpo", "ppo_lag", "best"))]))
+    run = Run(
+        cfg.load_config(
+            config,
+            ["stages.sft.lora.layers=9", *(f"stages.{name}.lora.layers=9" for name in ("dpo", "ppo_lag", "best"))],
+        )
+    )
     stage = stage_of(run.config, "sft")
     with pytest.raises(cfg.ConfigError, match="the model has 2 layers"), jax.set_mesh(run.mesh):
         run.networks.to_train(stage, stage.init_from, "lm")
