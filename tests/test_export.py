@@ -157,7 +157,7 @@ def test_run_that_is_going_on_is_not_touched(run, config, tmp_path, capsys):
     assert "step 3 is taken" in out
 
 
-def test_every_network_of_an_rl_stage_is_exported_without_its_optimizer(run, config, tmp_path):
+def test_every_network_of_an_rl_stage_is_exported_from_its_state(run, config, tmp_path):
     """The critic of the reward starts from a whole scorer, a base of its own, that of the cost from an adapter."""
     stage, folder = stage_of(run.config, "rl"), run.folder("rl")
     prepare(run, stage, folder, bases_now(run, stage))
