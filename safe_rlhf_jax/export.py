@@ -208,7 +208,7 @@ def restored(
     from safe_rlhf_jax.errors import FileError
     from safe_rlhf_jax.models.adapters import trained, whole
 
-    module, variables = network.open(run, stage)
+    module, variables = network.at_start(run, stage)
     base = variables["params"].get("base")
     start = variables | {"params": trained(variables["params"])}
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), start)

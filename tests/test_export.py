@@ -75,7 +75,7 @@ def saved(run, name, steps):
     """Writes checkpoints {folder: steps} of a stage that trains one network, all different, and its `export/`."""
     stage, folder = stage_of(run.config, name), run.folder(name)
     prepare(run, stage, folder, bases_now(run, stage))
-    module, variables = trained_networks(run, stage)[stage.makes].open(run, stage)
+    module, variables = trained_networks(run, stage)[stage.makes].at_start(run, stage)
     state = run.networks.start(module, variables, optimizer_of(stage.optimizer, 10))
     for below, numbers in steps.items():
         checkpoints = Checkpoints(folder / below / "checkpoints")
@@ -157,7 +157,7 @@ def test_run_that_is_going_on_is_not_touched(run, config, tmp_path, capsys):
     assert "step 3 is taken" in out
 
 
-def test_every_network_of_an_rl_stage_is_exported_without_its_optimizer(run, config, tmp_path):
+def test_every_network_of_an_rl_stage_is_exported_from_its_state(run, config, tmp_path):
     """The critic of the reward starts from a whole scorer, a base of its own, that of the cost from an adapter."""
     stage, folder = stage_of(run.config, "rl"), run.folder("rl")
     prepare(run, stage, folder, bases_now(run, stage))
@@ -173,20 +173,16 @@ def test_every_network_of_an_rl_stage_is_exported_without_its_optimizer(run, con
     assert [bases[name]["reference"] for name in states] == ["sft", f"path:{config.parent}/scorer", "sft"]
     for name, one in states.items():
         exported(config, tmp_path / name, "rl", "--network", name, "--form", "peft")
-        found = read_adapter(tmp_path / name)
-        base = hf.inspect(found.base, scan_layers=False, trunk=lambda config: config.num_layers - 1).module.config
+        exported(config, tmp_path / "merged", "rl", "--network", name)
+        found, head = read_adapter(tmp_path / name), "lm" if name == "policy" else "score"
         assert found.base == str(run.model_folder(bases[name]["reference"]))
-        assert fetch(one.params["adapter"])["decoder"].keys() == {"layers_0"}
+        base = hf.inspect(
+            found.base, head, score_type="critic", scan_layers=False, trunk=lambda config: config.num_layers - 1
+        ).module.config
         chex.assert_trees_all_equal(found.params(base, stage.adapters), fetch(one.params["adapter"]))
         if name != "policy":
-            head = read_head(found, base)[1]
-            chex.assert_trees_all_equal(head, fetch(one.params["head"]))
-        exported(config, tmp_path / "merged", "rl", "--network", name)
-        opened, merged = (
-            hf.load(tmp_path / where, "lm" if name == "policy" else "score") for where in (name, "merged")
-        )
-        assert opened[0].config.num_layers == merged[0].config.num_layers
-        chex.assert_trees_all_close(opened[1], merged[1], rtol=1e-6)
+            chex.assert_trees_all_equal(read_head(found, base)[1], fetch(one.params["head"]))
+        chex.assert_trees_all_close(*(hf.load(tmp_path / form, head)[1] for form in (name, "merged")), atol=1e-6)
 
 
 def test_a_base_that_changed_since_the_checkpoint_is_refused(run, config, refusal):

@@ -115,7 +115,7 @@ def build_supervised(
     """
     optimizer = optimizer_of(stage.optimizer, total_steps)
     with run.networks.reading_once():
-        module, variables = trained_networks(run, stage)[stage.makes].open(run, stage)
+        module, variables = trained_networks(run, stage)[stage.makes].at_start(run, stage)
         frozen = Frozen(task.frozen(run, stage, module, variables), {}, bases_of((module, variables["params"])))
     state = run.networks.start(module, variables, optimizer)
     return module, state, frozen, jit_supervised(run, stage, task.step, module, optimizer, state)

@@ -36,7 +36,7 @@ class Trained:
     place: tuple[str, ...] = ()
     layout: Layout | None = None
 
-    def open(self, run: Run, stage: cfg.TrainingStage) -> tuple[Any, dict[str, Any]]:
+    def at_start(self, run: Run, stage: cfg.TrainingStage) -> tuple[Any, dict[str, Any]]:
         """Returns the network and its variables before the first step."""
         return run.networks.to_train(stage, self.start, self.head, score=self.score, score_type=self.score_type)
 
