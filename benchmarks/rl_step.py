@@ -235,6 +235,8 @@ def main() -> None:
     result = {"config": spec, "environment": environment()}
     for part in measure(spec, options.repeats, options.old_log_probs == "recomputed"):
         result |= part
+        if options.json:
+            pathlib.Path(options.json).write_text(json.dumps(result, indent=2) + "\n")
     for name, value in result["seconds"].items():
         print(f"{name:12s} {value:9.3f} s   {result['flops'][name] / 1e9:10.1f} GFLOP   "
               f"{result['flops_per_second'][name] / 1e9:8.1f} GFLOP/s")  # fmt: skip
@@ -244,8 +246,6 @@ def main() -> None:
     print(f"memory       {result['peak_memory_bytes'] / 2**30:9.2f} GiB at its peak")
     print(f"matmul peak  {result['flops_per_second']['matmul_peak'] / 1e9:9.0f} GFLOP/s; the iteration reaches "
           f"{result['share_of_matmul_peak']:.0%}")  # fmt: skip
-    if options.json:
-        pathlib.Path(options.json).write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":

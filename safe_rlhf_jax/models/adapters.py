@@ -150,7 +150,8 @@ def hidden_of_roles(
     given = [params["adapter"]["decoder"] if "adapter" in params else nothing for params in roles]
     dtypes = jax.tree.map(lambda *leaves: jnp.result_type(*leaves), *given)
     stacked = jax.tree.map(lambda dtype, *leaves: jnp.stack([leaf.astype(dtype) for leaf in leaves]), dtypes, *given)
-    return list(jax.vmap(lambda adapter: hidden(module.config, adapter=adapter))(stacked))
+    config = dataclasses.replace(module.config, vmapped=True)
+    return list(jax.vmap(lambda adapter: hidden(config, adapter=adapter))(stacked))
 
 
 def output_of_trunk(module: Adapted, tokens: Int[Array, "B L"], mask: Bool[Array, "B L"]) -> Float[Array, "B L D"]:

@@ -190,7 +190,8 @@ class Attention(nn.Module):
         if kernel is None or real is None:
             out = attend(queries, keys, values, context.visible, scale=scale, cap=cap, bias=context.bias)
         else:
-            out = attend_fused(kernel, queries, keys, values, real, scale=scale, window=context.window, cap=cap)
+            out = attend_fused(kernel, queries, keys, values, real, scale=scale, window=context.window, cap=cap,
+                               vmapped=c.vmapped)  # fmt: skip
         out = out.swapaxes(1, 2)
         bias = c.attention_bias if c.attention_out_bias is None else c.attention_out_bias
         out = Linear((c.hidden_size,), ("heads", "head_dim", "embed"), c, bias, in_ndim=2, name="o_proj")(out)

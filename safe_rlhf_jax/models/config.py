@@ -125,6 +125,7 @@ class ModelConfig:
     merge_to_decode: bool = True  # generation keeps a copy of the layers with their adapters merged
     gather_to_decode: bool = False  # generation keeps a copy of the parameters gathered over `fsdp`
     lora: Lora | None = None  # adapters: a collection of variables beside the parameters, which are a frozen base then
+    vmapped: bool = False  # runs under `jax.vmap`, over the adapters of several networks
     trunk: int = 0  # leading layers that never have an adapter, a stack of their own where layers are scanned
     # Ranges [start, stop) of rows without a token in the tokenizer (embeddings are padded to round sizes): never
     # sampled and in no softmax.

@@ -69,6 +69,7 @@ def attend_fused(
     scale: float,
     window: int | None,
     cap: float | None,
+    vmapped: bool = False,
 ) -> Float[Array, "B H L C"]:
     """Causal attention by a kernel; real tokens attend to real tokens, and the output at padding is never read.
 
@@ -83,6 +84,7 @@ def attend_fused(
         scale: Factor of q·k.
         window: Keys per query, its own included; None: all before it.
         cap: Limit of the softcap of q·k.
+        vmapped: It runs under `jax.vmap`.
 
     Returns:
         float[B, H, L, C].
@@ -91,7 +93,7 @@ def attend_fused(
     def run(queries: Any, keys: Any, values: Any, real: Any) -> Any:
         if kernel == "splash":
             return splash(queries, keys, values, real, scale=scale, window=window, cap=cap)
-        return cudnn(queries, keys, values, real, scale=scale, window=window)
+        return cudnn(queries, keys, values, real, scale=scale, window=window, by_head=vmapped)
 
     if jax.sharding.get_abstract_mesh().empty:
         return run(queries, keys, values, real)
@@ -150,16 +152,19 @@ def cudnn(
     *,
     scale: float,
     window: int | None,
+    by_head: bool = False,
     implementation: Literal["cudnn", "xla"] = "cudnn",
 ) -> Float[Array, "B H L C"]:
-    """Flash attention of cuDNN on one GPU: padding may stand on either side, so there is a mask, one for all heads."""
+    """Flash attention of cuDNN on one GPU: padding may stand on either side, so there is a mask, one for all heads.
+
+    With `by_head` each head has its own: under `jax.vmap` JAX's rule for the kernel asks for that.
+    """
     length = queries.shape[2]
     column = jnp.arange(length, dtype=jnp.int32)
     distance = column[:, None] - column[None]
     near = distance >= 0 if window is None else (distance >= 0) & (distance < window)
     visible = near[None] & (real[:, :, None] == real[:, None, :])
+    visible = jnp.broadcast_to(visible[:, None], (len(visible), queries.shape[1] if by_head else 1, length, length))
     queries, keys, values = (x.swapaxes(1, 2) for x in (queries, keys, values))
-    out = jax.nn.dot_product_attention(
-        queries, keys, values, mask=visible[:, None], scale=scale, implementation=implementation
-    )
+    out = jax.nn.dot_product_attention(queries, keys, values, mask=visible, scale=scale, implementation=implementation)
     return out.swapaxes(1, 2)

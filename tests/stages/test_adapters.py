@@ -102,7 +102,7 @@ def test_six_roles_share_one_base_that_is_found_by_content(lora_run, config, min
 def test_whole_models_may_score_beside_adapters_each_on_a_base_of_its_own(lora_run, config, mini_run):
     whole = f"path:{mini_run[0] / 'reward' / 'export'}"
     overrides = (f"workdir={lora_run[0]}", f"stages.ppo_lag.reward_model={whole}")
-    _, networks, state, frozen, _ = networks_of(config, *overrides)
+    _, networks, _, frozen, _ = networks_of(config, *overrides)
     assert len(frozen.bases) == 2
     assert networks.scorers["reward"].base == networks.critics["reward"].base != networks.policy.base
     assert frozen.scorers["reward"]["params"].keys() == {"head"}
