@@ -19,6 +19,7 @@ FETCHED_BYTES = 2**28  # of an array that are replicated on every device while i
 # Logical axis -> mesh axis (or axes). Models name logical axes only.
 LOGICAL_RULES: dict[str, str | tuple[str, ...] | None] = {
     "batch": ("data", "fsdp"),
+    "batch_without_fsdp": "data",  # where the width has it
     "length": None,
     "layers": None,
     "embed": "fsdp",

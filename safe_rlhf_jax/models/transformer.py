@@ -199,16 +199,25 @@ class Decoder(nn.Module):
         """Returns the residual stream that enters the first layer, float[B, l, D]."""
         c = self.config
         # Cast after the lookup: the gradient of a frequent token's row is a long sum, taken in float32.
-        x = jnp.take(self.embedding, tokens, axis=0).astype(c.dtype)
+        x = looked_up(self.embedding, tokens).astype(c.dtype)
         if c.embedding_width != c.hidden_size:
             x = self.project_in(x)
         if c.scale_embedding:
             x = x * jnp.asarray(c.hidden_size**0.5, c.dtype)
         if c.positions == "learned":
-            x = x + jnp.take(self.position_embedding, positions + c.position_offset, axis=0).astype(c.dtype)
+            x = x + looked_up(self.position_embedding, positions + c.position_offset).astype(c.dtype)
         if c.embedding_norm:
             x = self.embedding_norm(x)
         return constrain(x, "batch", "length", None)
+
+
+def looked_up(table: Float[Array, "n W"], rows: Int[Array, "B l"]) -> Float[Array, "B l W"]:
+    """Returns rows of an embedding, each device its columns of them.
+
+    Where this is left to XLA, and `fsdp` is not the only axis, every device may receive all rows whole, and in the
+    backward pass their gradients.
+    """
+    return constrain(jnp.take(table, rows, axis=0), "batch_without_fsdp", "length", "embed")
 
 
 def is_within(size: int, ranges: tuple[tuple[int, int], ...]) -> jax.Array:

@@ -153,6 +153,12 @@ def test_parameters_are_gathered_layer_by_layer(sound):
     assert max(c.times for c in gathers) >= LAYERS
 
 
+def test_rows_of_other_devices_are_never_gathered(compile_for):
+    """Nor their gradients; with `data` and `tensor` beside `fsdp`, where the compiler has a choice."""
+    assert ROWS * (PROMPT + RESPONSE) * WIDTH > LARGEST
+    assert not properties.gathered(compile_for(mesh=(2, 2, 2)).collectives, LARGEST)
+
+
 def test_parameters_gathered_at_once_would_be_seen(compile_for):
     assert properties.gathered(compile_for(change=gathering_first).collectives, LARGEST)
 
