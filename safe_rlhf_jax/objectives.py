@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from safe_rlhf_jax.models.adapters import LanguageModel, Scorer
 from safe_rlhf_jax.models.config import ScoreConfig
-from safe_rlhf_jax.models.transformer import CausalLM, ScoreModel
 from safe_rlhf_jax.ops import gather_last, next_token_log_probs, sequence_mean
 from safe_rlhf_jax.types import Metrics, Params, PreferenceBatch, SafetyBatch, Sequences, SupervisedBatch
 
@@ -21,7 +21,7 @@ def token_weights(loss_mask: Bool[Array, "B L"]) -> Float[Array, "B L"]:
 
 
 def lm_loss(
-    module: CausalLM, params: Params, batch: SupervisedBatch, weights: Float[Array, "B L"]
+    module: LanguageModel, params: Params, batch: SupervisedBatch, weights: Float[Array, "B L"]
 ) -> tuple[jax.Array, Metrics]:
     """Cross-entropy of the tokens in the loss.
 
@@ -135,7 +135,7 @@ def divergence_mask(first: Sequences, second: Sequences) -> Bool[Array, "B L"]:
 
 
 def pair_scores(
-    module: ScoreModel, params: Params, stats: Params, first: Sequences, second: Sequences
+    module: Scorer, params: Params, stats: Params, first: Sequences, second: Sequences
 ) -> tuple[Float[Array, "B L"], Float[Array, "B L"]]:
     """Scores of every token of both sides, f32[B, L] each, before normalisation."""
     both = stack_pair(first, second)
@@ -145,7 +145,7 @@ def pair_scores(
 
 
 def reward_loss(
-    module: ScoreModel,
+    module: Scorer,
     params: Params,
     stats: Params,
     batch: PreferenceBatch,
@@ -171,7 +171,7 @@ def reward_loss(
 
 
 def cost_loss(
-    module: ScoreModel,
+    module: Scorer,
     params: Params,
     stats: Params,
     batch: SafetyBatch,
@@ -245,7 +245,7 @@ def ipo_loss(
 
 
 def pair_log_probs(
-    module: CausalLM, params: Params, first: Sequences, second: Sequences
+    module: LanguageModel, params: Params, first: Sequences, second: Sequences
 ) -> tuple[Float[Array, " B"], Float[Array, " B"]]:
     """Log-probability of each side's response, EOS included, f32[B] each, nats: sums, not means, over its tokens.
 
@@ -261,7 +261,7 @@ def pair_log_probs(
 
 
 def pair_log_ratios(
-    module: CausalLM, params: Params, reference: Params, batch: PreferenceBatch
+    module: LanguageModel, params: Params, reference: Params, batch: PreferenceBatch
 ) -> tuple[Float[Array, " B"], Float[Array, " B"]]:
     """Δ = log π(y|x) − log π_ref(y|x) of chosen and rejected, f32[B] each, nats; π_ref has no gradient."""
     policy = pair_log_probs(module, params, batch.chosen, batch.rejected)

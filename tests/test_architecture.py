@@ -40,7 +40,7 @@ FILE_METHODS = {
     "read_bytes", "read_text", "rename", "resolve", "rglob", "rmdir", "stat", "tofile", "touch", "unlink",
     "write_bytes", "write_text",
 }  # fmt: skip
-OURS = ("storage.", "hf.resolve", "run.networks.open")  # of the package, which ask storage
+OURS = ("storage.", "hf.resolve", "run.networks.open", "self.open")  # of the package, which ask storage
 NO_FILES = (
     "os._exit", "os.cpu_count", "os.devnull", "os.environ", "os.getpid", "os.path.basename", "os.path.commonprefix",
 )  # fmt: skip

@@ -17,7 +17,7 @@ from safe_rlhf_jax.evaluation.health import pairs_health, sign_health
 from safe_rlhf_jax.evaluation.statistics import expected_calibration_error, reliability_curve
 from safe_rlhf_jax.inference.best_of_n import best_of_n, sample_scored
 from safe_rlhf_jax.inference.sampling import Sampling
-from safe_rlhf_jax.models.transformer import CausalLM
+from safe_rlhf_jax.models.adapters import LanguageModel
 from safe_rlhf_jax.ops import response_log_probs, sequence_scores
 from safe_rlhf_jax.types import Frozen, Params, PreferenceBatch, PromptBatch, SafetyBatch, Sequences, TokenIds
 
@@ -25,7 +25,7 @@ Sample = dict[str, Any]
 
 
 def make_respond(
-    policy: CausalLM,
+    policy: LanguageModel,
     scorers: dict[str, Any],
     *,
     response_length: int,

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from safe_rlhf_jax.inference.generate import generate
-from safe_rlhf_jax.models.transformer import CausalLM
+from safe_rlhf_jax.models.adapters import LanguageModel
 from safe_rlhf_jax.ops import sequence_scores
 from safe_rlhf_jax.types import Params, PromptBatch, Rollout, Signals
 
@@ -41,7 +41,7 @@ def best_of_n(
 
 
 def sample_scored(
-    policy: CausalLM,
+    policy: LanguageModel,
     scorers: Mapping[str, Any],
     params: Params,
     scorer_variables: Mapping[str, Any],
@@ -78,7 +78,7 @@ def sample_scored(
 
 
 def make_sampler(
-    policy: CausalLM, scorers: Mapping[str, Any], *, num_responses: int, **sampler: Any
+    policy: LanguageModel, scorers: Mapping[str, Any], *, num_responses: int, **sampler: Any
 ) -> Callable[[Params, Mapping[str, Any], PromptBatch, jax.Array], dict[str, jax.Array]]:
     """Returns sample(params, scorer variables, prompts, key): n scored responses to each prompt, compiled.
 

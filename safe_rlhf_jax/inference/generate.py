@@ -7,9 +7,8 @@ import jax.numpy as jnp
 from flax import struct
 
 from safe_rlhf_jax.inference.sampling import Sampling, sample_token
-from safe_rlhf_jax.models.adapters import merged
+from safe_rlhf_jax.models.adapters import LanguageModel, merged
 from safe_rlhf_jax.models.parameters import boxed_variables, cast_matrices
-from safe_rlhf_jax.models.transformer import CausalLM
 from safe_rlhf_jax.ops import is_any
 from safe_rlhf_jax.sharding import constrain
 from safe_rlhf_jax.types import Params, PromptBatch, Rollout, TokenIds
@@ -30,7 +29,7 @@ class DecodeState:
 
 
 def generate(
-    module: CausalLM,
+    module: LanguageModel,
     params: Params,
     prompts: PromptBatch,
     key: jax.Array,
@@ -133,7 +132,7 @@ def generate(
     )
 
 
-def gathered(module: CausalLM, params: Params) -> Params:
+def gathered(module: Any, params: Params) -> Params:
     """Returns a copy of the parameters gathered over `fsdp`, with matrices in the compute dtype."""
 
     def gather(x: jax.Array, boxed: Any) -> jax.Array:

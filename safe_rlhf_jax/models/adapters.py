@@ -86,6 +86,10 @@ class Adapted:
         return {"params": params} | ({"stats": fresh["stats"]} if "stats" in fresh else {})
 
 
+LanguageModel = CausalLM | Adapted
+Scorer = ScoreModel | Adapted
+
+
 def without_adapters(module: Any) -> Any:
     """Returns the module of the base alone."""
     return module.clone(config=dataclasses.replace(module.config, lora=None))

@@ -20,8 +20,7 @@ from safe_rlhf_jax.data.texts import safety_labels
 from safe_rlhf_jax.errors import ConfigError
 from safe_rlhf_jax.evaluation import evaluate
 from safe_rlhf_jax.models import hf
-from safe_rlhf_jax.models.adapters import Adapted, whole
-from safe_rlhf_jax.models.transformer import CausalLM
+from safe_rlhf_jax.models.adapters import Adapted, LanguageModel, whole
 from safe_rlhf_jax.optim import gradient_step
 from safe_rlhf_jax.stages.common import Run, export_errors, read_length
 from safe_rlhf_jax.stages.datasets import load_records
@@ -119,7 +118,9 @@ def as_read_by(run: Run, stage: cfg.DPOStage, model: str, pairs: examples.Exampl
     return examples.load_pairs(pairs.records, encoding.template, encoding.tokenizer, safety=False, **options)
 
 
-def direct_step(stage: cfg.DPOStage, module: CausalLM, optimizer: optax.GradientTransformation) -> Callable[..., Any]:
+def direct_step(
+    stage: cfg.DPOStage, module: LanguageModel, optimizer: optax.GradientTransformation
+) -> Callable[..., Any]:
     """Returns the step of DPO; `frozen` is the reference's parameters."""
 
     def step(
@@ -167,7 +168,7 @@ def loss_options(stage: cfg.DPOStage) -> dict[str, Any]:
 
 
 def direct_evaluate(
-    run: Run, stage: cfg.DPOStage, module: CausalLM, frozen: Frozen, pairs: examples.Examples
+    run: Run, stage: cfg.DPOStage, module: LanguageModel, frozen: Frozen, pairs: examples.Examples
 ) -> Callable[[TrainState], dict[str, Any]]:
     """Returns evaluate(state): the loss and its metrics on held-out pairs."""
     batches = in_order(pairs, run.rows(pairs))

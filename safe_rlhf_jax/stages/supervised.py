@@ -18,8 +18,7 @@ from safe_rlhf_jax.data import examples
 from safe_rlhf_jax.data.loader import in_order
 from safe_rlhf_jax.evaluation import evaluate
 from safe_rlhf_jax.loop import TrainLoop, fit
-from safe_rlhf_jax.models.adapters import Adapted, bases_of, on, whole
-from safe_rlhf_jax.models.transformer import CausalLM, ScoreModel
+from safe_rlhf_jax.models.adapters import Adapted, LanguageModel, Scorer, bases_of, on, whole
 from safe_rlhf_jax.optim import gradient_step
 from safe_rlhf_jax.processes import is_main
 from safe_rlhf_jax.stages.common import Run, export, flat, report_data, weights, writers
@@ -137,7 +136,7 @@ def jit_supervised(
 
 
 def sft_step(
-    stage: cfg.SFTStage | cfg.RejectionStage, module: CausalLM, optimizer: optax.GradientTransformation
+    stage: cfg.SFTStage | cfg.RejectionStage, module: LanguageModel, optimizer: optax.GradientTransformation
 ) -> Callable[..., Any]:
     """Returns the step of fine-tuning on texts."""
 
@@ -154,20 +153,18 @@ def sft_step(
     return step
 
 
-def reward_step(
-    stage: cfg.RewardStage, module: ScoreModel, optimizer: optax.GradientTransformation
-) -> Callable[..., Any]:
+def reward_step(stage: cfg.RewardStage, module: Scorer, optimizer: optax.GradientTransformation) -> Callable[..., Any]:
     """Returns the step of a reward model."""
     return pairs_step(objectives.reward_loss, stage, module, optimizer)
 
 
-def cost_step(stage: cfg.CostStage, module: ScoreModel, optimizer: optax.GradientTransformation) -> Callable[..., Any]:
+def cost_step(stage: cfg.CostStage, module: Scorer, optimizer: optax.GradientTransformation) -> Callable[..., Any]:
     """Returns the step of a cost model."""
     return pairs_step(objectives.cost_loss, stage, module, optimizer, ranking_weight=stage.ranking_weight)
 
 
 def pairs_step(
-    loss_of: Callable[..., Any], stage: cfg.PreferenceStage, module: ScoreModel,
+    loss_of: Callable[..., Any], stage: cfg.PreferenceStage, module: Scorer,
     optimizer: optax.GradientTransformation, **more: Any,
 ) -> Callable[..., Any]:  # fmt: skip
     """Returns the step of a model that is trained on pairs by a loss."""
@@ -187,7 +184,7 @@ def pairs_step(
 
 
 def sft_evaluate(
-    run: Run, stage: cfg.SFTStage, module: CausalLM, frozen: None, data: examples.Examples
+    run: Run, stage: cfg.SFTStage, module: LanguageModel, frozen: Frozen, data: examples.Examples
 ) -> Callable[[TrainState], dict[str, Any]]:
     """Returns evaluate(state): loss in nats per response token, and its perplexity."""
     del stage, frozen
@@ -209,7 +206,7 @@ def sft_evaluate(
 
 
 def pairs_evaluate(
-    run: Run, stage: cfg.PreferenceStage, module: ScoreModel, frozen: None, data: examples.Examples
+    run: Run, stage: cfg.PreferenceStage, module: Scorer, frozen: Frozen, data: examples.Examples
 ) -> Callable[[TrainState], dict[str, Any]]:
     """Returns evaluate(state): ranking and sign accuracy, calibration, health and score distributions, held out."""
     del stage, frozen
