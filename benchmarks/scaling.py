@@ -31,6 +31,19 @@ RUNS = (
     ("configs/llama_3_8b/ppo_lag.yaml", "v6e:8x8"),
     ("configs/llama_3_70b/ppo_lag.yaml", "v5p:4x4x8"),
 )
+LORA_8B, LORA_70B = "configs/llama_3_8b/ppo_lag_lora.yaml", "configs/llama_3_70b/ppo_lag_lora.yaml"
+EIGHT = ("mesh.data=1", "mesh.fsdp=8", "mesh.tensor=1", "stages.ppo_lag.microbatches=4")
+ADAPTERS: tuple[tuple[str, ...], ...] = (  # config, topology, settings
+    (LORA_8B, "h100:1"),
+    (LORA_8B, "h100:1", "execution.base=int8"),
+    (LORA_8B, "h100:1", "stages.ppo_lag.lora.layers=8"),
+    (LORA_8B, "v6e:1x1"),
+    (LORA_8B, "v6e:1x1", "execution.base=int8"),
+    (LORA_8B, "v5e:2x4", *EIGHT),
+    (LORA_70B, "h100:8"),
+    (LORA_70B, "v5p:2x2x1", "mesh.tensor=4"),
+    ("configs/llama_3_8b/ppo_lag.yaml", "h100:8", *EIGHT, "stages.ppo_lag.batch_size=32"),
+)
 SEARCHES = (  # from one microbatch on
     ("configs/llama_3_8b/ppo_lag.yaml", "v6e:8x8"),
     ("configs/llama_3_70b/ppo_lag.yaml", "v5p:4x4x8"),
@@ -54,6 +67,18 @@ as well. Capacity is what the compiler leaves of the chip's memory to a program.
 
 The first two rows are compiled since gradients are reduced in float32
 ([decision 19](decisions/0019-sums-in-float32.md)); the others are from before, and would send up to a sixth more.
+"""
+
+ADAPTERS_INTRODUCTION = """\
+## One base, six roles: adapters
+
+    python -m safe_rlhf_jax.compile --config configs/llama_3_8b/ppo_lag_lora.yaml --topology h100:1
+
+PPO-Lagrangian with 32 prompts of 512 tokens and 512 tokens of response; actor, reference, reward model, cost model and
+both critics are adapters of rank 16 on one frozen base (the last row: six whole networks). GiB per device; seconds are
+projected. The first row has run on an H100 with random weights ([rl_step.py](../benchmarks/rl_step.py),
+[rl_step_8b_lora_h100.json](../benchmarks/results/rl_step_8b_lora_h100.json)): 33.7 s an iteration, *measured*.
+
 """
 
 SEARCH_INTRODUCTION = """\
@@ -108,12 +133,13 @@ NOTES = """\
 """
 
 
-def file_of(kind: str, config: str, topology: str) -> pathlib.Path:
-    path = pathlib.Path(config)
-    return RESULTS / f"{kind}_{path.parent.name}_{path.stem}_{topology.replace(':', '_')}.json"
+def file_of(kind: str, config: str, topology: str, *settings: str) -> pathlib.Path:
+    path, others = pathlib.Path(config), [s for s in settings if s not in EIGHT]
+    name = "_".join([kind, path.parent.name, path.stem, topology, *(s.rpartition(".")[2] for s in others)])
+    return RESULTS / f"{name.translate(str.maketrans(':=', '__'))}.json"
 
 
-def figures(kind: str, runs: Iterable[tuple[str, str]]) -> list[dict]:
+def figures(kind: str, runs: Iterable[tuple[str, ...]]) -> list[dict]:
     return [json.loads(file.read_text()) for run in runs if (file := file_of(kind, *run)).exists()]
 
 
@@ -167,6 +193,30 @@ def phase_rows(report: dict) -> list[list[str]]:
     return rows
 
 
+def adapters(reports: list[dict]) -> str:
+    """The section on adapters: memory, compile time, projected seconds by phase and what binds each."""
+    rows = []
+    for report in reports:
+        settings = [s for s in report["overrides"] if not s.startswith("mesh.")]
+        for stage in report["stages"]:
+            (program,) = stage["programs"]
+            memory = program["memory"]
+            cells = [f"`{report['config'].removeprefix('configs/')}`", ", ".join(f"`{s}`" for s in settings) or "–",
+                     report["topology"], mesh_name(stage["mesh"]) or "1 device"]  # fmt: skip
+            cells += [f"{memory[kind] / GIB:.1f}" for kind in ("argument", "temporary", "total", "capacity")]
+            cells += [f"{program['compile_seconds']:.0f}"]
+            for phase in ("generation", "scoring", "update"):
+                found = program.get("phases", {}).get(phase)
+                cells.append(
+                    f"{found['projected_seconds']['phase']:.1f} ({found['bound']})" if found else "does not fit"
+                )
+            cells.append(f"{stage['projected']['step_seconds']:.1f}" if "projected" in stage else "–")
+            rows.append(cells)
+    header = ["config", "settings", "topology", "mesh", "arguments", "temporary", "total", "capacity", "compile s",
+              "generation s (bound by)", "scoring s", "update s", "step s"]  # fmt: skip
+    return ADAPTERS_INTRODUCTION + table(header, rows)
+
+
 def search_rows(report: dict) -> list[list[str]]:
     rows = []
     for stage in report["stages"]:
@@ -196,6 +246,7 @@ def page() -> str:
         "## Projected speed of a step\n\n" + table(speed, [row for r in reports for row in speed_rows(r)]),
         "## Phases, per device and step; seconds are projected\n\n"
         + table(phase, [row for r in reports for row in phase_rows(r)]),
+        adapters(figures("scaling", ADAPTERS)),
         SEARCH_INTRODUCTION + table(search, [row for r in searches for row in search_rows(r)]),
         GPUS,
         NOTES,
@@ -207,10 +258,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--compile", action="store_true", help="first compile what has no figures yet")
     if parser.parse_args().compile:
-        wanted = [("scaling", run, []) for run in RUNS]
+        wanted: list[tuple[str, tuple[str, ...], list[str]]] = [("scaling", run, []) for run in (*RUNS, *ADAPTERS)]
         wanted += [("search", run, ["--search", "--meshes=2", "stages.ppo_lag.microbatches=1"]) for run in SEARCHES]
-        for kind, (config, topology), more in wanted:
-            file = file_of(kind, config, topology)
+        for kind, (config, topology, *settings), options in wanted:
+            file, more = file_of(kind, config, topology, *settings), [*options, *settings]
             if not file.exists():
                 command = [sys.executable, "-m", "safe_rlhf_jax.compile", "--config", config, "--topology", topology]
                 subprocess.run([*command, "--json", str(file), *more], check=True, cwd=ROOT)
