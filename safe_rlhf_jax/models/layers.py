@@ -114,7 +114,7 @@ class Linear(nn.Module):
         names = (self.axes[0], self.axes[self.in_ndim])
         rows, out = x.reshape(-1, inputs), "float32" if self.use_bias else dtype
         if isinstance(kernel, QArray):
-            y = quantized_matmul(rows, kernel, out, precision_of(rows))
+            y = quantized_matmul(rows, kernel, self.axes, out, precision_of(rows))
         else:
             y = matmul(rows, kernel.reshape(inputs, -1), names, out)
         y = y.reshape(*x.shape[: x.ndim - self.in_ndim], *self.features)
