@@ -1,5 +1,6 @@
 """Frozen networks in 8 and 4 bits: what is rounded, by how much, and that nothing but that changes."""
 
+import dataclasses
 import functools
 import importlib.util
 import math
@@ -408,22 +409,32 @@ def test_a_real_model_stays_what_it_is_in_eight_bits(tmp_path):
     process = subprocess.run([sys.executable, str(SCRIPT), str(tmp_path)], capture_output=True, text=True, timeout=600)
     if process.returncode:
         pytest.skip(f"the model cannot be had: {process.stderr.strip().splitlines()[-1]}")
-    real_model_error(tmp_path)
-
-
-TEXT = (
-    "The Nile is the longest river in Africa. It flows north through eleven countries to the Mediterranean Sea, and "
-    "its water has fed the fields of Egypt for more than five thousand years."
-)
-
-
-def real_model_error(folder):
-    from tokenizers import Tokenizer
-
-    ids = Tokenizer.from_file(str(folder / "tokenizer.json")).encode(TEXT).ids
-    module, variables = hf.load(folder)
-    params, tokens = variables["params"], jnp.asarray([ids], jnp.int32)
-    found = {kind: error(module, params, quantize(params, kind), tokens, tokens >= 0) for kind in KINDS}
+    found = real_model_errors(tmp_path)
     assert found["int8"].relative < 0.1
     assert found["int8"].kl < 0.02
-    assert found["int4"].kl < 1.5
+    assert found["int4"].kl < 1.0
+
+
+TEXTS = [
+    "The Nile is the longest river in Africa. It flows north through eleven countries to the Mediterranean Sea, and "
+    "its water has fed the fields of Egypt for more than five thousand years.",
+    "To boil an egg, bring a pot of water to a rolling boil, lower the egg in with a spoon, and wait eight minutes. "
+    "Cool it in cold water before you peel it.",
+    "def fibonacci(n):\n    a, b = 0, 1\n    for _ in range(n):\n        a, b = b, a + b\n    return a\n",
+    "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\nThe capital of France is "
+    "Paris. It lies on the Seine, in the north of the country.<|im_end|>\n",
+]
+
+
+def real_model_errors(folder):
+    """{format: error} of a model in a folder, in bfloat16 as decoding and scoring read it."""
+    from tokenizers import Tokenizer
+
+    rows = [encoding.ids for encoding in Tokenizer.from_file(f"{folder}/tokenizer.json").encode_batch(TEXTS)]
+    length = max(map(len, rows))
+    tokens = jnp.asarray([row + [0] * (length - len(row)) for row in rows], jnp.int32)
+    mask = jnp.asarray([[i < len(row) for i in range(length)] for row in rows])
+    module, variables = hf.load(folder)
+    module = module.clone(config=dataclasses.replace(module.config, dtype="bfloat16"))
+    params = cast_matrices(variables["params"], "bfloat16")
+    return {kind: error(module, params, quantize(params, kind), tokens, mask) for kind in KINDS}
