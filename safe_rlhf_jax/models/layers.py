@@ -116,7 +116,7 @@ class Linear(nn.Module):
         adapted = lora is not None and self.name in lora.targets
         out = "float32" if self.use_bias or adapted else dtype  # where something is added, in float32
         if isinstance(kernel, QArray):
-            y = quantized_matmul(rows, kernel, out, precision_of(rows))
+            y = quantized_matmul(rows, kernel, self.axes, out, precision_of(rows))
         else:
             y = matmul(rows, kernel.reshape(inputs, -1), names, out)
         if lora is not None and adapted:

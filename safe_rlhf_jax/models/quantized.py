@@ -5,6 +5,7 @@ Embeddings and heads keep their numbers. They are a small part of a large model;
 a matrix; and what a head loses, no layer after it averages out. Norms and biases are vectors.
 """
 
+import dataclasses
 import functools
 import math
 from typing import Any, Literal
@@ -17,6 +18,7 @@ from jaxtyping import Array, Float
 from qwix import QArray
 
 from safe_rlhf_jax.errors import ModelError
+from safe_rlhf_jax.sharding import constrain
 from safe_rlhf_jax.types import Params
 
 Kind = Literal["int8", "int4"]  # a scale for each output channel; for each block of inputs of an output channel
@@ -132,9 +134,13 @@ def stored_bytes(params: Params) -> int:
     return sum(x.size * bits(x.dtype) for x in jax.tree.leaves(params)) // 8
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def quantized_matmul(
-    x: Float[Array, "N I"], kernel: QArray, dtype: str, precision: jax.lax.Precision | None
+    x: Float[Array, "N I"],
+    kernel: QArray,
+    axes: tuple[str, ...],
+    dtype: str,
+    precision: jax.lax.Precision | None,
 ) -> Float[Array, "N O"]:
     """Product x · W in the dtype of x, accumulated in float32 and returned in `dtype`; W is frozen.
 
@@ -143,38 +149,48 @@ def quantized_matmul(
     Args:
         x: float[N, I].
         kernel: W, of any shape [*in, *out] with I inputs.
+        axes: Logical axes of the kernel.
         dtype: Of the result.
         precision: Of the product.
     """
-    matrix, scale = factors(kernel, x.shape[1], x.dtype)
-    y = jnp.matmul(x, matrix, precision=precision, preferred_element_type=jnp.float32)
-    return (y * scale).astype(dtype)
+    matrix, scale = factors(kernel, axes, x.shape[1], x.dtype)
+    # A float32 product would be written out for its scale to be applied: twice the memory, to save a rounding.
+    y = jnp.matmul(x, matrix, precision=precision, preferred_element_type=jnp.dtype(dtype))
+    return (y.astype(jnp.float32) * scale).astype(dtype)
 
 
-def factors(kernel: QArray, inputs: int, dtype: Any) -> tuple[Float[Array, "I O"], Float[Array, "1 _"]]:
+def factors(
+    kernel: QArray, axes: tuple[str, ...], inputs: int, dtype: Any
+) -> tuple[Float[Array, "I O"], Float[Array, "1 _"]]:
     """Returns (M, s) with W = M · diag(s): M in `dtype` and s in float32.
 
     With a scale for each output M is exact: integers, which compilers convert while they multiply. With blocks M is W,
     rounded to `dtype`, and s is 1: M is written out, one layer's at a time.
     """
-    matrix = kernel.qvalue.reshape(inputs, -1).astype(dtype)
-    outputs = matrix.shape[1]
+    whole = functools.partial(constrain, whole="fsdp")
+    integers = whole(kernel.qvalue, *axes)  # or the matrix would be gathered, several times as large
+    outputs = kernel.qvalue.size // inputs
     if kernel.scale.size == outputs:
-        return matrix, kernel.scale.reshape(1, outputs)
-    scale = kernel.scale.reshape(-1, 1, outputs).astype(dtype)  # as large as M in float32, it would be written out too
-    return (matrix.reshape(scale.shape[0], -1, outputs) * scale).reshape(inputs, outputs), jnp.ones((1, 1), jnp.float32)
+        return integers.reshape(inputs, outputs).astype(dtype), kernel.scale.reshape(1, outputs)
+    sizes = zip(axes, kernel.scale.shape, kernel.qvalue.shape, strict=True)
+    scale = whole(kernel.scale, *(name if size == full else None for name, size, full in sizes))
+    # With scales in float32 a matrix in float32 would be written out.
+    matrix = qwix.dequantize(dataclasses.replace(kernel, qvalue=integers, scale=scale.astype(dtype)))
+    return matrix.reshape(inputs, outputs), jnp.ones((1, 1), jnp.float32)
 
 
-def quantized_matmul_forward(x: jax.Array, kernel: QArray, dtype: str, precision: Any) -> Any:
+def quantized_matmul_forward(x: jax.Array, kernel: QArray, axes: tuple[str, ...], dtype: str, precision: Any) -> Any:
     """The forward pass of `quantized_matmul`."""
-    return quantized_matmul(x, kernel, dtype, precision), (x, kernel)
+    return quantized_matmul(x, kernel, axes, dtype, precision), (x, kernel)
 
 
-def quantized_matmul_backward(dtype: str, precision: Any, saved: Any, gradient: jax.Array) -> Any:
+def quantized_matmul_backward(
+    axes: tuple[str, ...], dtype: str, precision: Any, saved: Any, gradient: jax.Array
+) -> Any:
     """The backward pass of `quantized_matmul`: a gradient of x, none of W."""
     del dtype
     x, kernel = saved
-    matrix, scale = factors(kernel, x.shape[1], x.dtype)
+    matrix, scale = factors(kernel, axes, x.shape[1], x.dtype)
     scaled = (gradient.astype(jnp.float32) * scale).astype(x.dtype)
     return jnp.matmul(scaled, matrix.T, precision=precision), None
 

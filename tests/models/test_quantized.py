@@ -1,5 +1,6 @@
 """Frozen networks in 8 and 4 bits: what is rounded, by how much, and that nothing but that changes."""
 
+import dataclasses
 import functools
 import importlib.util
 import math
@@ -19,7 +20,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from safe_rlhf_jax.aot.hlo import Module
 from safe_rlhf_jax.compile import topology_devices
 from safe_rlhf_jax.errors import ModelError
-from safe_rlhf_jax.models import hf, quantized
+from safe_rlhf_jax.models import hf
 from safe_rlhf_jax.models.parameters import boxed_variables, cast_matrices
 from safe_rlhf_jax.models.quantization_error import error
 from safe_rlhf_jax.models.quantized import (
@@ -46,7 +47,7 @@ def kernels(params):
     """{path: kernel} of all kernels of layers, quantised or not."""
     leaves = {"/".join(path): leaf for path, leaf in flatten_dict(params).items()}
     return {
-        path: leaf for path, leaf in leaves.items() if path.endswith(tuple(f"{name}/kernel" for name in INPUT_AXES))
+        path: leaf for path, leaf in leaves.items() if path.endswith(tuple(f"/{name}/kernel" for name in INPUT_AXES))
     }
 
 
@@ -190,7 +191,7 @@ def test_gradients_pass_through_quantised_layers_as_through_rounded_ones(kind, b
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_quantised_kernel_has_no_gradient(kind):
     kernel = kernels(quantize(network()[1], kind))["decoder/layers_0/mlp/up_proj/kernel"]
-    loss = lambda kernel: quantized_matmul(jnp.ones((2, 128)), kernel, "float32", None).sum()  # noqa: E731
+    loss = lambda kernel: quantized_matmul(jnp.ones((2, 128)), kernel, ("embed", "mlp"), "float32", None).sum()  # noqa: E731
     gradient = jax.grad(loss, allow_int=True)(kernel)
     assert not np.asarray(gradient.scale).any()
     assert gradient.qvalue.dtype == jax.dtypes.float0
@@ -202,8 +203,8 @@ def test_products_in_bfloat16_are_summed_in_float32(kind):
     kernel = jnp.asarray(rng.standard_normal((4096, 8)), jnp.float32)
     kernel = quantize({"up_proj": {"kernel": kernel}}, kind)["up_proj"]["kernel"]
     x = jnp.asarray(rng.standard_normal((64, 4096)), jnp.bfloat16)
-    exact = np.asarray(x, np.float64) @ np.asarray(quantized.dequantize(kernel), np.float64)
-    actual = np.asarray(quantized_matmul(x, kernel, "float32", None))
+    exact = np.asarray(x, np.float64) @ np.asarray(dequantize(kernel), np.float64)
+    actual = np.asarray(quantized_matmul(x, kernel, ("embed", "mlp"), "float32", None))
     # int8 is exact in bfloat16; a scale of int4 and its products with integers are each rounded to 8 bits
     assert np.abs(actual - exact).max() < {"int8": 1e-5, "int4": 4e-3}[kind] * np.abs(exact).max()
 
@@ -231,7 +232,7 @@ def sharded(module, params, mesh):
     return jax.device_put(params, named_shardings(boxed_variables(module)["params"], mesh))
 
 
-@pytest.mark.parametrize("shape", [(1, 4, 2), (2, 2, 2), (1, 8, 1)])
+@pytest.mark.parametrize("shape", [(1, 4, 2), (1, 8, 1)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_eight_devices_hold_and_compute_what_one_does(kind, shape, batch):
     module, params = network(scan_layers=True)
@@ -288,7 +289,14 @@ LAYERS, WIDTH, MLP = 6, 512, 1024
 
 def compiled(devices, shape, kind, gradient=False):
     """The compiled program of hidden states, or of their gradient to the embedding; instructions that are executed."""
-    sizes = {"hidden_size": WIDTH, "intermediate_size": MLP, "num_layers": LAYERS, "head_dim": 128, "num_kv_heads": 4}
+    sizes = {
+        "vocab_size": 96,
+        "hidden_size": WIDTH,
+        "intermediate_size": MLP,
+        "num_layers": LAYERS,
+        "head_dim": 128,
+        "num_kv_heads": 4,
+    }
     module = CausalLM(tiny_config(**sizes, scan_layers=True, dtype="bfloat16", tie_embeddings=True))
     mesh = make_mesh(shape, devices[: math.prod(shape)])
     boxed = boxed_variables(module)["params"]
@@ -322,6 +330,18 @@ def test_no_dequantised_stack_of_layers_is_in_memory(kind, gradient):
     assert max(math.prod(shape) for shape in written) < LAYERS * WIDTH * MLP
 
 
+def gathered(instructions):
+    """Types of the large arrays that are gathered."""
+    arrays = [array for i in instructions if i.opcode.startswith("all-gather") for array in i.arrays]
+    return {array.dtype for array in arrays if math.prod(array.shape) >= WIDTH * WIDTH}
+
+
+@pytest.mark.parametrize("gradient", [False, True], ids=["forwards", "backwards"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_devices_send_each_other_integers(kind, gradient):
+    assert gathered(compiled(jax.devices(), (1, 4, 1), kind, gradient)) == {"s8"}  # a CPU has no 4-bit integers
+
+
 @pytest.mark.tpu
 @pytest.mark.parametrize("gradient", [False, True], ids=["forwards", "backwards"])
 @pytest.mark.parametrize("kind", KINDS)
@@ -331,9 +351,7 @@ def test_a_tpu_reads_and_sends_integers(kind, gradient):
     assert max(math.prod(shape) for shape in written) < LAYERS * WIDTH * MLP
     if kind == "int8":  # not even one layer's: what is multiplied are the integers
         assert not [shape for shape in written if math.prod(shape) == WIDTH * MLP]
-    gathered = [array for i in instructions if i.opcode.startswith("all-gather") for array in i.arrays]
-    large = {array.dtype for array in gathered if math.prod(array.shape) >= WIDTH * WIDTH}
-    assert large == {"s8" if kind == "int8" else "s4"}
+    assert gathered(instructions) == {"s8" if kind == "int8" else "s4"}
 
 
 # --- Error ------------------------------------------------------------------------------------------------------------
@@ -391,22 +409,32 @@ def test_a_real_model_stays_what_it_is_in_eight_bits(tmp_path):
     process = subprocess.run([sys.executable, str(SCRIPT), str(tmp_path)], capture_output=True, text=True, timeout=600)
     if process.returncode:
         pytest.skip(f"the model cannot be had: {process.stderr.strip().splitlines()[-1]}")
-    real_model_error(tmp_path)
-
-
-TEXT = (
-    "The Nile is the longest river in Africa. It flows north through eleven countries to the Mediterranean Sea, and "
-    "its water has fed the fields of Egypt for more than five thousand years."
-)
-
-
-def real_model_error(folder):
-    from tokenizers import Tokenizer
-
-    ids = Tokenizer.from_file(str(folder / "tokenizer.json")).encode(TEXT).ids
-    module, variables = hf.load(folder)
-    params, tokens = variables["params"], jnp.asarray([ids], jnp.int32)
-    found = {kind: error(module, params, quantize(params, kind), tokens, tokens >= 0) for kind in KINDS}
+    found = real_model_errors(tmp_path)
     assert found["int8"].relative < 0.1
     assert found["int8"].kl < 0.02
-    assert found["int4"].kl < 1.5
+    assert found["int4"].kl < 1.0
+
+
+TEXTS = [
+    "The Nile is the longest river in Africa. It flows north through eleven countries to the Mediterranean Sea, and "
+    "its water has fed the fields of Egypt for more than five thousand years.",
+    "To boil an egg, bring a pot of water to a rolling boil, lower the egg in with a spoon, and wait eight minutes. "
+    "Cool it in cold water before you peel it.",
+    "def fibonacci(n):\n    a, b = 0, 1\n    for _ in range(n):\n        a, b = b, a + b\n    return a\n",
+    "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\nThe capital of France is "
+    "Paris. It lies on the Seine, in the north of the country.<|im_end|>\n",
+]
+
+
+def real_model_errors(folder):
+    """{format: error} of a model in a folder, in bfloat16 as decoding and scoring read it."""
+    from tokenizers import Tokenizer
+
+    rows = [encoding.ids for encoding in Tokenizer.from_file(f"{folder}/tokenizer.json").encode_batch(TEXTS)]
+    length = max(map(len, rows))
+    tokens = jnp.asarray([row + [0] * (length - len(row)) for row in rows], jnp.int32)
+    mask = jnp.asarray([[i < len(row) for i in range(length)] for row in rows])
+    module, variables = hf.load(folder)
+    module = module.clone(config=dataclasses.replace(module.config, dtype="bfloat16"))
+    params = cast_matrices(variables["params"], "bfloat16")
+    return {kind: error(module, params, quantize(params, kind), tokens, mask) for kind in KINDS}
