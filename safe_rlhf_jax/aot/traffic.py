@@ -96,7 +96,11 @@ def read_bytes(module: Module, inner: dict[str, Instruction], name: str) -> floa
         elif reader.opcode == "fusion":  # a fusion inside of the fusion
             nested = module.by_name[reader.called[0]]
             parameter = next(i for i in nested.values() if i.opcode == "parameter" and int(i.value) == position)
-            total += read_bytes(module, nested, parameter.name)
+            root = next(i for i in nested.values() if i.is_root)
+            if source(nested, root.name) == parameter.name:  # it only changes the layout, for its own readers
+                total += read_bytes(module, inner, reader.name)
+            else:
+                total += read_bytes(module, nested, parameter.name)
         else:
             return math.inf
     return total

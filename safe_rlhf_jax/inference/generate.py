@@ -9,6 +9,7 @@ from flax import struct
 from safe_rlhf_jax.inference.sampling import Sampling, sample_token
 from safe_rlhf_jax.models.adapters import LanguageModel, merged
 from safe_rlhf_jax.models.parameters import boxed_variables, cast_matrices
+from safe_rlhf_jax.models.quantized import dequantize
 from safe_rlhf_jax.ops import is_any
 from safe_rlhf_jax.sharding import constrain
 from safe_rlhf_jax.types import Params, PromptBatch, Rollout, TokenIds
@@ -68,7 +69,7 @@ def generate(
     if module.config.merge_to_decode:
         module, params = merged(module, params)
     if module.config.gather_to_decode:
-        params = gathered(module, params)
+        params = gathered(module, dequantize(params, module.config.dtype))
     logits, cache = module.apply({"params": params}, prompts.tokens, prompts.mask, length, method="prefill")
     if num_responses > 1:
         batch_axis = 1 if module.config.scan_layers else 0

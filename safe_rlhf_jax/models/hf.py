@@ -124,7 +124,7 @@ def inspect(
 ) -> Matched:
     """Returns the network that `load` would open, after all checks that need no weights.
 
-    Arguments and errors are those of `load`.
+    Arguments and errors are those of `load`; `trunk` gives the number of leading layers that are a stack of their own.
     """
     if dtype not in DTYPES:
         raise ModelError(f"dtype {dtype!r}: pass one of {DTYPES}")
@@ -181,8 +181,6 @@ def load(
     seed: int = 0,
     mesh: Mesh | None = None,
     placed: dict[Any, Any] | None = None,
-    trunk: Callable[[ModelConfig], int] = lambda _: 0,
-    finish: Callable[[Path, Any], Any] | None = None,
 ) -> tuple[CausalLM | ScoreModel, Variables]:
     """Opens a Hugging Face folder.
 
@@ -204,8 +202,6 @@ def load(
         mesh: Devices to shard over by the table of `sharding`; by default the default device holds everything.
         placed: Parameters read before, which are shared; those that are read now are added. Several networks that
             start from one folder read it once.
-        trunk: Number of leading layers that are a stack of their own, by the folder's configuration.
-        finish: Applied to each parameter as soon as it is placed, such as a cast.
 
     Returns:
         module: `module.apply(variables, tokens i32[B, L], mask bool[B, L])` gives logits f32[B, L, V], or scores
@@ -219,8 +215,24 @@ def load(
     """
     found = inspect(
         path_or_id, head, dtype, score_type=score_type, score_bias=score_bias, as_stored=as_stored,
-        scan_layers=scan_layers, trunk=trunk,
+        scan_layers=scan_layers,
     )  # fmt: skip
+    return found.module, read(found, seed=seed, mesh=mesh, placed=placed)
+
+
+def read(
+    found: Matched,
+    *,
+    seed: int = 0,
+    mesh: Mesh | None = None,
+    placed: dict[Any, Any] | None = None,
+    finish: Callable[[Path, Any], Any] | None = None,
+) -> Variables:
+    """Returns the variables of a folder that is matched; `finish` is applied to each parameter once it is placed.
+
+    Further arguments are those of `load`.
+    """
+    dtype = found.module.config.dtype
     shardings = named_shardings(found.boxed, mesh) if mesh else jax.tree.map(lambda _: None, nn.unbox(found.boxed))
     where = flatten_dict(shardings["params"])
     stored = {path for weight in found.weights.values() for path in weight.paths}
@@ -232,10 +244,10 @@ def load(
             params[path] = known[key]
             continue
         if path in stored:
-            read = reader(found.tensors, found.weights, path, found.shapes, jnp.dtype(dtype), found.merged)
+            part = reader(found.tensors, found.weights, path, found.shapes, jnp.dtype(dtype), found.merged)
         else:
-            read = fresh_head(shape, seed).astype(dtype).__getitem__
-        params[path] = place(read, shape, where[path])
+            part = fresh_head(shape, seed).astype(dtype).__getitem__
+        params[path] = place(part, shape, where[path])
         if finish is not None:
             params[path] = finish(path, params[path])
         if path in stored:
@@ -244,7 +256,7 @@ def load(
     if found.statistics:
         stats = found.statistics.items()
         variables["stats"] = {k: place(v.__getitem__, v.shape, shardings["stats"][k]) for k, v in stats}
-    return found.module, variables
+    return variables
 
 
 def stored_config(folder: storage.Path) -> ModelConfig:

@@ -140,19 +140,18 @@ class Weights:
         seed: int, *, as_stored: bool, lora: Lora | None = None,
     ) -> tuple[Any, dict[str, Any]]:  # fmt: skip
         """Returns the network in a folder and its variables; with `lora`, in the form of a frozen base."""
-        module, variables = hf.load(
+        found = hf.inspect(
             folder,
             head,
             score_type=score.score_type if score else score_type,
             score_bias=score.bias if score else None,
             as_stored=as_stored,
             scan_layers=self.run.config.execution.scan_layers,
-            seed=seed,
-            mesh=self.run.mesh,
-            placed=self.placed,
             trunk=lambda config: with_adapters(config, lora).trunk,
-            finish=None if lora is None else self.cast,
         )
+        cast = None if lora is None else self.cast
+        module: Any = found.module
+        variables = hf.read(found, seed=seed, mesh=self.run.mesh, placed=self.placed, finish=cast)
         module = module.clone(config=self.as_run(module.config, lora))
         if score is not None:
             module = module.clone(score=dataclasses.replace(score, bias=module.score.bias))
