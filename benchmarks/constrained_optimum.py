@@ -52,14 +52,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--json", type=pathlib.Path)
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--only", nargs="*", choices=[*CASES, *FAULTS], default=[*CASES, *FAULTS])
+    parser.add_argument(
+        "--only", nargs="*", choices=[*CASES, *FAULTS], help="of the report in --json, run these anew and keep the rest"
+    )
     parser.add_argument("--table", type=pathlib.Path, help="print the tables of a finished report, and train nothing")
     args = parser.parse_args()
     if args.table:
         print(tables(json.loads(args.table.read_text())), end="")
         return
     report: dict[str, Any] = {"jax": jax.__version__, "backend": jax.default_backend(), "cases": {}, "faults": {}}
-    for name in args.only:
+    if args.only and args.json and args.json.exists():
+        report = json.loads(args.json.read_text())
+    for name in args.only or [*CASES, *FAULTS]:
         begun, seeds = time.perf_counter(), range(args.seeds)
         results = run_case(CASES[name], seeds) if name in CASES else run_fault(name, seeds)
         case = CASES.get(name, CASES["ppo_lag"])
@@ -69,6 +73,8 @@ def main() -> None:
             "worst": worst(results),
             "runs": results,
         }
+        for key, names in (("cases", CASES), ("faults", FAULTS)):
+            report[key] = {name: report[key][name] for name in names if name in report[key]}
         shown = "  ".join(f"{key} {value:.4f}" for key, value in worst(results).items())
         passed, seconds = sum(r["within"] for r in results), time.perf_counter() - begun
         print(f"{name}: {passed} of {len(results)} within; worst {shown}  ({seconds:.0f} s)", flush=True)

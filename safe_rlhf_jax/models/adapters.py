@@ -3,10 +3,11 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Bool, Float, Int
 
@@ -28,26 +29,27 @@ class Adapted:
     argument of a training step, shared by all networks of that name.
 
     Attributes:
-        module: Whose `config.lora` says what has adapters.
+        module: A `CausalLM` or a `ScoreModel`, whose `config.lora` says what has adapters.
         base: Name of the base.
         bound: Parameters of the base.
         dropout: Key of the dropout before A.
     """
 
-    module: CausalLM | ScoreModel
+    module: Any
     base: str
     bound: Params | None = None
     dropout: jax.Array | None = None
+    decoder: ClassVar[type[nn.Module]] = Decoder
 
     @property
     def config(self) -> ModelConfig:
         """Configuration of the module."""
-        return self.module.config
+        return self.module.config  # type: ignore[no-any-return]
 
     @property
     def score(self) -> Any:
         """Configuration of the scores of a score model."""
-        return self.module.score  # type: ignore[union-attr]
+        return self.module.score
 
     def clone(self, **changes: Any) -> "Adapted":
         """Returns the network with another configuration."""
@@ -63,7 +65,7 @@ class Adapted:
         assert self.bound is not None, "`on` has not been called"
         return self.bound["decoder"]
 
-    def variables(self, variables: Mapping[str, Any]) -> tuple[CausalLM | ScoreModel, dict[str, Any]]:
+    def variables(self, variables: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
         """Returns the module that these variables are for, and its own: base and head as `params`, and `adapter`."""
         params = variables["params"]
         base = params.get("base", self.bound)
@@ -144,7 +146,7 @@ def hidden_of_roles(
     def hidden(config: ModelConfig, **adapter: Any) -> jax.Array:
         variables = {"params": module.decoder_params} | adapter
         positions = token_positions(mask)
-        out: Any = Decoder(config).apply(variables, tokens, positions, mask, first=first, below=below)
+        out: Any = module.decoder(config).apply(variables, tokens, positions, mask, first=first, below=below)
         return out[0]  # type: ignore[no-any-return]
 
     adapters = [params["adapter"]["decoder"] for params in roles if "adapter" in params]
@@ -160,7 +162,7 @@ def hidden_of_roles(
 
 def output_of_trunk(module: Adapted, tokens: Int[Array, "B L"], mask: Bool[Array, "B L"]) -> Float[Array, "B L D"]:
     """Returns what enters the first layer with an adapter: the same for all networks on the base, float[B, L, D]."""
-    decoder = Decoder(without_adapters(module.module).config)
+    decoder: Any = module.decoder(without_adapters(module.module).config)
     out: Any = decoder.apply({"params": module.decoder_params}, tokens, mask, method="read_trunk")
     return out  # type: ignore[no-any-return]
 

@@ -5,6 +5,7 @@ Everything after sampling is `rl.step.learn`: scoring, windows and λ, advantage
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from safe_rlhf_jax.models.adapters import Adapted, on
 from safe_rlhf_jax.optim import init_state, make_optimizer, schedule
 from safe_rlhf_jax.rl import step
 from safe_rlhf_jax.rl.algorithms import ALGORITHMS
@@ -23,10 +25,12 @@ from safe_rlhf_jax.rl.lagrange import LOG, PROJECTED, Multiplier, pid_multiplier
 from safe_rlhf_jax.rl.rollout import Networks
 from safe_rlhf_jax.testing.worlds import (
     ALPHA,
+    BASE,
     BETA,
     COST_WEIGHT,
     GROUPS,
     LENGTH,
+    MLP,
     OFFSETS,
     PROMPTS,
     MLPPolicy,
@@ -35,6 +39,7 @@ from safe_rlhf_jax.testing.worlds import (
     TablePolicy,
     TableScore,
     World,
+    adapted_mlp,
     divergence,
     expectation,
     make_world,
@@ -76,7 +81,7 @@ class Case:
     signals: tuple[str, ...] = ("cost",)
     slots: int = 1
     num_responses: int = 1
-    policy: type[nn.Module] = TablePolicy
+    policy: Callable[[], Any] = TablePolicy
     lr: float = 0.1  # Adam's, of the policy
     window: int = BATCH
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -97,6 +102,12 @@ CASES: dict[str, Case] = {
         oscillation=0.05,
     ),
     "ppo_lag, MLP policy": Case("ppo_lag", mean_cost, policy=MLPPolicy, lr=0.01, regret=0.006),
+    "ppo_lag, MLP policy with adapters": Case(
+        "ppo_lag", mean_cost, policy=functools.partial(adapted_mlp, 8, 16.0), lr=0.02, regret=0.006
+    ),
+    "ppo_lag, MLP policy with adapters of full rank": Case(
+        "ppo_lag", mean_cost, policy=functools.partial(adapted_mlp, MLP.hidden_size, float(MLP.hidden_size)), lr=0.01
+    ),
     "ppo_lag, two constraints": Case(
         "ppo_lag",
         two_constraints,
@@ -150,7 +161,7 @@ CASES: dict[str, Case] = {
 # --- Training
 
 
-def respond(policy: nn.Module, params: Any, case: Case, key: jax.Array) -> Rollout:
+def respond(policy: Any, params: Any, case: Case, key: jax.Array) -> Rollout:
     """Samples responses exactly; every prompt occurs equally often, responses to one prompt are adjacent."""
     prompts = jnp.repeat(jnp.arange(BATCH // case.num_responses, dtype=jnp.int32) % PROMPTS, case.num_responses)
     tokens = jnp.zeros((BATCH, 1 + LENGTH), jnp.int32).at[:, 0].set(prompts)
@@ -164,8 +175,16 @@ def respond(policy: nn.Module, params: Any, case: Case, key: jax.Array) -> Rollo
     return Rollout(tokens, jnp.ones_like(tokens, dtype=bool), jnp.stack(log_probs, 1), group)
 
 
-def start(case: Case, reference: Any, limits: Any, multiplier: Any, iterations: int) -> tuple[Networks, Any, RLState]:
-    """Networks, hyperparameters and state: the actor is the reference, the critics are 0."""
+def first_actor(policy: Any, frozen: Frozen, key: jax.Array) -> Any:
+    """Parameters of the actor before training: the reference's, or an adapter on it that changes nothing yet."""
+    if not isinstance(policy, Adapted):
+        return frozen.reference
+    tokens = jnp.zeros((1, 1 + LENGTH), jnp.int32)
+    return nn.unbox(policy.init(key, tokens, tokens == 0))["params"]
+
+
+def start(case: Case, actor: Any, limits: Any, multiplier: Any, iterations: int) -> tuple[Networks, Any, RLState]:
+    """Networks, hyperparameters and state: the actor is as given, the critics are 0."""
     algorithm = ALGORITHMS[case.algorithm]
 
     def rate(lr: float) -> Any:
@@ -207,7 +226,7 @@ def start(case: Case, reference: Any, limits: Any, multiplier: Any, iterations: 
     zeros = {"table": jnp.zeros((int(OFFSETS[-1]),), jnp.float32)}
     state = RLState(
         step=jnp.int32(0),
-        actor=init_state(reference, networks.actor_optimizer),
+        actor=init_state(actor, networks.actor_optimizer),
         critics={signal: init_state(zeros, networks.critic_optimizers[signal]) for signal in critics},
         constraints={
             signal: init_constraint(constraint, multiplier=multiplier, window=case.window // case.slots)
@@ -226,24 +245,32 @@ def frozen_of(case: Case, world: World) -> Frozen:
     """Reference and scorers of a world."""
     costs = dict(zip(case.signals or ("cost",), world.costs, strict=False))
     scorers = {signal: score_table(table) for signal, table in ({"reward": world.reward} | costs).items()}
+    if isinstance(case.policy(), Adapted):  # the reference is the base alone
+        return Frozen(reference={}, scorers=scorers, bases={BASE: world.ref_params})
     return Frozen(reference=world.ref_params, scorers=scorers)
 
 
-def train(case: Case, runs: list[tuple[World, Optimum, float, int]], iterations: int) -> tuple[Any, Any]:
-    """Trains every run (world, optimum, λ at the start, seed) at once; returns final parameters and λ by iteration."""
+def train(case: Case, runs: list[tuple[World, Optimum, float, int]], iterations: int) -> tuple[Any, Any, Any]:
+    """Trains every run (world, optimum, λ at the start, seed) at once.
 
-    def one(frozen: Frozen, limits: Any, multiplier: Any, seed: Any) -> tuple[Any, Any]:
-        networks, hp, state = start(case, frozen.reference, limits, multiplier, iterations)
-        algorithm = ALGORITHMS[case.algorithm]
+    Returns:
+        Final parameters; for each constraint, λ by iteration; for each, the rollout's mean cost by iteration.
+    """
+
+    def one(frozen: Frozen, limits: Any, multiplier: Any, seed: Any) -> tuple[Any, Any, Any]:
+        actor = first_actor(case.policy(), frozen, jax.random.key(seed))
+        networks, hp, state = start(case, actor, limits, multiplier, iterations)
+        algorithm, policy = ALGORITHMS[case.algorithm], on(networks.policy, frozen.bases)
 
         def iterate(state: RLState, key: jax.Array) -> tuple[RLState, Any]:
-            rollout = respond(networks.policy, state.actor.params, case, key)
-            state, _ = step.learn(networks, algorithm, hp, state, frozen, rollout, None, key)
-            return state, [c.multiplier.read(state.constraints[s].multiplier) for s, c in hp.constraints.items()]
+            rollout = respond(policy, state.actor.params, case, key)
+            state, metrics = step.learn(networks, algorithm, hp, state, frozen, rollout, None, key)
+            multipliers = [c.multiplier.read(state.constraints[s].multiplier) for s, c in hp.constraints.items()]
+            return state, (multipliers, [metrics[f"train/{signal}"] for signal in hp.constraints])
 
         keys = jax.random.split(jax.random.key(seed), iterations)
-        state, multipliers = jax.lax.scan(iterate, state, keys)
-        return state.actor.params, multipliers
+        state, (multipliers, costs) = jax.lax.scan(iterate, state, keys)
+        return state.actor.params, multipliers, costs
 
     frozen = jax.tree.map(lambda *x: jnp.stack(x), *(frozen_of(case, world) for world, *_ in runs))
     limits = jnp.stack([jnp.asarray(optimum.limits, jnp.float32) for _, optimum, *_ in runs])
@@ -254,7 +281,7 @@ def train(case: Case, runs: list[tuple[World, Optimum, float, int]], iterations:
 
 def compare(case: Case, world: World, optimum: Optimum, params: Any, multipliers: Any) -> dict[str, Any]:
     """Exact figures of a trained policy beside those of the optimum."""
-    policy = probabilities(case.policy(), params)
+    policy = probabilities(on(case.policy(), {BASE: world.ref_params}), params)
     row = {
         name: {"reached": float(function(policy)), "optimum": float(function(optimum.policy))}
         for name, function in {
@@ -291,7 +318,7 @@ def run_case(case: Case, seeds: range, iterations: int = ITERATIONS) -> list[dic
         world = make_world(seed, case.policy())
         optimum = case.optimum(world)
         runs += [(world, optimum, multiplier, seed) for multiplier in case.starts]
-    params, multipliers = train(case, runs, iterations)
+    params, multipliers, _ = train(case, runs, iterations)
     results = []
     for i, (world, optimum, multiplier, seed) in enumerate(runs):
         result = compare(case, world, optimum, *jax.tree.map(lambda x, i=i: x[i], (params, multipliers)))

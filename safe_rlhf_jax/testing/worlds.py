@@ -1,4 +1,4 @@
-"""A world with a known constrained optimum: networks that are tables, and the optimal policies of algorithms.
+"""A world with a known constrained optimum: networks that are tables or small MLPs, and algorithms' optimal policies.
 
 Four prompts, six tokens, responses of three tokens: 216 responses to each prompt. Reward and cost are random tables
 with correlation 0.5, the reference is a random policy with full support. So the optimal policy of an algorithm
@@ -14,6 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from safe_rlhf_jax.models.adapters import Adapted, without_adapters
+from safe_rlhf_jax.models.config import Lora, ModelConfig
+from safe_rlhf_jax.models.layers import Linear
 from safe_rlhf_jax.ops import response_log_probs
 
 PROMPTS, TOKENS, LENGTH = 4, 6, 3
@@ -22,6 +25,8 @@ BETA = 0.5
 COST_WEIGHT = 1.0  # ν
 ALPHA = 0.75  # of CVaR
 OFFSETS = np.cumsum([0, *(PROMPTS * TOKENS**depth for depth in range(LENGTH + 1))])  # first node of each depth
+MATRICES = ("first", "second", "last")  # of the MLP
+BASE = "reference"  # name of the base of an MLP with adapters
 Table = Any  # f64[PROMPTS, RESPONSES]
 
 
@@ -51,22 +56,66 @@ class TablePolicy(nn.Module):
         return hidden
 
 
-class MLPPolicy(nn.Module):
-    """Logits of a small network that reads prompt and tokens so far, so that nodes are not independent."""
+MLP = ModelConfig(
+    vocab_size=TOKENS, hidden_size=128, intermediate_size=128, num_layers=3, num_heads=1, num_kv_heads=1, head_dim=1,
+    max_positions=1 + LENGTH, initializer_range=0.12,
+)  # fmt: skip
+
+
+class MLPDecoder(nn.Module):
+    """Logits of a small network that reads prompt and tokens so far, so that nodes are not independent.
+
+    It is called as `models.transformer.Decoder` is.
+    """
+
+    config: ModelConfig
 
     @nn.compact
-    def hidden(self, tokens: jax.Array, mask: jax.Array, first: int = 0) -> jax.Array:
-        """Logits, which `unembed` passes on."""
+    def __call__(
+        self, tokens: jax.Array, positions: Any, visible: Any, *, first: int = 0, below: None = None
+    ) -> tuple[jax.Array, None]:
+        """Logits f32[B, L − first, V] and no cache."""
+        c = self.config
         seen = jnp.tril(jnp.ones((LENGTH + 1, LENGTH + 1), jnp.float32))
         features = jax.nn.one_hot(tokens, TOKENS)[:, None] * seen[None, :, :, None]  # [B, column, token, V]
-        x = features.reshape(*features.shape[:2], -1)
-        for _ in range(2):
-            x = nn.tanh(nn.Dense(128)(x))
-        return nn.Dense(TOKENS)(x)[:, first:]
+        x = features.reshape(*features.shape[:2], -1)[:, first:]
+        *inner, last = MATRICES
+        for name in inner:
+            x = nn.tanh(Linear((c.hidden_size,), ("embed", "mlp"), c, name=name)(x))
+        return Linear((c.vocab_size,), ("mlp", "embed"), c, name=last)(x), None
+
+
+class MLPPolicy(nn.Module):
+    """A language model whose decoder is an MLP; its matrices can have adapters."""
+
+    config: ModelConfig = MLP
+
+    def setup(self) -> None:
+        """Declares the decoder."""
+        self.decoder = MLPDecoder(self.config)
+
+    def __call__(self, tokens: jax.Array, mask: jax.Array) -> jax.Array:
+        """Logits f32[B, L, V]."""
+        return self.hidden(tokens, mask)
+
+    def hidden(self, tokens: jax.Array, mask: jax.Array, first: int = 0) -> jax.Array:
+        """Logits, which `unembed` passes on."""
+        return self.decoder(tokens, None, mask, first=first)[0]
 
     def unembed(self, hidden: jax.Array) -> jax.Array:
         """Logits f32[B, l, V]."""
         return hidden
+
+
+class AdaptedMLP(Adapted):
+    """An `MLPPolicy` with adapters."""
+
+    decoder = MLPDecoder
+
+
+def adapted_mlp(rank: int, alpha: float) -> AdaptedMLP:
+    """An `MLPPolicy` with adapters on all of its matrices."""
+    return AdaptedMLP(MLPPolicy(dataclasses.replace(MLP, lora=Lora(rank, alpha, MATRICES))), BASE)
 
 
 class TableScore(nn.Module):
@@ -91,13 +140,17 @@ class World:
     reference: Table  # its probabilities
 
 
-def make_world(seed: int, policy: nn.Module) -> World:
-    """Unit-variance tables; each cost has correlation 0.5 with the reward: helpful responses tend to be harmful."""
+def make_world(seed: int, policy: Any) -> World:
+    """Unit-variance tables; each cost has correlation 0.5 with the reward: helpful responses tend to be harmful.
+
+    The reference is the policy before training; of one with adapters, its base.
+    """
+    policy = without_adapters(policy.module) if isinstance(policy, Adapted) else policy
     rng = np.random.default_rng(seed)
     reward, *noise = rng.normal(size=(3, PROMPTS, RESPONSES))
     costs = [0.5 * reward + np.sqrt(0.75) * n for n in noise]
     tokens = jnp.zeros((1, 1 + LENGTH), jnp.int32)
-    params = policy.init(jax.random.key(seed), tokens, tokens == 0, method="hidden")["params"]
+    params = nn.unbox(policy.init(jax.random.key(seed), tokens, tokens == 0, method="hidden")["params"])
     return World(reward, (costs[0], costs[1]), params, probabilities(policy, params))
 
 
@@ -107,7 +160,7 @@ def all_sequences() -> jax.Array:
     return jnp.asarray(grid, jnp.int32)
 
 
-def probabilities(policy: nn.Module, params: Any) -> Table:
+def probabilities(policy: Any, params: Any) -> Table:
     """π(y | x) of every response."""
     sequences, params = all_sequences(), jax.tree.map(jnp.asarray, params)
     log_probs = response_log_probs(policy, params, sequences, jnp.ones_like(sequences, dtype=bool), prompt_length=1)

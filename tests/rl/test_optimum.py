@@ -3,22 +3,32 @@
 The full table, with every algorithm and five seeds: benchmarks/constrained_optimum.py.
 """
 
+import dataclasses
+import functools
 import json
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from benchmarks.constrained_optimum import tables
+from safe_rlhf_jax.models import layers
+from safe_rlhf_jax.models.adapters import on
+from safe_rlhf_jax.optim import make_optimizer
 from safe_rlhf_jax.testing.faults import FAULTS, run_fault
-from safe_rlhf_jax.testing.optimum import CASES, compare, run_case, within
+from safe_rlhf_jax.testing.optimum import CASES, compare, run_case, train, within
 from safe_rlhf_jax.testing.worlds import (
+    BASE,
     TablePolicy,
     divergence,
     expectation,
     make_world,
     mean_cost,
     plain_lagrangian,
+    probabilities,
     tilted,
     without_future_kl,
 )
@@ -31,6 +41,43 @@ SEEDS = range(2)
 def test_learner_reaches_the_known_optimum(name):
     for result in run_case(CASES[name], SEEDS):
         assert result["within"], (name, result)
+
+
+def test_adapters_reach_the_known_optimum():
+    """In half of the report's iterations, at twice its learning rate."""
+    case = dataclasses.replace(CASES["ppo_lag, MLP policy with adapters"], lr=0.04, regret=0.02)
+    (result,) = run_case(case, range(1), iterations=400)
+    assert result["within"], result
+
+
+def path(case, iterations):
+    """λ and the cost of a run by iteration, and its final policy."""
+    world = make_world(0, case.policy())
+    params, multipliers, costs = train(case, [(world, mean_cost(world), 1.0, 0)], iterations)
+    policy = on(case.policy(), {BASE: world.ref_params})
+    final = probabilities(policy, jax.tree.map(lambda x: x[0], params))
+    return np.ravel(multipliers), np.ravel(costs), final, world
+
+
+def test_a_rank_as_large_as_the_matrices_with_a_fixed_a_is_full_fine_tuning(monkeypatch):
+    """With A the identity, x·W + (x·A)·B is x·(W + B): B's updates are those of W, and not one sample differs."""
+
+    def fixed(*args, **kwargs):
+        labels = functools.partial(jax.tree_util.tree_map_with_path, lambda path, _: path[-1].key)
+        optimizer = make_optimizer(*args, **kwargs)
+        return optax.multi_transform({"lora_a": optax.set_to_zero(), "lora_b": optimizer, "table": optimizer}, labels)
+
+    whole = CASES["ppo_lag, MLP policy"]
+    multipliers, costs, policy, world = path(whole, 60)
+    monkeypatch.setattr(layers, "lora_a_init", lambda key, shape, dtype: jnp.eye(*shape, dtype=dtype))
+    monkeypatch.setattr("safe_rlhf_jax.testing.optimum.make_optimizer", fixed)
+    adapters = dataclasses.replace(CASES["ppo_lag, MLP policy with adapters of full rank"], lr=whole.lr)
+    ours = path(adapters, 60)
+    np.testing.assert_allclose(ours[0], multipliers, rtol=1e-3)
+    np.testing.assert_allclose(ours[1], costs, atol=5e-3)  # the cost of one response in 512
+    assert divergence(ours[2], policy) < 1e-5 * divergence(world.reference, policy)
+    assert np.ptp(multipliers) > 1
+    assert np.ptp(costs) > 0.3
 
 
 @pytest.mark.parametrize("name", FAULTS)
