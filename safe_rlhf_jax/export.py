@@ -67,8 +67,9 @@ def export(options: argparse.Namespace) -> int:
     from safe_rlhf_jax.config import Mesh, load_config
     from safe_rlhf_jax.errors import ConfigError
     from safe_rlhf_jax.sharding import make_mesh
+    from safe_rlhf_jax.stages.bases import bases_now, check_bases
     from safe_rlhf_jax.stages.common import Run, save_adapter, save_merged
-    from safe_rlhf_jax.stages.trained import bases_now, check_bases, trained_networks
+    from safe_rlhf_jax.stages.kinds import networks_of
 
     config = load_config(options.config, options.overrides)
     stage, out = stage_of(config, options.stage), storage.path(storage.expanded(options.out))
@@ -81,7 +82,7 @@ def export(options: argparse.Namespace) -> int:
         raise ConfigError(f"--step {options.step}: not in {checkpoints}; there are {', '.join(map(str, steps))}")
     check_settings(config, stage, folder / "config.yaml")
     run = Run(config.model_copy(update={"mesh": Mesh()}), options.config)
-    networks = trained_networks(run, stage)
+    networks = networks_of(run, stage)
     name = options.network or next(iter(networks))
     if name not in networks:
         raise ConfigError(f"--network {name}: stage {stage.name!r} trains {', '.join(networks)}")

@@ -18,9 +18,10 @@ from safe_rlhf_jax.models.peft import read_adapter
 from safe_rlhf_jax.models.peft_heads import read_head
 from safe_rlhf_jax.sharding import fetch
 from safe_rlhf_jax.stages import Run, prepare, reinforcement, run_stage
+from safe_rlhf_jax.stages.bases import bases_now
 from safe_rlhf_jax.stages.common import export as export_stage
+from safe_rlhf_jax.stages.kinds import networks_of
 from safe_rlhf_jax.stages.networks import optimizer_of
-from safe_rlhf_jax.stages.trained import bases_now, trained_networks
 from tests.helpers import make_scorer, perturbed, stage_of
 
 LENGTHS = {"max_prompt_length": 24, "max_response_length": 8}
@@ -75,7 +76,7 @@ def saved(run, name, steps):
     """Writes checkpoints {folder: steps} of a stage that trains one network, all different, and its `export/`."""
     stage, folder = stage_of(run.config, name), run.folder(name)
     prepare(run, stage, folder, bases_now(run, stage))
-    module, variables = trained_networks(run, stage)[stage.makes].at_start(run, stage)
+    module, variables = networks_of(run, stage)[stage.makes].at_start(run, stage)
     state = run.networks.start(module, variables, optimizer_of(stage.optimizer, 10))
     for below, numbers in steps.items():
         checkpoints = Checkpoints(folder / below / "checkpoints")

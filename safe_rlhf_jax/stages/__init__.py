@@ -14,11 +14,11 @@ import jax
 from safe_rlhf_jax import config as cfg
 from safe_rlhf_jax import storage
 from safe_rlhf_jax.processes import any_process, barrier, is_main
+from safe_rlhf_jax.stages.bases import BASES, Bases, bases_now, check_bases
 from safe_rlhf_jax.stages.check import check_run
 from safe_rlhf_jax.stages.common import Run
 from safe_rlhf_jax.stages.health import warn_of_scorers
 from safe_rlhf_jax.stages.kinds import KINDS, idle_settings, kind_of
-from safe_rlhf_jax.stages.trained import BASES, Bases, bases_now, check_bases
 
 LOGGER = logging.getLogger(__name__)
 

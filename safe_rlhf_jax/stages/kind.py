@@ -10,6 +10,7 @@ from safe_rlhf_jax.data.examples import Examples
 from safe_rlhf_jax.stages.common import Run
 from safe_rlhf_jax.stages.datasets import load_data
 from safe_rlhf_jax.stages.programs import Program
+from safe_rlhf_jax.stages.trained import Trained, one_policy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Training:
         flops: (run, stage, factor of the backward pass's recomputation) -> {phase: FLOPs of a step on all devices}.
         tokens: stage -> tokens of a step at their full lengths.
         measured: (run, stage, examples by field) -> names of its held-out metrics, without "eval/".
-        critics: (run, stage) -> initial models of the further networks that it trains.
+        networks: (run, stage) -> the networks that it trains, by name; the first one is what it makes.
         groups: (stage, examples by field) -> groups of prompts for the share of unsafe responses.
     """
 
@@ -53,5 +54,5 @@ class Training:
     flops: Callable[[Run, Any, float], dict[str, float]]
     tokens: Callable[[Any], int]
     measured: Callable[[Run, Any, Mapping[str, Examples]], Collection[str]]
-    critics: Callable[[Run, Any], list[str]] = lambda *_: []
+    networks: Callable[[Run, Any], dict[str, Trained]] = one_policy
     groups: Callable[[Any, Mapping[str, Examples]], tuple[str, ...]] = lambda *_: ()

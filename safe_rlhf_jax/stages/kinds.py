@@ -1,6 +1,7 @@
 """The kinds of stages, by the name that a config gives them. A new one is a schema, a file, and a line here."""
 
 from safe_rlhf_jax import config as cfg
+from safe_rlhf_jax.stages.common import Run
 from safe_rlhf_jax.stages.direct import DPO, MERGE
 from safe_rlhf_jax.stages.dual import DUAL
 from safe_rlhf_jax.stages.evaluation import EVALUATE
@@ -8,6 +9,7 @@ from safe_rlhf_jax.stages.kind import Kind
 from safe_rlhf_jax.stages.reinforcement import RL
 from safe_rlhf_jax.stages.rejection import REJECTION
 from safe_rlhf_jax.stages.supervised import COST, REWARD, SFT
+from safe_rlhf_jax.stages.trained import Trained
 
 KINDS: dict[str, Kind] = {
     "sft": SFT,
@@ -25,6 +27,12 @@ KINDS: dict[str, Kind] = {
 def kind_of(stage: cfg.StageBase) -> Kind:
     """Returns the record of a stage's kind."""
     return KINDS[stage.kind]
+
+
+def networks_of(run: Run, stage: cfg.StageBase) -> dict[str, Trained]:
+    """Returns the networks that a stage trains, by name; the first one is what it makes."""
+    training = kind_of(stage).training
+    return {} if training is None else training.networks(run, stage)
 
 
 def idle_settings(stage: cfg.StageBase) -> dict[str, str]:

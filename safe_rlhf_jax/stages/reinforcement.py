@@ -39,7 +39,7 @@ from safe_rlhf_jax.stages.host_signals import HostSignal, Scorers, host_scores, 
 from safe_rlhf_jax.stages.kind import Kind, Training
 from safe_rlhf_jax.stages.networks import jit_step, optimizer_of, with_adapters
 from safe_rlhf_jax.stages.programs import Program, array, put, random_key, texts
-from safe_rlhf_jax.stages.trained import critic_starts
+from safe_rlhf_jax.stages.trained import critic_starts, policy_and_critics
 from safe_rlhf_jax.types import (
     Frozen,
     MovingReference,
@@ -379,7 +379,7 @@ RL = Kind(
         reinforcement_flops,
         tokens=lambda stage: stage.rows * (stage.max_prompt_length + stage.max_response_length),
         measured=measured_on_prompts,
-        critics=lambda run, stage: list(critic_starts(run, stage).values()),
+        networks=policy_and_critics,
         groups=lambda stage, loaded: examples.group_names(loaded["prompts"].records, stage.group_field),
     ),
 )

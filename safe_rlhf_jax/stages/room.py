@@ -8,11 +8,12 @@ import jax
 
 from safe_rlhf_jax import storage
 from safe_rlhf_jax.errors import ConfigError
-from safe_rlhf_jax.models.config import ModelConfig
+from safe_rlhf_jax.models.adapters import Adapted
+from safe_rlhf_jax.models.config import Lora, ModelConfig
 from safe_rlhf_jax.models.transformer import CausalLM
 from safe_rlhf_jax.stages.common import Run
-from safe_rlhf_jax.stages.kinds import kind_of
-from safe_rlhf_jax.stages.networks import initializer
+from safe_rlhf_jax.stages.kinds import kind_of, networks_of
+from safe_rlhf_jax.stages.networks import initializer, with_adapters
 
 PARAMETER = 4  # bytes
 TRAINED = 3 * PARAMETER  # with the two moments of AdamW
@@ -25,23 +26,21 @@ def check_room(run: Run) -> None:
         ConfigError: If a folder cannot be written.
     """
     free, needed = storage.free_bytes(run.config.workdir), 0
-    size = functools.cache(lambda reference: parameters(run.networks.config(reference)))
+    size = functools.cache(lambda reference, lora: parameters(run.networks.config(reference), lora))
     for stage in run.config.stages:
         if run.result(stage.name) is not None:
             continue
         here = storage.standing(run.folder(stage.name))
         if not storage.can_write(here):
             raise ConfigError(f"{stage.name}: {here} cannot be written to; mend that, or set another workdir")
-        training = kind_of(stage).training
-        if training is None:
+        if kind_of(stage).training is None:
             continue
         trained: Any = stage
-        policy, *others = map(size, [trained.init_from, *training.critics(run, trained)])
-        state = TRAINED * (policy + sum(others))
+        state = TRAINED * sum(size(network.start, trained.adapters) for network in networks_of(run, stage).values())
         # The checkpoint being written exists beside those that are kept.
         started = storage.is_folder(run.folder(stage.name) / "checkpoints")
         kept = 0 if started else trained.keep_checkpoints + (trained.keep_best is not None)
-        needed += (kept + 1) * state + PARAMETER * policy
+        needed += (kept + 1) * state + PARAMETER * size(trained.init_from, None)
         if needed > free:
             run.warn(
                 stage.name,
@@ -51,7 +50,9 @@ def check_room(run: Run) -> None:
             )
 
 
-def parameters(config: ModelConfig) -> int:
-    """Returns the number of parameters of a language model."""
-    shapes = jax.eval_shape(lambda: initializer(CausalLM(config))(jax.random.key(0)))
+def parameters(config: ModelConfig, lora: Lora | None) -> int:
+    """Returns the number of parameters of a language model that are trained: all, or those of adapters."""
+    module: Any = CausalLM(with_adapters(config, lora))
+    network = module if lora is None else Adapted(module, "")
+    shapes = jax.eval_shape(lambda: initializer(network)(jax.random.key(0)))
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))

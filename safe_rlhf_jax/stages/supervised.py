@@ -27,7 +27,7 @@ from safe_rlhf_jax.stages.health import warn_of_model
 from safe_rlhf_jax.stages.kind import Kind, Training
 from safe_rlhf_jax.stages.networks import jit_step, optimizer_of, with_adapters
 from safe_rlhf_jax.stages.programs import TOTAL_STEPS, Program, array, one_side, put, random_key, texts
-from safe_rlhf_jax.stages.trained import trained_networks
+from safe_rlhf_jax.stages.trained import Trained, one_policy, one_scorer
 from safe_rlhf_jax.types import Frozen, PreferenceBatch, SafetyBatch, SupervisedBatch, TrainState
 
 
@@ -44,6 +44,7 @@ class Task:
         load: Reads a data set.
         prepare: (run, stage, examples) -> training examples.
         frozen: (run, stage, network, initial variables) -> parameters that no step changes, beside the base.
+        networks: (run, stage) -> its network, by name.
         sides: Number of texts of an example.
         frozen_passes: Forward passes of `frozen` in a step.
     """
@@ -56,6 +57,7 @@ class Task:
     load: Callable[[Run, Any, str], examples.Examples] = load_data
     prepare: Callable[[Run, Any, examples.Examples], examples.Examples] = lambda run, stage, loaded: loaded
     frozen: Callable[[Run, Any, Any, dict[str, Any]], Any] = lambda *_: None
+    networks: Callable[[Run, Any], dict[str, Trained]] = one_policy
     sides: int = 1
     frozen_passes: int = 0
 
@@ -114,7 +116,8 @@ def build_supervised(
     """
     optimizer = optimizer_of(stage.optimizer, total_steps)
     with run.networks.reading_once():
-        module, variables = trained_networks(run, stage)[stage.makes].at_start(run, stage)
+        (network,) = task.networks(run, stage).values()
+        module, variables = network.at_start(run, stage)
         frozen = Frozen(task.frozen(run, stage, module, variables), {}, bases_of((module, variables["params"])))
     state = run.networks.start(module, variables, optimizer)
     return module, state, frozen, jit_supervised(run, stage, task.step, module, optimizer, state)
@@ -241,6 +244,7 @@ def supervised_kind(schema: type[cfg.SupervisedStage], task: Task) -> Kind:
         flops=functools.partial(supervised_flops, task),
         tokens=lambda stage: task.sides * stage.batch_size * stage.max_length,
         measured=lambda *_: task.measured,
+        networks=task.networks,
     )
     return Kind(schema, functools.partial(run_supervised, task), load=task.load, training=training)
 
@@ -265,7 +269,10 @@ def cost_batch(stage: cfg.CostStage) -> SafetyBatch:
 
 SCORES = ("mean", "std", "accuracy", "calibration_error")
 SFT = supervised_kind(cfg.SFTStage, Task("lm", sft_step, sft_evaluate, sft_batch, ("loss", "perplexity")))
-REWARD = supervised_kind(cfg.RewardStage, Task("score", reward_step, pairs_evaluate, reward_batch, SCORES, sides=2))
+REWARD = supervised_kind(
+    cfg.RewardStage, Task("score", reward_step, pairs_evaluate, reward_batch, SCORES, networks=one_scorer, sides=2)
+)
 COST = supervised_kind(
-    cfg.CostStage, Task("score", cost_step, pairs_evaluate, cost_batch, (*SCORES, "sign_accuracy"), sides=2)
+    cfg.CostStage,
+    Task("score", cost_step, pairs_evaluate, cost_batch, (*SCORES, "sign_accuracy"), networks=one_scorer, sides=2),
 )

@@ -1,19 +1,13 @@
-"""The networks that a stage trains: what each starts from, its place in checkpoints, the base it stands on."""
+"""The networks that a stage trains: what each starts from, and its place in checkpoints."""
 
 import dataclasses
-import json
 from typing import Any, Literal
 
 from safe_rlhf_jax import config as cfg
-from safe_rlhf_jax import storage
-from safe_rlhf_jax.errors import ConfigError
 from safe_rlhf_jax.models.config import Layout, ScoreConfig, ScoreType
 from safe_rlhf_jax.rl.algorithms import ALGORITHMS
 from safe_rlhf_jax.stages.common import Run
 from safe_rlhf_jax.stages.constraints import constraints_of
-
-BASES = "base.json"  # in the folder of a stage with adapters
-Bases = dict[str, dict[str, str]]  # {network: {reference, digest}} of the bases of a stage's adapters
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,19 +35,24 @@ class Trained:
         return run.networks.to_train(stage, self.start, self.head, score=self.score, score_type=self.score_type)
 
 
-def trained_networks(run: Run, stage: cfg.TrainingStage) -> dict[str, Trained]:
-    """Returns the networks by name; the first one is what the stage makes."""
-    if isinstance(stage, cfg.RLStage):
-        critics = {
-            f"{signal}_critic": Trained(start, "score", score_type="critic", place=("critics", signal))
-            for signal, start in critic_starts(run, stage).items()
-        }
-        return {"policy": Trained(stage.init_from, place=("actor",))} | critics
-    assert stage.makes is not None
-    if isinstance(stage, cfg.PreferenceStage):
-        score, layout = score_config(run, stage), stage.export_layout
-        return {stage.makes: Trained(stage.init_from, "score", score, layout=layout)}
-    return {stage.makes: Trained(stage.init_from)}
+def one_policy(run: Run, stage: cfg.TrainingStage) -> dict[str, Trained]:
+    """Returns the network of a stage that trains a policy alone."""
+    del run
+    return {"policy": Trained(stage.init_from)}
+
+
+def one_scorer(run: Run, stage: cfg.PreferenceStage) -> dict[str, Trained]:
+    """Returns the network of a stage that trains a reward or cost model."""
+    return {stage.kind: Trained(stage.init_from, "score", score_config(run, stage), layout=stage.export_layout)}
+
+
+def policy_and_critics(run: Run, stage: cfg.RLStage) -> dict[str, Trained]:
+    """Returns the networks of an RL stage."""
+    critics = {
+        f"{signal}_critic": Trained(start, "score", score_type="critic", place=("critics", signal))
+        for signal, start in critic_starts(run, stage).items()
+    }
+    return {"policy": Trained(stage.init_from, place=("actor",))} | critics
 
 
 def score_config(run: Run, stage: cfg.PreferenceStage) -> ScoreConfig:
@@ -75,30 +74,3 @@ def critic_starts(run: Run, stage: cfg.RLStage) -> dict[str, str]:
         return {}
     found = {signal: stage.scorers[signal] for signal in ("reward", *constraints_of(stage))}
     return {s: stage.critics.get(s) or (stage.init_from if own in run.own else own) for s, own in found.items()}
-
-
-# --- Bases ------------------------------------------------------------------------------------------------------------
-
-
-def bases_now(run: Run, stage: cfg.StageBase) -> Bases:
-    """Returns the bases of a stage's adapters, as they are; empty without adapters."""
-    if not isinstance(stage, cfg.TrainingStage) or stage.adapters is None:
-        return {}
-    bases = {name: run.networks.origin(network.start)[0] for name, network in trained_networks(run, stage).items()}
-    return {name: {"reference": base, "digest": run.networks.base_name(base)} for name, base in bases.items()}
-
-
-def check_bases(name: str, folder: storage.Path, now: Bases) -> None:
-    """Checks that the adapters in a stage's checkpoints belong to the bases as they are.
-
-    Raises:
-        ConfigError: Names the base that has changed since.
-    """
-    then = json.loads(storage.read_text(folder / BASES))
-    for network, base in now.items():
-        if then[network]["digest"] != base["digest"]:
-            raise ConfigError(
-                f"{name}: {base['reference']!r}, the base of its {network}, has changed since the checkpoints in "
-                f"{folder} were made (digest {then[network]['digest']}, now {base['digest']}): their adapters belong "
-                "to the earlier one. Restore it, or move that folder away to train the stage anew"
-            )
