@@ -1,18 +1,23 @@
 """One CPU that looks like eight devices, strict broadcasting, and shapes and dtypes checked at every call."""
 
+import fcntl
 import functools
+import importlib.metadata
 import importlib.util
+import json
 import os
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-# Before jax starts a backend. Tests compile much and compute little, so LLVM optimises nothing.
-FLAGS = {"--xla_force_host_platform_device_count": "8", "--xla_backend_optimization_level": "0"}
-for flag, value in FLAGS.items():
-    if flag not in os.environ.get("XLA_FLAGS", ""):
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}={value}".strip()
+# Before jax starts a backend. Tests compile much and compute little, so XLA's CPU compiler optimises little.
+COMPILE_FAST = ["--xla_backend_optimization_level=0", "--xla_cpu_parallel_codegen_split_count=1"]
+if importlib.metadata.version("jaxlib").startswith("0.10."):  # later compilers have one emitter, and die of the flag
+    COMPILE_FAST.append("--xla_cpu_use_fusion_emitters=false")
+for flag in ["--xla_force_host_platform_device_count=8", *COMPILE_FAST]:
+    if flag.partition("=")[0] not in os.environ.get("XLA_FLAGS", ""):
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
 os.environ["JAX_PLATFORMS"] = "cpu"
 # What several tests have in common is compiled once: all workers, and the processes they start, inherit the folder.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
@@ -100,7 +105,7 @@ def train_process():
     def run(*overrides, config=MINI, prelude="", timeout=300, optimised=False):
         code = f"{prelude}\nimport sys\nfrom safe_rlhf_jax.train import main\nsys.exit(main())"
         command = [sys.executable, "-c", code, "--config", str(config), *overrides]
-        flags = {"XLA_FLAGS": "" if optimised else "--xla_backend_optimization_level=0"}
+        flags = {"XLA_FLAGS": "" if optimised else " ".join(COMPILE_FAST)}
         return moments.checked(
             subprocess.run(command, env=environment | flags, capture_output=True, text=True, timeout=timeout)
         )
@@ -109,9 +114,15 @@ def train_process():
 
 
 @pytest.fixture(scope="session")
-def mini_run(tmp_path_factory, train_process):
-    """A finished run of every stage: its folder, and the process that made it."""
-    workdir = tmp_path_factory.mktemp("mini") / "run"
-    process = train_process(f"workdir={workdir}")
-    assert process.returncode == 0, process.stderr
-    return workdir, process
+def mini_run(tmp_path_factory, worker_id, train_process):
+    """A finished run of every stage, one for all workers: its folder, and the process that made it."""
+    temporary = tmp_path_factory.getbasetemp()
+    folder = (temporary if worker_id == "master" else temporary.parent) / "mini"
+    with open(f"{folder}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "process.json").exists():
+            process = train_process(f"workdir={folder / 'run'}")
+            assert process.returncode == 0, process.stderr
+            said = {"args": process.args, "returncode": 0, "stdout": process.stdout, "stderr": process.stderr}
+            (folder / "process.json").write_text(json.dumps(said))
+    return folder / "run", subprocess.CompletedProcess(**json.loads((folder / "process.json").read_text()))

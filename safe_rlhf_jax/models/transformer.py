@@ -135,7 +135,7 @@ class Decoder(nn.Module):
         kinds, index = self.contexts(positions, visible, slot)
         lower, upper = (None, cache) if cache is None or not c.trunk else (cache[0], cache[1])
         if below is None:
-            x = self.embed(tokens, positions)
+            x = self.embed(tokens, positions, decoding=cache is not None)
             if c.trunk:
                 x, lower = self.through(self.trunk, x, lower, kinds, index[: c.trunk], slot)
         else:
@@ -195,29 +195,30 @@ class Decoder(nn.Module):
         kinds, index = self.contexts(positions, mask, 0)
         return self.through(self.trunk, x, None, kinds, index[: self.config.trunk], 0)[0]
 
-    def embed(self, tokens: Int[Array, "B l"], positions: Int[Array, "B l"]) -> Float[Array, "B l D"]:
+    def embed(self, tokens: Int[Array, "B l"], positions: Int[Array, "B l"], decoding: bool) -> Float[Array, "B l D"]:
         """Returns the residual stream that enters the first layer, float[B, l, D]."""
         c = self.config
         # Cast after the lookup: the gradient of a frequent token's row is a long sum, taken in float32.
-        x = looked_up(self.embedding, tokens).astype(c.dtype)
+        x = looked_up(self.embedding, tokens, decoding).astype(c.dtype)
         if c.embedding_width != c.hidden_size:
             x = self.project_in(x)
         if c.scale_embedding:
             x = x * jnp.asarray(c.hidden_size**0.5, c.dtype)
         if c.positions == "learned":
-            x = x + looked_up(self.position_embedding, positions + c.position_offset).astype(c.dtype)
+            x = x + looked_up(self.position_embedding, positions + c.position_offset, decoding).astype(c.dtype)
         if c.embedding_norm:
             x = self.embedding_norm(x)
         return constrain(x, "batch", "length", None)
 
 
-def looked_up(table: Float[Array, "n W"], rows: Int[Array, "B l"]) -> Float[Array, "B l W"]:
-    """Returns rows of an embedding, each device its columns of them.
+def looked_up(table: Float[Array, "n W"], rows: Int[Array, "B l"], decoding: bool) -> Float[Array, "B l W"]:
+    """Returns rows of an embedding, of which each device looks up its columns.
 
-    Where this is left to XLA, and `fsdp` is not the only axis, every device may receive all rows whole, and in the
-    backward pass their gradients.
+    Where this is left to XLA, and `fsdp` is not the only axis of the mesh, it may give every device the rows of all
+    texts, and in the backward pass their gradients. In decoding they are few, and the table may be gathered.
     """
-    return constrain(jnp.take(table, rows, axis=0), "batch_without_fsdp", "length", "embed")
+    found = jnp.take(table, rows, axis=0)
+    return found if decoding else constrain(found, "batch_without_fsdp", "length", "embed")
 
 
 def is_within(size: int, ranges: tuple[tuple[int, int], ...]) -> jax.Array:
