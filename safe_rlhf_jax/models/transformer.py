@@ -189,7 +189,7 @@ class Decoder(nn.Module):
     def read_trunk(self, tokens: Int[Array, "B L"], mask: Bool[Array, "B L"]) -> Float[Array, "B L D"]:
         """Returns the residual stream behind the trunk, which no adapter changes, float[B, L, D]."""
         positions = token_positions(mask)
-        x = self.embed(tokens, positions)
+        x = self.embed(tokens, positions, decoding=False)
         if not self.config.trunk:
             return x
         kinds, index = self.contexts(positions, mask, 0)
