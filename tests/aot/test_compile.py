@@ -212,7 +212,7 @@ def test_the_program_of_shapes_is_the_program_of_training(mini):
         (program,) = training_of(stage).programs(AbstractRun(mini, run.mesh), stage)
         state, step = real.arguments[0], real.function
         batch = jax.tree.map(lambda x: run.put(jnp.zeros(x.shape, x.dtype)), program.arguments[2])
-        text = step.lower(state, None, batch, jax.random.key(0)).as_text()
+        text = step.lower(state, real.arguments[1], batch, jax.random.key(0)).as_text()
         assert program.function.lower(*program.arguments).as_text() == text
     assert described(program.arguments[0]) == described(state)
 
@@ -318,7 +318,7 @@ def test_programs_of_rejection_sampling_are_those_of_its_run(sampling):
         own = sampler_of(real, stage, policy, scorers.modules)
         text = own.lower(variables["params"], scorers.variables, batch, sample.arguments[3]).as_text()
         assert sample.function.lower(*sample.arguments).as_text() == text
-        state, _ = build_fine_tuning(real, stage, policy, variables["params"], 1000)
+        state, _, _ = build_fine_tuning(real, stage, policy, variables["params"], 1000)
         assert described(step.arguments[0]) == described(state)
         assert step.arguments[2].tokens.shape == (stage.batch_size, 24 + 8)
 

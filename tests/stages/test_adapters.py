@@ -9,8 +9,10 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from safe_rlhf_jax import config as cfg
+from safe_rlhf_jax.aot.run import AbstractRun
 from safe_rlhf_jax.models import hf
 from safe_rlhf_jax.models.config import Lora
+from safe_rlhf_jax.models.quantized import is_quantized
 from safe_rlhf_jax.models.safetensors_io import Tensors
 from safe_rlhf_jax.stages import Run
 from safe_rlhf_jax.stages.reinforcement import build_networks, hyperparameters
@@ -97,6 +99,39 @@ def test_six_roles_share_one_base_that_is_found_by_content(lora_run, config, min
     assert state.actor.params.keys() == {"adapter"}
     assert all(critic.params.keys() == {"adapter", "head"} for critic in state.critics.values())
     assert frozen.reference.keys() == {"adapter"}  # that of `sft`
+
+
+def test_networks_without_contents_are_those_of_the_run(lora_run, config):
+    overrides = [f"workdir={lora_run[0]}", "mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2"]
+    run, _, state, frozen, _ = networks_of(config, *overrides)
+    abstract = AbstractRun(run.config, run.mesh)
+    stage = stage_of(run.config, "ppo_lag")
+    with jax.set_mesh(run.mesh):
+        hp = hyperparameters(abstract, stage, 24, {"cost": (0.0,)}, ("all",))
+        _, theirs, kept, _ = build_networks(abstract, stage, hp)
+
+    def described(tree):
+        return jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding.spec), tree)
+
+    assert described(theirs) == described(state)
+    assert described(kept.scorers) == described(frozen.scorers)
+    assert described(list(kept.bases.values())) == described(list(frozen.bases.values()))
+
+
+def test_a_base_is_quantised_once_for_all_roles_and_what_it_loses_is_said(lora_run, config, caplog):
+    caplog.set_level("INFO")
+    _, _, _, frozen, _ = networks_of(config, f"workdir={lora_run[0]}", "execution.base=int8")
+    (base,) = frozen.bases.values()
+    kernels = [x for x in jax.tree.leaves(base, is_leaf=is_quantized) if is_quantized(x)]
+    assert kernels
+    assert all(kernel.qvalue.dtype == np.int8 for kernel in kernels)
+    assert len([line for line in caplog.messages if "base int8: relative error of the" in line]) == 1
+
+
+def test_a_quantised_base_without_adapters_is_refused():
+    mini = MINI.with_name("mini.yaml")
+    with pytest.raises(cfg.ConfigError, match="a base that is trained itself cannot be quantised"):
+        cfg.load_config(mini, ["execution.base=int8"])
 
 
 def test_whole_models_may_score_beside_adapters_each_on_a_base_of_its_own(lora_run, config, mini_run):
