@@ -3,7 +3,7 @@
     python benchmarks/one_pass.py --topology h100:8 --json benchmarks/results/one_pass.json
 
 Compiles the scoring of configs/llama_3_8b/ppo_lag_lora.yaml (reference, reward model, cost model, two critics and the
-actor on one base) on `fsdp` 8, ahead of time, both ways; figures of a topology are added to the file.
+actor on one base) over `fsdp`, ahead of time, both ways; figures of a topology are added to the file.
 """
 
 import argparse
@@ -44,10 +44,10 @@ def separately(module: Any, roles: Any, *rest: Any) -> list[jax.Array]:
 
 def figures(topology: str) -> dict[str, Any]:
     """Compiles scoring both ways."""
-    config = load_config(ROOT / CONFIG, ["mesh.data=1", "mesh.fsdp=8", "stages.ppo_lag.microbatches=4"])
+    config = load_config(ROOT / CONFIG, ["stages.ppo_lag.microbatches=4"])
     (stage,) = config.stages
     devices = topology_devices(topology, 1)
-    run = AbstractRun(config, make_mesh((1, 8, 1), devices))
+    run = AbstractRun(config, make_mesh((1, len(devices), 1), devices))
     found: dict[str, Any] = {}
     with jax.set_mesh(run.mesh):
         hp = hyperparameters(run, stage, stage.max_prompt_length, {"cost": (0.0,)}, ("all",))
@@ -82,7 +82,7 @@ def figures(topology: str) -> dict[str, Any]:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--topology", required=True, help="eight devices, such as h100:8 or v6e:2x4")
+    parser.add_argument("--topology", required=True, help="such as h100:8 or v6e:2x4")
     parser.add_argument("--json", type=pathlib.Path, default=ROOT / "benchmarks/results/one_pass.json")
     options = parser.parse_args()
     result = json.loads(options.json.read_text()) if options.json.exists() else {"config": CONFIG, "topologies": {}}
