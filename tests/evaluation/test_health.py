@@ -21,7 +21,7 @@ from safe_rlhf_jax.models.config import ScoreConfig
 from safe_rlhf_jax.models.transformer import ScoreModel
 from safe_rlhf_jax.stages import Run, run_stage, supervised
 from safe_rlhf_jax.stages.evaluation import make_report
-from safe_rlhf_jax.types import PreferenceBatch, SafetyBatch, Sequences, TrainState
+from safe_rlhf_jax.types import Frozen, PreferenceBatch, SafetyBatch, Sequences, TrainState
 from tests.helpers import tiny_config
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -363,7 +363,9 @@ def train_nothing(run, name, monkeypatch):
     stage = next(s for s in run.config.stages if s.name == name)
     run.folder(name).mkdir(parents=True)
     monkeypatch.setattr(
-        supervised, "build_supervised", lambda *_: (ScoreModel(tiny_config(), ScoreConfig(name)), None, None, print)
+        supervised,
+        "build_supervised",
+        lambda *_: (ScoreModel(tiny_config(), ScoreConfig(name)), None, Frozen(None, {}), print),
     )
     monkeypatch.setattr(supervised, "fit", lambda *_, **__: TrainState(0, {}, {}, {}))
     monkeypatch.setattr(supervised, "export", lambda *_: None)
