@@ -1,7 +1,7 @@
 """Steps 8 and 9 of the line: the losses of a minibatch, and the optimizer steps of actor and critics."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -103,7 +103,7 @@ def sampler_distance(networks: Networks, hp: Hyperparameters, params: Any, exper
 
     def distances(part: Experience) -> jax.Array:
         mask = response_mask(hp, part.rollout)
-        log_probs = rollout_log_probs(networks, hp, params, part)
+        log_probs = rollout_log_probs(networks, hp, params, part.rollout, part.below)
         return distance_terms(policy_ratio(log_probs, part.log_probs, mask), mask)
 
     return map_slices(distances, experience, hp.microbatches).mean()
@@ -114,16 +114,21 @@ def distance_terms(ratio: jax.Array, mask: jax.Array) -> jax.Array:
     return sequence_mean(ratio - 1.0 - jnp.log(ratio), mask)
 
 
-def rollout_log_probs(networks: Networks, hp: Hyperparameters, params: Any, experience: Experience) -> jax.Array:
-    """Log-probabilities of the response tokens by the policy with these parameters, f32[B, T]."""
+def rollout_log_probs(
+    networks: Networks, hp: Hyperparameters, params: Any, rollout: Rollout, below: Mapping[str, jax.Array] | None = None
+) -> jax.Array:
+    """Log-probabilities of the response tokens by the policy with these parameters, f32[B, T].
+
+    `below` holds the outputs of trunks, computed before.
+    """
     return response_log_probs(
         networks.policy,
         params,
-        experience.rollout.tokens,
-        experience.rollout.mask,
+        rollout.tokens,
+        rollout.mask,
         prompt_length=hp.prompt_length,
         temperature=hp.temperature,
-        below=below_of(networks.policy, experience.below),
+        below=below_of(networks.policy, below or {}),
     )
 
 
@@ -161,7 +166,7 @@ def update_minibatch(
     def policy_loss(params: Any, part: Any) -> tuple[Any, Metrics]:
         part_experience, advantages, part_ptx, part_weights = in_rows(algorithm, part)
         mask = response_mask(hp, part_experience.rollout)
-        log_probs = rollout_log_probs(networks, hp, params, part_experience)
+        log_probs = rollout_log_probs(networks, hp, params, part_experience.rollout, part_experience.below)
         ratio = policy_ratio(log_probs, part_experience.log_probs, mask)
         loss = algorithm.policy_loss(
             ratio, advantages, mask, clip_range_ratio=hp.clip_range_ratio, dual_clip=hp.dual_clip
