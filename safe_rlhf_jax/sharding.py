@@ -33,6 +33,18 @@ LOGICAL_RULES: dict[str, str | tuple[str, ...] | None] = {
 }
 
 
+def platform() -> str:
+    """Returns the platform of a program traced here: `cpu`, `gpu` or `tpu`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.empty and mesh.abstract_device is not None:
+        name: str = mesh.abstract_device.platform
+    elif jax.device_count() == 1:
+        name = jax.default_backend()
+    else:
+        name = "cpu"  # without a mesh the sharding of the arrays is unknown: no kernel
+    return "gpu" if name == "cuda" else name
+
+
 def make_mesh(shape: Sequence[int], devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Returns a mesh with the axes `data`, `fsdp`, `tensor`, laid out along the interconnect of the devices.
 

@@ -8,8 +8,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from safe_rlhf_jax.models.config import ModelConfig
 from safe_rlhf_jax.models.fused_attention import attend_fused, kernel_for
-from safe_rlhf_jax.models.layers import Linear, Norm, precision_of, softcap
+from safe_rlhf_jax.models.layers import Linear, Norm, softcap
 from safe_rlhf_jax.models.positions import Rotary, alibi_slopes, config_rotary, rotate
+from safe_rlhf_jax.models.products import precision_of
 from safe_rlhf_jax.sharding import constrain
 
 MASKED = -1e30  # finite, so that a fully masked row stays finite

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from safe_rlhf_jax.sharding import partition_spec
+from safe_rlhf_jax.sharding import partition_spec, platform
 
 Kernel = Literal["splash", "cudnn"]
 
@@ -45,18 +45,6 @@ def kernel_for(
             new = float(getattr(jax.devices()[0], "compute_capability", 0)) >= CUDNN_CAPABILITY
             return "cudnn" if new else None
     return None
-
-
-def platform() -> str:
-    """Returns the platform of a program traced here: `cpu`, `gpu` or `tpu`."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if not mesh.empty and mesh.abstract_device is not None:
-        name: str = mesh.abstract_device.platform
-    elif jax.device_count() == 1:
-        name = jax.default_backend()
-    else:
-        name = "cpu"  # without a mesh the sharding of the arrays is unknown: no kernel
-    return "gpu" if name == "cuda" else name
 
 
 def attend_fused(

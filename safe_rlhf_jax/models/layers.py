@@ -12,8 +12,9 @@ from jaxtyping import Array, Float
 from qwix import QArray
 
 from safe_rlhf_jax.models.config import Activation, Lora, ModelConfig
+from safe_rlhf_jax.models.products import matmul
 from safe_rlhf_jax.models.quantized import quantized_matmul
-from safe_rlhf_jax.sharding import constrain, scattered
+from safe_rlhf_jax.sharding import constrain
 
 
 def logical_param(module: nn.Module, name: str, init: nn.initializers.Initializer, shape: tuple[int, ...],
@@ -51,47 +52,6 @@ class Norm(nn.Module):
         return x32.astype(x.dtype)
 
 
-def precision_of(x: jax.Array) -> jax.lax.Precision | None:
-    """Returns the precision of products of x: full float32 on every backend, not TF32 or bfloat16 passes."""
-    return jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def matmul(
-    x: Float[Array, "N I"], matrix: Float[Array, "I O"], names: tuple[str, str], dtype: str
-) -> Float[Array, "N O"]:
-    """Product x · W in the dtype of x, accumulated in float32 and returned in `dtype`.
-
-    The gradient of W is summed in float32, over rows and devices, for any dtype of x: the cotangent of a bfloat16 copy
-    of W would be rounded to 8 bits on every device before the sum.
-
-    Args:
-        x: float[N, I].
-        matrix: float[I, O], a parameter.
-        names: Logical axes of the matrix, by which its gradient is scattered.
-        dtype: Of the result.
-    """
-    return jnp.matmul(x, matrix.astype(x.dtype), precision=precision_of(x), preferred_element_type=jnp.dtype(dtype))
-
-
-def matmul_forward(x: jax.Array, matrix: jax.Array, names: tuple[str, str], dtype: str) -> Any:
-    """The forward pass of `matmul`."""
-    return matmul(x, matrix, names, dtype), (x, matrix)
-
-
-def matmul_backward(names: tuple[str, str], dtype: str, saved: Any, gradient: jax.Array) -> Any:
-    """The backward pass of `matmul`."""
-    del dtype
-    x, matrix = saved
-    gradient, precision = gradient.astype(x.dtype), precision_of(x)
-    of_x = jnp.matmul(gradient, matrix.astype(x.dtype).T, precision=precision)
-    of_matrix = jnp.matmul(x.T, gradient, precision=precision, preferred_element_type=jnp.float32)
-    return of_x, scattered(of_matrix, names).astype(matrix.dtype)
-
-
-matmul.defvjp(matmul_forward, matmul_backward)
-
-
 class Linear(nn.Module):
     """x · W + b over the last `in_ndim` dimensions of x; W keeps the shape of its logical axes."""
 
@@ -116,7 +76,7 @@ class Linear(nn.Module):
         adapted = lora is not None and self.name in lora.targets
         out = "float32" if self.use_bias or adapted else dtype  # where something is added, in float32
         if isinstance(kernel, QArray):
-            y = quantized_matmul(rows, kernel, self.axes, out, precision_of(rows))
+            y = quantized_matmul(rows, kernel, self.axes, out)
         else:
             y = matmul(rows, kernel.reshape(inputs, -1), names, out)
         if lora is not None and adapted:

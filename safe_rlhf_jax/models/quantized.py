@@ -18,6 +18,7 @@ from jaxtyping import Array, Float
 from qwix import QArray
 
 from safe_rlhf_jax.errors import ModelError
+from safe_rlhf_jax.models.products import product
 from safe_rlhf_jax.sharding import constrain
 from safe_rlhf_jax.types import Params
 
@@ -134,13 +135,12 @@ def stored_bytes(params: Params) -> int:
     return sum(x.size * bits(x.dtype) for x in jax.tree.leaves(params)) // 8
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def quantized_matmul(
     x: Float[Array, "N I"],
     kernel: QArray,
     axes: tuple[str, ...],
     dtype: str,
-    precision: jax.lax.Precision | None,
 ) -> Float[Array, "N O"]:
     """Product x · W in the dtype of x, accumulated in float32 and returned in `dtype`; W is frozen.
 
@@ -151,11 +151,10 @@ def quantized_matmul(
         kernel: W, of any shape [*in, *out] with I inputs.
         axes: Logical axes of the kernel.
         dtype: Of the result.
-        precision: Of the product.
     """
     matrix, scale = factors(kernel, axes, x.shape[1], x.dtype)
     # A float32 product would be written out for its scale to be applied: twice the memory, to save a rounding.
-    y = jnp.matmul(x, matrix, precision=precision, preferred_element_type=jnp.dtype(dtype))
+    y = product(x, matrix, dtype)
     return (y.astype(jnp.float32) * scale).astype(dtype)
 
 
@@ -179,20 +178,18 @@ def factors(
     return matrix.reshape(inputs, outputs), jnp.ones((1, 1), jnp.float32)
 
 
-def quantized_matmul_forward(x: jax.Array, kernel: QArray, axes: tuple[str, ...], dtype: str, precision: Any) -> Any:
+def quantized_matmul_forward(x: jax.Array, kernel: QArray, axes: tuple[str, ...], dtype: str) -> Any:
     """The forward pass of `quantized_matmul`."""
-    return quantized_matmul(x, kernel, axes, dtype, precision), (x, kernel)
+    return quantized_matmul(x, kernel, axes, dtype), (x, kernel)
 
 
-def quantized_matmul_backward(
-    axes: tuple[str, ...], dtype: str, precision: Any, saved: Any, gradient: jax.Array
-) -> Any:
+def quantized_matmul_backward(axes: tuple[str, ...], dtype: str, saved: Any, gradient: jax.Array) -> Any:
     """The backward pass of `quantized_matmul`: a gradient of x, none of W."""
     del dtype
     x, kernel = saved
     matrix, scale = factors(kernel, axes, x.shape[1], x.dtype)
     scaled = (gradient.astype(jnp.float32) * scale).astype(x.dtype)
-    return jnp.matmul(scaled, matrix.T, precision=precision), None
+    return product(scaled, matrix, x.dtype, over=1), None
 
 
 quantized_matmul.defvjp(quantized_matmul_forward, quantized_matmul_backward)

@@ -12,8 +12,9 @@ from jaxtyping import Array, Bool, Float, Int
 from safe_rlhf_jax.errors import ModelError
 from safe_rlhf_jax.models.attention import Attention, AttentionContext, KVCache, causal_mask, contexts, empty_cache
 from safe_rlhf_jax.models.config import ModelConfig, ScoreConfig
-from safe_rlhf_jax.models.layers import MLP, Linear, Norm, logical_param, matmul, softcap
+from safe_rlhf_jax.models.layers import MLP, Linear, Norm, logical_param, softcap
 from safe_rlhf_jax.models.positions import token_positions
+from safe_rlhf_jax.models.products import matmul
 from safe_rlhf_jax.sharding import constrain
 
 NORMALIZER_EPS = 1e-8
@@ -227,12 +228,12 @@ def is_within(size: int, ranges: tuple[tuple[int, int], ...]) -> jax.Array:
     return jnp.searchsorted(edges, jnp.arange(size, dtype=jnp.int32), side="right", method="scan_unrolled") % 2 == 1
 
 
-def product(
-    hidden: Float[Array, "B l D"], matrix: Float[Array, "D O"], names: tuple[str, str]
+def in_float32(
+    hidden: Float[Array, "B l D"], matrix: jax.Array, names: tuple[str, str], over: int = 0
 ) -> Float[Array, "B l O"]:
-    """Returns hidden · W in float32: 8-bit scores or logits would tie with their neighbours."""
+    """Returns hidden · W, or with over = 1 hidden · Wᵀ, in float32: 8-bit logits would tie with neighbours."""
     rows = hidden.reshape(-1, hidden.shape[-1])
-    return matmul(rows, matrix, names, "float32").reshape(*hidden.shape[:-1], matrix.shape[-1])
+    return matmul(rows, matrix, names, "float32", over).reshape(*hidden.shape[:-1], matrix.shape[1 - over])
 
 
 class CausalLM(nn.Module):
@@ -264,7 +265,7 @@ class CausalLM(nn.Module):
     def unembed(self, hidden: Float[Array, "B l D"]) -> Float[Array, "B l V"]:
         """Returns logits f32[B, l, V] of hidden states."""
         if self.config.tie_embeddings:
-            logits = product(hidden, self.decoder.embedding.T, ("embed", "vocab"))
+            logits = in_float32(hidden, self.decoder.embedding, ("vocab", "embed"), over=1)
         else:
             logits = self.lm_head(hidden)
         logits = softcap(logits, self.config.logit_softcap)
@@ -379,7 +380,7 @@ class ScoreModel(nn.Module):
         self, hidden: Float[Array, "B l D"], tokens: Int[Array, "B L"], mask: Bool[Array, "B L"], first: int
     ) -> Float[Array, "B l"]:
         """Returns the head's output on hidden states from column `first` on, f32[B, L − first]."""
-        scores = product(hidden, self.score_kernel, ("embed", "score"))[..., 0]
+        scores = in_float32(hidden, self.score_kernel, ("embed", "score"))[..., 0]
         scores = scores + self.score_bias[None] if self.score.bias else scores
         if self.score.pad_id is None:
             return scores

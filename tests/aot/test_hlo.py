@@ -21,7 +21,7 @@ from safe_rlhf_jax.aot.gpus import compiler_options
 from safe_rlhf_jax.aot.hlo import Module
 from safe_rlhf_jax.aot.run import AbstractRun
 from safe_rlhf_jax.compile import topology_devices
-from safe_rlhf_jax.models import layers
+from safe_rlhf_jax.models import layers, products
 from safe_rlhf_jax.models.config import PRESETS
 from safe_rlhf_jax.sharding import make_mesh, replicated
 
@@ -203,7 +203,7 @@ def test_over_a_square_torus_libtpu_all_reduces_what_is_to_be_scattered(devices)
 @pytest.mark.tpu
 def test_gradients_that_the_compiler_reduces_as_it_likes_would_be_seen(compile_for, devices, monkeypatch):
     only_for_tpu(devices)
-    monkeypatch.setattr(layers, "scattered", lambda x, names: x)
+    monkeypatch.setattr(products, "scattered", lambda x, names: x)
     assert gradients_given_whole(compile_for(mesh=(1, 2, 8), topology="v5p:2x2x4", tag="as it likes", **WIDE))
 
 
@@ -248,7 +248,7 @@ def test_products_of_a_float32_network_are_whole_on_a_tpu(compile_for, devices):
 @pytest.mark.tpu
 def test_products_of_float32_that_a_tpu_rounds_would_be_seen(compile_for, devices, monkeypatch):
     only_for_tpu(devices)
-    monkeypatch.setattr(layers, "precision_of", lambda x: None)
+    monkeypatch.setattr(products, "precision_of", lambda x: None)
     assert properties.rounded_products(compile_for(dtype="float32", tag="as the backend likes").module)
 
 

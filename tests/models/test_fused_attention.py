@@ -18,7 +18,7 @@ from safe_rlhf_jax.models import fused_attention
 from safe_rlhf_jax.models.attention import attend, causal_mask
 from safe_rlhf_jax.models.fused_attention import cudnn, kernel_for, splash
 from safe_rlhf_jax.models.transformer import CausalLM
-from safe_rlhf_jax.sharding import MESH_AXES, make_mesh, replicated
+from safe_rlhf_jax.sharding import MESH_AXES, make_mesh, platform, replicated
 from tests.helpers import make_lm, tiny_config
 
 ROOT = Path(__file__).parent.parent.parent
@@ -168,9 +168,9 @@ def test_a_gpu_gets_cudnn_where_every_column_asks_in_16_bits(monkeypatch):
 def test_a_cpu_gets_the_plain_one_and_so_do_many_devices_without_a_mesh(monkeypatch):
     assert Chosen("cpu")() is None
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-    assert fused_attention.platform() == "cpu"
+    assert platform() == "cpu"
     monkeypatch.setattr(jax, "device_count", lambda: 1)
-    assert fused_attention.platform() == "tpu"
+    assert platform() == "tpu"
 
 
 @pytest.mark.skipif(shutil.which("nvidia-smi") is None, reason="needs a GPU")

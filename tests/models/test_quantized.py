@@ -191,7 +191,7 @@ def test_gradients_pass_through_quantised_layers_as_through_rounded_ones(kind, b
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_quantised_kernel_has_no_gradient(kind):
     kernel = kernels(quantize(network()[1], kind))["decoder/layers_0/mlp/up_proj/kernel"]
-    loss = lambda kernel: quantized_matmul(jnp.ones((2, 128)), kernel, ("embed", "mlp"), "float32", None).sum()  # noqa: E731
+    loss = lambda kernel: quantized_matmul(jnp.ones((2, 128)), kernel, ("embed", "mlp"), "float32").sum()  # noqa: E731
     gradient = jax.grad(loss, allow_int=True)(kernel)
     assert not np.asarray(gradient.scale).any()
     assert gradient.qvalue.dtype == jax.dtypes.float0
@@ -204,7 +204,7 @@ def test_products_in_bfloat16_are_summed_in_float32(kind):
     kernel = quantize({"up_proj": {"kernel": kernel}}, kind)["up_proj"]["kernel"]
     x = jnp.asarray(rng.standard_normal((64, 4096)), jnp.bfloat16)
     exact = np.asarray(x, np.float64) @ np.asarray(dequantize(kernel), np.float64)
-    actual = np.asarray(quantized_matmul(x, kernel, ("embed", "mlp"), "float32", None))
+    actual = np.asarray(quantized_matmul(x, kernel, ("embed", "mlp"), "float32"))
     # int8 is exact in bfloat16; a scale of int4 and its products with integers are each rounded to 8 bits
     assert np.abs(actual - exact).max() < {"int8": 1e-5, "int4": 4e-3}[kind] * np.abs(exact).max()
 
