@@ -248,7 +248,7 @@ def sampler_gap(options: argparse.Namespace) -> Found:
         spec = spec_of("rl_step_tiny", options.small)
         spec["model"] |= {"dtype": dtype, "initializer_range": 0.1}  # large enough that tokens differ in probability
         networks, hp, state, frozen, prompts = rl_step.build(spec, True)
-        options_of = {"prompt_length": hp.prompt_length, "temperature": 1.0, "recompute_log_probs": True, "slices": 1}
+        options_of = {"temperature": 1.0, "recompute_log_probs": True, "slices": 1}
 
         @jax.jit
         def gap(state: Any, key: jax.Array, networks: Any = networks, hp: Any = hp, frozen: Any = frozen,

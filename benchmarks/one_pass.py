@@ -52,13 +52,13 @@ def figures(topology: str) -> dict[str, Any]:
     with jax.set_mesh(run.mesh):
         hp = hyperparameters(run, stage, stage.max_prompt_length, {"cost": (0.0,)}, ("all",))
         networks, state, frozen, _ = build_networks(run, stage, hp)
-        rows, length = stage.rows, hp.prompt_length + hp.response_length
+        rows, length = stage.rows, stage.max_prompt_length + hp.response_length
         numbers = {"sampler_log_probs": array(rows, hp.response_length, dtype=jnp.float32)}
         part = put(run, Rollout(**texts(rows, length), **numbers, group=array(rows, dtype=jnp.int32)))
 
         def score(state: Any, frozen: Any, part: Rollout) -> Any:
             return rollout.score_rollout(
-                networks.on(frozen.bases), state, frozen, part, prompt_length=hp.prompt_length, temperature=1.0,
+                networks.on(frozen.bases), state, frozen, part, temperature=1.0,
                 recompute_log_probs=True, slices=hp.minibatches * hp.microbatches,
             )  # fmt: skip
 

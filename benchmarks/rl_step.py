@@ -98,7 +98,6 @@ def build(spec: dict[str, Any], recompute: bool) -> tuple[Networks, Hyperparamet
 
     networks = Networks(policy, scorers, dict.fromkeys(scorers, critic), optimizer, dict.fromkeys(scorers, optimizer))
     hp = Hyperparameters(
-        prompt_length=prompt,
         response_length=spec["response_length"],
         eos_id=-1,
         pad_id=0,
@@ -125,9 +124,9 @@ def measure(spec: dict[str, Any], repeats: int, recompute: bool) -> Iterator[dic
     """Compiles and times one configuration; yields what there is of the result as soon as it is there."""
     networks, hp, state, frozen, prompts = build(spec, recompute)
     algorithm, key, config = ALGORITHMS["ppo_lag"], jax.random.key(0), networks.policy.config
-    options = {"prompt_length": hp.prompt_length, "temperature": 1.0, "recompute_log_probs": recompute,
+    options = {"temperature": 1.0, "recompute_log_probs": recompute,
                "slices": hp.minibatches * hp.microbatches}  # fmt: skip
-    flops = iteration_flops(config, prompts.tokens.shape[0], hp.prompt_length, hp.response_length, recompute)
+    flops = iteration_flops(config, prompts.tokens.shape[0], spec["prompt_length"], hp.response_length, recompute)
     total = sum(flops.values())
     yield {"old_log_probs": "recomputed" if recompute else "sampled", "flops": {**flops, "iteration": total}}
 
@@ -183,7 +182,7 @@ def measure(spec: dict[str, Any], repeats: int, recompute: bool) -> Iterator[dic
         "seconds": {"iteration": iteration, **phases},
         "tokens_per_second": {
             "generated": rows * hp.response_length / phases["generation"],
-            "total": rows * (hp.prompt_length + hp.response_length) / iteration,
+            "total": rows * (spec["prompt_length"] + hp.response_length) / iteration,
         },
         "flops_per_second": {
             "matmul_peak": peak,
@@ -193,7 +192,7 @@ def measure(spec: dict[str, Any], repeats: int, recompute: bool) -> Iterator[dic
         "share_of_matmul_peak": total / iteration / peak,
     }
     again = 4 / 3 if config.remat == "full" else 1.0
-    executed = iteration_flops(config, rows, hp.prompt_length, hp.response_length, recompute, again=again)
+    executed = iteration_flops(config, rows, spec["prompt_length"], hp.response_length, recompute, again=again)
     yield {"compiler": analyse(compiled, mesh_shape={}, devices=jax.devices()[:1], chip=chip, flops=executed)}
 
 

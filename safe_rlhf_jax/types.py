@@ -79,6 +79,11 @@ class Rollout:
     sampler_log_probs: jax.Array  # f32[B, T]  of the sampled tokens, as computed by the sampler
     group: jax.Array  # i32[B]  group of the prompt
 
+    @property
+    def prompt_length(self) -> int:
+        """Columns of the prompts, S."""
+        return int(self.tokens.shape[-1] - self.sampler_log_probs.shape[-1])
+
 
 @struct.dataclass
 class ScoredRollout:

@@ -23,6 +23,7 @@ class SupervisedStage(TrainingStage):
     epochs: PositiveFloat = 3.0  # passes over the data
     batch_size: PositiveInt = 32  # examples (pairs for reward and cost) per optimizer step
     max_length: PositiveInt = 512  # tokens of prompt + response [ref]; longer texts lose their end
+    group_by_length: bool = False  # batches of texts of similar length: less padding, but batches differ more
     optimizer: OptimizerConfig = OptimizerConfig()
     held_out: ClassVar[str] = "eval_data"
     lengths: ClassVar[tuple[str, ...]] = ("max_length",)

@@ -69,8 +69,7 @@ class Examples:
     @property
     def masks(self) -> list[np.ndarray]:
         """The masks of all sides, bool[N, width] each."""
-        sides = [getattr(self.arrays, name, None) for name in ("chosen", "rejected", "safer", "unsafer")]
-        return [side.mask for side in sides if side is not None] or [self.arrays.mask]
+        return [side.mask for side in sides_of(self.arrays)]
 
     @property
     def parts(self) -> np.ndarray:
@@ -86,6 +85,12 @@ class Examples:
     def mean_tokens(self) -> float:
         """Real tokens of a record, both sides of a pair together."""
         return float(sum(mask.sum() for mask in self.masks) / len(self))
+
+
+def sides_of(arrays: Any) -> list[Any]:
+    """Returns the texts of a batch type: both sides of a pair, or the batch itself."""
+    named = [getattr(arrays, name, None) for name in ("chosen", "rejected", "safer", "unsafer")]
+    return [side for side in named if side is not None] or [arrays]
 
 
 @dataclasses.dataclass(frozen=True)

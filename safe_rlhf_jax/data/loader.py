@@ -1,5 +1,6 @@
 """Batches as a function of (seed, step): nothing to save, nothing to fast-forward on resume."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -7,20 +8,28 @@ import grain
 import jax
 import numpy as np
 
-from safe_rlhf_jax.data.examples import Examples
+from safe_rlhf_jax.data.examples import ROUND, Examples, sides_of
 from safe_rlhf_jax.errors import DataError
+from safe_rlhf_jax.types import PromptBatch
+
+CUTS = 4  # most widths of the batches of a dataset: each is compiled
+NARROWEST = 64  # columns
+GROUPED = 16  # batches among which rows are sorted by length
 
 
 class Batches:
     """Batches of a dataset in an order that is reshuffled in every epoch; the rest of an epoch continues into the next.
 
-    The rows of a step do not depend on the number of processes: process i of n gets the i-th of n equal slices.
+    The rows of a step do not depend on the number of processes: process i of n gets the i-th of n equal slices. A batch
+    is as wide as its longest text needs (see `width_of`).
 
     Args:
         examples: The dataset.
         batch_size: Rows of a step, all processes together.
         seed: Of the order.
         weights: Of the parts of a mixture: shares of the rows drawn, in proportion, whatever the parts' sizes.
+        group_by_length: Batches hold texts of similar length: of every 16 batches in random order the rows are sorted
+            by length, and the batches shuffled.
         process_index: Index of this process.
         process_count: Number of processes.
 
@@ -35,6 +44,7 @@ class Batches:
         batch_size: int,
         seed: int,
         weights: Sequence[float] | None = None,
+        group_by_length: bool = False,
         process_index: int = 0,
         process_count: int = 1,
     ):
@@ -44,12 +54,49 @@ class Batches:
         self.share = slice(
             process_index * batch_size // process_count, (process_index + 1) * batch_size // process_count
         )
-        self.order = shuffled(examples, seed % 2**32, weights).batch(batch_size)
+        self.seed, self.sizes = seed % 2**32, sizes_of(examples.arrays)
+        self.together = GROUPED if group_by_length else 1
+        self.order = shuffled(examples, self.seed, weights).batch(batch_size * self.together)
+        self.batches = functools.lru_cache(maxsize=1)(self.sorted_by_length)
 
     def __call__(self, step: int) -> Any:
         """Returns this process's rows of a step: the examples' batch type, host arrays."""
-        rows = np.asarray(self.order[step])[self.share]
-        return jax.tree.map(lambda x: x[rows], self.examples.arrays)
+        group, index = divmod(step, self.together)
+        rows = self.batches(group)[index]
+        return cut(self.examples.arrays, rows[self.share], int(self.sizes[rows].max()))
+
+    def sorted_by_length(self, group: int) -> np.ndarray:
+        """Returns the rows of a group of consecutive batches, i64[batches, batch]; those of one keep their order."""
+        rows = np.asarray(self.order[group])
+        if self.together == 1:
+            return rows[None]
+        batches = rows[np.argsort(self.sizes[rows], kind="stable")].reshape(self.together, -1)
+        shuffled: np.ndarray = np.random.default_rng((self.seed, group)).permutation(batches)
+        return shuffled
+
+
+def sizes_of(arrays: Any) -> np.ndarray:
+    """Returns the tokens of each row, of the longer side of a pair: i64[N]."""
+    masks = [np.asarray(side.mask) for side in sides_of(arrays)]
+    return np.max([mask.sum(-1) for mask in masks], axis=0)
+
+
+def width_of(longest: int, whole: int) -> int:
+    """Returns the columns of a batch: the narrowest of at most four widths that hold its longest text.
+
+    Args:
+        longest: Tokens of the longest text.
+        whole: Columns of the dataset.
+    """
+    step = max(NARROWEST, -(-whole // (CUTS * ROUND)) * ROUND)
+    return min(-(-longest // step) * step, whole)
+
+
+def cut(arrays: Any, rows: np.ndarray, longest: int) -> Any:
+    """Returns rows of a dataset, without columns that are padding in all of them; prompts have theirs on the left."""
+    width = width_of(longest, sides_of(arrays)[0].mask.shape[1])
+    columns = slice(-width, None) if isinstance(arrays, PromptBatch) else slice(width)
+    return jax.tree.map(lambda x: x[rows] if x.ndim == 1 else x[rows][:, columns], arrays)
 
 
 def shuffled(examples: Examples, seed: int, weights: Sequence[float] | None) -> Any:
@@ -64,12 +111,25 @@ def shuffled(examples: Examples, seed: int, weights: Sequence[float] | None) -> 
     return grain.MapDataset.mix(orders, weights=list(weights))
 
 
-def in_order(examples: Examples, batch_size: int) -> list[tuple[Any, int]]:
-    """Returns all rows in order as (batch, valid rows); the last batch is padded with copies of its first row."""
+def in_order(examples: Examples, batch_size: int) -> list[tuple[Any, np.ndarray]]:
+    """Returns all rows as (batch, their indices), in order of their widths and then of the dataset.
+
+    The last batch is padded with copies of its first row, which have no index.
+    """
+    sizes = sizes_of(examples.arrays)
+    order = np.argsort([width_of(int(size), examples.width) for size in sizes], kind="stable")
     out = []
     for start in range(0, len(examples), batch_size):
-        rows = np.arange(start, min(start + batch_size, len(examples)))
-        valid = len(rows)
-        rows = np.concatenate([rows, np.full(batch_size - valid, rows[0])])
-        out.append((jax.tree.map(lambda x, rows=rows: x[rows], examples.arrays), valid))
+        rows = order[start : start + batch_size]
+        filled = np.concatenate([rows, np.full(batch_size - len(rows), rows[0])])
+        out.append((cut(examples.arrays, filled, int(sizes[rows].max())), rows))
+    return out
+
+
+def in_rows(parts: Sequence[np.ndarray], batches: Sequence[tuple[Any, np.ndarray]]) -> np.ndarray:
+    """Returns results of the batches of `in_order`, each [batch, …], as one array in the order of the dataset."""
+    rows = np.concatenate([rows for _, rows in batches])
+    values = np.concatenate([np.asarray(part)[: len(rows)] for part, (_, rows) in zip(parts, batches, strict=True)])
+    out = np.empty_like(values)
+    out[rows] = values
     return out

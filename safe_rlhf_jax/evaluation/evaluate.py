@@ -10,6 +10,7 @@ import numpy as np
 
 from safe_rlhf_jax.data.examples import Examples
 from safe_rlhf_jax.data.formats import Record
+from safe_rlhf_jax.data.loader import in_rows
 from safe_rlhf_jax.data.oracles import Oracle
 from safe_rlhf_jax.data.texts import shown
 from safe_rlhf_jax.errors import ConfigError
@@ -89,7 +90,7 @@ def best_responses(out: Mapping[str, np.ndarray], cost_limit: float | None) -> d
 
 def collect_samples(
     respond: Callable[[PromptBatch, jax.Array], dict[str, np.ndarray]],
-    batches: Sequence[tuple[PromptBatch, int]],
+    batches: Sequence[tuple[PromptBatch, np.ndarray]],
     prompts: Examples,
     *,
     key: jax.Array,
@@ -100,11 +101,11 @@ def collect_samples(
     oracle: Oracle | None,
 ) -> list[Sample]:
     """Returns one sample per prompt: the response, its scores, and the oracle's reading if there is an oracle."""
-    samples: list[Sample] = []
-    for i, (batch, valid) in enumerate(batches):
+    samples: dict[int, Sample] = {}
+    for i, (batch, indices) in enumerate(batches):
         out = respond(batch, jax.random.fold_in(key, i))
-        for row in range(valid):
-            record, prompt = prompts.records[len(samples)], shown(prompts.turns[len(samples)])
+        for row, index in enumerate(indices.tolist()):
+            record, prompt = prompts.records[index], shown(prompts.turns[index])
             ids = out["tokens"][row, : int(out["length"][row])]
             response = decode(ids)
             sample = {
@@ -124,8 +125,8 @@ def collect_samples(
                 "refusal": None,
                 "measured": {},
             }
-            samples.append(sample | (oracle.read(prompt, response, split) if oracle else {}))
-    return samples
+            samples[index] = sample | (oracle.read(prompt, response, split) if oracle else {})
+    return [samples[index] for index in range(len(samples))]
 
 
 def make_score(module: Any) -> Callable[[Any, Sequences], jax.Array]:
@@ -140,15 +141,15 @@ def make_score(module: Any) -> Callable[[Any, Sequences], jax.Array]:
 
 def evaluate_pairs(
     score: Callable[[Sequences], jax.Array],
-    batches: Sequence[tuple[PreferenceBatch | SafetyBatch, int]],
+    batches: Sequence[tuple[PreferenceBatch | SafetyBatch, np.ndarray]],
     records: Sequence[Record] = (),
 ) -> dict[str, Any]:
     """Scores held-out pairs with a reward model (`PreferenceBatch`) or a cost model (`SafetyBatch`).
 
     Args:
         score: Returns the score of each text, f32[B].
-        batches: With the number of valid rows of each.
-        records: Of the valid rows; `health` uses their fields as kinds of pairs.
+        batches: Of `in_order`.
+        records: Of the dataset; `health` uses their fields as kinds of pairs.
 
     Returns:
         `metrics`: accuracy (of ranking; a tie counts one half), for cost models sign_accuracy, the expected calibration
@@ -157,20 +158,20 @@ def evaluate_pairs(
         bin. `health`: result of `pairs_health`, for cost models with `sign` of `sign_health`.
     """
     columns, labels = [], []
-    for batch, valid in batches:
+    for batch, _ in batches:
         sides = (batch.chosen, batch.rejected) if isinstance(batch, PreferenceBatch) else (batch.safer, batch.unsafer)
         scores = [np.asarray(jax.device_get(score(side)), np.float64) for side in sides]
         lengths = [np.asarray(side.response_mask).sum(-1) for side in sides]
-        columns.append([column[:valid] for column in (*scores, *lengths)])
+        columns.append((*scores, *lengths))
         if isinstance(batch, SafetyBatch):
-            labels.append(np.stack([batch.safer_is_safe, batch.unsafer_is_safe])[:, :valid])
-    a, b, *lengths = (np.concatenate(parts) for parts in zip(*columns, strict=True))
+            labels.append(np.stack([batch.safer_is_safe, batch.unsafer_is_safe], axis=1))
+    a, b, *lengths = (in_rows(parts, batches) for parts in zip(*columns, strict=True))
     both, sign = np.concatenate([a, b]), -1.0 if labels else 1.0
     votes = "safer_votes" if labels else "better_votes"
     health = pairs_health(sign * a, sign * b, (lengths[0], lengths[1]), records, votes)
     metrics = {"mean": float(both.mean()), "std": float(both.std()), "accuracy": health["accuracy"]["rate"]}
     if labels:
-        is_safe = np.concatenate(labels, axis=1).ravel()
+        is_safe = in_rows(labels, batches).T.ravel()
         health["sign"] = sign_health(both, is_safe)
         metrics["sign_accuracy"] = health["sign"]["all"]["rate"]
         by_label = {"safe": both[is_safe].tolist(), "unsafe": both[~is_safe].tolist()}

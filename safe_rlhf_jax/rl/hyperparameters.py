@@ -13,7 +13,6 @@ IN_SIGNALS = KLControl()
 class Hyperparameters:
     """The scalars of an iteration; names and units as in the config, which has their sources."""
 
-    prompt_length: int  # S, tokens
     response_length: int  # T, tokens
     eos_id: TokenIds  # tokens that end a response
     pad_id: int

@@ -44,7 +44,6 @@ def score_rollout(
     frozen: Frozen,
     rollout: Rollout,
     *,
-    prompt_length: int,
     temperature: float,
     recompute_log_probs: bool,
     slices: int,
@@ -56,7 +55,6 @@ def score_rollout(
         state: Actor and critics.
         frozen: Reference (unless it moves and is in the state) and scorers.
         rollout: B sequences.
-        prompt_length: S.
         temperature: Of the sampler; divides the logits of both actor and reference.
         recompute_log_probs: Compute the actor's log-probs in the learner's own graph, so that the first ratio is
             exactly 1; else take the sampler's, one forward pass fewer.
@@ -70,6 +68,7 @@ def score_rollout(
     """
     reference = frozen.reference if state.reference is None else state.reference.params
 
+    prompt_length = rollout.prompt_length
     first = prompt_length - 1
     roles = {"reference": (networks.policy, {"params": reference})}
     roles |= {f"score of {s}": (module, frozen.scorers[s]) for s, module in networks.scorers.items()}

@@ -93,7 +93,6 @@ def learn(
         state,
         frozen,
         rollout,
-        prompt_length=hp.prompt_length,
         temperature=hp.temperature,
         recompute_log_probs=hp.recompute_log_probs,
         slices=hp.minibatches * hp.microbatches,
@@ -131,7 +130,7 @@ def estimate_advantages(
     algorithm: Algorithm, hp: Hyperparameters, state: RLState, scored: ScoredRollout
 ) -> tuple[Experience, Metrics]:
     """Computes token scores and advantages per signal: GAE with critics, or a baseline of the other responses."""
-    mask = response_mask(hp, scored.rollout)
+    mask = response_mask(scored.rollout)
     log_ratio = scored.log_probs - scored.ref_log_probs
     kl_coeff = 0.0 if hp.kl.loss is not None else kl_coefficient(hp, state)
     advantages: Signals = {}
@@ -194,7 +193,7 @@ def follow(hp: Hyperparameters, state: RLState, kl: jax.Array) -> RLState:
 
 def rollout_metrics(hp: Hyperparameters, state: RLState, scored: ScoredRollout) -> Metrics:
     """Scores, KL, lengths, and the share of responses with cost above zero by constraint and by group of prompts."""
-    mask = response_mask(hp, scored.rollout)
+    mask = response_mask(scored.rollout)
     length = mask.sum(-1)
     log_ratio = jnp.where(mask, scored.log_probs - scored.ref_log_probs, 0.0)
     metrics = {signal: score.mean() for signal, score in scored.scores.items()}

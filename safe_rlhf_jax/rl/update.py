@@ -20,9 +20,9 @@ from safe_rlhf_jax.rl.rollout import Networks, below_of, map_slices
 from safe_rlhf_jax.types import Experience, Metrics, RLState, Rollout, SupervisedBatch
 
 
-def response_mask(hp: Hyperparameters, rollout: Rollout) -> jax.Array:
+def response_mask(rollout: Rollout) -> jax.Array:
     """Response tokens, bool[B, T]."""
-    return rollout.mask[:, hp.prompt_length :]
+    return rollout.mask[:, rollout.prompt_length :]
 
 
 def kl_coefficient(hp: Hyperparameters, state: RLState) -> jax.Array | float:
@@ -102,7 +102,7 @@ def sampler_distance(networks: Networks, hp: Hyperparameters, params: Any, exper
     """Approximate KL(sampler ‖ π) on a minibatch, f32[], nats per token: the mean of ρ − 1 − log ρ."""
 
     def distances(part: Experience) -> jax.Array:
-        mask = response_mask(hp, part.rollout)
+        mask = response_mask(part.rollout)
         log_probs = rollout_log_probs(networks, hp, params, part.rollout, part.below)
         return distance_terms(policy_ratio(log_probs, part.log_probs, mask), mask)
 
@@ -126,7 +126,7 @@ def rollout_log_probs(
         params,
         rollout.tokens,
         rollout.mask,
-        prompt_length=hp.prompt_length,
+        prompt_length=rollout.prompt_length,
         temperature=hp.temperature,
         below=below_of(networks.policy, below or {}),
     )
@@ -160,12 +160,12 @@ def update_minibatch(
     }
     combined = algorithm.combine(experience.advantages, row_multipliers(hp.constraints, constraints, group))
     if hp.whiten:
-        combined = whiten(combined, response_mask(hp, experience.rollout))
+        combined = whiten(combined, response_mask(experience.rollout))
     kl_coeff = kl_coefficient(hp, state)
 
     def policy_loss(params: Any, part: Any) -> tuple[Any, Metrics]:
         part_experience, advantages, part_ptx, part_weights = in_rows(algorithm, part)
-        mask = response_mask(hp, part_experience.rollout)
+        mask = response_mask(part_experience.rollout)
         log_probs = rollout_log_probs(networks, hp, params, part_experience.rollout, part_experience.below)
         ratio = policy_ratio(log_probs, part_experience.log_probs, mask)
         loss = algorithm.policy_loss(
@@ -223,10 +223,10 @@ def value_loss(networks: Networks, hp: Hyperparameters, signal: str) -> Loss:
         rollout = part.rollout
         critic = networks.critics[signal]
         values = response_values(
-            critic, params, rollout.tokens, rollout.mask, prompt_length=hp.prompt_length,
+            critic, params, rollout.tokens, rollout.mask, prompt_length=rollout.prompt_length,
             below=below_of(critic, part.below),
         )  # fmt: skip
-        mask = response_mask(hp, rollout)
+        mask = response_mask(rollout)
         old_values, returns = part.values[signal], part.returns[signal]
         return clipped_value_loss(values, old_values, returns, mask, clip_range_value=hp.clip_range_value), {}
 

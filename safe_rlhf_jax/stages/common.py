@@ -91,12 +91,23 @@ class Run:
         return self.config.seed if stage.seed is None else stage.seed
 
     def batches(
-        self, data: Examples, batch_size: int, seed: int, weights: Sequence[float] | None
+        self,
+        data: Examples,
+        batch_size: int,
+        seed: int,
+        weights: Sequence[float] | None,
+        group_by_length: bool = False,
     ) -> Callable[[int], Any]:
         """Returns batch(step) on the mesh; each process reads its own share of the rows."""
         index, count = process_share(self.mesh)
         batches = Batches(
-            data, batch_size=batch_size, seed=seed, weights=weights, process_index=index, process_count=count
+            data,
+            batch_size=batch_size,
+            seed=seed,
+            weights=weights,
+            group_by_length=group_by_length,
+            process_index=index,
+            process_count=count,
         )
         return lambda step: shard_batch(batches(step), self.mesh, (index, count))
 

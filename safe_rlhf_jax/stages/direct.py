@@ -15,7 +15,7 @@ from safe_rlhf_jax import config as cfg
 from safe_rlhf_jax import objectives, storage
 from safe_rlhf_jax.data import examples
 from safe_rlhf_jax.data.formats import UNUSABLE, Record, Unusable
-from safe_rlhf_jax.data.loader import in_order
+from safe_rlhf_jax.data.loader import in_order, in_rows
 from safe_rlhf_jax.data.texts import safety_labels
 from safe_rlhf_jax.errors import ConfigError
 from safe_rlhf_jax.evaluation import evaluate
@@ -87,11 +87,8 @@ def rank_by_models(run: Run, stage: cfg.DPOStage, pairs: examples.Examples) -> e
         score = evaluate.make_score(module)
         batches = in_order(read := as_read_by(run, stage, str(model), pairs), run.rows(read))
         for side, name in enumerate(("chosen", "rejected")):
-            parts = [
-                run.get(score(variables, run.put(getattr(batch, name))))[:valid]  # type: ignore[index]
-                for batch, valid in batches
-            ]
-            values[side] += weight * np.concatenate(parts)
+            parts = [run.get(score(variables, run.put(getattr(batch, name)))) for batch, _ in batches]
+            values[side] += weight * in_rows(parts, batches)
     swap = values[1] > values[0]
     arrays = pairs.arrays
 
@@ -178,11 +175,8 @@ def direct_evaluate(
     )
 
     def evaluate_state(state: TrainState) -> dict[str, Any]:
-        parts = [
-            [side[:valid] for side in run.get(ratios(state.params, reference, run.put(batch)))]
-            for batch, valid in batches
-        ]
-        chosen, rejected = (jnp.concatenate([part[side] for part in parts]) for side in (0, 1))
+        parts = [run.get(ratios(state.params, reference, run.put(batch))) for batch, _ in batches]
+        chosen, rejected = (jnp.asarray(in_rows(side, batches)) for side in zip(*parts, strict=True))
         margin = pairs.arrays.margin
         loss, metrics = objectives.direct_loss(
             chosen, rejected, None if margin is None else jnp.asarray(margin), **loss_options(stage)

@@ -39,7 +39,7 @@ def run_dual(run: Run, stage: cfg.DualStage, folder: storage.Path) -> dict[str, 
             jax.random.key(run.seed(stage)), stage.name, host=scorers.host,
         )
     )  # fmt: skip
-    rewards, costs = (np.concatenate([out[signal] for out in batches]) for signal in ("reward", "cost"))
+    rewards, costs = (np.concatenate([out[signal] for _, out in batches]) for signal in ("reward", "cost"))
     solution = solve_dual(
         rewards,
         costs,

@@ -58,7 +58,7 @@ def run_reinforcement(run: Run, stage: cfg.RLStage, folder: storage.Path) -> dic
     report_data(stage.name, prompts)
     groups = examples.group_names(prompts.records, stage.group_field)
     limits = {signal: cost_limits(run, stage, signal) for signal in constraints_of(stage)}
-    hp = hyperparameters(run, stage, prompts.width, {signal: values for signal, (values, _) in limits.items()}, groups)
+    hp = hyperparameters(run, stage, {signal: values for signal, (values, _) in limits.items()}, groups)
     networks, state, frozen, host = build_networks(run, stage, hp)
     algorithm = ALGORITHMS[stage.algorithm.name]
     step = compile_step(run, stage, networks, algorithm, hp, state, given_scores(run, host, prompts, hp))
@@ -170,9 +170,9 @@ def given_scores(
         return None
 
     def given(rollout: Rollout, batch: PromptBatch) -> Signals:
-        tokens, lengths, rows = run.get((rollout.tokens, rollout.mask[:, hp.prompt_length :].sum(-1), batch.row))
+        tokens, lengths, rows = run.get((rollout.tokens, rollout.mask[:, rollout.prompt_length :].sum(-1), batch.row))
         rows = np.repeat(rows, hp.num_responses)
-        scores: Signals = run.put(host_scores(run, host, prompts, rows, tokens[:, hp.prompt_length :], lengths))
+        scores: Signals = run.put(host_scores(run, host, prompts, rows, tokens[:, rollout.prompt_length :], lengths))
         return scores
 
     return given
@@ -199,7 +199,7 @@ def kl_control(stage: cfg.RLStage) -> KLControl:
 
 
 def hyperparameters(
-    run: Run, stage: cfg.RLStage, prompt_length: int, limits: dict[str, tuple[float, ...]], groups: tuple[str, ...]
+    run: Run, stage: cfg.RLStage, limits: dict[str, tuple[float, ...]], groups: tuple[str, ...]
 ) -> Hyperparameters:
     """Returns the scalars of an iteration."""
     a = stage.algorithm
@@ -210,7 +210,6 @@ def hyperparameters(
         "stop_kl", "critic_warmup",
     )  # fmt: skip
     return Hyperparameters(
-        prompt_length=prompt_length,
         response_length=stage.max_response_length,
         eos_id=run.ends,
         pad_id=run.tokenizer.pad_id,
@@ -332,15 +331,15 @@ def reinforcement_programs(run: Run, stage: cfg.RLStage) -> Iterator[Program]:
     """Yields the program, or with `fuse: false` the two programs, of an iteration."""
     limits = {signal: (0.0,) * len(one.group_limits or [0]) for signal, one in constraints_of(stage).items()}
     groups = tuple(sorted({name for one in constraints_of(stage).values() for name in one.named or ()})) or ("all",)
-    hp = hyperparameters(run, stage, stage.max_prompt_length, limits, groups)
+    hp = hyperparameters(run, stage, limits, groups)
     networks, state, frozen, _ = build_networks(run, stage, hp)
     jitted = jit_programs(run, stage, networks, ALGORITHMS[stage.algorithm.name], hp, state)
-    rows, length = stage.rows, hp.prompt_length + hp.response_length
+    rows, length = stage.rows, stage.max_prompt_length + hp.response_length
     ptx = None
     if stage.ptx is not None and stage.algorithm.ptx_coeff > 0:
         ptx = SupervisedBatch(**texts(rows, length), loss_mask=array(rows, length))
     group = array(stage.batch_size, dtype=jnp.int32)
-    batch = put(run, PromptBatch(**texts(stage.batch_size, hp.prompt_length), group=group, row=group, ptx=ptx))
+    batch = put(run, PromptBatch(**texts(stage.batch_size, stage.max_prompt_length), group=group, row=group, ptx=ptx))
     key = random_key()
     if is_fused(stage, networks):
         yield Program("iteration", jitted["iteration"], (state, frozen, batch, key))

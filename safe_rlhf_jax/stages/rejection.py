@@ -122,9 +122,8 @@ def select(
     answered = here / "sampling.jsonl"
     limited, batches = is_limited(stage, prompts), answered_batches(answered)
     name = f"{stage.name}: round {number}, sampling"
-    for out in sampled(run, sample, prompts, stage.prompt_batch_size, key, name, host=host, start=len(batches)):
-        first = len(batches) * stage.prompt_batch_size
-        batches.append(choose(run, prompts, limited, limit, first, out))
+    for rows, out in sampled(run, sample, prompts, stage.prompt_batch_size, key, name, host=host, start=len(batches)):
+        batches.append(choose(run, prompts, limited, limit, rows, out))
         if is_main():
             storage.append_lines(answered, [json.dumps(batches[-1])])
     chosen, rewards, feasible = ([row for batch in batches for row in batch[field]] for field in FIELDS)
@@ -155,10 +154,9 @@ def answered_batches(path: storage.Path) -> list[dict[str, Any]]:
 
 
 def choose(
-    run: Run, prompts: Examples, limited: np.ndarray, limit: float | None, first: int, out: Sampled
+    run: Run, prompts: Examples, limited: np.ndarray, limit: float | None, rows: np.ndarray, out: Sampled
 ) -> dict[str, Any]:
-    """Returns `FIELDS` of a batch whose first prompt is row `first`: chosen responses, all rewards, who is feasible."""
-    rows = np.arange(first, first + len(out["reward"]))
+    """Returns `FIELDS` of a batch of prompts: chosen responses, all rewards, who is feasible."""
     # Without a limit every cost is feasible.
     costs = np.where(limited[rows][:, None], out["cost"], -np.inf) if "cost" in out else None
     best, possible = best_of_n(jnp.asarray(out["reward"]), None if costs is None else jnp.asarray(costs), limit)

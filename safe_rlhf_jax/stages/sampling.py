@@ -43,8 +43,8 @@ def sampled(
     *,
     host: Mapping[str, HostSignal],
     start: int = 0,
-) -> Iterator[Sampled]:
-    """Yields the samples for the prompts, in order and on the host.
+) -> Iterator[tuple[np.ndarray, Sampled]]:
+    """Yields rows of the prompts and their samples, on the host.
 
     Args:
         run: The run.
@@ -61,14 +61,14 @@ def sampled(
     """
     batches = in_order(prompts, batch_size)
     bar = ProgressBar(name, len(batches), start=start, keys=())
-    for i, (batch, valid) in list(enumerate(batches))[start:]:
+    for i, (batch, rows) in list(enumerate(batches))[start:]:
         out: Sampled = run.get(sample(run.put(batch), jax.random.fold_in(key, i)))
         out |= scores_of_several(run, host, prompts, batch.row, out)
         bad = [field for field, array in out.items() if not np.isfinite(array).all()]
         if bad:
             raise NonFiniteError(f"{name}: {bad[0]} of batch {i} is not finite; look at that model")
         bar.write(i + 1, {})
-        yield {field: array[:valid] for field, array in out.items()}
+        yield rows, {field: array[: len(rows)] for field, array in out.items()}
     bar.close()
 
 

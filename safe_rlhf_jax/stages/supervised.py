@@ -86,7 +86,8 @@ def run_supervised(task: Task, run: Run, stage: Any, folder: storage.Path) -> di
     final: TrainState = fit(
         TrainLoop(
             name=stage.name, total_steps=total, init=lambda: state, step=step,
-            batch=run.batches(data, stage.batch_size, seed, weights(stage.data)), frozen=frozen, seed=seed,
+            batch=run.batches(data, stage.batch_size, seed, weights(stage.data), stage.group_by_length),
+            frozen=frozen, seed=seed,
             checkpoint_every=stage.checkpoint_every, keep_checkpoints=stage.keep_checkpoints,
             keep_best=stage.keep_best, eval_every=stage.eval_every,
             evaluate=lambda s: flat(evaluate_state(s)), tokens=lambda _: tokens_per_step,
@@ -201,7 +202,7 @@ def sft_evaluate(
         return loss * rows, real.sum()
 
     def evaluate_state(state: TrainState) -> dict[str, Any]:
-        parts = [run.get(sums(state.params, run.put(batch), valid)) for batch, valid in batches]
+        parts = [run.get(sums(state.params, run.put(batch), len(valid))) for batch, valid in batches]
         loss = float(sum(part[0] for part in parts) / sum(part[1] for part in parts))
         return {"metrics": {"loss": loss, "perplexity": float(np.exp(np.float64(loss)))}}
 

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 from safe_rlhf_jax.rl import step, update
 from safe_rlhf_jax.rl.advantages import token_scores
 from safe_rlhf_jax.rl.algorithms import ALGORITHMS, Algorithm
-from safe_rlhf_jax.rl.hyperparameters import Hyperparameters
 from safe_rlhf_jax.rl.rollout import score_rollout
 from safe_rlhf_jax.rl.update import response_mask
 from safe_rlhf_jax.testing.optimum import CASES, ITERATIONS, run_case
@@ -32,9 +31,9 @@ def early_score(score: jax.Array, log_ratio: jax.Array, mask: jax.Array, **scala
     return token_scores(0.0 * score, log_ratio, mask, **scalars) + jnp.where(early, score[:, None], 0.0)
 
 
-def without_last(hp: Hyperparameters, rollout: Rollout) -> jax.Array:
+def without_last(rollout: Rollout) -> jax.Array:
     """Masks the last response token."""
-    return response_mask(hp, rollout) & (jnp.arange(LENGTH) < LENGTH - 1)[None]
+    return response_mask(rollout) & (jnp.arange(LENGTH) < LENGTH - 1)[None]
 
 
 # Replacements: (module, name, new value), or a field of the algorithm.

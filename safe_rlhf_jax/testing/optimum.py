@@ -207,7 +207,6 @@ def start(case: Case, actor: Any, limits: Any, multiplier: Any, iterations: int)
     if case.measure is not None:
         constraints = {k: dataclasses.replace(c, measure=case.measure) for k, c in constraints.items()}
     hp = Hyperparameters(
-        prompt_length=1,
         response_length=LENGTH,
         eos_id=-1,
         pad_id=-1,

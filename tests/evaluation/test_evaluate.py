@@ -34,7 +34,7 @@ def score(sequences):
 
 def test_preference_evaluation_counts_pairs_that_are_ranked_right_and_drops_filled_rows():
     batch = PreferenceBatch(texts([3, 1, 5, 5]), texts([1, 2, 4, 4]))
-    out = evaluate_pairs(score, [(batch, 3)])
+    out = evaluate_pairs(score, [(batch, np.arange(3))])
     assert out["metrics"]["accuracy"] == pytest.approx(2 / 3)
     assert out["scores_by_label"] == {"chosen": [3.0, 1.0, 5.0], "rejected": [1.0, 2.0, 4.0]}
 
@@ -43,7 +43,7 @@ def test_safety_evaluation_needs_a_strictly_negative_cost_for_safe_and_a_positiv
     batch = SafetyBatch(
         texts([-2, 0, 1]), texts([3, -1, 2]), np.array([True, True, False]), np.array([False, True, False])
     )
-    out = evaluate_pairs(score, [(batch, 3)])
+    out = evaluate_pairs(score, [(batch, np.arange(3))])
     assert out["metrics"]["accuracy"] == pytest.approx(2 / 3)  # the second pair is ranked wrongly
     assert out["metrics"]["sign_accuracy"] == pytest.approx(5 / 6)  # a cost of exactly 0 is wrong
     assert sorted(out["scores_by_label"]["safe"]) == [-2.0, -1.0, 0.0]
@@ -55,8 +55,10 @@ def test_calibration_error_is_small_for_a_calibrated_scorer_and_large_for_an_ove
     margin = rng.integers(-3, 4, 4000)
     right = rng.random(4000) < sigmoid(margin.astype(float))
     chosen, rejected = np.where(right, margin, 0), np.where(right, 0, margin)
-    calibrated = evaluate_pairs(score, [(PreferenceBatch(texts(chosen), texts(rejected)), 4000)])
-    overconfident = evaluate_pairs(score, [(PreferenceBatch(texts(10 * chosen), texts(10 * rejected)), 4000)])
+    calibrated = evaluate_pairs(score, [(PreferenceBatch(texts(chosen), texts(rejected)), np.arange(4000))])
+    overconfident = evaluate_pairs(
+        score, [(PreferenceBatch(texts(10 * chosen), texts(10 * rejected)), np.arange(4000))]
+    )
     assert calibrated["metrics"]["calibration_error"] < 0.03
     assert overconfident["metrics"]["calibration_error"] > 0.1
 
@@ -89,7 +91,7 @@ def test_samples_carry_scores_oracle_and_group_and_skip_filled_rows():
     turns = tuple([{"role": "user", "content": p}] for p in "abc")
     samples = collect_samples(
         lambda batch, key: out,
-        [(prompts, 2), (prompts, 1)],
+        [(prompts, np.array([0, 1])), (prompts, np.array([2]))],
         Examples(None, records, {}, 0, turns=turns),
         key=jax.random.key(0),
         ends=(2, 9),

@@ -42,12 +42,14 @@ def score(sequences):
 
 def reward_health(chosen, rejected, lengths=(None, None), records=()):
     batch = PreferenceBatch(texts(chosen, lengths[0]), texts(rejected, lengths[1]))
-    return evaluate_pairs(score, [(batch, len(chosen))], records)["health"]
+    return evaluate_pairs(score, [(batch, np.arange(len(chosen)))], records)["health"]
 
 
 def cost_health(safer, unsafer, safer_is_safe, unsafer_is_safe, records=()):
     labels = np.asarray(safer_is_safe), np.asarray(unsafer_is_safe)
-    return evaluate_pairs(score, [(SafetyBatch(texts(safer), texts(unsafer), *labels), len(safer))], records)["health"]
+    return evaluate_pairs(
+        score, [(SafetyBatch(texts(safer), texts(unsafer), *labels), np.arange(len(safer)))], records
+    )["health"]
 
 
 def noisy_pairs(n=600, noise=0.7, seed=0):
@@ -120,7 +122,7 @@ def test_costs_agree_with_an_independent_count_and_rank_the_safer_response_below
 
 
 def test_tie_counts_one_half_so_that_a_constant_scorer_is_a_coin():
-    out = evaluate_pairs(score, [(PreferenceBatch(texts(np.zeros(200)), texts(np.zeros(200))), 200)])
+    out = evaluate_pairs(score, [(PreferenceBatch(texts(np.zeros(200)), texts(np.zeros(200))), np.arange(200))])
     assert out["metrics"]["accuracy"] == 0.5
     assert out["health"]["ties"] == 1.0
     assert any("learned nothing" in problem for problem in doubts(out["health"]))
@@ -128,7 +130,7 @@ def test_tie_counts_one_half_so_that_a_constant_scorer_is_a_coin():
 
 def test_filled_rows_count_nowhere():
     batch = PreferenceBatch(texts([1, 1, 0], [3, 2, 9]), texts([0, 0, 1], [1, 2, 1]))
-    health = evaluate_pairs(score, [(batch, 2)], [{"topic": "a"}, {"topic": "a"}])["health"]
+    health = evaluate_pairs(score, [(batch, np.arange(2))], [{"topic": "a"}, {"topic": "a"}])["health"]
     assert health["accuracy"]["rate"] == 1.0
     assert health["length_alone"]["n"] == 2
     assert health["length_alone"]["agreement"]["n"] == 1
@@ -302,7 +304,7 @@ def test_every_accuracy_has_a_row_in_the_table():
     batch = SafetyBatch(
         texts(rng.normal(size=60), range(1, 61)), texts(rng.normal(size=60), range(60, 0, -1)), *is_safe
     )
-    health = json.loads(json.dumps(evaluate_pairs(score, [(batch, 60)], records)["health"]))
+    health = json.loads(json.dumps(evaluate_pairs(score, [(batch, np.arange(60))], records)["health"]))
 
     def accuracies(tree):
         if isinstance(tree, list):

@@ -94,7 +94,7 @@ def products(text, *scopes):
 
 def in_one_pass(world, state, frozen, rollout):
     scored = score_rollout(
-        world.networks.on(frozen.bases), state, frozen, rollout, prompt_length=PROMPT, temperature=1.0,
+        world.networks.on(frozen.bases), state, frozen, rollout, temperature=1.0,
         recompute_log_probs=True, slices=1,
     )  # fmt: skip
     return scored.log_probs, scored.ref_log_probs, scored.scores, scored.values

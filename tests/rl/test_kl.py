@@ -163,7 +163,7 @@ def unstopped():
 
     @jax.jit
     def distance(params):
-        mask = response_mask(world.hp, rollout)
+        mask = response_mask(rollout)
         old, new = (rollout_log_probs(world.networks, world.hp, p, rollout) for p in (world.state.actor.params, params))
         return distance_terms(policy_ratio(new, old, mask), mask).mean()
 

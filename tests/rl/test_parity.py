@@ -153,7 +153,6 @@ class Trajectory:
         self.rollout = Rollout(tokens, mask, unused, jnp.zeros((rows,), jnp.int32))
         shared = ("kl_coeff", "gamma", "gae_lambda", "clip_range_ratio", "clip_range_score", "clip_range_value")
         self.hp = Hyperparameters(
-            prompt_length=self.prompt_length,
             response_length=length - self.prompt_length,
             eos_id=2,
             pad_id=0,
@@ -184,7 +183,7 @@ def trajectory():
 @pytest.fixture(scope="module")
 def scored(trajectory):
     t = trajectory
-    settings = {"prompt_length": t.prompt_length, "temperature": 1.0, "recompute_log_probs": True, "slices": 1}
+    settings = {"temperature": 1.0, "recompute_log_probs": True, "slices": 1}
     return jax.jit(lambda s, f, r: score_rollout(t.networks, s, f, r, **settings))(t.state, t.frozen, t.rollout)
 
 

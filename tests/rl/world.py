@@ -57,7 +57,7 @@ def make_world(
     policy, actor = make_lm(CONFIG, 0)
     _, reference = make_lm(CONFIG, reference_seed)
     constraints = {signal: Constraint(**(constraint or {})) for signal in costs} if record.constrained else {}
-    settings = {"prompt_length": PROMPT, "response_length": RESPONSE, "eos_id": 2, "pad_id": 0} | hp
+    settings = {"response_length": RESPONSE, "eos_id": 2, "pad_id": 0} | hp
     hp = Hyperparameters(**settings, constraints=constraints)
     scorers, variables, critics, states = {}, {}, {}, {}
     for i, signal in enumerate(("reward", *costs)):
