@@ -2,7 +2,7 @@
 
     python benchmarks/products.py [--json benchmarks/results/products_cpu.json]
 
-A product of bfloat16 with a float32 result, in the order that models/products.py asks for, has a kernel of its own; other
+A product of bfloat16 with a float32 result, as models/products.py asks for it, has a kernel of its own; other
 forms are converted to float32 first. GFLOP/s, a multiply-add counted as two; best of ten calls.
 """
 
