@@ -106,15 +106,18 @@ def response_log_probs(
     prompt_length: int,
     temperature: float = 1.0,
     below: Float[Array, "B L D"] | None = None,
+    hidden: Float[Array, "B l D"] | None = None,
 ) -> Float[Array, "B T"]:
     """Log-probability of each response token, f32[B, T], nats; t is the t-th response token.
 
-    Token S + t is predicted from position S + t − 1: only this function and `response_values` shift by one. `below` is
-    the output of the network's trunk for these tokens, computed before.
+    Token S + t is predicted from position S + t − 1: only this function and `response_values` shift by one. What was
+    computed before for these tokens may be given: `below`, the output of the network's trunk, or `hidden`, its hidden
+    states from column S − 1 on.
     """
-    given = () if below is None else (below,)
-    hidden = module.apply({"params": params}, tokens, mask, prompt_length - 1, *given, method="hidden")[:, :-1]
-    return next_token_log_probs(module, params, hidden, tokens[:, prompt_length:], temperature=temperature)
+    if hidden is None:
+        given = () if below is None else (below,)
+        hidden = module.apply({"params": params}, tokens, mask, prompt_length - 1, *given, method="hidden")
+    return next_token_log_probs(module, params, hidden[:, :-1], tokens[:, prompt_length:], temperature=temperature)
 
 
 def response_values(
@@ -130,7 +133,15 @@ def response_values(
 
 
 def sequence_scores(
-    module: Any, variables: Any, tokens: Int[Array, "B L"], mask: Bool[Array, "B L"], *, first: int = 0
-) -> Float[Array, " B"]:
-    """Score of each whole sequence, f32[B]: the one at its last real token, which is in column `first` or later."""
-    return gather_last(module.apply(variables, tokens, mask, first), mask[:, first:])
+    module: Any, variables: Any, tokens: Int[Array, "B L"], mask: Bool[Array, "B L"], *, first: int = 0,
+    hidden: Float[Array, "B l D"] | None = None,
+) -> Float[Array, " B"]:  # fmt: skip
+    """Score of each whole sequence, f32[B]: the one at its last real token, which is in column `first` or later.
+
+    `hidden` are its hidden states from that column on, if they were computed before.
+    """
+    if hidden is None:
+        scores = module.apply(variables, tokens, mask, first)
+    else:
+        scores = module.apply(variables, hidden, tokens, mask, first, method="scores")
+    return gather_last(scores, mask[:, first:])

@@ -16,9 +16,10 @@ from safe_rlhf_jax.data.texts import shown
 from safe_rlhf_jax.errors import ConfigError
 from safe_rlhf_jax.evaluation.health import pairs_health, sign_health
 from safe_rlhf_jax.evaluation.statistics import expected_calibration_error, reliability_curve
-from safe_rlhf_jax.inference.best_of_n import best_of_n, sample_scored
+from safe_rlhf_jax.inference.best_of_n import best_of_n, scores_of
+from safe_rlhf_jax.inference.generate import generate
 from safe_rlhf_jax.inference.sampling import Sampling
-from safe_rlhf_jax.models.adapters import LanguageModel
+from safe_rlhf_jax.models.adapters import LanguageModel, hidden_by_role
 from safe_rlhf_jax.ops import response_log_probs, sequence_scores
 from safe_rlhf_jax.types import Frozen, Params, PreferenceBatch, PromptBatch, SafetyBatch, Sequences, TokenIds
 
@@ -29,6 +30,7 @@ def make_respond(
     policy: LanguageModel,
     scorers: dict[str, Any],
     *,
+    reference: LanguageModel,
     response_length: int,
     eos_id: TokenIds,
     pad_id: int,
@@ -42,33 +44,25 @@ def make_respond(
 
     @jax.jit
     def respond(params: Params, frozen: Frozen, prompts: PromptBatch, key: jax.Array) -> dict[str, jax.Array]:
-        rollout, scores = sample_scored(
-            policy,
-            scorers,
-            params,
-            frozen.scorers,
-            prompts,
-            key,
-            num_responses=1,
-            response_length=response_length,
-            eos_id=eos_id,
-            pad_id=pad_id,
-            sampling=sampling,
-        )
-        prompt_length = prompts.tokens.shape[1]
-
-        def log_probs(of: Params) -> jax.Array:
-            return response_log_probs(
-                policy,
-                of,
-                rollout.tokens,
-                rollout.mask,
-                prompt_length=prompt_length,
-                temperature=sampling.temperature or 1.0,
+        rollout = generate(
+            policy, params, prompts, key, num_responses=1, response_length=response_length, eos_id=eos_id,
+            pad_id=pad_id, sampling=sampling,
+        )  # fmt: skip
+        prompt_length = rollout.prompt_length
+        roles = {signal: (module, frozen.scorers[signal]) for signal, module in scorers.items()}
+        policies = {"of the policy": (policy, params), "of the reference": (reference, frozen.reference)}
+        all_roles = roles | {name: (module, {"params": of}) for name, (module, of) in policies.items()}
+        hidden = hidden_by_role(all_roles, rollout.tokens, rollout.mask, prompt_length - 1)
+        log_probs = [
+            response_log_probs(
+                module, of, rollout.tokens, rollout.mask, prompt_length=prompt_length,
+                temperature=sampling.temperature or 1.0, hidden=hidden.get(name),
             )
-
+            for name, (module, of) in policies.items()
+        ]  # fmt: skip
         response, mask = rollout.tokens[:, prompt_length:], rollout.mask[:, prompt_length:]
-        kl = jnp.where(mask, log_probs(params) - log_probs(frozen.reference), 0.0).sum(-1)
+        kl = jnp.where(mask, log_probs[0] - log_probs[1], 0.0).sum(-1)
+        scores = scores_of(roles, rollout, hidden)
         return {"tokens": response, "length": mask.sum(-1), "kl": kl} | scores
 
     return respond

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from safe_rlhf_jax.inference.generate import generate
-from safe_rlhf_jax.models.adapters import LanguageModel
+from safe_rlhf_jax.models.adapters import LanguageModel, hidden_by_role
 from safe_rlhf_jax.ops import sequence_scores
 from safe_rlhf_jax.types import Params, PromptBatch, Rollout, Signals
 
@@ -40,41 +40,19 @@ def best_of_n(
     return jnp.where(possible, best, jnp.argmin(costs, axis=-1)).astype(jnp.int32), possible
 
 
-def sample_scored(
-    policy: LanguageModel,
-    scorers: Mapping[str, Any],
-    params: Params,
-    scorer_variables: Mapping[str, Any],
-    prompts: PromptBatch,
-    key: jax.Array,
-    *,
-    num_responses: int,
-    **sampler: Any,
-) -> tuple[Rollout, Signals]:
-    """Samples n responses to each prompt from one prefill, and scores them.
+def scores_of(scorers: Mapping[str, tuple[Any, Any]], rollout: Rollout, hidden: Mapping[str, jax.Array]) -> Signals:
+    """Returns the scores of responses, f32[B] by signal.
 
     Args:
-        policy: The language model.
-        scorers: {signal: score model}.
-        params: Of the language model.
-        scorer_variables: {signal: variables}.
-        prompts: B prompts.
-        key: Random key.
-        num_responses: n.
-        sampler: `response_length`, `eos_id`, `pad_id`, `sampling`, as in `generate`.
-
-    Returns:
-        B·n rows, those of a prompt next to each other, and their scores f32[B·n] by signal.
+        scorers: {signal: score model and its variables}.
+        rollout: B prompts with their responses.
+        hidden: Hidden states by signal, where `hidden_by_role` has computed them, from the prompts' last column on.
     """
-    with jax.named_scope("generation"):
-        rollout = generate(policy, params, prompts, key, num_responses=num_responses, **sampler)
-    first = prompts.tokens.shape[1] - 1
-    with jax.named_scope("scoring"):
-        scores = {
-            signal: sequence_scores(module, scorer_variables[signal], rollout.tokens, rollout.mask, first=first)
-            for signal, module in scorers.items()
-        }
-    return rollout, scores
+    first = rollout.prompt_length - 1
+    return {
+        signal: sequence_scores(*scorer, rollout.tokens, rollout.mask, first=first, hidden=hidden.get(signal))
+        for signal, scorer in scorers.items()
+    }
 
 
 def make_sampler(
@@ -83,16 +61,19 @@ def make_sampler(
     """Returns sample(params, scorer variables, prompts, key): n scored responses to each prompt, compiled.
 
     The result holds tokens i32[B, n, T], length i32[B, n] and a score f32[B, n] for every scorer; arguments as in
-    `sample_scored`.
+    `generate`.
     """
 
     @jax.jit
     def sample(
         params: Params, variables: Mapping[str, Any], prompts: PromptBatch, key: jax.Array
     ) -> dict[str, jax.Array]:
-        rollout, scores = sample_scored(
-            policy, scorers, params, variables, prompts, key, num_responses=num_responses, **sampler
-        )
+        with jax.named_scope("generation"):
+            rollout = generate(policy, params, prompts, key, num_responses=num_responses, **sampler)
+        with jax.named_scope("scoring"):
+            roles = {signal: (module, variables[signal]) for signal, module in scorers.items()}
+            hidden = hidden_by_role(roles, rollout.tokens, rollout.mask, rollout.prompt_length - 1)
+            scores = scores_of(roles, rollout, hidden)
         rows, prompt_length = prompts.tokens.shape
         response = {"tokens": rollout.tokens[:, prompt_length:], "length": rollout.mask[:, prompt_length:].sum(-1)}
         return {

@@ -160,6 +160,35 @@ def hidden_of_roles(
     return list(jax.vmap(lambda adapter: hidden(config, adapter=adapter))(stacked))
 
 
+def hidden_by_role(
+    roles: Mapping[str, tuple[Any, Mapping[str, Any]]],
+    tokens: Int[Array, "B L"],
+    mask: Bool[Array, "B L"],
+    first: int,
+    below: Mapping[str, jax.Array] | None = None,
+) -> dict[str, Float[Array, "B l D"]]:
+    """Returns the hidden states of the networks with adapters: one pass for those of one form on one base.
+
+    Args:
+        roles: {role: network and its variables}; networks without adapters are left out.
+        tokens: i32[B, L].
+        mask: bool[B, L].
+        first: First column that is returned.
+        below: Output of the trunk of each base, by its name.
+    """
+    kinds: dict[Any, dict[str, tuple[Adapted, Params]]] = {}
+    for role, (module, variables) in roles.items():
+        if isinstance(module, Adapted):
+            kinds.setdefault((module.base, module.config.lora), {})[role] = module, variables["params"]
+    out: dict[str, jax.Array] = {}
+    for (base, _), here in kinds.items():
+        module, params = next(iter(here.values()))
+        module = module.on({base: params["base"]}) if "base" in params else module
+        states = hidden_of_roles(module, [p for _, p in here.values()], tokens, mask, first, (below or {}).get(base))
+        out |= dict(zip(here, states, strict=True))
+    return out
+
+
 def output_of_trunk(module: Adapted, tokens: Int[Array, "B L"], mask: Bool[Array, "B L"]) -> Float[Array, "B L D"]:
     """Returns what enters the first layer with an adapter: the same for all networks on the base, float[B, L, D]."""
     decoder: Any = module.decoder(without_adapters(module.module).config)

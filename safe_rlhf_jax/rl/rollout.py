@@ -7,8 +7,8 @@ from typing import Any
 import jax
 import optax
 
-from safe_rlhf_jax.models.adapters import Adapted, hidden_of_roles, on, output_of_trunk
-from safe_rlhf_jax.ops import gather_last, next_token_log_probs, response_log_probs
+from safe_rlhf_jax.models.adapters import Adapted, hidden_by_role, on, output_of_trunk
+from safe_rlhf_jax.ops import gather_last, response_log_probs
 from safe_rlhf_jax.optim import split
 from safe_rlhf_jax.types import Frozen, Params, RLState, Rollout, ScoredRollout
 
@@ -76,21 +76,13 @@ def score_rollout(
 
     def score(part: Rollout) -> ScoredRollout:
         below = outputs_of_trunks((networks.policy, *networks.critics.values()), part)
-        hidden = hidden_by_role(roles, part, first, below)
+        hidden = hidden_by_role(roles, part.tokens, part.mask, first, below)
 
-        def log_probs(params: Any) -> jax.Array:
+        def log_probs(params: Any, hidden: jax.Array | None = None) -> jax.Array:
             return response_log_probs(
                 networks.policy, params, part.tokens, part.mask, prompt_length=prompt_length, temperature=temperature,
-                below=below_of(networks.policy, below),
+                below=below_of(networks.policy, below), hidden=hidden,
             )  # fmt: skip
-
-        def ref_log_probs() -> jax.Array:
-            if "reference" not in hidden:
-                return log_probs(reference)
-            targets = part.tokens[:, prompt_length:]
-            return next_token_log_probs(
-                networks.policy, reference, hidden["reference"][:, :-1], targets, temperature=temperature
-            )
 
         def read(role: str) -> jax.Array:
             module, variables = roles[role]
@@ -103,7 +95,7 @@ def score_rollout(
         return ScoredRollout(
             rollout=part,
             log_probs=log_probs(state.actor.params) if recompute_log_probs else part.sampler_log_probs,
-            ref_log_probs=ref_log_probs(),
+            ref_log_probs=log_probs(reference, hidden.get("reference")),
             scores={s: gather_last(read(f"score of {s}"), part.mask[:, first:]) for s in networks.scorers},
             values={s: read(f"value of {s}")[:, :-1] for s in networks.critics},
             below=below,
@@ -121,17 +113,3 @@ def outputs_of_trunks(modules: Iterable[Any], part: Rollout) -> dict[str, jax.Ar
 def below_of(module: Any, below: Mapping[str, jax.Array]) -> jax.Array | None:
     """Returns the output of a network's trunk, if it has one."""
     return below.get(module.base) if isinstance(module, Adapted) else None
-
-
-def hidden_by_role(
-    roles: Mapping[str, tuple[Any, Any]], part: Rollout, first: int, below: Mapping[str, jax.Array]
-) -> dict[str, jax.Array]:
-    """Returns the hidden states of the networks with adapters, from column `first` on: one pass over each base."""
-    out: dict[str, jax.Array] = {}
-    for base in dict.fromkeys(module.base for module, _ in roles.values() if isinstance(module, Adapted)):
-        here = {role: found for role, found in roles.items() if getattr(found[0], "base", None) == base}
-        module = next(iter(here.values()))[0]
-        params = [variables["params"] for _, variables in here.values()]
-        states = hidden_of_roles(module, params, part.tokens, part.mask, first, below.get(base))
-        out |= dict(zip(here, states, strict=True))
-    return out

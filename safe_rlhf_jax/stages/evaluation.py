@@ -3,6 +3,7 @@
 import functools
 import json
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -19,6 +20,8 @@ from safe_rlhf_jax.evaluation.statistics import summarize
 from safe_rlhf_jax.inference.best_of_n import make_sampler
 from safe_rlhf_jax.inference.sampling import Sampling
 from safe_rlhf_jax.metrics import read_jsonl
+from safe_rlhf_jax.models.adapters import LanguageModel
+from safe_rlhf_jax.models.config import Lora
 from safe_rlhf_jax.processes import is_main
 from safe_rlhf_jax.stages.common import Run, described, oracle_for, report_data
 from safe_rlhf_jax.stages.datasets import take
@@ -48,7 +51,8 @@ def sample_policies(run: Run, stage: cfg.EvaluateStage) -> dict[str, list[evalua
     seed = run.config.seed if stage.seed is None else stage.seed
     scorers = open_scorers(run, stage.scorers)
     baseline, *_ = stage.policies
-    module, reference = open_policy(run, baseline)
+    lora = next(filter(None, map(run.networks.form, stage.policies)), None)
+    start, reference = open_policy(run, baseline, lora)
     frozen = Frozen(reference=reference, scorers=scorers.variables)
     sampler: dict[str, Any] = {
         "response_length": stage.max_response_length,
@@ -56,28 +60,37 @@ def sample_policies(run: Run, stage: cfg.EvaluateStage) -> dict[str, list[evalua
         "pad_id": run.tokenizer.pad_id,
         "sampling": Sampling(stage.temperature, stage.top_k, stage.top_p, stage.repetition_penalty),
     }
-    respond = evaluate.make_respond(module, scorers.modules, **sampler)
-    samplers = {n: make_sampler(module, scorers.modules, num_responses=n, **sampler) for n in stage.best_of.values()}
+
+    @functools.cache  # policies of one network share a program
+    def respond(module: LanguageModel) -> Callable[..., Any]:
+        return evaluate.make_respond(module, scorers.modules, reference=start, **sampler)
+
+    @functools.cache
+    def sample(module: LanguageModel, number: int) -> Callable[..., Any]:
+        return make_sampler(module, scorers.modules, num_responses=number, **sampler)
+
     prompt_sets = [(data, take(run, stage, f"prompts.{i}")) for i, data in enumerate(stage.prompts)]
     for data, prompts in prompt_sets:
         report_data(f"{stage.name}: {described(data)}", prompts)
 
-    def answer(params: Any, number: int, prompts: Examples, batch: PromptBatch, key: jax.Array) -> dict[str, Any]:
+    def answer(
+        module: LanguageModel, params: Any, number: int, prompts: Examples, batch: PromptBatch, key: jax.Array
+    ) -> dict[str, Any]:
         if number == 1:
-            out: dict[str, Any] = run.get(respond(params, frozen, run.put(batch), key))
+            out: dict[str, Any] = run.get(respond(module)(params, frozen, run.put(batch), key))
             return out | host_scores(run, scorers.host, prompts, batch.row, out["tokens"], out["length"])
-        out = run.get(samplers[number](params, scorers.variables, run.put(batch), key))
+        out = run.get(sample(module, number)(params, scorers.variables, run.put(batch), key))
         out |= scores_of_several(run, scorers.host, prompts, batch.row, out)
         return evaluate.best_responses(out, stage.best_of_cost_limit)
 
     out: dict[str, list[evaluate.Sample]] = {}
     for name in stage.policies:
-        params = reference if name == baseline else open_policy(run, name)[1]
+        module, params = (start, reference) if name == baseline else open_policy(run, name, lora)
         for row, number in rows_of(stage, name).items():
             out[row] = []
             for data, prompts in prompt_sets:
                 out[row] += evaluate.collect_samples(
-                    functools.partial(answer, params, number, prompts),
+                    functools.partial(answer, module, params, number, prompts),
                     in_order(prompts, run.rows(prompts, stage.batch_size)),
                     prompts,
                     key=jax.random.key(seed),
@@ -92,10 +105,14 @@ def sample_policies(run: Run, stage: cfg.EvaluateStage) -> dict[str, list[evalua
     return out
 
 
-def open_policy(run: Run, name: str) -> tuple[Any, Any]:
-    """Opens a policy for sampling only: the network, and its parameters in the compute dtype."""
-    module, variables = run.networks.open(name, "lm")
-    return module, run.networks.only_read(variables["params"])
+def open_policy(run: Run, name: str, lora: Lora | None) -> tuple[Any, Any]:
+    """Opens a policy for sampling only: the network, and its parameters in the compute dtype.
+
+    With the form of the policies' adapters it is a frozen base with or without an adapter, which shares passes over the
+    base with scorers.
+    """
+    module, variables = run.networks.read(name, "lm", lora=lora)
+    return module, variables["params"]
 
 
 def rows_of(stage: cfg.EvaluateStage, policy: str) -> dict[str, int]:

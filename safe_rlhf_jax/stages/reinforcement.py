@@ -278,6 +278,7 @@ def make_evaluate(
     respond = evaluate.make_respond(
         policy,
         scorers.modules,
+        reference=policy,
         response_length=stage.max_response_length,
         eos_id=run.ends,
         pad_id=run.tokenizer.pad_id,

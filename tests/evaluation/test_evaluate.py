@@ -127,4 +127,4 @@ def test_best_of_several_is_the_best_feasible_of_the_same_samples_and_has_no_kl(
     for name in ("reward", "cost", "length"):
         np.testing.assert_allclose(out[name], sampled[name][np.arange(6), index], rtol=1e-6)
     assert "kl" not in out
-    assert "kl" in make_respond(policy, scorers, **sampler)(variables["params"], frozen, prompts, key)
+    assert "kl" in make_respond(policy, scorers, reference=policy, **sampler)(variables["params"], frozen, prompts, key)
