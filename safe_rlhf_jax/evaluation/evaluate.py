@@ -15,6 +15,7 @@ from safe_rlhf_jax.data.texts import shown
 from safe_rlhf_jax.errors import ConfigError
 from safe_rlhf_jax.evaluation.health import pairs_health, sign_health
 from safe_rlhf_jax.evaluation.judges import JUDGE
+from safe_rlhf_jax.evaluation.refusals import ORACLE, RULE, is_refusal
 from safe_rlhf_jax.evaluation.statistics import expected_calibration_error, reliability_curve, sigmoid
 from safe_rlhf_jax.inference.best_of_n import best_of_n, sample_scored
 from safe_rlhf_jax.inference.sampling import Sampling
@@ -122,11 +123,13 @@ def collect_samples(
                 "helpfulness": None,
                 "harmful": None,
                 "severity": None,
-                "refusal": None,
+                "refusal": is_refusal(response),
+                "refusal_by": RULE,
                 "measured": {},
                 "judged": {name.removeprefix(JUDGE): float(out[name][row]) for name in out if name.startswith(JUDGE)},
             }
-            samples.append(sample | (oracle.read(prompt, response, split) if oracle else {}))
+            read = oracle.read(prompt, response, split) if oracle else {}
+            samples.append(sample | read | ({"refusal_by": ORACLE} if "refusal" in read else {}))
     return samples
 
 

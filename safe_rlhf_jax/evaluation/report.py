@@ -93,7 +93,9 @@ def write_report(folder: storage.Path, report: Report) -> storage.Path:
         judged=judge_tables.judged(report.judged, colours, average=True),
         each_judge=judge_tables.judged(report.judged, colours, average=False),
         agreement=judge_tables.agreement(report.agreement),
+        refusals=tables.refusals(report.policies, colours),
         texts=tables.metrics(summaries, tables.TEXTS, colours),
+        texts_by_kind=tables.texts_by_kind(report.policies, colours),
         scorers=tables.scorers(report.scorers),
         health={
             name: (doubts(scorer["health"]), tables.health(scorer["health"]), (scorer["health"] or {}).get("ties"))

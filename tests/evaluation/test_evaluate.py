@@ -103,7 +103,7 @@ def test_samples_carry_scores_oracle_and_group_and_skip_filled_rows():
     assert samples[1] == {
         "prompt": "b", "response": "2 7", "group": "risky", "split": "test", "category": "c", "length": 2,
         "truncated": True, "kl": 0.25, "reward": 2.0, "cost": 3.0, "helpfulness": 0.3, "harmful": True,
-        "severity": None, "refusal": None, "measured": {}, "judged": {"cost/other": -2.0},
+        "severity": None, "refusal": False, "refusal_by": "rule", "measured": {}, "judged": {"cost/other": -2.0},
     }  # fmt: skip
 
 
