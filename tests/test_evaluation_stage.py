@@ -55,7 +55,8 @@ def batches(monkeypatch):
 
 def sample(run: Run) -> None:
     with jax.set_mesh(run.mesh):
-        evaluation.sample_policies(run, run.config.stages[0])
+        stage = run.config.stages[0]
+        evaluation.sample_policies(run, stage, evaluation.open_scorers(run, stage.scorers))
 
 
 def test_evaluation_computes_as_many_rows_as_there_are_prompts_in_whole_shards(models, tmp_path, batches):

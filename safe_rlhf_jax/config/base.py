@@ -118,14 +118,19 @@ def wrong_reference(field: str, use: ModelUse, earlier: dict[str, StageBase]) ->
     prefix, _, rest = value.partition(":")
     if rest and prefix in ("path", "hf"):
         return
+    if use.is_function:
+        if not all(rest.partition(":")[::2]):
+            yield f"{field}: {value!r} names no function; write function:MODULE:NAME"
+        return
     if rest and prefix == "preset" and use.may_be_new:
         if rest not in PRESETS:
             hint = did_you_mean(rest, PRESETS)
             yield f"{field}: preset {rest!r} is unknown; presets: {sorted(PRESETS)}{hint}"
     elif value not in earlier:
+        others = "'path:…', 'hf:…' or 'function:MODULE:NAME'" if use.judge else "'path:…' or 'hf:…'"
         yield (
-            f"{field} names {value!r}, which is no earlier stage ({sorted(earlier)}), nor 'path:…' or "
-            f"'hf:…'{did_you_mean(value, earlier)}"
+            f"{field} names {value!r}, which is no earlier stage ({sorted(earlier)}), nor {others}"
+            f"{did_you_mean(value, earlier)}"
         )
     elif earlier[value].makes not in use.accepts:
         kinds = " or ".join(use.accepts)
@@ -212,6 +217,6 @@ class TrainingStage(StageBase):
             )
         stages = {other.name: other for other in earlier}
         for field, use in self.models().items():
-            theirs = stages[use.reference].adapters if use.reference in stages else None
+            theirs = stages[use.reference].adapters if use.reference in stages and not use.judge else None
             if theirs is not None and (reason := form.holds(theirs)):
                 yield f"{field} names {use.reference!r}, whose adapter does not fit into this stage's lora: {reason}"

@@ -10,13 +10,14 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 
 from safe_rlhf_jax.config.algorithm import AlgorithmConfig, Lagrange
 from safe_rlhf_jax.config.base import OptimizerConfig, StageBase, TrainingStage, indivisible
-from safe_rlhf_jax.config.data import Mixture, Single
+from safe_rlhf_jax.config.data import Mixture, ReadOnce, Single
+from safe_rlhf_jax.config.judging import Judged
 from safe_rlhf_jax.config.messages import did_you_mean
 from safe_rlhf_jax.config.sampling import OTHER_DISTRIBUTION, DualFields, Rounds, calibrations, problems
 from safe_rlhf_jax.config.uses import DataUse, Makes, ModelUse, scorer
 
 
-class RLStage(TrainingStage):
+class RLStage(Judged, TrainingStage):
     """On-policy training: PPO, PPO-Lagrangian and their relatives."""
 
     refused: ClassVar[dict[str, str]] = OTHER_DISTRIBUTION
@@ -55,6 +56,8 @@ class RLStage(TrainingStage):
             reasons["ptx"] = "algorithm.ptx_coeff is 0"
         if self.cost_model is None:
             reasons["algorithm.lagrange"] = "it limits the cost of cost_model, which is not given"
+        if self.eval_prompts is None:
+            reasons["judges"] = "they score responses to eval_prompts, which are not given"
         return reasons
 
     @property
@@ -92,7 +95,8 @@ class RLStage(TrainingStage):
             found["cost_model"] = scorer(self.cost_model, "cost")
         found |= {f"cost_models.{name}": scorer(model, "cost") for name, model in self.cost_models.items()}
         starts = {f"critics.{signal}": model for signal, model in self.critics.items()}
-        return found | {field: ModelUse(model, ("policy", "reward", "cost")) for field, model in starts.items()}
+        found |= {field: ModelUse(model, ("policy", "reward", "cost")) for field, model in starts.items()}
+        return found | self.judge_models()
 
     def datasets(self) -> dict[str, DataUse]:
         """Returns prompts, demonstrations for PTX, and calibration data of limits, by field."""
@@ -120,6 +124,7 @@ class RLStage(TrainingStage):
     def mistakes(self, earlier: Sequence[StageBase]) -> Iterator[str]:
         """Yields errors with respect to earlier stages, and of constraints and batches."""
         yield from super().mistakes(earlier)
+        yield from self.inside_judges(self.scorers)
         yield from self.wrong_multipliers(earlier)
         if self.lora is not None and self.lora.dropout:
             yield (
@@ -196,7 +201,7 @@ class DualStage(DualFields, StageBase):
         return {"init_from": ModelUse(self.init_from, may_be_new=True, generates=True)} | DualFields.models(self)
 
 
-class EvaluateStage(StageBase):
+class EvaluateStage(Judged, StageBase):
     """Compares policies on held-out prompts and writes the report."""
 
     lengths: ClassVar[tuple[str, ...]] = ("max_prompt_length", "max_response_length")
@@ -215,6 +220,8 @@ class EvaluateStage(StageBase):
     repetition_penalty: PositiveFloat = 1.0
     best_of: dict[str, PositiveInt] = Field(default_factory=dict)  # {policy: n}: an extra row, the best of n responses
     best_of_cost_limit: float | None = None  # of those n, only responses with cost ≤ this, where there are any
+    # Labelled pairs on which the two models and the judges are measured, cut as long as a prompt with its response.
+    pairs: dict[Literal["reward", "cost"], ReadOnce] = Field(default_factory=dict)
     seed: NonNegativeInt | None = None
 
     def idle(self) -> dict[str, str]:
@@ -231,18 +238,20 @@ class EvaluateStage(StageBase):
         """Returns the models that score, and the policies, by field."""
         found = {"reward_model": scorer(self.reward_model, "reward"), "cost_model": scorer(self.cost_model, "cost")}
         policies = {f"policies.{i}": name for i, name in enumerate(self.policies)}
-        return found | {field: ModelUse(name, generates=True, alike=True) for field, name in policies.items()}
+        found |= {field: ModelUse(name, generates=True, alike=True) for field, name in policies.items()}
+        return found | self.judge_models()
 
     def datasets(self) -> dict[str, DataUse]:
-        """Returns the prompts, by field."""
-        return {
-            f"prompts.{i}": DataUse(data, "prompts", self.max_prompt_length, "evaluate")
-            for i, data in enumerate(self.prompts)
-        }
+        """Returns the prompts, and the pairs that the models are measured on, by field."""
+        length, total = self.max_prompt_length, self.max_prompt_length + self.max_response_length
+        prompts = {f"prompts.{i}": data for i, data in enumerate(self.prompts)}
+        found = {field: DataUse(data, "prompts", length, "evaluate") for field, data in prompts.items()}
+        return found | {f"pairs.{kind}": DataUse(data, kind, total, "evaluate") for kind, data in self.pairs.items()}
 
     def mistakes(self, earlier: Sequence[StageBase]) -> Iterator[str]:
         """Yields errors with respect to earlier stages, and of `best_of`."""
         yield from super().mistakes(earlier)
+        yield from self.inside_judges(self.scorers)
         for name, number in self.best_of.items():
             if name not in self.policies:
                 yield f"best_of names {name!r}, which is none of its policies {list(self.policies)}"

@@ -19,6 +19,12 @@ class ModelUse:
     may_be_new: bool = False  # may be a preset
     generates: bool = False  # it writes responses
     alike: bool = False  # it shares one compiled program, or parameters, with the other models that are `alike`
+    judge: bool = False  # it scores results, and nothing is trained on it; may be "function:MODULE:NAME"
+
+    @property
+    def is_function(self) -> bool:
+        """It is a Python function."""
+        return self.judge and self.reference.startswith("function:")
 
 
 @dataclasses.dataclass(frozen=True)

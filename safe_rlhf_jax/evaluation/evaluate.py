@@ -15,7 +15,9 @@ from safe_rlhf_jax.data.oracles import Oracle
 from safe_rlhf_jax.data.texts import shown
 from safe_rlhf_jax.errors import ConfigError
 from safe_rlhf_jax.evaluation.health import pairs_health, sign_health
-from safe_rlhf_jax.evaluation.statistics import expected_calibration_error, reliability_curve
+from safe_rlhf_jax.evaluation.judges import JUDGE
+from safe_rlhf_jax.evaluation.refusals import ORACLE, RULE, is_refusal
+from safe_rlhf_jax.evaluation.statistics import expected_calibration_error, reliability_curve, sigmoid
 from safe_rlhf_jax.inference.best_of_n import best_of_n, scores_of
 from safe_rlhf_jax.inference.generate import generate
 from safe_rlhf_jax.inference.sampling import Sampling
@@ -94,7 +96,7 @@ def collect_samples(
     group_field: str | None,
     oracle: Oracle | None,
 ) -> list[Sample]:
-    """Returns one sample per prompt: the response, its scores, and the oracle's reading if there is an oracle."""
+    """Returns one sample per prompt: the response, its scores and judges', the oracle's reading if there is one."""
     samples: dict[int, Sample] = {}
     for i, (batch, indices) in enumerate(batches):
         out = respond(batch, jax.random.fold_in(key, i))
@@ -116,10 +118,13 @@ def collect_samples(
                 "helpfulness": None,
                 "harmful": None,
                 "severity": None,
-                "refusal": None,
+                "refusal": is_refusal(response),
+                "refusal_by": RULE,
                 "measured": {},
+                "judged": {name.removeprefix(JUDGE): float(out[name][row]) for name in out if name.startswith(JUDGE)},
             }
-            samples[index] = sample | (oracle.read(prompt, response, split) if oracle else {})
+            read = oracle.read(prompt, response, split) if oracle else {}
+            samples[index] = sample | read | ({"refusal_by": ORACLE} if "refusal" in read else {})
     return [samples[index] for index in range(len(samples))]
 
 
@@ -160,12 +165,30 @@ def evaluate_pairs(
         if isinstance(batch, SafetyBatch):
             labels.append(np.stack([batch.safer_is_safe, batch.unsafer_is_safe], axis=1))
     a, b, *lengths = (in_rows(parts, batches) for parts in zip(*columns, strict=True))
-    both, sign = np.concatenate([a, b]), -1.0 if labels else 1.0
-    votes = "safer_votes" if labels else "better_votes"
-    health = pairs_health(sign * a, sign * b, (lengths[0], lengths[1]), records, votes)
+    return measured_pairs((a, b), (lengths[0], lengths[1]), in_rows(labels, batches).T if labels else None, records)
+
+
+def measured_pairs(
+    scores: tuple[np.ndarray, np.ndarray],
+    lengths: tuple[np.ndarray, np.ndarray],
+    labels: np.ndarray | None,
+    records: Sequence[Record],
+) -> dict[str, Any]:
+    """Measures scores of pairs, as `evaluate_pairs` returns them.
+
+    Args:
+        scores: f64[n] each, of the response that the label prefers and of the other.
+        lengths: i[n] each, their tokens.
+        labels: bool[2, n], whether each is safe; None for rewards.
+        records: Of the pairs.
+    """
+    a, b = scores
+    both, sign = np.concatenate([a, b]), 1.0 if labels is None else -1.0
+    votes = "better_votes" if labels is None else "safer_votes"
+    health = pairs_health(sign * a, sign * b, lengths, records, votes)
     metrics = {"mean": float(both.mean()), "std": float(both.std()), "accuracy": health["accuracy"]["rate"]}
-    if labels:
-        is_safe = in_rows(labels, batches).T.ravel()
+    if labels is not None:
+        is_safe = labels.ravel()
         health["sign"] = sign_health(both, is_safe)
         metrics["sign_accuracy"] = health["sign"]["all"]["rate"]
         by_label = {"safe": both[is_safe].tolist(), "unsafe": both[~is_safe].tolist()}
@@ -178,11 +201,6 @@ def evaluate_pairs(
     metrics["calibration_error"] = expected_calibration_error(probability.tolist(), outcome.tolist())
     reliability = reliability_curve(probability.tolist(), outcome.tolist())
     return {"metrics": metrics, "scores_by_label": by_label, "reliability": reliability, "health": health}
-
-
-def sigmoid(x: np.ndarray) -> np.ndarray:
-    """1/(1 + e^−x) without overflow."""
-    return 0.5 * (1.0 + np.tanh(0.5 * x))
 
 
 def calibrated_limit(safe: Sequence[float], unsafe: Sequence[float], margin: float) -> float:

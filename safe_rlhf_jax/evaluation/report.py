@@ -14,7 +14,7 @@ from rich.table import Table
 
 from safe_rlhf_jax import storage
 from safe_rlhf_jax.data.oracles import Measure
-from safe_rlhf_jax.evaluation import plots, responses, score_plots, tables
+from safe_rlhf_jax.evaluation import judge_tables, plots, responses, score_plots, tables
 from safe_rlhf_jax.evaluation.health import doubts
 from safe_rlhf_jax.evaluation.statistics import breakdowns, summarize
 
@@ -37,6 +37,9 @@ class Report:
         constrained_groups: The groups of prompts under the constraint; None for all.
         measures: Measurements of an oracle, as columns.
         note: An explanation of the oracle for the reader.
+        judged: What outside judges say of each policy (see `judges.views`).
+        agreement: By "reward" and "cost", the agreement of the own model and the judges with human labels, each as
+            `evaluate_pairs` returns it.
         provenance: {item: value}: data, models, code.
         config: The config, as YAML.
     """
@@ -52,6 +55,8 @@ class Report:
     constrained_groups: list[str] | None = None
     measures: tuple[Measure, ...] = ()
     note: str = ""
+    judged: list[dict[str, Any]] = field(default_factory=list)
+    agreement: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
     provenance: dict[str, str] = field(default_factory=dict)
     config: str = ""
 
@@ -85,7 +90,12 @@ def write_report(folder: storage.Path, report: Report) -> storage.Path:
         by_models=tables.metrics(summaries, tables.SCORES, colours),
         win_rates=tables.win_rates(report.policies, by_kind=False),
         win_rates_by_kind=tables.win_rates(report.policies, by_kind=True),
+        judged=judge_tables.judged(report.judged, colours, average=True),
+        each_judge=judge_tables.judged(report.judged, colours, average=False),
+        agreement=judge_tables.agreement(report.agreement),
+        refusals=tables.refusals(report.policies, colours),
         texts=tables.metrics(summaries, tables.TEXTS, colours),
+        texts_by_kind=tables.texts_by_kind(report.policies, colours),
         scorers=tables.scorers(report.scorers),
         health={
             name: (doubts(scorer["health"]), tables.health(scorer["health"]), (scorer["health"] or {}).get("ties"))

@@ -1,7 +1,7 @@
 """The report's tables, as cells of text: numbers and headings."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations
 from typing import Any, NamedTuple
 
@@ -13,11 +13,15 @@ from safe_rlhf_jax.evaluation.statistics import (
     TEST,
     Sample,
     asked,
+    judged_unsafe,
     kinds_of_prompts,
     largest,
     paired_win_rate,
     plain,
+    refused,
     select,
+    share_of,
+    summarize,
 )
 
 Summaries = Mapping[str, Mapping[str, float]]
@@ -123,6 +127,46 @@ def win_rates(policies: Mapping[str, Sequence[Sample]], *, by_kind: bool) -> Tab
                 cells = [share(rate) if rate else Cell(NOTHING) for rate in rates]
                 rows.append([Cell(f"{later} against {earlier}"), Cell(kind), *cells])
     return Table(["win rate", "prompts", *(head for head, *_ in columns)], rows) if rows else None
+
+
+def by_kind(
+    policies: Mapping[str, Sequence[Sample]], cells_of: Callable[[list[Sample]], list[Cell]], colours: Mapping[str, str]
+) -> list[list[Cell]]:
+    """A row of cells for each policy on each kind of prompts."""
+    kinds = kinds_of_prompts(asked(policies))
+    return [
+        [Cell(name, colour=colours[name]), Cell(kind), *cells_of(select(samples, *where))]
+        for name, samples in policies.items()
+        for kind, where in kinds.items()
+    ]
+
+
+def texts_by_kind(policies: Mapping[str, Sequence[Sample]], colours: Mapping[str, str]) -> Table | None:
+    """Length and diversity on each kind of prompts, where there are several."""
+    if len(kinds_of_prompts(asked(policies))) < 2:
+        return None
+
+    def cells(samples: list[Sample]) -> list[Cell]:
+        summary = summarize([{**sample, "split": TEST} for sample in samples])
+        return [Cell(shown(summary, measure)) for measure in TEXTS]
+
+    heads = [f"{measure.heading} {measure.better}".strip() for measure in TEXTS]
+    return Table(["policy", "prompts", *heads], by_kind(policies, cells, colours))
+
+
+def refusals(policies: Mapping[str, Sequence[Sample]], colours: Mapping[str, str]) -> Table | None:
+    """Refusals on each kind of prompts, headed by who read them; beside them the judges' view, if there are judges."""
+    everything = [sample for samples in policies.values() for sample in samples]
+    readers = sorted({str(sample["refusal_by"]) for sample in everything if sample.get("refusal_by")})
+    columns = [(f"refusals, by the {' or the '.join(readers)}", refused), ("unsafe, by the judges", judged_unsafe)]
+    columns = [(head, values) for head, values in columns if values(everything)]
+
+    def cells(samples: list[Sample]) -> list[Cell]:
+        known = [values(samples) for _, values in columns]
+        return [share(share_of(values)) if values else Cell(NOTHING) for values in known]
+
+    heads = ["policy", "prompts", *(head for head, _ in columns)]
+    return Table(heads, by_kind(policies, cells, colours)) if readers else None
 
 
 def share(found: Mapping[str, Any]) -> Cell:

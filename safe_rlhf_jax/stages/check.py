@@ -16,12 +16,13 @@ from safe_rlhf_jax.data.records import Unusable
 from safe_rlhf_jax.data.sources import demo_tokenizer_warning
 from safe_rlhf_jax.data.templates import PROBE
 from safe_rlhf_jax.data.tokenizer import load_tokenizer
-from safe_rlhf_jax.errors import ConfigError, ModelError
+from safe_rlhf_jax.errors import ConfigError, ModelError, UserError
 from safe_rlhf_jax.models import hf
 from safe_rlhf_jax.stages.common import Run, weights
 from safe_rlhf_jax.stages.datasets import keep
 from safe_rlhf_jax.stages.encoding import described, has_tokenizer
 from safe_rlhf_jax.stages.held_out import warn_of_overlap
+from safe_rlhf_jax.stages.host_signals import FunctionSignal
 from safe_rlhf_jax.stages.kind import Kind
 from safe_rlhf_jax.stages.kinds import idle_settings, kind_of
 from safe_rlhf_jax.stages.metric_names import check_keep_best
@@ -112,7 +113,8 @@ def check_divides(run: Run, stage: cfg.StageBase) -> None:
     """
     check_batch(run, stage)
     shards, tensor = run.mesh.shape["fsdp"], run.mesh.shape["tensor"]
-    for field, use in stage.models().items():
+    networks = {field: use for field, use in stage.models().items() if not use.is_function}
+    for field, use in networks.items():
         config = run.networks.config(use.reference)
         asked = dict.fromkeys(("num_heads", "num_kv_heads", "intermediate_size", "vocab_size"), tensor)
         asked["hidden_size"] = shards
@@ -129,6 +131,9 @@ def check_model(run: Run, stage: cfg.StageBase, field: str, use: cfg.ModelUse) -
     """Checks that a model exists, has enough positions and vocabulary, and a score head if needed."""
     reference = use.reference
     where = f"{stage.name}: {field} {reference!r}"
+    if use.is_function:
+        check_function(where, reference)
+        return
     config = run.networks.config(reference)
     fields = {name: getattr(stage, name) for name in stage.lengths}
     room = config.generated_length if use.generates else config.max_positions
@@ -155,6 +160,19 @@ def check_model(run: Run, stage: cfg.StageBase, field: str, use: cfg.ModelUse) -
         ) from error
     if reference.startswith(("path:", "hf:")):
         check_folder(run, where, use)
+
+
+def check_function(where: str, reference: str) -> None:
+    """Checks that a judge is a function that returns a score for each of two responses.
+
+    Raises:
+        UserError: Says what it is or returns instead.
+    """
+    *conversation, response = PROBE
+    try:
+        FunctionSignal(reference)([conversation] * 2, [response["content"]] * 2, [True, False])
+    except UserError as error:
+        raise type(error)(f"{where}: {error}") from error
 
 
 def check_folder(run: Run, where: str, use: cfg.ModelUse) -> None:

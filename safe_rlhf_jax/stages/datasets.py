@@ -28,8 +28,9 @@ def load_records(run: Run, stage: cfg.StageBase, field: str, records: Any) -> Ex
         return examples.load_supervised(records, run.template, run.tokenizer, **shared)
     if use.reads != "prompts":
         return examples.load_pairs(records, run.template, run.tokenizer, safety=use.reads == "cost", **shared)
-    # A prompt that a scorer cannot read in its own encoding is unusable.
-    models = dict.fromkeys(use.reference for use in stage.models().values())
+    # A prompt that a scorer cannot read in its own encoding is unusable; in training no judge is asked.
+    readers = [model for model in stage.models().values() if not (model.judge and use.role == "train")]
+    models = dict.fromkeys(model.reference for model in readers)
     own = {model: run.own[model] for model in models if model in run.own}
     return examples.load_prompts(
         records,

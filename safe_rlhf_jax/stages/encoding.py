@@ -90,7 +90,7 @@ def policy_folders(config: cfg.RunConfig) -> dict[str, storage.Path]:
 
 def is_scorer(field: str) -> bool:
     """Says whether a field of a stage names a model that scores."""
-    return field.startswith(("reward_model", "cost_model"))
+    return field.startswith(("reward_model", "cost_model", "judges"))
 
 
 def model_folder(reference: str) -> storage.Path | None:

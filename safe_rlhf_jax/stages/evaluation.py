@@ -1,5 +1,6 @@
 """The evaluation of finished policies side by side, and the report."""
 
+import contextlib
 import functools
 import json
 import logging
@@ -14,6 +15,7 @@ from safe_rlhf_jax import storage
 from safe_rlhf_jax.data.examples import Examples
 from safe_rlhf_jax.data.loader import in_order
 from safe_rlhf_jax.evaluation import evaluate
+from safe_rlhf_jax.evaluation.judges import add_averages, reward_units, views
 from safe_rlhf_jax.evaluation.provenance import code_version, machine
 from safe_rlhf_jax.evaluation.report import Report, summary_table, write_report
 from safe_rlhf_jax.evaluation.statistics import summarize
@@ -25,7 +27,8 @@ from safe_rlhf_jax.models.config import Lora
 from safe_rlhf_jax.processes import is_main
 from safe_rlhf_jax.stages.common import Run, described, oracle_for, report_data
 from safe_rlhf_jax.stages.datasets import take
-from safe_rlhf_jax.stages.host_signals import host_scores, open_scorers
+from safe_rlhf_jax.stages.host_signals import Scorers, host_scores, open_scorers
+from safe_rlhf_jax.stages.judges import agreement, judge_signals, warn_of_judges
 from safe_rlhf_jax.stages.kind import Kind
 from safe_rlhf_jax.stages.sampling import scores_of_several
 from safe_rlhf_jax.types import Frozen, PromptBatch
@@ -35,23 +38,42 @@ LOGGER = logging.getLogger(__name__)
 
 def run_evaluation(run: Run, stage: cfg.EvaluateStage, folder: storage.Path) -> dict[str, Any]:
     """Runs an evaluate stage: samples from every policy, scores, oracle, table, report."""
-    policies = sample_policies(run, stage)
+    lora = next(filter(None, map(run.networks.form, stage.policies)), None)
+    with contextlib.nullcontext() if lora is None else run.networks.reading_once():  # one base for all of them
+        scorers = open_scorers(run, stage.scorers | judge_signals(stage))
+        policies = sample_policies(run, stage, scorers, lora)
+    everything = [sample for samples in policies.values() for sample in samples]
+    units = reward_units(everything)
+    add_averages(everything, units)
+    agreed, judged = agreement(run, stage, scorers, units), views(policies) if stage.judges else []
     if is_main():
         lines = (json.dumps({"policy": name} | sample) for name, samples in policies.items() for sample in samples)
         storage.write(folder / "samples.jsonl", "".join(f"{line}\n" for line in lines))
-        report = make_report(run, stage, policies)
+        report = make_report(run, stage, policies, judged=judged, agreement=agreed)
         Console(width=None).print(summary_table(report))
         path = write_report(folder, report)
         LOGGER.info(f"{stage.name}: report at {path}")
-    return {"metrics": {f"{name}/{k}": v for name, s in policies.items() for k, v in summarize(s).items()}}
+    result: dict[str, Any] = {
+        "metrics": {f"{name}/{k}": v for name, s in policies.items() for k, v in summarize(s).items()}
+    }
+    result |= {"judges": judged} if judged else {}
+    shown = {kind: {name: one["health"] for name, one in found.items()} for kind, found in agreed.items()}
+    return result | ({"agreement": shown} if shown else {})
 
 
-def sample_policies(run: Run, stage: cfg.EvaluateStage) -> dict[str, list[evaluate.Sample]]:
-    """Returns the samples of every policy on every set of prompts."""
+def sample_policies(
+    run: Run, stage: cfg.EvaluateStage, scorers: Scorers, lora: Lora | None = None
+) -> dict[str, list[evaluate.Sample]]:
+    """Returns the samples of every policy on every set of prompts.
+
+    Args:
+        run: The run.
+        stage: The stage.
+        scorers: Its models and judges.
+        lora: Form of the policies' adapters, if they have any.
+    """
     seed = run.config.seed if stage.seed is None else stage.seed
-    scorers = open_scorers(run, stage.scorers)
     baseline, *_ = stage.policies
-    lora = next(filter(None, map(run.networks.form, stage.policies)), None)
     start, reference = open_policy(run, baseline, lora)
     frozen = Frozen(reference=reference, scorers=scorers.variables)
     sampler: dict[str, Any] = {
@@ -121,8 +143,17 @@ def rows_of(stage: cfg.EvaluateStage, policy: str) -> dict[str, int]:
     return {policy: 1} | ({f"{policy}, best of {number}": number} if number else {})
 
 
-def make_report(run: Run, stage: cfg.EvaluateStage, policies: dict[str, list[evaluate.Sample]]) -> Report:
-    """Collects the results of the run's stages from their folders."""
+def make_report(
+    run: Run, stage: cfg.EvaluateStage, policies: dict[str, list[evaluate.Sample]], **measured: Any
+) -> Report:
+    """Collects the results of the run's stages from their folders.
+
+    Args:
+        run: The run.
+        stage: The stage.
+        policies: Samples by policy.
+        measured: Further fields of the report that the stage has measured.
+    """
     scorers, history, seconds, facts = {}, {}, {}, [f"seed {run.config.seed}"]
     limit: float | None = None
     constrained: list[str] | None = None
@@ -162,6 +193,7 @@ def make_report(run: Run, stage: cfg.EvaluateStage, policies: dict[str, list[eva
         note=" ".join(dict.fromkeys(oracle.note for oracle in oracles)),
         provenance=provenance_of(run, stage),
         config=storage.read_text(written) if storage.is_file(written) else "",
+        **measured,
     )
 
 
@@ -170,9 +202,11 @@ def provenance_of(run: Run, stage: cfg.EvaluateStage) -> dict[str, str]:
     made = {other.name: other for other in run.config.stages}
     models = [("policy", name) for name in stage.policies]
     models += [("reward model", stage.reward_model), ("cost model", stage.cost_model)]
+    models += [(f"judge {signal}", model) for signal, model in stage.judges.items()]
     sampling = ("temperature", "top_k", "top_p", "repetition_penalty", "max_prompt_length", "max_response_length")
     return {
         "prompts": "; ".join(described(data) for data in stage.prompts),
+        **{f"{kind} pairs": described(data) for kind, data in stage.pairs.items()},
         **{f"{role} {name}": origin(made.get(name)) for role, name in models},
         "sampling": ", ".join(f"{name} {getattr(stage, name)}" for name in sampling),
         "tokenizer": run.config.tokenizer,
@@ -190,4 +224,6 @@ def origin(stage: cfg.StageBase | None) -> str:
     return "; ".join([f"{stage.kind} stage", *models, *data])
 
 
-EVALUATE = Kind(cfg.EvaluateStage, run_evaluation, shows_metrics=False)
+EVALUATE = Kind(
+    cfg.EvaluateStage, run_evaluation, check=lambda run, stage, _: warn_of_judges(run, stage), shows_metrics=False
+)

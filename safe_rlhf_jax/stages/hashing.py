@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import importlib.util
 import json
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -58,8 +59,10 @@ def hashed(value: Any) -> Any:
 
 
 def model_identity(reference: str, files: "Digests") -> Any:
-    """Returns the identity of a model: the contents of a folder, the commit of a hub id."""
+    """Returns the identity of a model: the contents of a folder, the commit of a hub id, the source of a function."""
     prefix, _, rest = reference.partition(":")
+    if prefix == "function":
+        return reference, source_digest(rest.partition(":")[0], files)
     folder = storage.expanded(rest)
     if prefix == "hf" and not storage.is_folder(folder):  # an existing folder takes precedence over a hub id
         try:
@@ -76,6 +79,14 @@ def model_identity(reference: str, files: "Digests") -> Any:
                 ("path:" if storage.is_folder(storage.expanded(base)) else "hf:") + base, files
             )
     return found
+
+
+def source_digest(module: str, files: "Digests") -> str:
+    """Returns the digest of a Python module's file; "" if there is none."""
+    spec = None
+    with contextlib.suppress(ImportError, ValueError):  # the check says so, where the function is needed
+        spec = importlib.util.find_spec(module)
+    return files.of(storage.path(spec.origin)) if spec is not None and spec.origin else ""
 
 
 def model_files(folder: storage.Path) -> list[storage.Path]:

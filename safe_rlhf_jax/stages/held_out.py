@@ -56,13 +56,14 @@ def training_data(stages: Sequence[Any], stage: cfg.StageBase) -> list[tuple[str
 
 
 def lineage(stages: Sequence[Any], stage: cfg.StageBase) -> list[Any]:
-    """Returns a stage of a run, and all that it is built on."""
+    """Returns a stage of a run, and all that it is built on; of judges, only its own."""
     found, pending = [], [(stage, stages)]
     while pending:
         one, others = pending.pop()
         if one is not None and one not in found:
             found.append(one)
-            pending += [origin(others, use.reference) for use in one.models().values()]
+            uses = [use for use in one.models().values() if one is stage or not use.judge]
+            pending += [origin(others, use.reference) for use in uses]
     return found
 
 

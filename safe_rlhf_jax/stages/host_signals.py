@@ -1,19 +1,24 @@
 """Host signals, outside of the compiled step: from conversations and responses to a score each.
 
-Used for scorers with another encoding than the policy. They run between `collect` and `learn`.
+Used for scorers with another encoding than the policy, which run between `collect` and `learn`, and for judges that are
+Python functions, which run in evaluations only.
 """
 
 import dataclasses
+import importlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from safe_rlhf_jax.config.messages import did_you_mean
 from safe_rlhf_jax.data.conversations import Text, written
 from safe_rlhf_jax.data.examples import Examples, pad_right
 from safe_rlhf_jax.data.formats import Message
+from safe_rlhf_jax.errors import ConfigError, NonFiniteError
 from safe_rlhf_jax.evaluation.evaluate import make_score
+from safe_rlhf_jax.evaluation.judges import JUDGE
 from safe_rlhf_jax.inference.stream import columns
 from safe_rlhf_jax.models.config import Lora
 from safe_rlhf_jax.stages.common import Run
@@ -72,6 +77,56 @@ class ScorerSignal:
         return Text(ids[-room:], [False] * min(len(ids), room))
 
 
+class FunctionSignal:
+    """A judge that is a Python function of the user's: (conversations, responses, ended) -> a number for each.
+
+    Args:
+        reference: `function:MODULE:NAME`.
+
+    Raises:
+        ConfigError: If there is no such module or function.
+    """
+
+    def __init__(self, reference: str):
+        self.reference = reference
+        _, module, name = reference.split(":", 2)
+        try:
+            found = importlib.import_module(module)
+        except ImportError as error:
+            raise ConfigError(
+                f"{reference} cannot be imported: {error}; Python looks for modules in PYTHONPATH, and with python -m "
+                "in the current folder"
+            ) from error
+        if not hasattr(found, name):
+            raise ConfigError(f"{reference}: {found.__name__} has no {name!r}{did_you_mean(name, vars(found))}")
+        self.function = getattr(found, name)
+        if not callable(self.function):
+            raise ConfigError(f"{reference} is no function, but {type(self.function).__name__}")
+
+    def __call__(
+        self, conversations: Sequence[Sequence[Message]], responses: Sequence[str], ended: Sequence[bool]
+    ) -> np.ndarray:
+        """Returns the score of each response, f32[B].
+
+        Raises:
+            ConfigError: If the function returns anything but a number for each response.
+            NonFiniteError: If one of them is not finite.
+        """
+        returned = self.function(conversations, responses, ended)
+        try:
+            scores = np.asarray(returned).astype(np.float32, casting="same_kind")
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"{self.reference} returned no numbers, but {type(returned).__name__}") from error
+        if scores.shape != (len(responses),):
+            raise ConfigError(
+                f"{self.reference} returned numbers of shape {scores.shape} for {len(responses)} responses; it has to "
+                f"return one for each, of shape {(len(responses),)}"
+            )
+        for row in np.flatnonzero(~np.isfinite(scores))[:1]:
+            raise NonFiniteError(f"{self.reference} returned {scores[row]} for the response {responses[row][:80]!r}")
+        return scores
+
+
 @dataclasses.dataclass(frozen=True)
 class Scorers:
     """The scorers of a stage, by signal."""
@@ -80,15 +135,32 @@ class Scorers:
     variables: dict[str, Any]  # of the modules
     host: dict[str, HostSignal]  # the others
 
+    @property
+    def signals(self) -> list[str]:
+        """All signals, of models that score and of judges."""
+        return [*self.modules, *self.host]
+
+    def __or__(self, other: "Scorers") -> "Scorers":
+        """Returns both, whose signals differ."""
+        return Scorers(self.modules | other.modules, self.variables | other.variables, self.host | other.host)
+
 
 def open_scorers(run: Run, scorers: Mapping[str, str], lora: Lora | None = None) -> Scorers:
-    """Opens scorers, given as {signal: model}; with `lora`, each as a frozen base with an adapter of that form."""
+    """Opens scorers and judges, given as {signal: model}.
+
+    Args:
+        run: The run.
+        scorers: By signal; those of judges begin with `JUDGE`.
+        lora: Form of the adapters; each is then a frozen base with such an adapter.
+    """
     modules, variables = {}, {}
     host: dict[str, HostSignal] = {}
     with run.networks.reading_once():
         for signal, reference in scorers.items():
-            kind: Any = signal.partition("/")[0]
-            if reference in run.own:
+            kind: Any = signal.removeprefix(JUDGE).partition("/")[0]
+            if reference.startswith("function:"):
+                host[signal] = FunctionSignal(reference)
+            elif reference in run.own:
                 host[signal] = ScorerSignal(run, reference, kind)
             else:
                 modules[signal], variables[signal] = run.networks.read(reference, "score", score_type=kind, lora=lora)
@@ -116,7 +188,16 @@ def host_scores(
     if not host:
         return {}
     responses = [row[:length] for row, length in zip(tokens, lengths, strict=True)]
+    return text_scores(run, host, [prompts.turns[row] for row in rows], responses)
+
+
+def text_scores(
+    run: Run,
+    host: Mapping[str, HostSignal],
+    conversations: Sequence[Sequence[Message]],
+    responses: Sequence[np.ndarray],
+) -> dict[str, np.ndarray]:
+    """Returns the scores of responses, i32[tokens] with their end, by the signals of the host, f32[B] each."""
     ended = [len(row) > 0 and int(row[-1]) in run.ends for row in responses]
     texts = [run.tokenizer.decode(row) for row in responses]
-    conversations = [prompts.turns[row] for row in rows]
     return {signal: score(conversations, texts, ended) for signal, score in host.items()}

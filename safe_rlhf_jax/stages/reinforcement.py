@@ -14,6 +14,7 @@ from safe_rlhf_jax.aot.flops import iteration_flops
 from safe_rlhf_jax.data import examples
 from safe_rlhf_jax.data.loader import in_order
 from safe_rlhf_jax.evaluation import evaluate
+from safe_rlhf_jax.evaluation.judges import add_averages, reward_units
 from safe_rlhf_jax.evaluation.statistics import summarize
 from safe_rlhf_jax.inference.sampling import Sampling
 from safe_rlhf_jax.loop import TrainLoop, fit
@@ -36,6 +37,7 @@ from safe_rlhf_jax.stages.constraints import (
 )
 from safe_rlhf_jax.stages.datasets import take
 from safe_rlhf_jax.stages.host_signals import HostSignal, Scorers, host_scores, open_scorers
+from safe_rlhf_jax.stages.judges import judge_signals
 from safe_rlhf_jax.stages.kind import Kind, Training
 from safe_rlhf_jax.stages.networks import jit_step, optimizer_of, with_adapters
 from safe_rlhf_jax.stages.programs import Program, array, put, random_key, texts
@@ -59,14 +61,17 @@ def run_reinforcement(run: Run, stage: cfg.RLStage, folder: storage.Path) -> dic
     groups = examples.group_names(prompts.records, stage.group_field)
     limits = {signal: cost_limits(run, stage, signal) for signal in constraints_of(stage)}
     hp = hyperparameters(run, stage, {signal: values for signal, (values, _) in limits.items()}, groups)
-    networks, state, frozen, host = build_networks(run, stage, hp)
+    with run.networks.reading_once():
+        networks, state, frozen, host = build_networks(run, stage, hp)
+        judges = open_scorers(run, judge_signals(stage))  # for evaluations; no step sees them
     algorithm = ALGORITHMS[stage.algorithm.name]
     step = compile_step(run, stage, networks, algorithm, hp, state, given_scores(run, host, prompts, hp))
     seed = run.seed(stage)
     base = frozen.bases.get(networks.policy.base) if isinstance(networks.policy, Adapted) else None
     readable = on_bases(networks, frozen)
-    scorers = Scorers(networks.scorers, readable.scorers, host)
+    scorers = Scorers(networks.scorers, readable.scorers, host) | judges
     evaluate_policy = make_evaluate(run, stage, networks.policy, readable.reference, scorers)
+    start = evaluate_policy(whole(state.actor.params, base)) if stage.judges else {}
     rows = stage.batch_size * stage.responses_per_prompt
     prompt_tokens = prompts.mean_tokens
     final: RLState = fit(
@@ -92,6 +97,7 @@ def run_reinforcement(run: Run, stage: cfg.RLStage, folder: storage.Path) -> dic
     )
     export(run, stage, folder, networks.policy, final.actor, base)
     result: dict[str, Any] = {"metrics": evaluate_policy(whole(final.actor.params, base))}
+    result |= {"start": start} if start else {}
     result["metrics"] |= {k: float(v) for k, v in multiplier_metrics(hp.constraints, final.constraints).items()}
     if "cost" in limits:  # the constraint drawn in the report
         (limit, *others), source = limits["cost"]
@@ -270,7 +276,10 @@ def compile_step(
 def make_evaluate(
     run: Run, stage: cfg.RLStage | cfg.RejectionStage, policy: Any, reference: Any, scorers: Scorers
 ) -> Callable[[Any], dict[str, float]]:
-    """Returns evaluate(policy's params): metrics of responses to `eval_prompts`, sampled as in training."""
+    """Returns evaluate(policy's params): metrics of responses to `eval_prompts`, sampled as in training.
+
+    Rewards of judges are in standard deviations over the responses of the first call, on the policy of the start.
+    """
     if stage.eval_prompts is None:
         return lambda _: {}
     prompts, oracle = take(run, stage, "eval_prompts"), oracle_for(stage.eval_prompts)
@@ -285,7 +294,7 @@ def make_evaluate(
         sampling=Sampling(temperature=stage.temperature),
     )
 
-    frozen = Frozen(reference=reference, scorers=scorers.variables)
+    frozen, units = Frozen(reference=reference, scorers=scorers.variables), dict[str, float]()
 
     def answer(params: Any, batch: PromptBatch, key: jax.Array) -> dict[str, Any]:
         out: dict[str, Any] = run.get(respond(params, frozen, run.put(batch), key))
@@ -303,6 +312,8 @@ def make_evaluate(
             group_field=stage.group_field,
             oracle=oracle,
         )
+        units.update(units or reward_units(samples))
+        add_averages(samples, units)
         summary = summarize(samples)
         return {f"eval/{k}": v for k, v in summary.items() if "/" not in k and not k.endswith(("_low", "_high"))}
 
@@ -318,13 +329,14 @@ def measured_on_prompts(
     def respond(batch: Any, key: jax.Array) -> dict[str, Any]:
         del key
         rows = len(batch.tokens)
-        numbers = ("kl", *stage.scorers)
+        numbers = ("kl", *stage.scorers, *judge_signals(stage))
         return {"tokens": batch.tokens, "length": np.zeros(rows)} | dict.fromkeys(numbers, np.zeros(rows))
 
     samples = evaluate.collect_samples(
         respond, in_order(prompts, run.rows(prompts)), prompts, key=jax.random.key(0), ends=(), decode=lambda _: "",
         split="test", group_field=stage.group_field, oracle=oracle_for(data),
     )  # fmt: skip
+    add_averages(samples, reward_units(samples))
     return {name for name in summarize(samples) if "/" not in name}
 
 

@@ -85,6 +85,7 @@ def test_samples_carry_scores_oracle_and_group_and_skip_filled_rows():
         "kl": np.array([0.5, 0.25]),
         "reward": np.array([1.0, 2.0]),
         "cost": np.array([-1.0, 3.0]),
+        "judge/cost/other": np.array([0.5, -2.0]),
     }
     prompts = PromptBatch(np.ones((2, 1), np.int32), np.ones((2, 1), bool), np.zeros(2, np.int32))
     records = [{"prompt": p, "kind": "risky", "category": "c"} for p in "abc"]
@@ -104,7 +105,7 @@ def test_samples_carry_scores_oracle_and_group_and_skip_filled_rows():
     assert samples[1] == {
         "prompt": "b", "response": "2 7", "group": "risky", "split": "test", "category": "c", "length": 2,
         "truncated": True, "kl": 0.25, "reward": 2.0, "cost": 3.0, "helpfulness": 0.3, "harmful": True,
-        "severity": None, "refusal": None, "measured": {},
+        "severity": None, "refusal": False, "refusal_by": "rule", "measured": {}, "judged": {"cost/other": -2.0},
     }  # fmt: skip
 
 
