@@ -14,17 +14,19 @@ import pytest
 
 from safe_rlhf_jax.aot.collectives import find_collectives
 from safe_rlhf_jax.aot.hlo import Module
+from safe_rlhf_jax.evaluation.evaluate import make_respond
+from safe_rlhf_jax.inference.sampling import Sampling
 from safe_rlhf_jax.models.adapters import Adapted, without_adapters
 from safe_rlhf_jax.models.config import Lora, ScoreConfig
 from safe_rlhf_jax.models.transformer import CausalLM, ScoreModel
-from safe_rlhf_jax.ops import gather_last, response_log_probs
+from safe_rlhf_jax.ops import gather_last, response_log_probs, sequence_scores
 from safe_rlhf_jax.optim import init_state
 from safe_rlhf_jax.rl.kl import KLControl, k2, start_reference
 from safe_rlhf_jax.rl.rollout import score_rollout
 from safe_rlhf_jax.sharding import make_mesh, named_shardings, replicated, shard_batch
 from safe_rlhf_jax.stages.networks import jit_step
 from safe_rlhf_jax.types import Frozen
-from tests.helpers import apply, init
+from tests.helpers import apply, init, prompt_batch
 from tests.rl import world as full
 from tests.rl.world import PROMPT, fresh, make_rollout
 
@@ -302,3 +304,39 @@ def test_a_moving_reference_is_a_copy_of_the_adapter_that_follows_it(following):
     assert abs(float(metrics["train/kl"])) < 1e-5
     expected = jax.tree.map(lambda old, new: 0.75 * old + 0.25 * new, world.state.actor.params, state.actor.params)
     chex.assert_trees_all_close(state.reference.params, expected, atol=1e-6)
+
+
+# --- Evaluation
+
+
+def test_evaluation_reads_each_network_on_its_own_base_and_in_its_own_form():
+    """Networks of one base and form share a pass; a policy without an adapter, and a scorer on another base, do not."""
+    policy, other = network("lm", ALL, 0)[0], network("lm", LAST, 0)[0]
+
+    def base_of(net):
+        return dict(init(without_adapters(net.module), SEEDS[net.base]))["params"]
+
+    def on_base(net, variables):
+        return net, {**variables, "params": {**variables["params"], "base": base_of(net)}}
+
+    scorers = {
+        "reward": on_base(*network("reward", ALL, 10)),
+        "cost": on_base(*network("cost", ALL, 11, "safety")),
+        "judge": on_base(*network("cost", LAST, 12)),
+    }
+    actor = {**network("lm", ALL, 0)[1]["params"], "base": base_of(policy)}
+    frozen = Frozen(reference={"base": base_of(other)}, scorers={s: variables for s, (_, variables) in scorers.items()})
+    respond = make_respond(
+        policy, {s: net for s, (net, _) in scorers.items()}, reference=other, response_length=6, eos_id=2, pad_id=0,
+        sampling=Sampling(),
+    )  # fmt: skip
+    prompts = prompt_batch(np.random.default_rng(0), 8, PROMPT, full.VOCAB)
+    out = respond(actor, frozen, prompts, KEY)
+    mask = jnp.arange(6)[None] < out["length"][:, None]
+    tokens = jnp.concatenate([prompts.tokens, out["tokens"]], 1)
+    text = tokens, jnp.concatenate([prompts.mask, mask], 1)
+    for signal, (net, variables) in scorers.items():
+        np.testing.assert_allclose(out[signal], sequence_scores(net, variables, *text), atol=1e-5)
+    plain = without_adapters(other.module), base_of(other)
+    ours, theirs = (response_log_probs(*of, *text, prompt_length=PROMPT) for of in ((policy, actor), plain))
+    np.testing.assert_allclose(out["kl"], jnp.where(mask, ours - theirs, 0.0).sum(-1), atol=1e-5)
