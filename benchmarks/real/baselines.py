@@ -9,8 +9,10 @@ such as runs/real/safe_rlhf/cost. Needs `pip install -e '.[real]'`.
 """
 
 import argparse
+import hashlib
 import json
 import pathlib
+import tempfile
 from typing import Any
 
 import jax
@@ -33,13 +35,26 @@ def pairs(task: str, part: str) -> Pairs:
     return Pairs(read_records(str(RUNS / "data" / f"{TASKS[task]}_{part}.jsonl")))
 
 
-def response_states(policy: Policy, found: Pairs) -> np.ndarray:
-    """Returns the last and the mean hidden state of every response, f32[2n, 2D].
+def response_states(model: pathlib.Path, found: Pairs) -> np.ndarray:
+    """Returns the last and the mean hidden state of every response, f32[2n, 2D]; computed once for a model and texts.
 
     Args:
-        policy: The frozen model.
+        model: Folder of the frozen model.
         found: n pairs.
     """
+    weights = (model / "model.safetensors").read_bytes()
+    digest = hashlib.blake2b(json.dumps(found.conversations).encode() + weights, digest_size=8)
+    path = RUNS / "states" / f"{digest.hexdigest()}.npy"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+            np.save(file, computed_states(load_policy(str(model)), found))
+        pathlib.Path(file.name).rename(path)
+    return np.load(path)
+
+
+def computed_states(policy: Policy, found: Pairs) -> np.ndarray:
+    """Returns what `response_states` does."""
 
     @jax.jit
     def states(tokens: jax.Array, mask: jax.Array, response: jax.Array) -> jax.Array:
@@ -49,20 +64,19 @@ def response_states(policy: Policy, found: Pairs) -> np.ndarray:
         return jnp.concatenate([last, mean], -1)
 
     texts = [encode(side, policy.template, policy.tokenizer) for pair in found.conversations for side in pair]
-    out: list[Any] = [None] * len(texts)
-    for rows, tokens, mask in batches([text.ids[-LONGEST:] for text in texts]):
-        response = np.zeros_like(mask)
-        for i in range(len(mask)):
-            trained = texts[rows[i if i < len(rows) else 0]].trained[-LONGEST:]
-            response[i, : len(trained)] = trained
-        for row, state in zip(rows, np.asarray(states(tokens, mask, response)), strict=False):
-            out[row] = state
-    return np.stack(out)
+    ids, trained = ([getattr(text, field)[-LONGEST:] for text in texts] for field in ("ids", "trained"))
+    out = np.empty((len(texts), 2 * policy.module.config.hidden_size), np.float32)
+    for rows, tokens, mask in batches(ids):
+        response = mask.copy()
+        for i, row in enumerate(rows):
+            response[i, : len(trained[row])] = trained[row]
+        out[rows] = states(tokens, mask, response)[: len(rows)]
+    return out
 
 
-def probe(policy: Policy, train: Pairs, test: Pairs) -> dict[str, Any]:
+def probe(model: pathlib.Path, train: Pairs, test: Pairs) -> dict[str, Any]:
     """Logistic regression on the frozen model's states of the responses."""
-    x, held_out = (response_states(policy, found) for found in (train, test))
+    x, held_out = (response_states(model, found) for found in (train, test))
     mean, scale = x.mean(0), x.std(0)
     return linear_accuracy(train, test, (x - mean) / scale, (held_out - mean) / scale, STRENGTHS)
 
@@ -74,13 +88,13 @@ def compared(model: pathlib.Path, stages: dict[str, pathlib.Path | None]) -> dic
         model: Folder of the frozen model.
         stages: For each task, the stage of a run that trained a model for it, if any.
     """
-    policy, out = load_policy(str(model)), {}
+    out = {}
     for task, stage in stages.items():
         train, test = (pairs(task, part) for part in ("run", "test"))
         out[task] = {
             "rows": counts(train, test),
             "bag of words": bag_of_words(train, test),
-            "probe": probe(policy, train, test),
+            "probe": probe(model, train, test),
         } | ({"model": network(task, test, stage)} if stage else {})
     return out
 

@@ -72,7 +72,7 @@ class MiniLM:
 
     def __init__(self, folder: pathlib.Path):
         config = json.loads((folder / "config.json").read_text())
-        self.heads = config["num_attention_heads"]
+        self.heads, self.width = config["num_attention_heads"], config["hidden_size"]
         self.weights = load_file(folder / "model.safetensors")
         self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         self.tokenizer.no_padding()
@@ -80,10 +80,9 @@ class MiniLM:
 
     def __call__(self, texts: Sequence[str]) -> np.ndarray:
         """Returns the embedding of each text; of a long one, that of its beginning."""
-        out: list = [None] * len(texts)
+        out = np.empty((len(texts), len(LAYERS), self.width), np.float32)
         for rows, tokens, mask in batches([encoding.ids for encoding in self.tokenizer.encode_batch(list(texts))]):
-            states = np.asarray(mean_states(self.weights, tokens, mask, max(LAYERS), self.heads))[:, LAYERS]
-            unit = states / np.linalg.norm(states, axis=-1, keepdims=True)
-            for row, embedding in zip(rows, unit.reshape(len(unit), -1), strict=False):
-                out[row] = embedding
-        return np.stack(out)
+            states = mean_states(self.weights, tokens, mask, max(LAYERS), self.heads)
+            out[rows] = np.asarray(states)[: len(rows), LAYERS]
+        out /= np.linalg.norm(out, axis=-1, keepdims=True)
+        return out.reshape(len(texts), -1)
