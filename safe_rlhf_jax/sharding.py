@@ -139,7 +139,7 @@ def init_sharded(init: Callable[..., Any], mesh: Mesh, *args: Any) -> Any:
     `out_shardings` are pinned.
     """
     shardings = named_shardings(jax.eval_shape(init, *args), mesh)
-    return jax.jit(lambda *a: nn.unbox(init(*a)), out_shardings=shardings)(*args)
+    return nn.unbox(jax.jit(init, out_shardings=shardings)(*args))
 
 
 def with_shardings(shapes: Any, shardings: Any) -> Any:

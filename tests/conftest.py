@@ -2,6 +2,7 @@
 
 import fcntl
 import functools
+import gc
 import importlib.metadata
 import importlib.util
 import json
@@ -69,6 +70,9 @@ struct.dataclass = unchecked(struct.dataclass)
 install_import_hook(hooked_modules(), "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# Traces and programs stay as long as the process, and every full collection walks through all of them.
+gc.set_threshold(700, 10, 100)
 
 # Compiling inside an example takes longer than any deadline, and a failure must come back on the next run.
 hypothesis.settings.register_profile("jax", deadline=None, derandomize=True, database=None)

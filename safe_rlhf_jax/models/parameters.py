@@ -1,5 +1,6 @@
 """Parameters between stored tensors and the devices that hold them: one tensor in host memory at a time."""
 
+import functools
 import gc
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -19,8 +20,9 @@ from safe_rlhf_jax.types import Params
 Index = tuple[slice, ...]
 
 
-def boxed_variables(module: CausalLM | ScoreModel) -> dict[str, Any]:
-    """Returns shapes and dtypes of the module's variables, boxed with their axis names."""
+@functools.lru_cache(maxsize=64)  # a run opens a few networks many times, and tracing one takes long
+def boxed_variables(module: Any) -> dict[str, Any]:
+    """Returns shapes and dtypes of a network's variables, boxed with their axis names."""
     tokens = jnp.zeros((1, 2), jnp.int32)
     variables: dict[str, Any] = jax.eval_shape(module.init, jax.random.key(0), tokens, tokens > 0)
     return variables

@@ -21,7 +21,7 @@ from safe_rlhf_jax.models import hf
 from safe_rlhf_jax.models.adapters import HEAD, Adapted, trained, whole, without_adapters
 from safe_rlhf_jax.models.config import PRESETS, Lora, ModelConfig, ScoreConfig, ScoreType
 from safe_rlhf_jax.models.folders import is_adapter
-from safe_rlhf_jax.models.parameters import cast_matrices, place
+from safe_rlhf_jax.models.parameters import boxed_variables, cast_matrices, place
 from safe_rlhf_jax.models.peft import read_adapter
 from safe_rlhf_jax.models.peft_heads import read_head
 from safe_rlhf_jax.models.quantization_error import error as quantization_error
@@ -188,7 +188,7 @@ class Weights:
             kept, stored_head, stored_stats = read_head(stored, module.config, asked)
             module = module.clone(score=score or kept)
         network = Adapted(module, name)
-        boxed = jax.eval_shape(lambda: initializer(network)(jax.random.key(0)))
+        boxed = boxed_variables(network)
         shardings = named_shardings(boxed, self.run.mesh)
         own_head = {k: v for k, v in variables["params"].items() if k in HEAD}
         base = {k: v for k, v in variables["params"].items() if k not in HEAD}
@@ -285,7 +285,7 @@ class Weights:
         def init(variables: Any) -> TrainState:
             return init_state(variables["params"], optimizer, variables.get("stats", {}))
 
-        shapes = jax.eval_shape(lambda: init(initializer(module)(jax.random.key(0))))
+        shapes = jax.eval_shape(init, boxed_variables(module))
         return init, shapes, named_shardings(shapes, self.run.mesh)
 
     def everywhere(self, make: Callable[[], Any]) -> Any:

@@ -10,10 +10,11 @@ from safe_rlhf_jax import storage
 from safe_rlhf_jax.errors import ConfigError
 from safe_rlhf_jax.models.adapters import Adapted
 from safe_rlhf_jax.models.config import Lora, ModelConfig
+from safe_rlhf_jax.models.parameters import boxed_variables
 from safe_rlhf_jax.models.transformer import CausalLM
 from safe_rlhf_jax.stages.common import Run
 from safe_rlhf_jax.stages.kinds import kind_of, networks_of
-from safe_rlhf_jax.stages.networks import initializer, with_adapters
+from safe_rlhf_jax.stages.networks import with_adapters
 
 PARAMETER = 4  # bytes
 TRAINED = 3 * PARAMETER  # with the two moments of AdamW
@@ -54,5 +55,5 @@ def parameters(config: ModelConfig, lora: Lora | None) -> int:
     """Returns the number of parameters of a language model that are trained: all, or those of adapters."""
     module: Any = CausalLM(with_adapters(config, lora))
     network = module if lora is None else Adapted(module, "")
-    shapes = jax.eval_shape(lambda: initializer(network)(jax.random.key(0)))
+    shapes = boxed_variables(network)
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))

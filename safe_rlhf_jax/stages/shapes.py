@@ -10,9 +10,10 @@ from flax import linen as nn
 from safe_rlhf_jax import storage
 from safe_rlhf_jax.models.adapters import HEAD, Adapted, without_adapters
 from safe_rlhf_jax.models.config import Lora, ModelConfig, ScoreConfig, ScoreType
+from safe_rlhf_jax.models.parameters import boxed_variables
 from safe_rlhf_jax.models.quantized import quantize
 from safe_rlhf_jax.sharding import named_shardings, replicated, with_shardings
-from safe_rlhf_jax.stages.networks import Weights, initializer
+from safe_rlhf_jax.stages.networks import Weights
 from safe_rlhf_jax.types import TrainState
 
 
@@ -33,7 +34,7 @@ class Shapes(Weights):
         """Returns a network and the shapes of its variables."""
         del seed
         module = self.new_module(reference, head, score or ScoreConfig(score_type or "reward"))
-        boxed = jax.eval_shape(lambda: initializer(module)(jax.random.key(0)))
+        boxed = boxed_variables(module)
         return module, with_shardings(nn.unbox(boxed), named_shardings(boxed, self.run.mesh))
 
     def adapted(
@@ -48,12 +49,12 @@ class Shapes(Weights):
         module = module.clone(config=self.as_run(module.config, lora))
         network = Adapted(module, name)
         plain = without_adapters(module)
-        boxed = jax.eval_shape(lambda: initializer(plain)(jax.random.key(0)))
+        boxed = boxed_variables(plain)
         variables = with_shardings(nn.unbox(boxed), named_shardings(boxed, self.run.mesh))
         params = {"base": self.only_read({k: v for k, v in variables["params"].items() if k not in HEAD})}
         if (kind := self.run.config.execution.base) is not None:
             params["base"] = quantize(params["base"], kind)
-        boxed = jax.eval_shape(lambda: initializer(network)(jax.random.key(0)))
+        boxed = boxed_variables(network)
         own = with_shardings(nn.unbox(boxed), named_shardings(boxed, self.run.mesh))
         if adapter is None and not trains:
             del own["params"]["adapter"]

@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import linen as nn
 from flax.traverse_util import flatten_dict
 
 from safe_rlhf_jax.models.adapters import Adapted, hidden_of_roles, merged, output_of_trunk, without_adapters
 from safe_rlhf_jax.models.config import TARGETS, Lora, ModelConfig, ScoreConfig
 from safe_rlhf_jax.models.families import FAMILIES
 from safe_rlhf_jax.models.transformer import CausalLM, ScoreModel
+from tests.helpers import apply, init
 
 SIZES = {
     "vocab_size": 61, "hidden_size": 16, "intermediate_size": 24, "num_layers": 3, "num_heads": 4, "num_kv_heads": 2,
@@ -41,13 +41,20 @@ def network(lora, scan=True, score=None, **sizes):
 
 def opened(net, seed=0, moved=True):
     """A base, and parameters of a network on it; `moved` as after training, else as before."""
-    plain = without_adapters(net.module)
-    base = nn.unbox(plain.init(jax.random.key(seed), TOKENS, MASK))["params"]
-    params = nn.unbox(net.init(jax.random.key(seed + 1), TOKENS, MASK))["params"]
+    base = init(without_adapters(net.module), seed)["params"]
+    params = dict(init(net, seed + 1)["params"])
     if moved:
-        keys = iter(jax.random.split(jax.random.key(seed + 2), 200))
-        params["adapter"] = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(next(keys), x.shape), params["adapter"])
+        rng = np.random.default_rng(seed + 2)
+        params["adapter"] = jax.tree.map(lambda x: x + np.float32(0.1 * rng.normal(size=x.shape)), params["adapter"])
     return base, params
+
+
+@functools.partial(jax.jit, static_argnames=("net", "first", "method"))
+def applied(net, base, params, tokens=TOKENS, mask=MASK, first=None, below=None, method=None, **stats):
+    """The network on its base, compiled: op by op it takes longer."""
+    columns = () if first is None else (first,) if below is None else (first, below)
+    variables = {"params": params} | stats
+    return net.on({"base": base}).apply(variables, tokens, mask, *columns, method=method)
 
 
 FORMS = [Lora(3, 6.0), Lora(2, 4.0, layers=1), Lora(4, 4.0, ("q_proj", "down_proj"), 2, 0.0, True)]
@@ -58,9 +65,9 @@ FORMS = [Lora(3, 6.0), Lora(2, 4.0, layers=1), Lora(4, 4.0, ("q_proj", "down_pro
 def test_a_fresh_adapter_changes_no_bit(form, scan):
     net = network(form, scan)
     base, params = opened(net, moved=False)
-    plain = without_adapters(net.module).apply({"params": base}, TOKENS, MASK)
-    assert jnp.array_equal(net.on({"base": base}).apply({"params": params}, TOKENS, MASK), plain)
-    assert jnp.array_equal(net.on({"base": base}).apply({"params": {}}, TOKENS, MASK), plain)
+    plain = apply(without_adapters(net.module), {"params": base}, TOKENS, MASK)
+    assert jnp.array_equal(applied(net, base, params), plain)
+    assert jnp.array_equal(applied(net, base, {}), plain)
 
 
 @pytest.mark.parametrize(
@@ -70,11 +77,11 @@ def test_a_fresh_adapter_changes_no_bit(form, scan):
 def test_merged_is_applied(shape, form, scan):
     net = network(form, scan, **SHAPES[shape])
     base, params = opened(net)
-    applied = net.on({"base": base}).apply({"params": params}, TOKENS, MASK)
+    ours = applied(net, base, params)
     plain, whole = merged(net.on({"base": base}), params)
     assert plain.config.lora is None
-    np.testing.assert_allclose(plain.apply({"params": whole}, TOKENS, MASK), applied, atol=1e-5, rtol=1e-5)
-    assert jnp.abs(applied - without_adapters(net.module).apply({"params": base}, TOKENS, MASK)).max() > 1e-3
+    np.testing.assert_allclose(apply(plain, {"params": whole}, TOKENS, MASK), ours, atol=1e-5, rtol=1e-5)
+    assert jnp.abs(ours - apply(plain, {"params": base}, TOKENS, MASK)).max() > 1e-3
     for path, leaf in flatten_dict(merged(net.on({"base": base}), params, lazily=True)[1]).items():
         rows = jnp.stack([leaf[i] for i in range(leaf.shape[0])])
         assert rows.dtype == leaf.dtype
@@ -91,12 +98,16 @@ def test_one_pass_over_roles_is_a_pass_each(form):
     net = network(form)
     base, first = opened(net)
     _, second = opened(net, seed=7)
-    bound = net.on({"base": base})
-    together = hidden_of_roles(bound, [{}, first, second], TOKENS, MASK, 4)
-    below = output_of_trunk(bound, TOKENS, MASK)
-    above = hidden_of_roles(bound, [{}, first, second], TOKENS, MASK, 4, below)
+
+    @jax.jit
+    def in_one_pass(base, roles):
+        bound = net.on({"base": base})
+        below = output_of_trunk(bound, TOKENS, MASK)
+        return hidden_of_roles(bound, roles, TOKENS, MASK, 4), hidden_of_roles(bound, roles, TOKENS, MASK, 4, below)
+
+    together, above = in_one_pass(base, [{}, first, second])
     for i, params in enumerate([{}, first, second]):
-        alone = bound.apply({"params": params}, TOKENS, MASK, 4, method="hidden")
+        alone = applied(net, base, params, first=4, method="hidden")
         np.testing.assert_allclose(together[i], alone, atol=1e-5)
         np.testing.assert_allclose(above[i], alone, atol=1e-5)
 
@@ -104,10 +115,9 @@ def test_one_pass_over_roles_is_a_pass_each(form):
 def test_the_trunk_is_the_same_for_all_and_what_stands_on_it_is_the_network():
     net = network(Lora(2, 4.0, layers=1))
     base, params = opened(net)
-    bound = net.on({"base": base})
-    below = output_of_trunk(bound, TOKENS, MASK)
-    whole = bound.apply({"params": params}, TOKENS, MASK, 3, method="hidden")
-    above = bound.apply({"params": params}, TOKENS, MASK, 3, below, method="hidden")
+    below = jax.jit(lambda base: output_of_trunk(net.on({"base": base}), TOKENS, MASK))(base)
+    whole = applied(net, base, params, first=3, method="hidden")
+    above = applied(net, base, params, first=3, below=below, method="hidden")
     assert jnp.array_equal(whole, above)
 
 
@@ -115,17 +125,15 @@ def test_the_trunk_is_the_same_for_all_and_what_stands_on_it_is_the_network():
 def test_decoding_with_a_cache_is_the_full_pass(scan):
     net = network(Lora(2, 4.0, layers=2), scan)
     base, params = opened(net)
-    bound = net.on({"base": base})
     tokens, mask = TOKENS, jnp.ones_like(MASK)
-    full = bound.apply({"params": params}, tokens, mask)
-    logits, cache = bound.apply({"params": params}, tokens[:, :6], mask[:, :6], 10, method="prefill")
+    full = applied(net, base, params, mask=mask)
+    logits, cache = applied(net, base, params, tokens[:, :6], mask[:, :6], 10, method="prefill")
+    decode = jax.jit(lambda base, *args: net.on({"base": base}).apply({"params": params}, *args, method="decode"))
     np.testing.assert_allclose(logits, full[:, 5], atol=1e-5)
     for t in range(6, 10):
         visible = jnp.broadcast_to(jnp.arange(10) <= t, (3, 10))
         position = jnp.full((3,), t)
-        logits, cache = bound.apply(
-            {"params": params}, tokens[:, t], position, visible, cache, jnp.int32(t), method="decode"
-        )
+        logits, cache = decode(base, tokens[:, t], position, visible, cache, jnp.int32(t))
         np.testing.assert_allclose(logits, full[:, t], atol=1e-5)
 
 
@@ -145,10 +153,8 @@ def test_scanned_and_unrolled_are_one_network():
 
         return unflatten_dict(out)
 
-    ours = scanned.on({"base": base}).apply({"params": params}, TOKENS, MASK)
-    theirs = unrolled.on({"base": unstacked(base)}).apply(
-        {"params": {"adapter": unstacked(params["adapter"])}}, TOKENS, MASK
-    )
+    ours = applied(scanned, base, params)
+    theirs = applied(unrolled, unstacked(base), {"adapter": unstacked(params["adapter"])})
     np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
 
@@ -157,8 +163,8 @@ def test_a_critic_and_a_scorer_read_their_own_heads_on_one_base():
     scorer, critic = (network(lora, score=ScoreConfig(kind)) for kind in ("cost", "critic"))
     base, params = opened(scorer)
     stats = {"mean": jnp.zeros(1), "var": jnp.ones(1), "count": jnp.zeros(1, jnp.int32)}
-    scores = scorer.on({"base": base}).apply({"params": params, "stats": stats}, TOKENS, MASK)
-    values = critic.on({"base": base}).apply({"params": params}, TOKENS, MASK)
+    scores = applied(scorer, base, params, stats=stats)
+    values = applied(critic, base, params)
     assert jnp.array_equal(scores, values)
     assert jnp.abs(values).max() > 0
 
@@ -179,7 +185,9 @@ def test_gradients_are_those_of_the_adapter_and_none_of_the_base_is_computed(rem
         return (plain.apply({"params": whole}, TOKENS, MASK) ** 2).mean()
 
     jax.tree.map(
-        functools.partial(np.testing.assert_allclose, atol=1e-5, rtol=1e-3), grads, jax.grad(merged_loss)(params, base)
+        functools.partial(np.testing.assert_allclose, atol=1e-5, rtol=1e-3),
+        grads,
+        jax.jit(jax.grad(merged_loss))(params, base),
     )
     text = jax.jit(jax.grad(loss)).lower(params, base).compile().as_text()
     results = [line.split(" dot(")[0] for line in text.splitlines() if " dot(" in line]
@@ -190,10 +198,9 @@ def test_gradients_are_those_of_the_adapter_and_none_of_the_base_is_computed(rem
 def test_dropout_acts_in_training_only_and_by_its_key():
     net = network(dataclasses.replace(FORMS[0], dropout=0.5))
     base, params = opened(net)
-    read = net.on({"base": base}).apply({"params": params}, TOKENS, MASK)
-    first, again, other = (
-        net.on({"base": base}, jax.random.key(i)).apply({"params": params}, TOKENS, MASK) for i in (0, 0, 1)
-    )
+    read = applied(net, base, params)
+    train = jax.jit(lambda key: net.on({"base": base}, key).apply({"params": params}, TOKENS, MASK))
+    first, again, other = (train(jax.random.key(i)) for i in (0, 0, 1))
     assert jnp.array_equal(first, again)
     assert not jnp.allclose(first, other)
     assert not jnp.allclose(first, read)
