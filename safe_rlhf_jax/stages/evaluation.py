@@ -3,6 +3,7 @@
 import functools
 import json
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -27,6 +28,7 @@ from safe_rlhf_jax.stages.host_signals import Scorers, host_scores, open_scorers
 from safe_rlhf_jax.stages.judges import agreement, judge_signals, warn_of_judges
 from safe_rlhf_jax.stages.kind import Kind
 from safe_rlhf_jax.stages.sampling import scores_of_several
+from safe_rlhf_jax.stages.supervised import demonstrations_evaluate
 from safe_rlhf_jax.types import Frozen, PromptBatch
 
 LOGGER = logging.getLogger(__name__)
@@ -35,7 +37,7 @@ LOGGER = logging.getLogger(__name__)
 def run_evaluation(run: Run, stage: cfg.EvaluateStage, folder: storage.Path) -> dict[str, Any]:
     """Runs an evaluate stage: samples from every policy, scores, oracle, table, report."""
     scorers = open_scorers(run, stage.scorers | judge_signals(stage))
-    policies = sample_policies(run, stage, scorers)
+    policies, capability = sample_policies(run, stage, scorers)
     everything = [sample for samples in policies.values() for sample in samples]
     units = reward_units(everything)
     add_averages(everything, units)
@@ -43,20 +45,23 @@ def run_evaluation(run: Run, stage: cfg.EvaluateStage, folder: storage.Path) -> 
     if is_main():
         lines = (json.dumps({"policy": name} | sample) for name, samples in policies.items() for sample in samples)
         storage.write(folder / "samples.jsonl", "".join(f"{line}\n" for line in lines))
-        report = make_report(run, stage, policies, judged=judged, agreement=agreed)
+        report = make_report(run, stage, policies, judged=judged, agreement=agreed, capability=capability)
         Console(width=None).print(summary_table(report))
         path = write_report(folder, report)
         LOGGER.info(f"{stage.name}: report at {path}")
+    summaries = {name: summarize(samples) | capability.get(name, {}) for name, samples in policies.items()}
     result: dict[str, Any] = {
-        "metrics": {f"{name}/{k}": v for name, s in policies.items() for k, v in summarize(s).items()}
+        "metrics": {f"{name}/{k}": v for name, found in summaries.items() for k, v in found.items()}
     }
     result |= {"judges": judged} if judged else {}
     shown = {kind: {name: one["health"] for name, one in found.items()} for kind, found in agreed.items()}
     return result | ({"agreement": shown} if shown else {})
 
 
-def sample_policies(run: Run, stage: cfg.EvaluateStage, scorers: Scorers) -> dict[str, list[evaluate.Sample]]:
-    """Returns the samples of every policy on every set of prompts."""
+def sample_policies(
+    run: Run, stage: cfg.EvaluateStage, scorers: Scorers
+) -> tuple[dict[str, list[evaluate.Sample]], dict[str, dict[str, float]]]:
+    """Returns the samples of every policy on every set of prompts, and {policy: {"perplexity": of demonstrations}}."""
     seed = run.config.seed if stage.seed is None else stage.seed
     baseline, *_ = stage.policies
     module, reference = open_policy(run, baseline)
@@ -81,9 +86,12 @@ def sample_policies(run: Run, stage: cfg.EvaluateStage, scorers: Scorers) -> dic
         out |= scores_of_several(run, scorers.host, prompts, batch.row, out)
         return evaluate.best_responses(out, stage.best_of_cost_limit)
 
+    measure = perplexity_of(run, stage, module)
     out: dict[str, list[evaluate.Sample]] = {}
+    capability: dict[str, dict[str, float]] = {}
     for name in stage.policies:
         params = reference if name == baseline else open_policy(run, name)[1]
+        capability[name] = measure(params)
         for row, number in rows_of(stage, name).items():
             out[row] = []
             for data, prompts in prompt_sets:
@@ -100,7 +108,17 @@ def sample_policies(run: Run, stage: cfg.EvaluateStage, scorers: Scorers) -> dic
                 )
             LOGGER.info(f"{stage.name}: {row}: {len(out[row])} responses")
         del params  # before the next one is opened
-    return out
+    return out, capability
+
+
+def perplexity_of(run: Run, stage: cfg.EvaluateStage, policy: Any) -> Callable[[Any], dict[str, float]]:
+    """Returns measure(policy's params): {"perplexity": of demonstrations, by response token}; {} without any."""
+    if stage.demonstrations is None:
+        return lambda _: {}
+    data = take(run, stage, "demonstrations")
+    report_data(f"{stage.name}: {described(stage.demonstrations)}", data)
+    evaluate_params = demonstrations_evaluate(run, policy, data)
+    return lambda params: {"perplexity": evaluate_params(params)["perplexity"]}
 
 
 def open_policy(run: Run, name: str) -> tuple[Any, Any]:
@@ -178,6 +196,7 @@ def provenance_of(run: Run, stage: cfg.EvaluateStage) -> dict[str, str]:
     sampling = ("temperature", "top_k", "top_p", "repetition_penalty", "max_prompt_length", "max_response_length")
     return {
         "prompts": "; ".join(described(data) for data in stage.prompts),
+        **({"demonstrations": described(stage.demonstrations)} if stage.demonstrations is not None else {}),
         **{f"{kind} pairs": described(data) for kind, data in stage.pairs.items()},
         **{f"{role} {name}": origin(made.get(name)) for role, name in models},
         "sampling": ", ".join(f"{name} {getattr(stage, name)}" for name in sampling),
