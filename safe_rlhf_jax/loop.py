@@ -1,10 +1,11 @@
 """The one training loop: restore, step, log, evaluate, save; stop on non-finite numbers or preemption. Knows no RL."""
 
 import dataclasses
+import itertools
 import logging
 import math
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import FrameType
 from typing import Any
 
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 from safe_rlhf_jax import storage
 from safe_rlhf_jax.checkpoint import Checkpoints
 from safe_rlhf_jax.errors import NonFiniteError
-from safe_rlhf_jax.metrics import ProgressBar, Throughput, make_writers
+from safe_rlhf_jax.metrics import ProgressBar, Throughput, make_writers, read_jsonl
 from safe_rlhf_jax.processes import any_process, is_main
 
 LOGGER = logging.getLogger(__name__)
@@ -41,11 +42,15 @@ class TrainLoop:
     warning: Callable[[dict[str, float]], str | None] = lambda _: None  # metrics -> a warning, printed once
     shown: tuple[str, ...] = ("train/loss",)  # metrics beside the progress bar
     keep_best: str | None = None  # metric whose best checkpoint is kept as well, see `Checkpoints`
+    patience: int | None = None  # evaluations without a better `keep_best`, after which the stage ends
+
+    def is_due(self, done: int) -> bool:
+        """Says whether an evaluation after `done` steps is due."""
+        return self.eval_every is not None and done % self.eval_every == 0 and done < self.total_steps
 
     def evaluates(self, done: int, saves: bool) -> bool:
         """Says whether to evaluate the state after `done` steps: when it is due, or to rank a checkpoint."""
-        due = self.eval_every is not None and done % self.eval_every == 0 and done < self.total_steps
-        return due or (saves and (self.keep_best or "").removeprefix("-").startswith("eval/"))
+        return self.is_due(done) or (saves and (self.keep_best or "").removeprefix("-").startswith("eval/"))
 
 
 def fit(stage: TrainLoop, folder: storage.Path, *, writers: tuple[str, ...] = ("jsonl", "tensorboard")) -> Any:
@@ -69,10 +74,10 @@ def fit(stage: TrainLoop, folder: storage.Path, *, writers: tuple[str, ...] = ("
     state, start = checkpoints.restore(stage.init())
     if start:
         LOGGER.info(f"{stage.name}: continuing from step {start}")
-    log = Log(stage, folder, checkpoints, start, writers if is_main() else ())
+    log, patience = Log(stage, folder, checkpoints, start, writers if is_main() else ()), Patience(stage, folder, start)
     key = jax.random.key(stage.seed)
     with Preemption() as preemption:
-        for step in range(start, stage.total_steps):
+        for step in itertools.takewhile(lambda _: not patience.is_over, range(start, stage.total_steps)):
             batch, asked = stage.batch(step), preemption.agreed()
             state, metrics = stage.step(state, stage.frozen, batch, jax.random.fold_in(key, step))
             done = step + 1
@@ -81,7 +86,8 @@ def fit(stage: TrainLoop, folder: storage.Path, *, writers: tuple[str, ...] = ("
             save = done % stage.checkpoint_every == 0 or done == stage.total_steps or stop
             if stage.evaluates(done, save):
                 log.flush(lambda: stage.evaluate(state))  # noqa: B023 called before the next step
-            if save:
+                patience.push(done, log.newest)
+            if save or patience.is_over:
                 log.flush()  # raises before a state that is not finite is saved
                 log.refuse(done, not_finite(state))
                 checkpoints.save(done, state, log.newest)
@@ -94,6 +100,48 @@ def fit(stage: TrainLoop, folder: storage.Path, *, writers: tuple[str, ...] = ("
     checkpoints.close()
     log.close()
     return state
+
+
+class Patience:
+    """Says when a stage has gone on for long enough without a better `keep_best`.
+
+    It counts the evaluations that are due, in `metrics.jsonl`, and no others: a run that was stopped ends at the same
+    step as one that was not.
+    """
+
+    def __init__(self, stage: TrainLoop, folder: storage.Path, start: int):
+        self.stage, self.is_over = stage, False
+        self.ranks: list[float] = []  # of the evaluations so far, higher is better
+        if stage.patience is None:
+            return
+        file = folder / "metrics.jsonl"
+        for row in read_jsonl(file) if is_main() and storage.is_file(file) else ():
+            if row["step"] <= start and stage.is_due(row["step"]):
+                self.ranks.append(self.rank(row))
+        self.decide()
+
+    def rank(self, metrics: Mapping[str, float]) -> float:
+        """Returns the rank of an evaluation, as that of a checkpoint: the lowest without a finite number."""
+        best = self.stage.keep_best or ""
+        value = metrics.get(best.removeprefix("-"), math.nan) * (-1 if best.startswith("-") else 1)
+        return value if math.isfinite(value) else -math.inf
+
+    def push(self, done: int, metrics: Mapping[str, float]) -> None:
+        """Takes the metrics of an evaluation after `done` steps."""
+        if self.stage.patience is None or not self.stage.is_due(done):
+            return
+        self.ranks.append(self.rank(metrics))
+        self.decide()
+        if self.is_over:
+            LOGGER.info(
+                f"{self.stage.name}: no better {self.stage.keep_best} in {self.stage.patience} evaluations; ends at "
+                f"step {done} of {self.stage.total_steps}"
+            )
+
+    def decide(self) -> None:
+        """Decides, in the process that writes, for all."""
+        since = len(self.ranks) - 1 - self.ranks.index(max(self.ranks)) if self.ranks else 0
+        self.is_over = bool(any_process(is_main() and since >= (self.stage.patience or math.inf)))
 
 
 class Log:

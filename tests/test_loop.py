@@ -304,6 +304,40 @@ def test_best_checkpoint_is_kept_beside_the_newest(tmp_path, best, kept):
     assert sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir()) == kept
 
 
+def impatient(**options):
+    """A stage that is evaluated after every second step, best after the fourth, and that also evaluates checkpoints."""
+    due = {2: 1.0, 4: 3.0, 6: 2.0, 8: 3.0, 10: 1.0}
+    options = {"eval_every": 2, "checkpoint_every": 3, "keep_best": "eval/x", "patience": 2} | options
+    return counter(12, evaluate=lambda state: {"eval/x": due.get(int(state["count"]), 9.0)}, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "last"),
+    [({}, 8), ({"patience": 3}, 10), ({"patience": 5}, 12), ({"keep_best": "-eval/x"}, 6), ({"patience": None}, 12)],
+)
+def test_run_ends_after_so_many_evaluations_without_a_better_one_and_saves_its_state(tmp_path, options, last):
+    assert int(fit(impatient(**options), tmp_path, writers=("jsonl",))["count"]) == last
+    assert Checkpoints(tmp_path / "checkpoints").latest() == last
+    assert len(read_jsonl(tmp_path / "metrics.jsonl")) == last
+
+
+@pytest.mark.parametrize("lost", [False, True])
+@pytest.mark.parametrize("stopped_at", [2, 5, 7, 8])
+def test_run_that_was_stopped_ends_where_it_would_have_ended(tmp_path, stopped_at, lost):
+    def batch(step):
+        if step + 1 == stopped_at:
+            signal.raise_signal(signal.SIGTERM)
+        return 1
+
+    with pytest.raises(SystemExit):
+        fit(impatient(batch=batch), tmp_path, writers=("jsonl",))
+    if lost:  # as if it had been killed before the state was saved
+        shutil.rmtree(tmp_path / "checkpoints" / str(stopped_at))
+    for _ in range(2):  # the second time there is nothing left to do
+        assert int(fit(impatient(), tmp_path, writers=("jsonl",))["count"]) == 8
+    assert [row["step"] for row in read_jsonl(tmp_path / "metrics.jsonl")] == list(range(1, 9))
+
+
 def test_best_by_a_metric_that_is_not_measured_is_refused_by_name_and_loses_nothing(tmp_path):
     with pytest.raises(ValueError, match=r"keep_best: 'train/los' is not among .*train/loss.*step 2 is saved"):
         fit(counter(keep_best="train/los"), tmp_path, writers=("jsonl",))

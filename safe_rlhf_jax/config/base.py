@@ -178,6 +178,7 @@ class TrainingStage(StageBase):
     keep_checkpoints: PositiveInt = 2
     keep_best: Annotated[str, Field(pattern="^-?(train|eval)/")] | None = None  # by metric: highest; -eval/loss: lowest
     eval_every: PositiveInt | None = None  # steps; None evaluates at the end only
+    patience: PositiveInt | None = None  # evaluations without a better `keep_best` after which the run ends
     held_out: ClassVar[str]  # the setting of its own evaluation data
 
     @property
@@ -195,6 +196,12 @@ class TrainingStage(StageBase):
         """Optimizer steps that share the rows of a step."""
         return 1
 
+    def without_effect(self) -> frozenset[str]:
+        """With `patience`, what is evaluated and when decides where the run ends."""
+        if self.patience is None:
+            return super().without_effect() | {"patience"}
+        return super().without_effect() - {"keep_best", "eval_every"}
+
     def idle(self) -> dict[str, str]:
         """Evaluation settings without evaluation data."""
         reasons = {"eval_every": f"there is no {self.held_out}"} if getattr(self, self.held_out) is None else {}
@@ -205,8 +212,14 @@ class TrainingStage(StageBase):
         return {"init_from": ModelUse(self.init_from, may_be_new=True, alike=True)} | super().models()
 
     def mistakes(self, earlier: Sequence[StageBase]) -> Iterator[str]:
-        """Yields errors with respect to earlier stages, and why adapters cannot be trained as asked."""
+        """Yields errors with respect to earlier stages, of `patience`, and why adapters cannot be trained as asked."""
         yield from super().mistakes(earlier)
+        evaluated = self.eval_every is not None and (self.keep_best or "").removeprefix("-").startswith("eval/")
+        if self.patience is not None and not evaluated:
+            yield (
+                f"patience {self.patience} counts evaluations without a better keep_best; give eval_every, and as "
+                f"keep_best a metric of eval/ (they are {self.eval_every} and {self.keep_best})"
+            )
         form = self.adapters
         if form is None:
             return

@@ -20,6 +20,10 @@ class Schema(pydantic.BaseModel):
     refused: ClassVar[dict[str, str]] = {}  # keys that a user might expect here -> why they do not exist
     unhashed: ClassVar[frozenset[str]] = frozenset()  # keys that change no result: a run continues with other values
 
+    def without_effect(self) -> frozenset[str]:
+        """Returns the keys that change no result, as they are set."""
+        return self.unhashed
+
     def idle(self) -> dict[str, str]:
         """Returns {setting, possibly dotted: why it has no effect with the others}."""
         return {}

@@ -20,6 +20,11 @@ class Judged(Schema):
     # on which nothing is trained. A cost is the logit of "unsafe".
     judges: dict[str, str] = Field(default_factory=dict)
 
+    def without_effect(self) -> frozenset[str]:
+        """An evaluation that is not asked for changes nothing."""
+        asked = ("judges", "pairs", "demonstrations")
+        return super().without_effect() | {name for name in asked if not getattr(self, name, None)}
+
     @pydantic.field_validator("judges")
     @classmethod
     def signals_are_named(cls, value: dict[str, str]) -> dict[str, str]:

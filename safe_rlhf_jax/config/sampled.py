@@ -222,6 +222,7 @@ class EvaluateStage(Judged, StageBase):
     best_of_cost_limit: float | None = None  # of those n, only responses with cost ≤ this, where there are any
     # Labelled pairs on which the two models and the judges are measured, cut as long as a prompt with its response.
     pairs: dict[Literal["reward", "cost"], ReadOnce] = Field(default_factory=dict)
+    demonstrations: ReadOnce | None = None  # on which the perplexity of every policy is measured
     seed: NonNegativeInt | None = None
 
     def idle(self) -> dict[str, str]:
@@ -242,10 +243,12 @@ class EvaluateStage(Judged, StageBase):
         return found | self.judge_models()
 
     def datasets(self) -> dict[str, DataUse]:
-        """Returns the prompts, and the pairs that the models are measured on, by field."""
+        """Returns the prompts, and the texts that models and policies are measured on, by field."""
         length, total = self.max_prompt_length, self.max_prompt_length + self.max_response_length
         prompts = {f"prompts.{i}": data for i, data in enumerate(self.prompts)}
         found = {field: DataUse(data, "prompts", length, "evaluate") for field, data in prompts.items()}
+        if self.demonstrations is not None:
+            found["demonstrations"] = DataUse(self.demonstrations, "sft", total, "evaluate")
         return found | {f"pairs.{kind}": DataUse(data, kind, total, "evaluate") for kind, data in self.pairs.items()}
 
     def mistakes(self, earlier: Sequence[StageBase]) -> Iterator[str]:

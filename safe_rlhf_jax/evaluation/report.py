@@ -40,6 +40,7 @@ class Report:
         judged: What outside judges say of each policy (see `judges.views`).
         agreement: By "reward" and "cost", the agreement of the own model and the judges with human labels, each as
             `evaluate_pairs` returns it.
+        capability: By policy, further numbers of it: `perplexity` of demonstrations.
         provenance: {item: value}: data, models, code.
         config: The config, as YAML.
     """
@@ -57,13 +58,19 @@ class Report:
     note: str = ""
     judged: list[dict[str, Any]] = field(default_factory=list)
     agreement: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
+    capability: dict[str, dict[str, float]] = field(default_factory=dict)
     provenance: dict[str, str] = field(default_factory=dict)
     config: str = ""
+
+    @property
+    def summaries(self) -> dict[str, dict[str, float]]:
+        """Every number about each policy."""
+        return {name: summarize(samples) | self.capability.get(name, {}) for name, samples in self.policies.items()}
 
 
 def write_report(folder: storage.Path, report: Report) -> storage.Path:
     """Writes `report.html` and its figures into `folder`, and returns the path of the page."""
-    summaries = {name: summarize(samples) for name, samples in report.policies.items()}
+    summaries = report.summaries
     colours = plots.policy_colours([*report.policies, *(n for n in report.history if n not in report.policies)])
     images = {}
     for name, png in drawn(figures(report, summaries, colours)).items():
@@ -94,7 +101,7 @@ def write_report(folder: storage.Path, report: Report) -> storage.Path:
         each_judge=judge_tables.judged(report.judged, colours, average=False),
         agreement=judge_tables.agreement(report.agreement),
         refusals=tables.refusals(report.policies, colours),
-        texts=tables.metrics(summaries, tables.TEXTS, colours),
+        texts=tables.metrics(summaries, (*tables.TEXTS, tables.PERPLEXITY), colours),
         texts_by_kind=tables.texts_by_kind(report.policies, colours),
         scorers=tables.scorers(report.scorers),
         health={
@@ -143,7 +150,7 @@ def figures(report: Report, summaries: tables.Summaries, colours: Mapping[str, s
 
 def summary_table(report: Report) -> Table:
     """The headline numbers for the terminal: a row per policy, a column per measured metric."""
-    summaries = {name: summarize(samples) for name, samples in report.policies.items()}
+    summaries = report.summaries
     columns = tables.measured(summaries, [*(m for m in report.measures if m.headline), *tables.SCORES])
     table = Table(
         title=report.title, caption="held-out prompts; ↓ lower is better, ↑ higher is better", box=SIMPLE_HEAD

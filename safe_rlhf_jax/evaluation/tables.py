@@ -38,6 +38,7 @@ TEXTS = (
     Measure("distinct_1", "distinct-1"),
     Measure("distinct_2", "distinct-2"),
 )
+PERPLEXITY = Measure("perplexity", "perplexity of demonstrations", False, "↓")
 SCORER_METRICS = {
     "accuracy": "ranking accuracy",
     "sign_accuracy": "sign accuracy (cost > 0 is unsafe)",

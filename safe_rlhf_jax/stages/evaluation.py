@@ -31,6 +31,7 @@ from safe_rlhf_jax.stages.host_signals import Scorers, host_scores, open_scorers
 from safe_rlhf_jax.stages.judges import agreement, judge_signals, warn_of_judges
 from safe_rlhf_jax.stages.kind import Kind
 from safe_rlhf_jax.stages.sampling import scores_of_several
+from safe_rlhf_jax.stages.supervised import demonstrations_evaluate
 from safe_rlhf_jax.types import Frozen, PromptBatch
 
 LOGGER = logging.getLogger(__name__)
@@ -41,7 +42,7 @@ def run_evaluation(run: Run, stage: cfg.EvaluateStage, folder: storage.Path) -> 
     lora = next(filter(None, map(run.networks.form, stage.policies)), None)
     with contextlib.nullcontext() if lora is None else run.networks.reading_once():  # one base for all of them
         scorers = open_scorers(run, stage.scorers | judge_signals(stage))
-        policies = sample_policies(run, stage, scorers, lora)
+        policies, capability = sample_policies(run, stage, scorers, lora)
     everything = [sample for samples in policies.values() for sample in samples]
     units = reward_units(everything)
     add_averages(everything, units)
@@ -49,12 +50,13 @@ def run_evaluation(run: Run, stage: cfg.EvaluateStage, folder: storage.Path) -> 
     if is_main():
         lines = (json.dumps({"policy": name} | sample) for name, samples in policies.items() for sample in samples)
         storage.write(folder / "samples.jsonl", "".join(f"{line}\n" for line in lines))
-        report = make_report(run, stage, policies, judged=judged, agreement=agreed)
+        report = make_report(run, stage, policies, judged=judged, agreement=agreed, capability=capability)
         Console(width=None).print(summary_table(report))
         path = write_report(folder, report)
         LOGGER.info(f"{stage.name}: report at {path}")
+    summaries = {name: summarize(samples) | capability.get(name, {}) for name, samples in policies.items()}
     result: dict[str, Any] = {
-        "metrics": {f"{name}/{k}": v for name, s in policies.items() for k, v in summarize(s).items()}
+        "metrics": {f"{name}/{k}": v for name, found in summaries.items() for k, v in found.items()}
     }
     result |= {"judges": judged} if judged else {}
     shown = {kind: {name: one["health"] for name, one in found.items()} for kind, found in agreed.items()}
@@ -63,8 +65,8 @@ def run_evaluation(run: Run, stage: cfg.EvaluateStage, folder: storage.Path) -> 
 
 def sample_policies(
     run: Run, stage: cfg.EvaluateStage, scorers: Scorers, lora: Lora | None = None
-) -> dict[str, list[evaluate.Sample]]:
-    """Returns the samples of every policy on every set of prompts.
+) -> tuple[dict[str, list[evaluate.Sample]], dict[str, dict[str, float]]]:
+    """Returns the samples of every policy on every set of prompts, and {policy: {"perplexity": of demonstrations}}.
 
     Args:
         run: The run.
@@ -105,9 +107,12 @@ def sample_policies(
         out |= scores_of_several(run, scorers.host, prompts, batch.row, out)
         return evaluate.best_responses(out, stage.best_of_cost_limit)
 
+    measure = perplexity_of(run, stage)
     out: dict[str, list[evaluate.Sample]] = {}
+    capability: dict[str, dict[str, float]] = {}
     for name in stage.policies:
         module, params = (start, reference) if name == baseline else open_policy(run, name, lora)
+        capability[name] = measure(module, params)
         for row, number in rows_of(stage, name).items():
             out[row] = []
             for data, prompts in prompt_sets:
@@ -124,7 +129,17 @@ def sample_policies(
                 )
             LOGGER.info(f"{stage.name}: {row}: {len(out[row])} responses")
         del params  # before the next one is opened
-    return out
+    return out, capability
+
+
+def perplexity_of(run: Run, stage: cfg.EvaluateStage) -> Callable[[LanguageModel, Any], dict[str, float]]:
+    """Returns measure(policy, its params): {"perplexity": of demonstrations, by response token}; {} without any."""
+    if stage.demonstrations is None:
+        return lambda *_: {}
+    data = take(run, stage, "demonstrations")
+    report_data(f"{stage.name}: {described(stage.demonstrations)}", data)
+    evaluate_params = functools.cache(lambda policy: demonstrations_evaluate(run, policy, data))
+    return lambda policy, params: {"perplexity": evaluate_params(policy)(params)["perplexity"]}
 
 
 def open_policy(run: Run, name: str, lora: Lora | None) -> tuple[Any, Any]:
@@ -206,6 +221,7 @@ def provenance_of(run: Run, stage: cfg.EvaluateStage) -> dict[str, str]:
     sampling = ("temperature", "top_k", "top_p", "repetition_penalty", "max_prompt_length", "max_response_length")
     return {
         "prompts": "; ".join(described(data) for data in stage.prompts),
+        **({"demonstrations": described(stage.demonstrations)} if stage.demonstrations is not None else {}),
         **{f"{kind} pairs": described(data) for kind, data in stage.pairs.items()},
         **{f"{role} {name}": origin(made.get(name)) for role, name in models},
         "sampling": ", ".join(f"{name} {getattr(stage, name)}" for name in sampling),

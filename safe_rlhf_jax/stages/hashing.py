@@ -22,7 +22,7 @@ DIGESTS = ".digests.json"  # in the workdir: digests of large files, by path, si
 def stage_hashes(config: cfg.RunConfig, shared: Sequence[Any], files: "Digests") -> dict[str, str]:
     """Returns 12 hex digits for each stage: of its settings, data, models and `shared`, on the first process.
 
-    Settings that change no result (`Schema.unhashed`) and the mesh are left out.
+    Settings that change no result (`Schema.without_effect`) and the mesh are left out.
 
     Args:
         config: Of the run.
@@ -52,7 +52,7 @@ def hashed(value: Any) -> Any:
     """Returns a schema as plain values, without the settings that change no result."""
     if isinstance(value, cfg.Schema):
         fields = dict(value)
-        return {name: hashed(fields[name]) for name in fields.keys() - value.unhashed}
+        return {name: hashed(fields[name]) for name in fields.keys() - value.without_effect()}
     if isinstance(value, dict):
         return {name: hashed(item) for name, item in value.items()}
     return [hashed(item) for item in value] if isinstance(value, tuple | list) else value

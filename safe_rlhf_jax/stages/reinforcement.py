@@ -87,6 +87,7 @@ def run_reinforcement(run: Run, stage: cfg.RLStage, folder: storage.Path) -> dic
             keep_checkpoints=stage.keep_checkpoints,
             keep_best=stage.keep_best,
             eval_every=stage.eval_every,
+            patience=stage.patience,
             evaluate=lambda s: evaluate_policy(whole(s.actor.params, base)),
             tokens=lambda metrics: rows * (prompt_tokens + metrics["train/response_length"]),
             warning=compensation_warning(stage, limits),

@@ -201,7 +201,7 @@ def fine_tune(
             name=f"{stage.name}: round {number}", total_steps=total, init=lambda: state, step=step,
             batch=run.batches(data, stage.batch_size, seed, None), frozen=frozen, seed=seed,
             checkpoint_every=stage.checkpoint_every, keep_checkpoints=stage.keep_checkpoints,
-            keep_best=stage.keep_best, eval_every=stage.eval_every,
+            keep_best=stage.keep_best, eval_every=stage.eval_every, patience=stage.patience,
             evaluate=lambda s: evaluate_policy(whole(s.params, base)), tokens=lambda _: tokens_per_step,
         ),
         round_folder(folder, number), writers=writers(run),

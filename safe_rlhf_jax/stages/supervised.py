@@ -28,7 +28,7 @@ from safe_rlhf_jax.stages.kind import Kind, Training
 from safe_rlhf_jax.stages.networks import jit_step, optimizer_of, with_adapters
 from safe_rlhf_jax.stages.programs import TOTAL_STEPS, Program, array, one_side, put, random_key, texts
 from safe_rlhf_jax.stages.trained import Trained, one_policy, one_scorer
-from safe_rlhf_jax.types import Frozen, PreferenceBatch, SafetyBatch, SupervisedBatch, TrainState
+from safe_rlhf_jax.types import Frozen, Params, PreferenceBatch, SafetyBatch, SupervisedBatch, TrainState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +89,7 @@ def run_supervised(task: Task, run: Run, stage: Any, folder: storage.Path) -> di
             batch=run.batches(data, stage.batch_size, seed, weights(stage.data), stage.group_by_length),
             frozen=frozen, seed=seed,
             checkpoint_every=stage.checkpoint_every, keep_checkpoints=stage.keep_checkpoints,
-            keep_best=stage.keep_best, eval_every=stage.eval_every,
+            keep_best=stage.keep_best, eval_every=stage.eval_every, patience=stage.patience,
             evaluate=lambda s: flat(evaluate_state(s)), tokens=lambda _: tokens_per_step,
             shown=("train/loss", "train/accuracy", "train/sign_accuracy"),
         ),
@@ -192,6 +192,14 @@ def sft_evaluate(
 ) -> Callable[[TrainState], dict[str, Any]]:
     """Returns evaluate(state): loss in nats per response token, and its perplexity."""
     del stage, frozen
+    evaluate_params = demonstrations_evaluate(run, module, data)
+    return lambda state: {"metrics": evaluate_params(state.params)}
+
+
+def demonstrations_evaluate(
+    run: Run, module: LanguageModel, data: examples.Examples
+) -> Callable[[Params], dict[str, float]]:
+    """Returns evaluate(params): loss in nats per response token, and its perplexity."""
     rows = run.rows(data)
     batches = in_order(data, rows)
 
@@ -201,12 +209,12 @@ def sft_evaluate(
         loss, _ = objectives.lm_loss(module, params, batch, real.astype(jnp.float32))
         return loss * rows, real.sum()
 
-    def evaluate_state(state: TrainState) -> dict[str, Any]:
-        parts = [run.get(sums(state.params, run.put(batch), len(valid))) for batch, valid in batches]
+    def evaluate_params(params: Params) -> dict[str, float]:
+        parts = [run.get(sums(params, run.put(batch), len(valid))) for batch, valid in batches]
         loss = float(sum(part[0] for part in parts) / sum(part[1] for part in parts))
-        return {"metrics": {"loss": loss, "perplexity": float(np.exp(np.float64(loss)))}}
+        return {"loss": loss, "perplexity": float(np.exp(np.float64(loss)))}
 
-    return evaluate_state
+    return evaluate_params
 
 
 def pairs_evaluate(

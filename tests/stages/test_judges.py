@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import yaml
@@ -27,6 +28,7 @@ TOKENIZER = load_tokenizer("demo")
 CONFIG = tiny_config(vocab_size=TOKENIZER.vocab_size, hidden_size=16, num_layers=1, head_dim=4)
 PROMPTS = {"name": "demo/prompts", "split": "test", "limit": 16}
 PAIRS = {"name": "demo/preference", "split": "test", "limit": 24}
+DEMONSTRATIONS = {"name": "demo/sft", "split": "test", "limit": 20}
 FUNCTIONS = """
 import numpy as np
 UNITS = 100.0
@@ -110,6 +112,7 @@ def evaluated(models, tmp_path_factory):
         judges=judges,
         pairs={"reward": PAIRS, "cost": PAIRS},
         best_of={f"path:{models}/b": 2},
+        demonstrations=DEMONSTRATIONS,
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(models))
@@ -162,6 +165,21 @@ def test_own_models_and_judges_are_measured_on_the_same_labelled_pairs_in_the_sa
     shorter = [len(r[f"response_{1 - r['better_response_id']}"]) for r in records]
     expected = np.mean([(a > b) + 0.5 * (a == b) for a, b in zip(longer, shorter, strict=True)])
     assert found["reward"]["reward/length"]["accuracy"]["rate"] == expected
+
+
+def test_perplexity_of_every_policy_is_that_of_the_response_tokens_of_demonstrations(evaluated, models):
+    metrics = json.loads((evaluated / "result.json").read_text())["metrics"]
+    run = Run(cfg.load_config(evaluated.parent.parent / "config.yaml", []))
+    batch = datasets.load_data(run, run.config.stages[0], "demonstrations").arrays
+    for name in "ab":
+        module, variables = hf.load(models / name)
+        logits = module.apply(variables, jnp.asarray(batch.tokens), jnp.asarray(batch.mask))[:, :-1]
+        log_probs = np.take_along_axis(jax.nn.log_softmax(logits), batch.tokens[:, 1:, None], -1)[..., 0]
+        expected = np.exp(-log_probs[batch.loss_mask[:, 1:]].mean())
+        assert metrics[f"path:{models}/{name}/perplexity"] == pytest.approx(expected, rel=1e-4)
+    page = (evaluated / "report.html").read_text()
+    assert "perplexity of demonstrations" in page
+    assert "<td>data demo/sft (test)</td>" in page
 
 
 @pytest.fixture(scope="module")
@@ -227,6 +245,23 @@ def test_prompt_that_a_judge_cannot_read_is_left_out_of_evaluations_only(models,
     run = run_of(tmp_path, rl_stage(models, judges=judges, prompts=data, eval_prompts=data))
     sizes = {field: len(datasets.load_data(run, run.config.stages[0], field)) for field in ("prompts", "eval_prompts")}
     assert sizes == {"prompts": 40, "eval_prompts": 39}
+
+
+@pytest.mark.parametrize("settings", [{"keep_best": "eval/reward_mean", "eval_every": None}, {"keep_best": None},
+                                      {"keep_best": "train/reward"}])  # fmt: skip
+def test_patience_without_evaluations_that_rank_is_refused(models, tmp_path, settings):
+    message = r"patience 3 counts evaluations without a better keep_best; give eval_every, and as keep_best"
+    with pytest.raises(cfg.ConfigError, match=message):
+        run_of(tmp_path, rl_stage(models, **(settings | {"patience": 3})))
+
+
+def test_patience_decides_a_result_and_so_do_then_the_evaluations(models, tmp_path):
+    def hash_of(**settings):
+        return run_of(tmp_path, rl_stage(models, **settings)).hashes["ppo"]
+
+    best = {"keep_best": "eval/reward_mean"}
+    assert hash_of() == hash_of(**best) == hash_of(judges={})
+    assert len({hash_of(), hash_of(**best, patience=1), hash_of(**best, patience=1, eval_every=2)}) == 3
 
 
 @pytest.mark.parametrize(
