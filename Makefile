@@ -11,7 +11,7 @@ COMPILE := $(UV) pip compile pyproject.toml --quiet --universal --python-version
              --no-emit-index-url --no-annotate --custom-compile-command 'make lock'
 
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart test test-fast test-distributed test-reference test-tpu test-gpu-aot lint format types dist wheels lock clean
+.PHONY: help venv quickstart real test test-fast test-distributed test-real test-reference test-tpu test-gpu-aot lint format types dist wheels lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -29,14 +29,25 @@ $(STAMP): requirements-dev.lock pyproject.toml
 quickstart: venv ## train the small pipeline on this machine's CPU (ARGS="dotted.key=value ...")
 	$(BIN)/python -m safe_rlhf_jax.train --config configs/quickstart.yaml $(ARGS)
 
+real: venv ## Safe RLHF of SmolLM2-135M-Instruct on real preferences: hours on two cores (docs/real.md; needs ../shared)
+	$(PIP) install --no-build-isolation -e '.[real]'
+	$(BIN)/python -m benchmarks.real.prepare
+	$(BIN)/python -m safe_rlhf_jax.train --config configs/smollm2_135m/judge.yaml
+	$(BIN)/python -m benchmarks.real.judge fit
+	$(BIN)/python -m safe_rlhf_jax.train --config configs/smollm2_135m/safe_rlhf.yaml $(ARGS)
+
 test: venv ## all tests that need neither TPU, GPU nor torch, the slow ones too (ARGS="-k name ...")
-	$(BIN)/python -m pytest -m "not tpu and not gpu_aot and not reference and not distributed" $(PYTEST) $(ARGS)
+	$(BIN)/python -m pytest -m "not tpu and not gpu_aot and not reference and not distributed and not real" $(PYTEST) $(ARGS)
 
 test-fast: venv ## the same without the slow ones
-	$(BIN)/python -m pytest -m "not tpu and not gpu_aot and not reference and not distributed and not slow" $(PYTEST) $(ARGS)
+	$(BIN)/python -m pytest -m "not tpu and not gpu_aot and not reference and not distributed and not real and not slow" $(PYTEST) $(ARGS)
 
 test-distributed: venv ## kills, terminations and deaths of processes; every mesh shape (about ten minutes)
 	$(BIN)/python -m pytest -m distributed $(ARGS)
+
+test-real: venv ## a few steps of every stage of `make real` (some minutes; downloads the model, needs ../shared)
+	$(PIP) install --no-build-isolation -e '.[real]'
+	$(BIN)/python -m pytest -m real $(ARGS)
 
 test-reference: venv ## comparisons with the torch reference (installs torch into .venv)
 	$(PIP) install --no-build-isolation -e '.[torch]'

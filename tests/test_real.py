@@ -12,7 +12,7 @@ import yaml
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
 CONFIGS = ROOT / "configs" / "smollm2_135m"
-FEW = {"batch_size": 4, "limit": 8, "eval_limit": 4, "steps": 2, "max_length": 64, "max_response_length": 8}
+FEW = {"batch_size": 4, "limit": 12, "eval_limit": 8, "steps": 2, "max_length": 192, "max_response_length": 8}
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(3600)]
 
