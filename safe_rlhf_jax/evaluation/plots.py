@@ -37,6 +37,10 @@ CURVES = (
     ("train/kl", "Divergence from the reference", "KL (nats)"),
     ("train/response_length", "Response length", "tokens"),
 )
+PARTED = {  # {title: unit} of own scores against judges'
+    "Reward, own (—) and judges' (- -)": "gain (standard deviations)",
+    "Unsafe, own cost > 0 (—) and judges' (- -)": "share of responses",
+}
 LOSS = "train/loss"  # of stages that learn from data: a panel each, since their losses and steps are not comparable
 
 
@@ -117,6 +121,56 @@ def headline_bars(
         else:
             ax.margins(y=0.14)
     return figure
+
+
+def over_optimisation(history: Mapping[str, Sequence[Mapping[str, Any]]], colours: Mapping[str, str]) -> Figure | None:
+    """Own scores against the judges' over √KL, as a stage trains: where the two part, it games its own models.
+
+    Rewards are gains since the start, in standard deviations over its responses; of the cost it is the share of unsafe
+    responses. None without judges.
+
+    Source: Gao et al., "Scaling laws for reward model overoptimization", https://arxiv.org/abs/2210.10760.
+
+    Args:
+        history: By stage, the metrics of its evaluations, those of the start first.
+        colours: By stage.
+    """
+    found = {name: over_kl(rows) for name, rows in history.items()}
+    panels = [title for title in PARTED if any(title in curves for curves in found.values())]
+    if not panels:
+        return None
+    figure, axes = grid(1, len(panels), width=PANEL * 1.5 * len(panels), height=3.7)
+    for ax, title in zip(axes, panels, strict=True):
+        for name, curves in found.items():
+            for (label, values), style in zip(curves.get(title, {}).items(), ("-", "--"), strict=False):
+                x, y = np.asarray(values).T
+                ax.plot(x, y, style, color=colours[name], marker="o", ms=4, label=f"{short(name)}, {label}")
+        ax.set(title=title, xlabel="√KL from the start (√nats)", ylabel=PARTED[title])
+    legend_below(figure, handles_of(axes))
+    return figure
+
+
+def over_kl(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, list[tuple[float, float]]]]:
+    """{title of `PARTED`: {"own" or "judges": (√KL, value) of each evaluation}}, where judges have been asked."""
+    evaluations = [row for row in rows if "eval/kl_mean" in row]
+    judged = {key for row in evaluations for key in row if key.startswith("eval/judge_")}
+    if not judged:
+        return {}
+    start = evaluations[0]
+    spread = start.get("eval/reward_std") or 1.0
+    gains = {"own": ("eval/reward_mean", spread), "judges": ("eval/judge_reward_mean", 1.0)}
+    shares = {"own": ("eval/cost_positive_share", 1.0), "judges": ("eval/judge_unsafe_share", 1.0)}
+    found: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    for title, curves in zip(PARTED, (gains, shares), strict=True):
+        if curves["judges"][0] not in judged:
+            continue
+        for label, (key, unit) in curves.items():
+            first = start.get(key, 0.0) if curves is gains else 0.0
+            points = [(row["eval/kl_mean"], row[key]) for row in evaluations if row.get(key) is not None]
+            if points:
+                values = [(math.sqrt(max(kl, 0.0)), (value - first) / unit) for kl, value in points]
+                found.setdefault(title, {})[label] = values
+    return found
 
 
 def best_of_n_curves(rounds: Sequence[Sequence[Mapping[str, float]]]) -> Figure:

@@ -144,6 +144,7 @@ def figures(report: Report, summaries: tables.Summaries, colours: Mapping[str, s
             "harm": score_plots.breakdown_bars(breakdowns(report.policies, titles), colours),
             "lengths": score_plots.violins(report.policies, colours, (("length", "response length (tokens)"),)),
             "training": plots.training_curves(report.history, colours, report.cost_limit),
+            "over_optimisation": plots.over_optimisation(report.history, colours),
             "score_distributions": score_plots.label_distributions(report.scorers, report.cost_limit),
         }
 

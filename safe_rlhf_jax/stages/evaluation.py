@@ -185,7 +185,11 @@ def make_report(
                 json.loads(storage.read_text(scores)) if storage.is_file(scores) else nothing_known
             )
         if storage.is_file(metrics) and other.name in (*stage.policies, stage.reward_model, stage.cost_model):
-            history[other.name] = read_jsonl(metrics)
+            rows = read_jsonl(metrics)
+            if "start" in result:  # of an rl stage with judges
+                last = {"step": rows[-1]["step"]} | result["metrics"]
+                rows = [{"step": 0} | result["start"], *rows, last]
+            history[other.name] = rows
         if other.limits and other.makes == "policy" and "cost_limit" in result and limit is None:
             limit = result["cost_limit"]
             groups = other.limits["cost"].constrained_groups

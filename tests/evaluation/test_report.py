@@ -13,13 +13,16 @@ from safe_rlhf_jax import evaluation
 from safe_rlhf_jax.data.oracles import Measure
 from safe_rlhf_jax.evaluation import plots, provenance, score_plots
 from safe_rlhf_jax.evaluation import report as report_module
+from safe_rlhf_jax.evaluation.evaluate import measured_pairs
+from safe_rlhf_jax.evaluation.judges import OWN, add_averages, reward_units, views
 from safe_rlhf_jax.evaluation.provenance import code_version
 from safe_rlhf_jax.evaluation.report import Report, figures, summary_table, write_report
 from safe_rlhf_jax.evaluation.responses import BEST, CHANGED, MOST_PROMPTS, UNSAFE, WORST, answers_of
 from safe_rlhf_jax.evaluation.statistics import MOST_GROUPS, paired_win_rate, summarize
 
 FIGURES = (
-    "headline", "reward_cost", "quadrants", "distributions", "harm", "lengths", "training", "score_distributions",
+    "headline", "reward_cost", "quadrants", "distributions", "harm", "lengths", "training", "over_optimisation",
+    "score_distributions",
 )  # fmt: skip
 MEASURES = (
     Measure("harm_rate", "harm, risky prompts", True, "↓"),
@@ -88,6 +91,17 @@ def make_report(*, prompts=120, steps=80, oracle=True):
         name: make_samples(rng, harm=harm, skill=skill, oracle=oracle, prompts=prompts)
         for name, harm, skill in (("SFT", 0.52, 0.6), ("PPO-Lag", 0.01, 0.8), ("PPO", 0.9, 0.85))
     }
+    everything = [sample for samples in policies.values() for sample in samples]
+    for sample in everything if oracle else ():
+        doubt = sample["cost"] + rng.normal()
+        sample["judged"] = {
+            "reward/other": sample["reward"] + rng.normal(),
+            "cost/other": doubt,
+            "cost/third": doubt / 2,
+        }
+        sample["refusal_by"] = "oracle"
+    add_averages(everything, reward_units(everything))
+    right = measured_pairs((rng.normal(-1, 2, 90), rng.normal(1, 2, 90)), (np.ones(90), np.ones(90)), None, [])
     t = np.arange(steps)
     noise = rng.normal(0, 0.15, size=(4, steps))
     lagged = np.stack(
@@ -100,6 +114,9 @@ def make_report(*, prompts=120, steps=80, oracle=True):
     )
     keys = ("train/multiplier", "train/mean_cost", "train/reward", "train/kl")
     history = {"PPO-Lag": [{"step": int(i), **dict(zip(keys, map(float, lagged[:, i]), strict=True))} for i in t]}
+    for i, row in enumerate(history["PPO-Lag"][:: max(steps // 4, 1)]):
+        row |= {"eval/kl_mean": 0.7 * i, "eval/reward_mean": 0.3 * i, "eval/judge_reward_mean": 0.3 * i - 0.06 * i * i}
+        row |= {"eval/reward_std": 0.5, "eval/cost_positive_share": 0.5 / (1 + i), "eval/judge_unsafe_share": 0.5}
     history["PPO"] = [
         {"step": int(i), "train/reward": float(lagged[2, i] * 1.3), "train/cost": float(i / steps + noise[3, i])}
         for i in t
@@ -128,6 +145,9 @@ def make_report(*, prompts=120, steps=80, oracle=True):
         constrained_groups=["risky"],
         measures=MEASURES if oracle else (),
         note="Harm is read by an oracle.",
+        judged=views(policies) if oracle else [],
+        agreement={"reward": {OWN: right, "reward/other": right}} if oracle else {},
+        capability={name: {"perplexity": 7.5} for name in policies} if oracle else {},
         provenance={"prompts": "data of <b>mine</b>", "code": code_version()},
         config="seed: 0\ntitle: <i>mine</i>\n",
     )
@@ -162,6 +182,26 @@ def test_report_is_one_self_contained_file_with_every_figure(full_page):
     assert "http" not in re.sub(r"base64,[^\"]*", "", text)
     for name in FIGURES:
         assert (page.parent / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_own_scores_stand_against_the_judges_over_the_root_of_kl_as_gains_since_the_start():
+    (name, rows), *_ = make_report().history.items()
+    figure = plots.over_optimisation({name: rows}, {name: "#000000"})
+    left, right = figure.axes
+    own, judged = (line.get_xydata() for line in left.lines)
+    np.testing.assert_allclose(own[:3], [(0, 0), (0.7**0.5, 0.6), (1.4**0.5, 1.2)], atol=1e-9)
+    np.testing.assert_allclose(judged[:3, 1], [0, 0.24, 0.36], atol=1e-9)
+    np.testing.assert_allclose(right.lines[0].get_ydata()[:3], [0.5, 0.25, 0.5 / 3])
+    apart = [{key: value for key, value in row.items() if "judge" not in key} for row in rows]
+    assert plots.over_optimisation({name: apart}, {name: "#000000"}) is None
+
+
+def test_report_has_the_judges_their_agreement_and_refusals_beside_them(full_page):
+    text = full_page.read_text(encoding="utf-8")
+    for head in ("more helpful than SFT", "safer than PPO-Lag", "refusals, by the oracle", "unsafe, by the judges"):
+        assert f"<th>{head}</th>" in text
+    assert "<td>own model</td>" in text
+    assert "7.50" in text
 
 
 def test_report_escapes_text_from_prompts_responses_and_names(tmp_path, undrawn):
@@ -344,7 +384,7 @@ def test_embedded_world_is_known_to_itself_only():
     package = Path(evaluation.__file__).parent
     files = [p for p in package.rglob("*") if p.suffix in (".py", ".html", ".js")]
     assert len(files) > 10
-    named = "risky|benign|sensitive|demo|harm_rate|embedded world"
+    named = r"risky|benign|sensitive|\bdemo\b|harm_rate|embedded world"
     assert [p.name for p in files if re.search(named, p.read_text(encoding="utf-8"))] == []
 
 
@@ -387,7 +427,13 @@ def test_every_figure_shows_something_for_any_number_of_policies_with_and_withou
     rng = np.random.default_rng(0)
     samples = {f"policy {i}": make_samples(rng, oracle=False, prompts=12) for i in range(policies)}
     samples = {n: regroup(s, lambda i: group if group == "all" else f"{group} {i % 2}") for n, s in samples.items()}
-    history = {name: [{"step": i, "train/loss": 1 / (1 + i)} for i in range(9)] for name in samples}
+    measured = {
+        "train/loss": 0.5,
+        "eval/reward_mean": 1.0,
+        "eval/judge_reward_mean": 1.0,
+        "eval/judge_unsafe_share": 0.2,
+    }
+    history = {name: [{"step": i, "eval/kl_mean": float(i)} | measured for i in range(9)] for name in samples}
     report = Report("Any", "command", [], samples, make_report(prompts=0).scorers, history, 0.5)
     colours = plots.policy_colours(list(samples))
     drawn = figures(report, {name: summarize(s) for name, s in samples.items()}, colours)
