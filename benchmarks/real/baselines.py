@@ -57,8 +57,8 @@ def computed_states(policy: Policy, found: Pairs) -> np.ndarray:
     """Returns what `response_states` does."""
 
     @jax.jit
-    def states(tokens: jax.Array, mask: jax.Array, response: jax.Array) -> jax.Array:
-        hidden = policy.module.apply(policy.variables, tokens, mask, method="hidden")
+    def states(variables: Any, tokens: jax.Array, mask: jax.Array, response: jax.Array) -> jax.Array:
+        hidden = policy.module.apply(variables, tokens, mask, method="hidden")
         last = jnp.take_along_axis(hidden, (mask.sum(-1) - 1)[:, None, None], 1)[:, 0]
         mean = jnp.einsum("BLD,BL->BD", hidden, response / response.sum(-1, keepdims=True))
         return jnp.concatenate([last, mean], -1)
@@ -70,7 +70,7 @@ def computed_states(policy: Policy, found: Pairs) -> np.ndarray:
         response = mask.copy()
         for i, row in enumerate(rows):
             response[i, : len(trained[row])] = trained[row]
-        out[rows] = states(tokens, mask, response)[: len(rows)]
+        out[rows] = states(policy.variables, tokens, mask, response)[: len(rows)]
     return out
 
 

