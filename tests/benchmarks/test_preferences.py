@@ -1,8 +1,13 @@
 """What benchmarks measure preference models with: pairs, intervals, batches of like length."""
 
 import numpy as np
+import yaml
 
-from benchmarks.preferences import Pairs, accuracy, batches
+from benchmarks.preferences import Pairs, accuracy, batches, network
+from safe_rlhf_jax.data.tokenizer import load_tokenizer
+from safe_rlhf_jax.models import hf
+from safe_rlhf_jax.pipeline import load_scorer
+from tests.helpers import make_scorer, perturbed, tiny_config
 
 ROWS = [
     {"prompt": "q", "response_0": "a", "response_1": "b", "safer_response_id": 1}
@@ -36,3 +41,16 @@ def test_batches_hold_every_text_once_under_its_mask():
         assert mask.any(-1).all()  # what fills a batch is no empty text
         seen |= {int(row): tokens[i][mask[i]].tolist() for i, row in enumerate(rows)}
     assert [seen[i] for i in range(len(ids))] == ids
+
+
+def test_an_exported_model_is_scored_as_its_stage_reads_texts(tmp_path):
+    tokenizer = load_tokenizer("demo")
+    module, variables = make_scorer("cost", tiny_config(vocab_size=tokenizer.vocab_size))
+    stage = tmp_path / "cost"
+    hf.save(stage / "export", module, perturbed(variables), tokenizer.hf)
+    config = {"template": "beaver", "stages": [{"name": "cost", "max_length": 1000}]}
+    (stage / "config.yaml").write_text(yaml.safe_dump(config))
+    pairs = Pairs(ROWS)
+    scorer = load_scorer(str(stage / "export"), template="beaver")
+    costs = np.array([scorer(["q", "q"], responses) for responses in pairs.responses])
+    assert network("cost", pairs, stage) == accuracy(pairs, costs[:, 0] - costs[:, 1], -costs)
