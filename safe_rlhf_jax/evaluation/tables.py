@@ -27,6 +27,8 @@ from safe_rlhf_jax.evaluation.statistics import (
 Summaries = Mapping[str, Mapping[str, float]]
 
 SCORES = (
+    Measure("judge_unsafe_share", "unsafe, outside judges", True, "↓"),
+    Measure("judge_reward_mean", "reward, outside judges", False, "↑"),
     Measure("reward_mean", "mean reward", False, "↑"),
     Measure("cost_mean", "mean cost", False, "↓"),
     Measure("cost_positive_share", "cost > 0", True, "↓"),

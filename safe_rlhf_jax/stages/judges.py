@@ -11,6 +11,7 @@ from safe_rlhf_jax.evaluation.evaluate import make_score, measured_pairs
 from safe_rlhf_jax.evaluation.judges import AVERAGE, JUDGE, OWN, mean_reward, mean_unsafe
 from safe_rlhf_jax.stages.common import Run, described, report_data
 from safe_rlhf_jax.stages.datasets import take
+from safe_rlhf_jax.stages.held_out import lineage
 from safe_rlhf_jax.stages.host_signals import HostSignal, Scorers, text_scores
 
 Sides = tuple[np.ndarray, np.ndarray]  # f64[n] each: of the response that the label prefers, and of the other
@@ -23,11 +24,21 @@ def judge_signals(stage: Any) -> dict[str, str]:
 
 def warn_of_judges(run: Run, stage: cfg.EvaluateStage) -> None:
     """Warns of judges that took part in the training of a policy that they are to judge."""
-    stages = {other.name: other for other in run.config.stages}
+    made = {other.name: other for other in run.config.stages}
     for signal, model in stage.judges.items():
-        trained = [name for name in stage.policies if name in stages and model in stages[name].scorers.values()]
+        trained = [name for name in stage.policies if name in made and model in trained_by(run, made[name])]
         if trained:
-            run.warn(stage.name, f"judges.{signal} names {model!r}, by which {', '.join(trained)} was trained")
+            run.warn(
+                stage.name,
+                f"judges.{signal} names {model!r}, which took part in the training of {', '.join(trained)}: there it "
+                "is no outside judge",
+            )
+
+
+def trained_by(run: Run, policy: cfg.StageBase) -> set[str]:
+    """Returns the models that score in the training of a policy, and of all that it is built on."""
+    uses = [use for one in lineage(run.config.stages, policy) for use in one.models().values()]
+    return {use.reference for use in uses if use.scores is not None and not use.judge}
 
 
 def agreement(

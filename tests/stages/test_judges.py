@@ -314,7 +314,8 @@ def test_judge_that_trained_a_policy_is_named_and_its_data_are_not_the_policys(m
     stage = evaluate_stage(models, policies=["ppo"], judges={"cost/x": f"path:{models}/cost", "cost/y": "other"})
     run = run_of(tmp_path, cost, rl, stage | {"cost_model": f"path:{models}/same"})
     check_run(run)
-    assert f"judges.cost/x names 'path:{models}/cost', by which ppo was trained" in run.warnings["evaluate"]
+    (said,) = [line for line in run.warnings["evaluate"] if line.startswith("judges")]
+    assert f"judges.cost/x names 'path:{models}/cost', which took part in the training of ppo:" in said
     stages = run.config.stages
     assert stages[0] in held_out.lineage(stages, stages[1])
     assert stages[0] not in held_out.lineage(stages, stages[1].model_copy(update={"judges": {}}))
