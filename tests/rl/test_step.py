@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 
 import chex
 import jax
@@ -28,7 +29,14 @@ KEY = jax.random.key(3)
 
 def run_learn(world, rollout=None, ptx=None, key=KEY):
     rollout = make_rollout() if rollout is None else rollout
-    return jax.jit(world.learn)(world.state, world.frozen, rollout, ptx, key)
+    return world.compiled_learn(world.state, world.frozen, rollout, ptx, key)
+
+
+@functools.cache
+def one_update(algorithm="ppo_lag"):
+    """A world with nothing set, and its state and metrics after one update."""
+    world = make_world(algorithm)
+    return world, *run_learn(world)
 
 
 def trained(state):
@@ -73,8 +81,7 @@ def test_metrics_are_those_of_the_whole_minibatch_however_it_is_cut():
 
 @pytest.mark.parametrize("algorithm", ["ppo", "ppo_lag"])
 def test_first_policy_loss_is_minus_the_mean_advantage(algorithm):
-    world = make_world(algorithm)
-    _, metrics = run_learn(world)
+    _, _, metrics = one_update(algorithm)
     assert float(metrics["train/clip_fraction"]) == 0.0
     assert float(metrics["train/approx_kl"]) == 0.0
     expected = metrics["train/reward_advantage"]
@@ -108,7 +115,7 @@ def test_ppo_lag_with_zero_multiplier_equals_ppo():
 
 
 def test_ppo_has_one_critic_and_no_constraint():
-    state, metrics = run_learn(make_world("ppo"))
+    _, state, metrics = one_update("ppo")
     assert set(state.critics) == {"reward"}
     assert state.constraints == {}
     assert "train/multiplier" not in metrics
@@ -116,8 +123,7 @@ def test_ppo_has_one_critic_and_no_constraint():
 
 
 def test_all_networks_and_the_multiplier_move_and_the_frozen_do_not():
-    world = make_world()
-    state, metrics = run_learn(world)
+    world, state, metrics = one_update()
     moved = jax.tree.map(lambda a, b: bool(jnp.any(a != b)), trained(world.state)[:2], trained(state)[:2])
     assert all(jax.tree.leaves(moved))
     mean_cost = float(metrics["train/mean_cost"])
@@ -156,7 +162,7 @@ def test_only_constrained_rows_enter_the_window_and_feel_the_multiplier():
 
     benign = dataclasses.replace(rollout, group=jnp.zeros_like(rollout.group))
     unconstrained, _ = run_learn(world, benign)
-    ppo, _ = run_learn(make_world("ppo"), benign)
+    ppo, _ = run_learn(one_update("ppo")[0], benign)
     chex.assert_trees_all_close(unconstrained.actor.params, ppo.actor.params, atol=1e-6)
     assert unconstrained.constraints["cost"].window.count.tolist() == [0]
 
@@ -224,7 +230,7 @@ def test_every_sample_is_used_once_per_epoch_in_a_fresh_order(monkeypatch):
 
 def test_ptx_adds_its_gradient():
     texts, rollout = make_texts(), make_rollout()
-    plain, _ = run_learn(make_world())
+    _, plain, _ = one_update()
     mixed_world = make_world(ptx_coeff=0.5)
     mixed, metrics = run_learn(mixed_world, rollout, texts)
 
@@ -240,17 +246,16 @@ def test_ptx_adds_its_gradient():
 
 
 def test_policy_loss_of_an_algorithm_is_the_one_that_is_used():
-    world = make_world()
+    world, _, once = one_update()
     doubled = dataclasses.replace(world.algorithm, policy_loss=lambda *a, **k: 2 * clipped_surrogate(*a, **k))
-    _, once = run_learn(world)
     _, twice = run_learn(dataclasses.replace(world, algorithm=doubled))
     np.testing.assert_allclose(twice["train/actor_loss"], 2 * once["train/actor_loss"], rtol=1e-5)
 
 
 def test_masked_columns_of_a_rollout_change_nothing():
-    world, rollout = make_world(), make_rollout()
+    (world, a, a_metrics), rollout = one_update(), make_rollout()
     other = dataclasses.replace(rollout, tokens=jnp.where(rollout.mask, rollout.tokens, 5))
-    (a, a_metrics), (b, b_metrics) = run_learn(world, rollout), run_learn(world, other)
+    b, b_metrics = run_learn(world, other)
     chex.assert_trees_all_close(trained(a), trained(b), atol=1e-7)
     chex.assert_trees_all_close(a_metrics, b_metrics, atol=1e-6)
 

@@ -1,6 +1,7 @@
 """A small RL run: six networks, a state and a rollout."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -33,6 +34,11 @@ class World:
 
     def learn(self, state: RLState, frozen: Frozen, rollout: Rollout, ptx: Any, key: jax.Array) -> Any:
         return learn(self.networks, self.algorithm, self.hp, state, frozen, rollout, ptx, key)
+
+    @functools.cached_property
+    def compiled_learn(self) -> Any:
+        """`learn`, compiled once for all updates of this world."""
+        return jax.jit(self.learn)
 
 
 def fresh(params):
