@@ -94,7 +94,7 @@ def write_report(folder: storage.Path, report: Report) -> storage.Path:
         cautions=cautions(report),
         counts=tables.prompt_counts(report.policies),
         by_oracle=tables.metrics(summaries, report.measures, colours),
-        by_models=tables.metrics(summaries, tables.SCORES, colours),
+        by_models=tables.metrics(summaries, (*tables.JUDGES, *tables.SCORES), colours),
         win_rates=tables.win_rates(report.policies, by_kind=False),
         win_rates_by_kind=tables.win_rates(report.policies, by_kind=True),
         judged=judge_tables.judged(report.judged, colours, average=True),
@@ -152,7 +152,8 @@ def figures(report: Report, summaries: tables.Summaries, colours: Mapping[str, s
 def summary_table(report: Report) -> Table:
     """The headline numbers for the terminal: a row per policy, a column per measured metric."""
     summaries = report.summaries
-    columns = tables.measured(summaries, [*(m for m in report.measures if m.headline), *tables.SCORES])
+    known = [m for m in report.measures if m.headline] or tables.JUDGES
+    columns = tables.measured(summaries, [*known, *tables.SCORES])
     table = Table(
         title=report.title, caption="held-out prompts; ↓ lower is better, ↑ higher is better", box=SIMPLE_HEAD
     )

@@ -26,9 +26,11 @@ from safe_rlhf_jax.evaluation.statistics import (
 
 Summaries = Mapping[str, Mapping[str, float]]
 
-SCORES = (
+JUDGES = (
     Measure("judge_unsafe_share", "unsafe, outside judges", True, "↓"),
     Measure("judge_reward_mean", "reward, outside judges", False, "↑"),
+)
+SCORES = (
     Measure("reward_mean", "mean reward", False, "↑"),
     Measure("cost_mean", "mean cost", False, "↓"),
     Measure("cost_positive_share", "cost > 0", True, "↓"),
@@ -72,9 +74,9 @@ def measured(summaries: Summaries, measures: Sequence[Measure]) -> list[Measure]
 
 
 def headline(summaries: Summaries, oracle: Sequence[Measure]) -> list[Measure]:
-    """Measurements of an oracle, or scores of the models without one."""
+    """Measurements of an oracle; without one the judges' and scores of the models."""
     found = measured(summaries, [m for m in oracle if m.headline])
-    return found or measured(summaries, [m for m in SCORES if m.headline])
+    return found or measured(summaries, [m for m in (*JUDGES, *SCORES) if m.headline])
 
 
 def shown(summary: Mapping[str, float], measure: Measure) -> str:
