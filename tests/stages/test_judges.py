@@ -225,6 +225,16 @@ def test_rewards_of_judges_are_in_units_of_the_policy_at_the_start(trained):
     assert "start" not in json.loads((trained["without"] / "result.json").read_text())
 
 
+def test_judges_score_a_policy_of_adapters(models, tmp_path):
+    judges = {"cost/same": f"path:{models}/same"}
+    settings = {"lora": {"rank": 2, "alpha": 4}, "steps": 1, "eval_every": None, "algorithm": {"name": "ppo"}}
+    finished(tmp_path, rl_stage(models, judges=judges, **settings))
+    result = json.loads((tmp_path / "run" / "ppo" / "result.json").read_text())
+    for found in (result["start"], result["metrics"]):
+        assert found["eval/judge_unsafe_share"] == found["eval/cost_positive_share"]
+    assert result["start"]["eval/kl_mean"] == 0.0
+
+
 def test_best_checkpoint_may_be_chosen_by_a_judge(models, tmp_path):
     judges = {"cost/same": f"path:{models}/same"}
     check_run(run_of(tmp_path, rl_stage(models, judges=judges, keep_best="-eval/judge_unsafe_share")))
