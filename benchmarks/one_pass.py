@@ -50,7 +50,7 @@ def figures(topology: str) -> dict[str, Any]:
     run = AbstractRun(config, make_mesh((1, len(devices), 1), devices))
     found: dict[str, Any] = {}
     with jax.set_mesh(run.mesh):
-        hp = hyperparameters(run, stage, stage.max_prompt_length, {"cost": (0.0,)}, ("all",))
+        hp = hyperparameters(run, stage, {"cost": (0.0,)}, ("all",))
         networks, state, frozen, _ = build_networks(run, stage, hp)
         rows, length = stage.rows, stage.max_prompt_length + hp.response_length
         numbers = {"sampler_log_probs": array(rows, hp.response_length, dtype=jnp.float32)}

@@ -163,7 +163,7 @@ def test_every_network_of_an_rl_stage_is_exported_from_its_state(run, config, tm
     stage, folder = stage_of(run.config, "rl"), run.folder("rl")
     prepare(run, stage, folder, bases_now(run, stage))
     with jax.set_mesh(run.mesh):
-        hp = reinforcement.hyperparameters(run, stage, 24, {"cost": (0.0,)}, ("all",))
+        hp = reinforcement.hyperparameters(run, stage, {"cost": (0.0,)}, ("all",))
         _, state, _, _ = reinforcement.build_networks(run, stage, hp)
         checkpoints = Checkpoints(folder / "checkpoints")
         checkpoints.save(7, state, {})

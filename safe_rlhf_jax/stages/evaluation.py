@@ -145,10 +145,10 @@ def perplexity_of(run: Run, stage: cfg.EvaluateStage) -> Callable[[LanguageModel
 def open_policy(run: Run, name: str, lora: Lora | None) -> tuple[Any, Any]:
     """Opens a policy for sampling only: the network, and its parameters in the compute dtype.
 
-    With the form of the policies' adapters it is a frozen base with or without an adapter, which shares passes over the
-    base with scorers.
+    An adapter keeps its form. A policy without one is opened as a frozen base in the form of the others, which share
+    passes over the base with it and with scorers.
     """
-    module, variables = run.networks.read(name, "lm", lora=lora)
+    module, variables = run.networks.read(name, "lm", lora=run.networks.form(name) or lora)
     return module, variables["params"]
 
 

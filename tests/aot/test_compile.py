@@ -225,7 +225,7 @@ def test_abstract_networks_have_the_shapes_and_shardings_of_real_ones(mini):
     real, abstract = Run(mini), AbstractRun(mini, make_mesh((1, 4, 2)))
     with jax.set_mesh(real.mesh):
         groups = ("benign", "risky", "sensitive")
-        hp = hyperparameters(real, stage, stage.max_prompt_length, {"cost": (0.0,)}, groups)
+        hp = hyperparameters(real, stage, {"cost": (0.0,)}, groups)
         assert described(build_networks(real, stage, hp)[1:3]) == described(build_networks(abstract, stage, hp)[1:3])
 
 

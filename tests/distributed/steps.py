@@ -37,7 +37,7 @@ def take_steps(mesh, checkpoints, overrides):
     metrics, tokens = [], []
     with jax.set_mesh(run.mesh):
         limits, groups = {"cost": (-0.2,)}, ("benign", "risky", "sensitive")
-        hp = reinforcement.hyperparameters(run, stage, prompts.width, limits, groups)
+        hp = reinforcement.hyperparameters(run, stage, limits, groups)
         networks, state, frozen, _ = reinforcement.build_networks(run, stage, hp)
         generate = jax.jit(lambda params, prompts, key: collect(networks, hp, params, prompts, key))
 

@@ -77,7 +77,7 @@ def networks_of(config, *overrides):
     run = Run(cfg.load_config(config, list(overrides)))
     stage = stage_of(run.config, "ppo_lag")
     with jax.set_mesh(run.mesh):
-        hp = hyperparameters(run, stage, 24, {"cost": (0.0,)}, ("all",))
+        hp = hyperparameters(run, stage, {"cost": (0.0,)}, ("all",))
         return run, *build_networks(run, stage, hp)
 
 
@@ -107,7 +107,7 @@ def test_networks_without_contents_are_those_of_the_run(lora_run, config):
     abstract = AbstractRun(run.config, run.mesh)
     stage = stage_of(run.config, "ppo_lag")
     with jax.set_mesh(run.mesh):
-        hp = hyperparameters(abstract, stage, 24, {"cost": (0.0,)}, ("all",))
+        hp = hyperparameters(abstract, stage, {"cost": (0.0,)}, ("all",))
         _, theirs, kept, _ = build_networks(abstract, stage, hp)
 
     def described(tree):

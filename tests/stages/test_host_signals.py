@@ -156,7 +156,7 @@ def test_critic_of_such_a_signal_starts_from_the_actor_or_from_the_model_that_is
     named = stage.model_copy(update={"critics": {"reward": f"path:{folders}/shared"}})
     networks = []
     for one in (stage, named):
-        hp = reinforcement.hyperparameters(run, one, 24, {"cost": (0.0,)}, ("benign", "risky", "sensitive"))
+        hp = reinforcement.hyperparameters(run, one, {"cost": (0.0,)}, ("benign", "risky", "sensitive"))
         with jax.set_mesh(run.mesh):
             networks.append(reinforcement.build_networks(run, one, hp)[0])
     assert networks[0].critics["reward"].config.hidden_size == 128

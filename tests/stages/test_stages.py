@@ -61,7 +61,7 @@ def test_second_step_does_not_recompile_and_nothing_is_transferred(mini_run, fus
     batch = reinforcement.prompt_batches(run, stage, prompts, 0)
     with jax.set_mesh(run.mesh):
         limits, groups = {"cost": (0.0,)}, ("benign", "risky", "sensitive")
-        hp = reinforcement.hyperparameters(run, stage, prompts.width, limits, groups)
+        hp = reinforcement.hyperparameters(run, stage, limits, groups)
         networks, state, frozen, _ = reinforcement.build_networks(run, stage, hp)
         step = reinforcement.compile_step(run, stage, networks, ALGORITHMS["ppo_lag"], hp, state)
         batches, keys = [batch(i) for i in range(3)], jax.random.split(jax.random.key(0), 3)
@@ -99,7 +99,7 @@ def test_a_folder_is_read_once_however_many_networks_start_from_it(mini_run, mon
             run.networks.open(reference, head)
         alone = Counter(read)
         read.clear()
-        hp = reinforcement.hyperparameters(run, stage, 24, {"cost": (0.0,)}, ("benign", "risky", "sensitive"))
+        hp = reinforcement.hyperparameters(run, stage, {"cost": (0.0,)}, ("benign", "risky", "sensitive"))
         _, state, frozen, _ = reinforcement.build_networks(run, stage, hp)
     assert set(state.critics) == {"reward", "cost"}
     assert Counter(read) == alone
