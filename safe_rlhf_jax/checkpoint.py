@@ -5,6 +5,7 @@ import functools
 import json
 import logging
 import math
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -75,7 +76,7 @@ def hush_writers() -> None:
     `Checkpoints.write_errors` reports it once, with the fix; hundreds of lines at the end of a log would hide it.
     """
     logging.getLogger("absl").addFilter(lambda record: not (record.exc_info and "orbax" in record.pathname))
-    logging.getLogger("asyncio").addFilter(lambda record: "tensorstore" not in record.getMessage())
+    logging.getLogger("asyncio").addFilter(lambda record: not re.search("tensorstore|OCDBT", record.getMessage()))
     show = sys.unraisablehook
 
     def unraisablehook(unraisable: Any) -> None:
