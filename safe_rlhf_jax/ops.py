@@ -122,14 +122,14 @@ def response_log_probs(
 
 def response_values(
     module: Any, params: Any, tokens: Int[Array, "B L"], mask: Bool[Array, "B L"], *, prompt_length: int,
-    below: Float[Array, "B L D"] | None = None,
+    below: Float[Array, "B L D"] | None = None, hidden: Float[Array, "B l D"] | None = None,
 ) -> Float[Array, "B T"]:  # fmt: skip
     """Value of the state in which each response token is chosen, f32[B, T], in units of the signal.
 
-    V_t is read at position S + t − 1, before the t-th response token is known. `below` is as in `response_log_probs`.
+    V_t is read at position S + t − 1, before the t-th response token is known. `below` and `hidden` are as in
+    `response_log_probs`.
     """
-    given = () if below is None else (below,)
-    return module.apply({"params": params}, tokens, mask, prompt_length - 1, *given)[:, :-1]
+    return head_outputs(module, {"params": params}, tokens, mask, prompt_length - 1, below, hidden)[:, :-1]
 
 
 def sequence_scores(
@@ -140,8 +140,14 @@ def sequence_scores(
 
     `hidden` are its hidden states from that column on, if they were computed before.
     """
-    if hidden is None:
-        scores = module.apply(variables, tokens, mask, first)
-    else:
-        scores = module.apply(variables, hidden, tokens, mask, first, method="scores")
-    return gather_last(scores, mask[:, first:])
+    return gather_last(head_outputs(module, variables, tokens, mask, first, None, hidden), mask[:, first:])
+
+
+def head_outputs(
+    module: Any, variables: Any, tokens: Int[Array, "B L"], mask: Bool[Array, "B L"], first: int,
+    below: Float[Array, "B L D"] | None, hidden: Float[Array, "B l D"] | None,
+) -> Float[Array, "B l"]:  # fmt: skip
+    """Output of a score model at every token from column `first` on, f32[B, L − first]."""
+    if hidden is not None:
+        return module.apply(variables, hidden, tokens, mask, first, method="scores")
+    return module.apply(variables, tokens, mask, first, *(() if below is None else (below,)))

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from safe_rlhf_jax.data.examples import Examples
+from safe_rlhf_jax.data.examples import Examples, sides_of
 from safe_rlhf_jax.data.formats import Record
 from safe_rlhf_jax.data.loader import in_rows
 from safe_rlhf_jax.data.oracles import Oracle
@@ -46,10 +46,11 @@ def make_respond(
 
     @jax.jit
     def respond(params: Params, frozen: Frozen, prompts: PromptBatch, key: jax.Array) -> dict[str, jax.Array]:
-        rollout = generate(
-            policy, params, prompts, key, num_responses=1, response_length=response_length, eos_id=eos_id,
-            pad_id=pad_id, sampling=sampling,
-        )  # fmt: skip
+        with jax.named_scope("generation"):
+            rollout = generate(
+                policy, params, prompts, key, num_responses=1, response_length=response_length, eos_id=eos_id,
+                pad_id=pad_id, sampling=sampling,
+            )  # fmt: skip
         prompt_length = rollout.prompt_length
         roles = {signal: (module, frozen.scorers[signal]) for signal, module in scorers.items()}
         policies = {"of the policy": (policy, params), "of the reference": (reference, frozen.reference)}
@@ -158,7 +159,7 @@ def evaluate_pairs(
     """
     columns, labels = [], []
     for batch, _ in batches:
-        sides = (batch.chosen, batch.rejected) if isinstance(batch, PreferenceBatch) else (batch.safer, batch.unsafer)
+        sides = sides_of(batch)
         scores = [np.asarray(jax.device_get(score(side)), np.float64) for side in sides]
         lengths = [np.asarray(side.response_mask).sum(-1) for side in sides]
         columns.append((*scores, *lengths))

@@ -8,7 +8,7 @@ import jax
 import optax
 
 from safe_rlhf_jax.models.adapters import Adapted, hidden_by_role, on, output_of_trunk
-from safe_rlhf_jax.ops import gather_last, response_log_probs
+from safe_rlhf_jax.ops import response_log_probs, response_values, sequence_scores
 from safe_rlhf_jax.optim import split
 from safe_rlhf_jax.types import Frozen, Params, RLState, Rollout, ScoredRollout
 
@@ -84,20 +84,22 @@ def score_rollout(
                 below=below_of(networks.policy, below), hidden=hidden,
             )  # fmt: skip
 
-        def read(role: str) -> jax.Array:
-            module, variables = roles[role]
-            if role not in hidden:
-                out: jax.Array = module.apply(variables, part.tokens, part.mask, first)
-                return out
-            read_out: jax.Array = module.apply(variables, hidden[role], part.tokens, part.mask, first, method="scores")
-            return read_out
+        def score_of(signal: str) -> jax.Array:
+            role = f"score of {signal}"
+            return sequence_scores(*roles[role], part.tokens, part.mask, first=first, hidden=hidden.get(role))
+
+        def values_of(signal: str) -> jax.Array:
+            return response_values(
+                networks.critics[signal], state.critics[signal].params, part.tokens, part.mask,
+                prompt_length=prompt_length, hidden=hidden.get(f"value of {signal}"),
+            )  # fmt: skip
 
         return ScoredRollout(
             rollout=part,
             log_probs=log_probs(state.actor.params) if recompute_log_probs else part.sampler_log_probs,
             ref_log_probs=log_probs(reference, hidden.get("reference")),
-            scores={s: gather_last(read(f"score of {s}"), part.mask[:, first:]) for s in networks.scorers},
-            values={s: read(f"value of {s}")[:, :-1] for s in networks.critics},
+            scores={signal: score_of(signal) for signal in networks.scorers},
+            values={signal: values_of(signal) for signal in networks.critics},
             below=below,
         )
 
