@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from safe_rlhf_jax.models import hf
 from safe_rlhf_jax.models.config import ModelConfig, ScoreConfig
 from safe_rlhf_jax.models.transformer import CausalLM, ScoreModel
 from safe_rlhf_jax.types import PromptBatch
@@ -98,3 +99,12 @@ def perturbed(variables, seed=0):
     rng = np.random.default_rng(seed)
     noise = lambda leaf: leaf + jnp.asarray(0.1 * rng.standard_normal(leaf.shape), leaf.dtype)  # noqa: E731
     return variables | {"params": jax.tree.map(noise, variables["params"])}
+
+
+def save_models(folder, policies, config, tokenizer):
+    """Saves policies by these names, and models `reward` and `cost`, as Hugging Face folders with random parameters."""
+    made = {name: make_lm(config) for name in policies} | {
+        kind: make_scorer(kind, config) for kind in ("reward", "cost")
+    }
+    for seed, (name, (module, variables)) in enumerate(made.items()):
+        hf.save(folder / name, module, perturbed(variables, seed), tokenizer)

@@ -9,9 +9,8 @@ import yaml
 
 from safe_rlhf_jax import config as cfg
 from safe_rlhf_jax.data.tokenizer import load_tokenizer
-from safe_rlhf_jax.models import hf
 from safe_rlhf_jax.stages import Run, evaluation
-from tests.helpers import make_lm, make_scorer, perturbed, tiny_config
+from tests.helpers import save_models, tiny_config
 
 MINI = Path(__file__).parent / "configs" / "mini.yaml"
 TOKENIZER = load_tokenizer("demo")
@@ -22,9 +21,7 @@ CONFIG = tiny_config(vocab_size=TOKENIZER.vocab_size, hidden_size=16, num_layers
 def models(tmp_path_factory):
     """Three policies and two scorers behind paths."""
     folder = tmp_path_factory.mktemp("models")
-    made = {name: make_lm(CONFIG) for name in "abc"} | {kind: make_scorer(kind, CONFIG) for kind in ("reward", "cost")}
-    for seed, (name, (module, variables)) in enumerate(made.items()):
-        hf.save(folder / name, module, perturbed(variables, seed), TOKENIZER.hf)
+    save_models(folder, "abc", CONFIG, TOKENIZER.hf)
     return folder
 
 

@@ -21,9 +21,8 @@ class Judged(Schema):
     judges: dict[str, str] = Field(default_factory=dict)
 
     def without_effect(self) -> frozenset[str]:
-        """An evaluation that is not asked for changes nothing."""
-        asked = ("judges", "pairs", "demonstrations")
-        return super().without_effect() | {name for name in asked if not getattr(self, name, None)}
+        """Judges that are not asked for change nothing."""
+        return super().without_effect() | (set() if self.judges else {"judges"})
 
     @pydantic.field_validator("judges")
     @classmethod

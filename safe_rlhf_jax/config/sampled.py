@@ -225,6 +225,10 @@ class EvaluateStage(Judged, StageBase):
     demonstrations: ReadOnce | None = None  # on which the perplexity of every policy is measured
     seed: NonNegativeInt | None = None
 
+    def without_effect(self) -> frozenset[str]:
+        """Measurements that are not asked for change nothing."""
+        return super().without_effect() | {name for name in ("pairs", "demonstrations") if not getattr(self, name)}
+
     def idle(self) -> dict[str, str]:
         """A choice among identical responses."""
         alike = {"best_of": "at temperature 0, or with top_k 1, all responses to a prompt are the same"}

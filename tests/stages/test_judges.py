@@ -20,7 +20,7 @@ from safe_rlhf_jax.stages import Run, check_run, datasets, held_out, run_stage
 from safe_rlhf_jax.stages.host_signals import FunctionSignal
 from safe_rlhf_jax.stages.programs import of_shapes
 from safe_rlhf_jax.stages.reinforcement import reinforcement_programs
-from tests.helpers import make_lm, make_scorer, perturbed, tiny_config
+from tests.helpers import make_scorer, save_models, tiny_config
 from tests.tokenizers import make_tokenizer
 
 CHATML = (Path(__file__).parent.parent / "data" / "chat_templates" / "chatml.jinja").read_text()
@@ -50,9 +50,7 @@ def infinite(conversations, responses, ended):
 def models(tmp_path_factory):
     """Two policies, two scorers, a judge like one of them, one with its own tokenizer, and a module of functions."""
     folder = tmp_path_factory.mktemp("models")
-    made = {name: make_lm(CONFIG) for name in "ab"} | {kind: make_scorer(kind, CONFIG) for kind in ("reward", "cost")}
-    for seed, (name, (module, variables)) in enumerate(made.items()):
-        hf.save(folder / name, module, perturbed(variables, seed), TOKENIZER.hf)
+    save_models(folder, "ab", CONFIG, TOKENIZER.hf)
     shutil.copytree(folder / "cost", folder / "same")
     tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     own = make_tokenizer(folder / "own", tokens, "<|im_end|>", spaces=None, template=CHATML)
