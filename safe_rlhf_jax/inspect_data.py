@@ -72,11 +72,13 @@ class Use:
 
 def uses_of(config: Any) -> Iterator[Use]:
     """Yields all uses of data by the stages of a config."""
+    from safe_rlhf_jax.stages.common import located
+
     for stage in config.stages:
         options = {name: getattr(stage, name) for name in ("long_prompts", "group_field") if hasattr(stage, name)}
         for field, use in stage.datasets().items():
             more = options if use.reads == "prompts" else {}
-            yield Use(f"{stage.name}: {field}", use.reads, use.data, use.max_length, more)
+            yield Use(f"{stage.name}: {field}", use.reads, located(config, use.data), use.max_length, more)
 
 
 def use_of(options: argparse.Namespace, tokenizer: Any, template: Any) -> Use:

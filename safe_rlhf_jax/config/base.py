@@ -12,7 +12,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 from safe_rlhf_jax.config.algorithm import Lagrange
 from safe_rlhf_jax.config.data import Schema, Share, parts_of, source
 from safe_rlhf_jax.config.messages import did_you_mean, nearest_multiples
-from safe_rlhf_jax.config.uses import DataUse, Makes, ModelUse
+from safe_rlhf_jax.config.uses import DataUse, Makes, ModelUse, Reads
 from safe_rlhf_jax.models.config import PRESETS, TARGETS, Lora
 
 
@@ -63,6 +63,7 @@ class StageBase(Schema):
     """
 
     makes: ClassVar[Makes | None] = None  # kind of its export
+    makes_data: ClassVar[tuple[Reads, ...]] = ()  # what its records can be read as, data.jsonl
     lengths: ClassVar[tuple[str, ...]] = ()  # settings whose sum is the tokens of a text
     kind: str
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_\-]+$")]
@@ -94,6 +95,11 @@ class StageBase(Schema):
         """Returns the dual stages whose multiplier is an initial λ, by field."""
         return {}
 
+    def makers(self) -> tuple[str, ...]:
+        """Returns the stages whose records the stage reads."""
+        parts = [part for use in self.datasets().values() for part in parts_of(use.data)]
+        return tuple(dict.fromkeys(part.maker for part in parts if part.maker is not None))
+
     def mistakes(self, earlier: Sequence["StageBase"]) -> Iterator[str]:
         """Yields errors with respect to earlier stages, and of sizes that must divide each other."""
         stages = {other.name: other for other in earlier}
@@ -101,6 +107,9 @@ class StageBase(Schema):
             yield from wrong_reference(field, use, stages)
         uses = self.datasets()
         for field, use_ in uses.items():
+            for part in parts_of(use_.data):
+                if part.maker is not None:
+                    yield from wrong_maker(field, use_.reads, part.maker, stages)
             for held_out_field, held_out in uses.items():
                 if (use_.role, held_out.role) == ("train", "evaluate") and use_.reads == held_out.reads:
                     yield from not_held_out(field, use_.data, held_out_field, held_out.data)
@@ -127,7 +136,7 @@ def wrong_reference(field: str, use: ModelUse, earlier: dict[str, StageBase]) ->
             hint = did_you_mean(rest, PRESETS)
             yield f"{field}: preset {rest!r} is unknown; presets: {sorted(PRESETS)}{hint}"
     elif value not in earlier:
-        others = "'path:…', 'hf:…' or 'function:MODULE:NAME'" if use.judge else "'path:…' or 'hf:…'"
+        others = "'path:…', 'hf:…' or 'function:MODULE:NAME'" if use.may_be_function else "'path:…' or 'hf:…'"
         yield (
             f"{field} names {value!r}, which is no earlier stage ({sorted(earlier)}), nor {others}"
             f"{did_you_mean(value, earlier)}"
@@ -135,6 +144,19 @@ def wrong_reference(field: str, use: ModelUse, earlier: dict[str, StageBase]) ->
     elif earlier[value].makes not in use.accepts:
         kinds = " or ".join(use.accepts)
         yield f"{field} names {value!r}, a {earlier[value].kind} stage; it needs one that makes a {kinds} model"
+
+
+def wrong_maker(field: str, reads: Reads, maker: str, earlier: dict[str, StageBase]) -> Iterator[str]:
+    """Yields why a stage makes no data of the wanted kind."""
+    if maker not in earlier:
+        makers = sorted(name for name, stage in earlier.items() if reads in stage.makes_data)
+        yield (
+            f"{field} reads what the stage {maker!r} makes, which is no earlier stage; those that make such data: "
+            f"{makers}{did_you_mean(maker, earlier)}"
+        )
+    elif reads not in earlier[maker].makes_data:
+        made = ", ".join(earlier[maker].makes_data) or "no data"
+        yield f"{field} reads what {maker!r} makes, a {earlier[maker].kind} stage: {made}; it needs {reads}"
 
 
 def not_held_out(train: str, data: Any, test: str, held_out: Any) -> Iterator[str]:

@@ -10,6 +10,7 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from safe_rlhf_jax import storage
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
+STAGE = "stage:"  # before the name of a stage that makes data
 TEMPLATE_NAMES = ("plain", "beaver", "alpaca", "tokenizer")
 
 
@@ -64,7 +65,9 @@ def written(value: Any, idle: Collection[str] = ()) -> Any:
 class Data(Schema):
     """The source of records (docs/data.md)."""
 
-    name: str  # a key of DATASETS, a file or folder, hf:OWNER/NAME[:CONFIG] or tfds:NAME; `:SHARE` may follow
+    # A key of DATASETS, a file or folder, hf:OWNER/NAME[:CONFIG], tfds:NAME, or stage:NAME, the records that an earlier
+    # stage makes; `:SHARE` may follow.
+    name: str
     split: str = "train"
     test_share: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None  # makes splits train and test, by prompt
     limit: PositiveInt | None = None  # take the first records only
@@ -72,6 +75,15 @@ class Data(Schema):
     fields: dict[str, str] = {}  # {field: column}: columns with another name
     unique: Literal["record", "prompt"] | None = None  # drop repetitions of an earlier record, or of its prompt
     weight: PositiveFloat | None = None  # in a mixture: share of the rows drawn; null: proportional to the records
+
+    @property
+    def maker(self) -> str | None:
+        """The stage of the run that makes the records; None if they exist before it."""
+        return self.name.split(":")[1] if self.name.startswith(STAGE) else None
+
+    def found_in(self, file: storage.Place) -> "Data":
+        """Returns the data of a stage as those of the file that it has written; a share of it stays one."""
+        return self.model_copy(update={"name": f"{file}{self.name.removeprefix(f'{STAGE}{self.maker}')}"})
 
 
 def weights_agree(parts: "Data | tuple[Data, ...]") -> "Data | tuple[Data, ...]":
@@ -101,5 +113,7 @@ Single = Annotated[Data, pydantic.AfterValidator(no_weights)]  # one data set, r
 
 def source(name: str) -> str:
     """Returns the source behind a data set's name, without its share and in a canonical spelling."""
+    if name.startswith(STAGE):
+        return ":".join(name.split(":")[:2])
     bare = re.sub(r":\d*\.?\d+(/\d+)?$", "", name)
     return bare if storage.is_remote(bare) else str(storage.real(storage.expanded(bare)))

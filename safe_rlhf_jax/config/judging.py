@@ -39,7 +39,10 @@ class Judged(Schema):
             signal: scorer(model, "reward" if signal.startswith("reward/") else "cost")
             for signal, model in self.judges.items()
         }
-        return {f"judges.{signal}": dataclasses.replace(use, judge=True) for signal, use in uses.items()}
+        return {
+            f"judges.{signal}": dataclasses.replace(use, judge=True, may_be_function=True)
+            for signal, use in uses.items()
+        }
 
     def inside_judges(self, scorers: dict[str, str]) -> Iterator[str]:
         """Yields why a judge is no outside judge: it is a scorer of the stage itself."""

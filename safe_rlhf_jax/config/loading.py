@@ -11,6 +11,7 @@ from safe_rlhf_jax.config.base import StageBase
 from safe_rlhf_jax.config.data import written
 from safe_rlhf_jax.config.messages import explain_all
 from safe_rlhf_jax.config.packaged import config_file
+from safe_rlhf_jax.config.repetition import expanded
 from safe_rlhf_jax.config.run import RunConfig
 from safe_rlhf_jax.errors import ConfigError
 
@@ -20,7 +21,8 @@ def load_config(path: storage.Place, overrides: Sequence[str] = ()) -> RunConfig
 
     Args:
         path: The file, or the name of one in the package, such as "quickstart".
-        overrides: Such as `stages.1.algorithm.lagrange.lr=0.05`; stages by index or name, values are YAML.
+        overrides: Such as `stages.1.algorithm.lagrange.lr=0.05`; stages by index in the file or by name, those of a
+            round too; values are YAML.
 
     Returns:
         The config, frozen.
@@ -35,12 +37,27 @@ def load_config(path: storage.Place, overrides: Sequence[str] = ()) -> RunConfig
         raise ConfigError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: a config is a mapping of keys, not {type(tree).__name__}")
+    of_rounds = [override for override in overrides if not is_written(tree, override)]
     for override in overrides:
+        if override not in of_rounds:
+            apply_override(tree, override)
+    if "stages" in tree:
+        tree["stages"] = expanded(tree["stages"])
+    for override in of_rounds:
         apply_override(tree, override)
     try:
         return RunConfig.model_validate(tree)
     except pydantic.ValidationError as error:
         raise ConfigError(f"{path}: {explain_all(RunConfig, error.errors())}") from None
+
+
+def is_written(tree: dict[str, Any], override: str) -> bool:
+    """Says whether an override is for what stands in the file, and not for a stage that a repetition makes."""
+    first, _, rest = override.partition("=")[0].partition(".")
+    stages, name = tree.get("stages"), rest.partition(".")[0]
+    if first != "stages" or not rest or not isinstance(stages, list):
+        return True
+    return name.isdigit() or any(isinstance(stage, dict) and stage.get("name") == name for stage in stages)
 
 
 def apply_override(tree: dict[str, Any], override: str) -> None:

@@ -7,6 +7,7 @@ import pydantic
 from pydantic import Field, NonNegativeInt
 
 from safe_rlhf_jax.config.data import TEMPLATE_NAMES, Schema, Share
+from safe_rlhf_jax.config.making import LabelStage, SampleStage
 from safe_rlhf_jax.config.messages import did_you_mean
 from safe_rlhf_jax.config.sampled import DualStage, EvaluateStage, RejectionStage, RLStage
 from safe_rlhf_jax.config.supervised import CostStage, DPOStage, MergeStage, RewardStage, SFTStage
@@ -44,7 +45,17 @@ class Execution(Schema):
 
 
 Stage = Annotated[
-    SFTStage | RewardStage | CostStage | DPOStage | MergeStage | RLStage | RejectionStage | DualStage | EvaluateStage,
+    SFTStage
+    | RewardStage
+    | CostStage
+    | DPOStage
+    | MergeStage
+    | RLStage
+    | RejectionStage
+    | DualStage
+    | EvaluateStage
+    | SampleStage
+    | LabelStage,
     Field(discriminator="kind"),
 ]
 

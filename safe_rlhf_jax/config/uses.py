@@ -6,6 +6,7 @@ from typing import Literal
 from safe_rlhf_jax.config.data import Mixture
 
 Makes = Literal["policy", "reward", "cost"]
+Reads = Literal["sft", "reward", "cost", "prompts"]  # demonstrations, preferences, safety labels, prompts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,12 +20,13 @@ class ModelUse:
     may_be_new: bool = False  # may be a preset
     generates: bool = False  # it writes responses
     alike: bool = False  # it shares one compiled program, or parameters, with the other models that are `alike`
-    judge: bool = False  # it scores results, and nothing is trained on it; may be "function:MODULE:NAME"
+    judge: bool = False  # it scores results, and nothing is trained on it
+    may_be_function: bool = False  # may be "function:MODULE:NAME"
 
     @property
     def is_function(self) -> bool:
         """It is a Python function."""
-        return self.judge and self.reference.startswith("function:")
+        return self.may_be_function and self.reference.startswith("function:")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +34,7 @@ class DataUse:
     """A data set that a stage reads."""
 
     data: Mixture
-    reads: Literal["sft", "reward", "cost", "prompts"]  # demonstrations, preferences, safety labels, prompts
+    reads: Reads
     max_length: int  # tokens of a text, or of a prompt
     role: Literal["train", "evaluate", "calibrate", "sample"]
     rows: int | None = None  # drawn per step; None: it is read from the first record to the last

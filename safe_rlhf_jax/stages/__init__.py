@@ -15,7 +15,7 @@ from safe_rlhf_jax import config as cfg
 from safe_rlhf_jax import storage
 from safe_rlhf_jax.processes import any_process, barrier, is_main
 from safe_rlhf_jax.stages.bases import BASES, Bases, bases_now, check_bases
-from safe_rlhf_jax.stages.check import check_run
+from safe_rlhf_jax.stages.check import check_data, check_run
 from safe_rlhf_jax.stages.common import Run
 from safe_rlhf_jax.stages.health import warn_of_scorers
 from safe_rlhf_jax.stages.kinds import KINDS, idle_settings, kind_of
@@ -34,6 +34,8 @@ def run_stage(run: Run, stage: cfg.StageBase) -> None:
     if any_process(is_main() and run.result(stage.name) is not None):
         LOGGER.info(f"{stage.name}: finished, config unchanged; skipped")
         return
+    if stage.name in run.unchecked:
+        check_data(run, stage)
     folder, bases = run.folder(stage.name), bases_now(run, stage)
     if is_main():
         prepare(run, stage, folder, bases)

@@ -49,7 +49,6 @@ def check_run(run: Run) -> None:
     for stage in run.config.stages:
         if run.result(stage.name) is not None:
             continue
-        kind = kind_of(stage)
         for field, reason in idle_settings(stage).items():
             if cfg.is_set(stage, field):
                 raise ConfigError(f"{stage.name}: {field} does nothing: {reason}; leave it out")
@@ -57,12 +56,27 @@ def check_run(run: Run) -> None:
         check_divides(run, stage)
         for field, use in stage.models().items():
             check_model(run, stage, field, use)
-        loaded = load_all(run, stage, kind)
-        kind.check(run, stage, loaded)
-        if kind.training is not None:
-            check_keep_best(run, stage, kind.training, loaded)  # type: ignore[arg-type]
-        warn_of_overlap(run, stage)
+        if run.has_data(stage):
+            check_data(run, stage)
+        else:
+            run.unchecked.add(stage.name)
+            LOGGER.info(f"{stage.name}: data of {', '.join(stage.makers())} is checked when it is made")
     check_room(run)
+
+
+def check_data(run: Run, stage: cfg.StageBase) -> None:
+    """Checks the data of a stage, and what depends on it.
+
+    Raises:
+        ValueError: Names the stage, the field, the value and the fix.
+    """
+    kind = kind_of(stage)
+    loaded = load_all(run, stage, kind)
+    kind.check(run, stage, loaded)
+    if kind.training is not None:
+        check_keep_best(run, stage, kind.training, loaded)  # type: ignore[arg-type]
+    warn_of_overlap(run, stage)
+    run.unchecked.discard(stage.name)
 
 
 def load_all(run: Run, stage: cfg.StageBase, kind: Kind) -> dict[str, Examples]:

@@ -31,6 +31,7 @@ from safe_rlhf_jax.types import Params, TrainState
 
 LOGGER = logging.getLogger(__name__)
 
+MADE_DATA = "data.jsonl"  # the records that a stage makes, in its folder
 EVAL_BATCH = 128  # rows of an evaluation batch, rounded up to a multiple of the shards
 
 
@@ -47,6 +48,7 @@ class Run:
         self.warnings: dict[str, list[str]] = {}  # by stage, reported before it starts
         self.networks = Weights(self)
         self.loaded: dict[tuple[str, ...], Examples] = {}  # by the check, waiting for their stages
+        self.unchecked: set[str] = set()  # stages whose data is made by others that are not finished
         texts = [encoding.identity, {name: own.identity for name, own in self.own.items()}]
         self.digests = Digests(storage.path(config.workdir) / DIGESTS)
         self.hashes = stage_hashes(config, texts, self.digests)
@@ -77,7 +79,11 @@ class Run:
 
     def records(self, data: cfg.Mixture) -> list[Record]:
         """Returns the records of a data set, or of all parts of a mixture."""
-        return read_mixture(data)
+        return read_mixture(located(self.config, data))
+
+    def has_data(self, stage: cfg.StageBase) -> bool:
+        """Says whether all stages whose records a stage reads are finished."""
+        return all(self.result(name) is not None for name in stage.makers())
 
     def warn(self, name: str, text: str) -> None:
         """Warns of a problem of a stage, once; `result.json` keeps the warning."""
@@ -118,6 +124,14 @@ class Run:
     def get(self, tree: Any) -> Any:
         """Returns arrays of the mesh as host arrays, whole in every process."""
         return fetch(tree)
+
+
+def located(config: cfg.RunConfig, data: cfg.Mixture) -> tuple[cfg.Data, ...]:
+    """Returns the parts of a mixture; those that stages of the run make, as their files."""
+    folder = storage.path(config.workdir)
+    return tuple(
+        part if part.maker is None else part.found_in(folder / part.maker / MADE_DATA) for part in cfg.parts_of(data)
+    )
 
 
 def read_mixture(data: cfg.Mixture) -> list[Record]:

@@ -33,9 +33,15 @@ def stage_hashes(config: cfg.RunConfig, shared: Sequence[Any], files: "Digests")
     hashes = dict.fromkeys(names, "0" * 12)
     if is_main():
         for stage in config.stages:
-            named = (*(use.reference for use in stage.models().values()), *stage.multipliers().values())
+            named = (
+                *(use.reference for use in stage.models().values()),
+                *stage.multipliers().values(),
+                *stage.makers(),
+            )
             upstream = [hashes[name] if name in hashes else model_identity(name, files) for name in named]
-            parts_of_data = [part for use in stage.datasets().values() for part in cfg.parts_of(use.data)]
+            parts_of_data = [
+                part for use in stage.datasets().values() for part in cfg.parts_of(use.data) if not part.maker
+            ]
             data = {str(path): files.of(path) for part in parts_of_data for path in data_files(part.name)}
             parts = (hashed(stage), config.seed, hashed(config.execution), *shared, data, upstream)
             hashes[stage.name] = config_hash(*parts)

@@ -6,6 +6,7 @@ from safe_rlhf_jax.stages.direct import DPO, MERGE
 from safe_rlhf_jax.stages.dual import DUAL
 from safe_rlhf_jax.stages.evaluation import EVALUATE
 from safe_rlhf_jax.stages.kind import Kind
+from safe_rlhf_jax.stages.making import LABEL, SAMPLE
 from safe_rlhf_jax.stages.reinforcement import RL
 from safe_rlhf_jax.stages.rejection import REJECTION
 from safe_rlhf_jax.stages.supervised import COST, REWARD, SFT
@@ -21,6 +22,8 @@ KINDS: dict[str, Kind] = {
     "rejection_sampling": REJECTION,
     "dual": DUAL,
     "evaluate": EVALUATE,
+    "sample": SAMPLE,
+    "label": LABEL,
 }
 
 

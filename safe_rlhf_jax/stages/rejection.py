@@ -32,6 +32,7 @@ from safe_rlhf_jax.stages.datasets import take
 from safe_rlhf_jax.stages.host_signals import HostSignal, open_scorers
 from safe_rlhf_jax.stages.kind import Kind, Training
 from safe_rlhf_jax.stages.networks import optimizer_of, with_adapters
+from safe_rlhf_jax.stages.partial import keep_batch, kept_batches
 from safe_rlhf_jax.stages.programs import TOTAL_STEPS, Program, array, put, random_key, texts
 from safe_rlhf_jax.stages.reinforcement import make_evaluate, measured_on_prompts
 from safe_rlhf_jax.stages.sampling import Sampled, is_limited, sampled, sampler_of, some_of
@@ -120,12 +121,11 @@ def select(
     number = int(here.name.removeprefix("round_"))
     key = jax.random.fold_in(jax.random.key(run.seed(stage)), number)
     answered = here / "sampling.jsonl"
-    limited, batches = is_limited(stage, prompts), answered_batches(answered)
+    limited, batches = is_limited(stage, prompts), kept_batches(answered)
     name = f"{stage.name}: round {number}, sampling"
     for rows, out in sampled(run, sample, prompts, stage.prompt_batch_size, key, name, host=host, start=len(batches)):
         batches.append(choose(run, prompts, limited, limit, rows, out))
-        if is_main():
-            storage.append_lines(answered, [json.dumps(batches[-1])])
+        keep_batch(answered, batches[-1])
     chosen, rewards, feasible = ([row for batch in batches for row in batch[field]] for field in FIELDS)
     counts = {"prompts": len(prompts), "selected": len(chosen), "dropped": len(prompts) - len(chosen)}
     if not chosen:
@@ -139,18 +139,6 @@ def select(
     if is_main():
         storage.write(here / "sampling.json", json.dumps(counts | means | {"gain": gain}, indent=2) + "\n")
         storage.write(here / "selected.jsonl", "".join(json.dumps(row) + "\n" for row in chosen))
-
-
-def answered_batches(path: storage.Path) -> list[dict[str, Any]]:
-    """Returns the partial sampling of a round by a killed run, without an unfinished last line."""
-    if is_main():
-        try:
-            whole = storage.read_lines(path)
-        except FileNotFoundError:
-            whole = []
-        storage.write_lines(path, whole)
-    barrier(f"{path} is whole")
-    return [json.loads(line) for line in storage.read_lines(path)]
 
 
 def choose(

@@ -20,7 +20,9 @@ from safe_rlhf_jax.stages.host_signals import HostSignal, host_scores
 Sampled = dict[str, np.ndarray]  # tokens [B, n, T], length [B, n], a score [B, n] for every scorer
 
 
-def sampler_of(run: Run, stage: cfg.SampledPrompts, policy: Any, scorers: dict[str, Any]) -> Callable[..., Any]:
+def sampler_of(
+    run: Run, stage: cfg.SampledPrompts | cfg.SampleStage, policy: Any, scorers: dict[str, Any]
+) -> Callable[..., Any]:
     """Returns the compiled sample(params, scorer variables, prompts, key)."""
     return make_sampler(
         policy,

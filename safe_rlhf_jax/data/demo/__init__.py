@@ -8,7 +8,7 @@ it, and `oracle_for` turns that into measures for the report; `TOKENIZER_PATH` i
 from safe_rlhf_jax import storage
 from safe_rlhf_jax.data.demo.measures import oracle_for
 from safe_rlhf_jax.data.demo.oracle import Harm, PromptInfo, harm, helpfulness, is_refusal, parse_prompt
-from safe_rlhf_jax.data.demo.records import annotator_accuracy, preference, prompts, sft
+from safe_rlhf_jax.data.demo.records import annotation, annotator_accuracy, preference, prompts, sft
 from safe_rlhf_jax.data.demo.world import HARM_CATEGORIES, MAX_PROMPT_TOKENS, MAX_RESPONSE_TOKENS
 
 TOKENIZER_PATH = str(storage.path(__file__).parent / "tokenizer")
@@ -20,6 +20,7 @@ __all__ = [
     "TOKENIZER_PATH",
     "Harm",
     "PromptInfo",
+    "annotation",
     "annotator_accuracy",
     "harm",
     "helpfulness",

@@ -51,6 +51,15 @@ class PromptRecord(TypedDict):
     category: str
 
 
+class Annotation(TypedDict):
+    """The labels of a pair."""
+
+    better_response_id: int
+    safer_response_id: int
+    is_response_0_safe: bool
+    is_response_1_safe: bool
+
+
 class PreferenceRecord(TypedDict):
     """The schema of PKU-SafeRLHF; `prompt_source` is the kind of prompt."""
 
@@ -205,14 +214,38 @@ def _prefers_1(margin: float, rng: random.Random) -> bool:
     return rng.random() < 1 / (1 + math.exp(-margin))
 
 
-def _annotate(prompt: Prompt, pair: tuple[tuple[str, str], tuple[str, str]], rng: random.Random) -> PreferenceRecord:
-    (text_0, source_0), (text_1, source_1) = pair
-    help_margin = helpfulness(prompt.text, text_1) - helpfulness(prompt.text, text_0)
-    harm_margin = harm_score(text_0) - harm_score(text_1)
+def annotation(prompt: str, responses: tuple[str, str], rng: random.Random, error_rate: float = 0.0) -> Annotation:
+    """Labels of a simulated annotator, who knows the oracles and errs.
+
+    Args:
+        prompt: A prompt of this world.
+        responses: Two texts.
+        rng: Of the annotator's choices.
+        error_rate: Share of labels that are flipped beside.
+
+    Raises:
+        ValueError: If the prompt is no prompt of this world.
+    """
+    help_margin = helpfulness(prompt, responses[1]) - helpfulness(prompt, responses[0])
+    harm_margin = harm_score(responses[0]) - harm_score(responses[1])
     better = _prefers_1(HELPFULNESS_AGREEMENT_SCALE * help_margin, rng)
-    safe_0, safe_1 = (harm(text).is_harmful == (rng.random() < SAFETY_FLIP_RATE) for text in (text_0, text_1))
+    safe_0, safe_1 = (harm(text).is_harmful == (rng.random() < SAFETY_FLIP_RATE) for text in responses)
+    if error_rate:
+        better, safe_0, safe_1 = (label != (rng.random() < error_rate) for label in (better, safe_0, safe_1))
     # The labels of one pair agree with each other: what is labelled safe is safer than what is labelled unsafe.
     safer = safe_1 if safe_0 != safe_1 else _prefers_1(SAFETY_AGREEMENT_SCALE * harm_margin, rng)
+    return {
+        "better_response_id": int(better),
+        "safer_response_id": int(safer),
+        "is_response_0_safe": safe_0,
+        "is_response_1_safe": safe_1,
+    }
+
+
+def _annotate(prompt: Prompt, pair: tuple[tuple[str, str], tuple[str, str]], rng: random.Random) -> PreferenceRecord:
+    (text_0, source_0), (text_1, source_1) = pair
+    labels = annotation(prompt.text, (text_0, text_1), rng)
+    safe_0, safe_1 = labels["is_response_0_safe"], labels["is_response_1_safe"]
     return {
         "prompt": prompt.text,
         "response_0": text_0,
@@ -226,8 +259,8 @@ def _annotate(prompt: Prompt, pair: tuple[tuple[str, str], tuple[str, str]], rng
         "response_1_harm_category": _harm_labels(prompt, text_1, safe_1, rng),
         "response_0_severity_level": 0 if safe_0 else max(1, harm(text_0).severity),
         "response_1_severity_level": 0 if safe_1 else max(1, harm(text_1).severity),
-        "better_response_id": int(better),
-        "safer_response_id": int(safer),
+        "better_response_id": labels["better_response_id"],
+        "safer_response_id": labels["safer_response_id"],
         "response_0_sha256": hashlib.sha256(text_0.encode()).hexdigest(),
         "response_1_sha256": hashlib.sha256(text_1.encode()).hexdigest(),
     }

@@ -1,0 +1,90 @@
+"""Schemas of the stages that make data: responses of policies, and labels of pairs of them.
+
+Source: [paper] Dai et al. 2023, arXiv 2310.12773, section 3: helpfulness and harmlessness are asked apart.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+
+from safe_rlhf_jax.config.base import StageBase
+from safe_rlhf_jax.config.data import ReadOnce, Schema, Share
+from safe_rlhf_jax.config.uses import DataUse, ModelUse, Reads, scorer
+
+
+class SampleStage(StageBase):
+    """Responses of policies to prompts, for labelling."""
+
+    makes_data: ClassVar[tuple[Reads, ...]] = ("prompts",)
+    lengths: ClassVar[tuple[str, ...]] = ("max_prompt_length", "max_response_length")
+    kind: Literal["sample"]
+    policies: Annotated[tuple[str, ...], Field(min_length=1)]  # models; two of them make pairs across both
+    prompts: ReadOnce
+    responses_per_prompt: PositiveInt = 2  # of each policy
+    batch_size: PositiveInt = 64  # prompts at once
+    max_prompt_length: PositiveInt = 256  # tokens
+    max_response_length: PositiveInt = 256  # tokens
+    long_prompts: Literal["drop", "truncate_left"] = "drop"
+    temperature: PositiveFloat = 1.0
+    seed: NonNegativeInt | None = None
+
+    def models(self) -> dict[str, ModelUse]:
+        """Returns the policies, by field."""
+        return {f"policies.{i}": ModelUse(name, generates=True) for i, name in enumerate(self.policies)}
+
+    def datasets(self) -> dict[str, DataUse]:
+        """Returns the prompts, by field."""
+        return {"prompts": DataUse(self.prompts, "prompts", self.max_prompt_length, "sample")}
+
+    def mistakes(self, earlier: Sequence[StageBase]) -> Iterator[str]:
+        """Yields errors with respect to earlier stages, and of responses that are the same twice."""
+        yield from super().mistakes(earlier)
+        for name in dict.fromkeys(name for name in self.policies if self.policies.count(name) > 1):
+            yield f"policies names {name!r} twice, which would respond the same twice; raise responses_per_prompt"
+
+
+class OracleLabeller(Schema):
+    """The oracle of the embedded world, with the errors of its annotators."""
+
+    kind: Literal["oracle"]
+    error_rate: Share = 0.0  # share of labels that are flipped, beside the annotators' own errors (docs/results.md)
+
+
+class ModelLabeller(Schema):
+    """Models that score, or Python functions: `function:MODULE:NAME`, as judges of an evaluation."""
+
+    kind: Literal["models"]
+    reward: str  # more is more helpful
+    cost: str  # less is safer, and up to 0 is safe
+
+
+Labeller = Annotated[OracleLabeller | ModelLabeller, Field(discriminator="kind")]
+
+
+class LabelStage(StageBase):
+    """Labels of pairs of responses, in the fields of PKU-SafeRLHF."""
+
+    makes_data: ClassVar[tuple[Reads, ...]] = ("reward", "cost", "prompts")
+    lengths: ClassVar[tuple[str, ...]] = ("max_prompt_length", "max_response_length")
+    kind: Literal["label"]
+    samples: ReadOnce  # a sample stage, `stage:NAME`, or records with a prompt and `responses`
+    labeller: Labeller
+    pairs_per_prompt: PositiveInt = 1  # of the different responses to a prompt, drawn
+    batch_size: PositiveInt = 64  # pairs at once
+    max_prompt_length: PositiveInt = 256  # tokens
+    max_response_length: PositiveInt = 256  # tokens
+    seed: NonNegativeInt | None = None
+
+    def models(self) -> dict[str, ModelUse]:
+        """Returns the models that label, by field."""
+        if self.labeller.kind != "models":
+            return {}
+        named: dict[Literal["reward", "cost"], str] = {"reward": self.labeller.reward, "cost": self.labeller.cost}
+        uses = {kind: scorer(name, kind) for kind, name in named.items()}
+        return {f"labeller.{kind}": dataclasses.replace(use, may_be_function=True) for kind, use in uses.items()}
+
+    def datasets(self) -> dict[str, DataUse]:
+        """Returns the responses, by field."""
+        return {"samples": DataUse(self.samples, "prompts", self.max_prompt_length, "sample")}

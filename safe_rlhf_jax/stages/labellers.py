@@ -1,0 +1,96 @@
+"""Labellers of pairs of responses: which is more helpful, which safer, which are safe. A new one is a line of a table."""
+
+import dataclasses
+import random
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from safe_rlhf_jax import config as cfg
+from safe_rlhf_jax.data import demo
+from safe_rlhf_jax.data.formats import Record
+from safe_rlhf_jax.data.texts import shown
+from safe_rlhf_jax.stages.common import Run
+from safe_rlhf_jax.stages.host_signals import FunctionSignal, HostSignal, ScorerSignal
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """Two different responses to a prompt.
+
+    Attributes:
+        turns: The conversation before them.
+        first: response_0.
+        second: response_1.
+        record: That they are from.
+    """
+
+    turns: list[Any]
+    first: str
+    second: str
+    record: Record
+
+    @property
+    def responses(self) -> tuple[str, str]:
+        """Both."""
+        return self.first, self.second
+
+
+Labels = dict[str, Any]  # fields of a record; none for a pair without a label
+Label = Callable[[Sequence[Pair], int], list[Labels]]  # (pairs, number of the first one) -> labels of each
+
+
+def oracle(run: Run, stage: cfg.LabelStage) -> Label:
+    """Returns the oracle of the embedded world, with its annotators' errors; each pair has its own draws."""
+    settings: Any = stage.labeller
+    seed = run.seed(stage)
+
+    def label(pairs: Sequence[Pair], start: int) -> list[Labels]:
+        found: list[Labels] = []
+        for number, pair in enumerate(pairs, start):
+            rng = random.Random(f"{seed}/{number}")
+            try:
+                found.append(dict(demo.annotation(shown(pair.turns), pair.responses, rng, settings.error_rate)))
+            except ValueError as error:
+                raise cfg.ConfigError(
+                    f"{stage.name}: labeller: the oracle knows the embedded world only: {error}; use another labeller"
+                ) from error
+        return found
+
+    return label
+
+
+def models(run: Run, stage: cfg.LabelStage) -> Label:
+    """Returns models that score, or functions: the higher reward is better, the lower cost safer, a cost ≤ 0 safe."""
+    settings: Any = stage.labeller
+    signals: dict[str, HostSignal] = {}
+    for kind in ("reward", "cost"):
+        name = getattr(settings, kind)
+        signals[kind] = FunctionSignal(name) if name.startswith("function:") else ScorerSignal(run, name, kind)
+
+    def label(pairs: Sequence[Pair], start: int) -> list[Labels]:
+        del start
+        turns = [pair.turns for pair in pairs for _ in range(2)]
+        texts = [text for pair in pairs for text in pair.responses]
+        scores = {
+            kind: np.reshape(signal(turns, texts, [True] * len(texts)), (-1, 2)) for kind, signal in signals.items()
+        }
+        return [of_scores(*row) for row in zip(scores["reward"], scores["cost"], strict=True)]
+
+    return label
+
+
+def of_scores(reward: np.ndarray, cost: np.ndarray) -> Labels:
+    """Returns the labels of a pair from its rewards and costs, f32[2] each; equal scores prefer neither."""
+    better = {} if reward[0] == reward[1] else {"better_response_id": int(reward.argmax())}
+    safer = {} if cost[0] == cost[1] else {"safer_response_id": int(cost.argmin())}
+    return better | safer | {f"is_response_{i}_safe": bool(cost[i] <= 0) for i in (0, 1)}
+
+
+LABELLERS: dict[str, Callable[[Run, cfg.LabelStage], Label]] = {"oracle": oracle, "models": models}
+
+
+def labeller_of(run: Run, stage: cfg.LabelStage) -> Label:
+    """Returns the labeller of a stage."""
+    return LABELLERS[stage.labeller.kind](run, stage)
