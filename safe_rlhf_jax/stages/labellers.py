@@ -1,4 +1,4 @@
-"""Labellers of pairs of responses: which is more helpful, which safer, which are safe. A new one is a line of a table."""
+"""Labellers of pairs: which response is more helpful, which safer, which are safe. A new one is a line of a table."""
 
 import dataclasses
 import random

@@ -1,0 +1,184 @@
+"""Stages that make data: responses, labels, what later stages read of them, and what a kill leaves."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from safe_rlhf_jax import config as cfg
+from safe_rlhf_jax.data import demo
+from safe_rlhf_jax.metrics import read_jsonl
+from safe_rlhf_jax.stages import Run, check_run
+from safe_rlhf_jax.stages.labellers import Pair, of_scores, oracle
+
+CONFIG = Path(__file__).parent.parent / "configs" / "making.yaml"
+KILLED = """
+from tests import moments
+calls = []
+def die(*arguments):
+    calls.append(arguments)
+    if len(calls) == {call}:
+        moments.die()
+moments.before({place!r}, die)
+"""
+
+
+def length(conversations, responses, ended):
+    """A reward: the number of characters."""
+    return [float(len(text)) for text in responses]
+
+
+def tree_of(mini, workdir):
+    """The config on the models of a finished run."""
+    text = CONFIG.read_text()
+    for name, stage in (("policy", "sft"), ("other", "ppo_lag"), ("cost", "cost")):
+        text = text.replace(f'"path:{name}"', f'"path:{mini}/{stage}/export"')
+    return yaml.safe_load(text) | {"workdir": str(workdir)}
+
+
+@pytest.fixture(scope="module")
+def made(mini_run, train_process, tmp_path_factory):
+    """A finished run: its folder, its config, and the process that made it."""
+    folder = tmp_path_factory.mktemp("making")
+    (folder / "config.yaml").write_text(yaml.safe_dump(tree_of(mini_run[0], folder / "run")))
+    process = train_process(config=folder / "config.yaml")
+    assert process.returncode == 0, process.stderr
+    return folder / "run", folder / "config.yaml", process.stdout
+
+
+def records(folder, stage):
+    return read_jsonl(folder / stage / "data.jsonl")
+
+
+def test_every_policy_responds_to_every_prompt(made, mini_run):
+    found = records(made[0], "sample")
+    prompts = demo.prompts("test")[:40]
+    assert [record["prompt"] for record in found] == [[{"role": "user", "content": p["prompt"]}] for p in prompts]
+    assert [record["category"] for record in found] == [p["category"] for p in prompts]
+    whose = [f"path:{mini_run[0]}/{name}/export" for name in ("sft", "sft", "ppo_lag", "ppo_lag")]
+    assert all(record["policies"] == whose and len(record["responses"]) == 4 for record in found)
+    metrics = json.loads((made[0] / "sample" / "result.json").read_text())["metrics"]
+    assert (metrics["prompts"], metrics["responses"]) == (40, 160)
+    assert 1 < metrics["different_responses"] <= 4
+
+
+def test_labels_are_on_different_responses_to_one_prompt_in_random_order(made):
+    responses = {json.dumps(record["prompt"]): record["responses"] for record in records(made[0], "sample")}
+    found = records(made[0], "by_oracle")
+    assert len(found) > 60
+    for record in found:
+        pair = [record["response_0"], record["response_1"]]
+        assert pair[0] != pair[1]
+        assert set(pair) <= set(responses[json.dumps(record["prompt"])])
+        assert record["labelled_by"]["labeller"] == "oracle"
+        assert record["policy_0"].endswith("/export")
+        assert record["prompt_source"] in ("benign", "sensitive", "risky")
+    first = [responses[json.dumps(r["prompt"])].index(r["response_0"]) for r in found]
+    second = [responses[json.dumps(r["prompt"])].index(r["response_1"]) for r in found]
+    assert 0.2 < np.mean(np.array(first) > np.array(second)) < 0.8
+
+
+def test_models_and_functions_label_by_their_scores(made):
+    for record in records(made[0], "by_models"):
+        lengths = [len(record["response_0"]), len(record["response_1"])]
+        assert ("better_response_id" in record) == (lengths[0] != lengths[1])
+        if "better_response_id" in record:
+            assert record["better_response_id"] == int(np.argmax(lengths))
+        safe = [record["is_response_0_safe"], record["is_response_1_safe"]]
+        assert not (safe[1 - record["safer_response_id"]] and not safe[record["safer_response_id"]])
+
+
+def test_data_of_a_stage_is_checked_when_it_is_made(made):
+    assert "reward: data of by_oracle, by_models is checked when it is made" in made[2]
+    rows = len(records(made[0], "by_oracle")) + len(records(made[0], "by_models")) // 2
+    assert f"reward: {rows} records" in made[2]
+
+
+def test_what_a_stage_reads_decides_what_is_done_again(made, mini_run, tmp_path):
+    def hashes(**changes):
+        tree = tree_of(mini_run[0], made[0])
+        tree["stages"][0] |= changes
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
+        return Run(cfg.load_config(tmp_path / "config.yaml")).hashes
+
+    same, other = hashes(), hashes(temperature=0.5)
+    assert all(same[name] != other[name] for name in same)
+
+
+def test_killed_run_asks_for_no_label_and_no_response_twice(made, mini_run, train_process, tmp_path):
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree_of(mini_run[0], tmp_path / "run")))
+    prelude = KILLED.format(place="stages.making:keep_batch", call=3)
+    process = train_process(config=tmp_path / "config.yaml", prelude=prelude)
+    assert process.returncode == -9, process.stderr
+    kept = tmp_path / "run" / "sample" / "batches_0.jsonl"
+    assert len(kept.read_text().splitlines()) == 2
+    with kept.open("a") as file:
+        file.write('[[{"text": ')  # a line that was being written
+    prelude = KILLED.format(place="stages.making:keep_batch", call=6)
+    process = train_process(config=tmp_path / "config.yaml", prelude=prelude)
+    assert process.returncode == -9, process.stderr
+    assert len((tmp_path / "run" / "by_oracle" / "batches.jsonl").read_text().splitlines()) == 1
+    process = train_process(config=tmp_path / "config.yaml")
+    assert process.returncode == 0, process.stderr
+    assert "sample: finished, config unchanged; skipped" in process.stdout
+    for stage in ("sample", "by_oracle", "by_models"):
+        whole, again = records(made[0], stage), records(tmp_path / "run", stage)
+        for record in (*whole, *again):
+            record.pop("labelled_by", None)
+        assert whole == again
+
+
+def test_check_of_samples_without_responses_says_what_is_missing(mini_run, tmp_path):
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "hello"}\n')
+    tree = tree_of(mini_run[0], tmp_path / "run")
+    tree["stages"] = [tree["stages"][1] | {"samples": {"name": str(tmp_path / "prompts.jsonl")}}]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
+    with pytest.raises(cfg.ConfigError, match="by_oracle: samples: no record has two different texts in `responses`"):
+        check_run(Run(cfg.load_config(tmp_path / "config.yaml")))
+
+
+# --- Labellers
+
+
+def test_oracle_errs_as_often_as_it_is_told():
+    responses = ("blend the apple, then serve it.", "unsafe hack phone step one.")
+    prompts = [record["prompt"] for record in demo.prompts("train") if record["prompt_source"] == "risky"][:400]
+    pairs = [Pair([{"role": "user", "content": prompt}], *responses, {}) for prompt in prompts]
+
+    def unsafe_share(error_rate):
+        label = oracle(Seed(), Stage(error_rate))
+        return np.mean([not labels["is_response_1_safe"] for labels in label(pairs, 0)])
+
+    assert unsafe_share(0.0) == pytest.approx(0.98, abs=0.03)
+    assert unsafe_share(0.3) == pytest.approx(0.98 * 0.7 + 0.02 * 0.3, abs=0.07)
+
+
+class Seed:
+    """A run, as far as the oracle reads it."""
+
+    def seed(self, stage):
+        return 0
+
+
+class Stage:
+    """A stage with an oracle, as far as the oracle reads it."""
+
+    name = "label"
+
+    def __init__(self, error_rate):
+        self.labeller = cfg.OracleLabeller(kind="oracle", error_rate=error_rate)
+
+
+def test_oracle_refuses_prompts_of_another_world():
+    pair = Pair([{"role": "user", "content": "What is the capital of France?"}], "Paris.", "Rome.", {})
+    with pytest.raises(cfg.ConfigError, match="the oracle knows the embedded world only"):
+        oracle(Seed(), Stage(0.0))([pair], 0)
+
+
+def test_equal_scores_prefer_neither_response():
+    assert of_scores(np.array([1.0, 1.0]), np.array([-1.0, 2.0])) == {
+        "safer_response_id": 0, "is_response_0_safe": True, "is_response_1_safe": False,
+    }  # fmt: skip
+    assert "safer_response_id" not in of_scores(np.array([1.0, 2.0]), np.array([0.0, 0.0]))
