@@ -14,7 +14,7 @@ from typing import Any
 from safe_rlhf_jax.cli import exit_status, prog
 from safe_rlhf_jax.errors import ConfigError
 
-LOGGER = logging.getLogger(__name__)
+LOGGER = logging.getLogger("safe_rlhf_jax.serve")  # also if it is run as `__main__`
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:

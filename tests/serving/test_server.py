@@ -13,6 +13,7 @@ import openai
 import pytest
 
 from safe_rlhf_jax.data.conversations import encode
+from safe_rlhf_jax.endpoints import Endpoint, EndpointError
 from safe_rlhf_jax.inference.sampling import Sampling
 from safe_rlhf_jax.pipeline import load_policy, load_scorer
 from safe_rlhf_jax.types import PromptBatch
@@ -324,3 +325,20 @@ def test_fields_that_change_nothing_are_taken(served):
         response_format={"type": "text"},
     )  # fmt: skip
     assert given.choices[0].message.content == served.chat().choices[0].message.content
+
+
+def test_endpoint_client_asks_the_server_and_keeps_its_answers(served, monkeypatch, tmp_path):
+    monkeypatch.setenv("SERVED_KEY", KEY)
+    endpoint = Endpoint(served.url, "policy", cache=tmp_path, key_env="SERVED_KEY", concurrency=2)
+    conversations = [[USER], [{"role": "user", "content": "one two three"}]] * 2
+    answers = endpoint.answers(conversations, temperature=0)
+    assert answers == [served.chat(turns[0]["content"]).choices[0].message.content for turns in conversations]
+    assert (endpoint.usage.requests, endpoint.usage.answers) == (2, 2)
+    with pytest.raises(EndpointError, match="max_tokens: 25, more than the limit of 24"):
+        endpoint.answers(conversations, max_tokens=25)
+    monkeypatch.setenv("SERVED_KEY", "another")
+    with pytest.raises(EndpointError, match=r"the key is refused .*SERVED_KEY"):
+        Endpoint(served.url, "policy", cache=tmp_path, key_env="SERVED_KEY").answers([[USER]])
+    monkeypatch.setenv("SERVED_KEY", KEY)
+    with pytest.raises(EndpointError, match=r"here is 'policy' only.*; it has policy"):
+        Endpoint(served.url, "gpt", cache=tmp_path, key_env="SERVED_KEY").answers([[USER]])
