@@ -130,7 +130,7 @@ class Endpoint:
         """
         requests = [{"model": self.model, "messages": list(messages)} | sampling for messages in conversations]
         names = [digest(request) for request in requests]
-        found = {name: kept for name in names if (kept := self.kept(name)) is not None}
+        found = {name: kept for name in dict.fromkeys(names) if (kept := self.kept(name)) is not None}
         for name, record in found.items():
             self.count(name, record, cached=True)
         missing = {name: request for name, request in zip(names, requests, strict=True) if name not in found}

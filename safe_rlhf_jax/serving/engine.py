@@ -13,7 +13,7 @@ import numpy as np
 
 from safe_rlhf_jax.data.conversations import encode
 from safe_rlhf_jax.data.records import Unusable
-from safe_rlhf_jax.errors import ConfigError
+from safe_rlhf_jax.errors import ConfigError, NonFiniteError
 from safe_rlhf_jax.inference.row_stream import RowSettings, RowStream
 from safe_rlhf_jax.pipeline import Policy, Scorer, pad
 from safe_rlhf_jax.serving.answers import Answer, Job
@@ -117,8 +117,8 @@ class Engine:
         since = time.monotonic()
         for size in sizes:
             for width in widths:
-                job = Job([], [0] * width, lambda piece: None, max_tokens=1)
-                self.generate([Answer(job, 0, lambda ids: "", self.ends) for _ in range(size)])
+                job = Job([], [0] * width, lambda piece: None, self.limits.response + 1, cancelled=True)
+                self.generate([Answer(job, 0, lambda ids: "", ()) for _ in range(size)])  # their first tokens
             for signal, scorer in self.scorers.items():
                 for width in self.scored_widths(scorer):
                     self.score(signal, [[0] * width] * size)
@@ -223,7 +223,10 @@ class Engine:
         scorer, size = self.scorers[signal], at_least(len(rows), self.limits.sizes)
         width = at_least(max(map(len, rows)), self.scored_widths(scorer))
         tokens, mask = pad(filled(rows, size), width, left=False)
-        return np.asarray(scorer.score(scorer.variables, tokens, mask))[: len(rows)]
+        scores = np.asarray(scorer.score(scorer.variables, tokens, mask))[: len(rows)]
+        if not np.isfinite(scores).all():
+            raise NonFiniteError(f"{signal}: a score is not finite; look at that model")
+        return scores
 
     def scored_widths(self, scorer: Scorer) -> tuple[int, ...]:
         """Returns the numbers of columns of texts for a scorer."""

@@ -60,7 +60,8 @@ class Refused(Exception):
         """The error object."""
         kinds = {401: "authentication_error", 429: "rate_limit_error", 500: "server_error"}
         kind = kinds.get(self.status, "invalid_request_error")
-        return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
+        param = self.param and self.param.encode(errors="backslashreplace").decode()  # half a character is none
+        return {"error": {"message": str(self), "type": kind, "param": param, "code": self.code}}
 
 
 class StreamOptions(pydantic.BaseModel):

@@ -35,6 +35,10 @@ def wait_until(condition):
     raise AssertionError("it never came true")
 
 
+USER = {"role": "user", "content": "hello"}
+LONG = {"role": "user", "content": "hello " * 100}
+
+
 def error_of(caught):
     return caught.value.body | {"status": caught.value.status_code}
 
@@ -200,11 +204,10 @@ def test_nothing_is_generated_for_a_client_that_has_gone(served):
     with served.held() as (calls, go), ThreadPoolExecutor(4) as pool:
         first = pool.submit(served.chat)
         wait_until(lambda: calls == [1])
+        served.chat(stream=True).close()
         with pytest.raises(openai.APITimeoutError):
-            served.client(timeout=0.2).chat.completions.create(
-                model="policy", messages=[{"role": "user", "content": "hello"}]
-            )
-        wait_until(lambda: [job.cancelled for job in served.engine.waiting] == [True])
+            served.client(timeout=0.2).chat.completions.create(model="policy", messages=[USER])
+        wait_until(lambda: [job.cancelled for job in served.engine.waiting] == [True, True])
         go.set()
         first.result()
         served.chat()
@@ -255,10 +258,6 @@ def test_models_are_listed(served):
         served.client().models.retrieve("gpt")
 
 
-USER = {"role": "user", "content": "hello"}
-LONG = {"role": "user", "content": "hello " * 100}
-
-
 @pytest.mark.parametrize(
     ("fields", "param", "message"),
     [
@@ -284,6 +283,7 @@ LONG = {"role": "user", "content": "hello " * 100}
         ({"presence_penalty": 0.5}, "presence_penalty", "0.5: is not supported"),
         ({"response_format": {"type": "json_object"}}, "response_format", "is not supported"),
         ({"top_k": 4}, "top_k", "no such field is supported"),
+        ({"\ud800": 4}, "\\ud800", "no such field is supported"),
     ],
 )
 def test_a_request_that_cannot_be_answered_as_asked_names_the_field(served, fields, param, message):
