@@ -11,7 +11,6 @@ import pytest
 
 from safe_rlhf_jax import serve
 from safe_rlhf_jax.models import hf
-from safe_rlhf_jax.serving.engine import buckets
 from tests.helpers import make_scorer, tiny_config
 from tests.serving.conftest import Served
 
@@ -105,11 +104,3 @@ def test_starlette_and_uvicorn_are_an_extra(monkeypatch, capsys, models):
     )
     assert serve.main([str(models / "policy")]) == 1
     assert "pip install 'safe_rlhf_jax[serve]'" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("least", "most", "sizes"),
-    [(1, 16, (1, 4, 16)), (1, 8, (1, 4, 8)), (1, 1, (1,)), (64, 1024, (64, 256, 1024)), (64, 40, (40,))],
-)
-def test_few_shapes_are_compiled(least, most, sizes):
-    assert buckets(least, most) == sizes
