@@ -173,40 +173,16 @@ def load_chat(options: argparse.Namespace) -> Chat:
     """Opens the networks of a command line."""
     import jax
 
-    from safe_rlhf_jax import config as cfg
     from safe_rlhf_jax.inference.stream import Stream
-    from safe_rlhf_jax.models import hf
-    from safe_rlhf_jax.pipeline import Policy, load_policy, load_scorer
-    from safe_rlhf_jax.stages.common import Run
-    from safe_rlhf_jax.stages.encoding import has_tokenizer
+    from safe_rlhf_jax.named_models import NamedModels
 
-    run = Run(cfg.load_config(options.config), options.config) if options.config else None
-    stages = {stage.name: stage for stage in run.config.stages} if run else {}
-
-    def folder(name: str) -> str:
-        if run is None or name not in stages:
-            return name
-        if run.result(name) is None:
-            raise ConfigError(f"stage {name!r} of {options.config} is not finished; train it first")
-        return run.model_folder(name)
-
-    def read_as(name: str) -> dict[str, Any]:
-        """Returns a model's encoding: the run's for its stages, else the folder's, or else the first policy's."""
-        like: Any = run if run is not None and name in stages else None
-        if like is None and policies and not has_tokenizer(hf.resolve(name)):
-            like = policies[0]
-        own = {"template": options.template or like.template, "tokenizer": like.tokenizer} if like else {}
-        return {"template": options.template, "dtype": options.dtype} | own
-
-    policies: list[Policy] = []
-    for name in options.policies:
-        policies.append(load_policy(folder(name), **read_as(name)))
+    models = NamedModels(options.config, options.template, options.dtype)
+    policies = [models.policy(name) for name in options.policies]
     scorers = {}
     for signal in ("reward", "cost"):
-        trained = [name for name, stage in stages.items() if stage.makes == signal and run and run.result(name)]
-        scorer_name = getattr(options, signal) or (trained[-1] if trained else None)
+        scorer_name = getattr(options, signal) or models.last_trained(signal)
         if scorer_name is not None:
-            scorers[signal] = load_scorer(folder(scorer_name), **read_as(scorer_name), score_type=signal)
+            scorers[signal] = models.scorer(scorer_name, signal)
     rooms = [policy.module.config.generated_length for policy in policies]
     room = min(rooms + [scorer.module.config.max_positions for scorer in scorers.values()])
     speakers = [

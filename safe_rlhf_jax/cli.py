@@ -1,4 +1,4 @@
-"""Command line: `safe-rlhf-jax train|data|chat|export|compile`, and shared parts of the command lines."""
+"""Command line: `safe-rlhf-jax train|data|chat|serve|export|compile`, and shared parts of the command lines."""
 
 import argparse
 import importlib
@@ -15,6 +15,7 @@ COMMANDS = {
     "train": ("train", "run the stages of a config in order"),
     "data": ("inspect_data", "show what the stages of a config, or one stage, would read"),
     "chat": ("chat", "talk to one policy, or to two side by side"),
+    "serve": ("serve", "answer requests over HTTP, as OpenAI's chat completions"),
     "export": ("export", "write a model folder from any checkpoint of a stage"),
     "compile": ("compile", "say what a run needs on devices that need not be here"),
 }

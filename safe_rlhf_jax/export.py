@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from safe_rlhf_jax.stages.common import Run
     from safe_rlhf_jax.stages.trained import Trained
 
-LOGGER = logging.getLogger(__name__)
+LOGGER = logging.getLogger("safe_rlhf_jax.export")  # also if it is run as `__main__`
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:

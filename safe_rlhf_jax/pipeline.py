@@ -31,9 +31,8 @@ def turns(prompt: Prompt) -> list[Message]:
     return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
 
 
-def pad(rows: Sequence[Sequence[int]], most: int, *, left: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Returns tokens i32[B, L] and mask bool[B, L]; L is a power of two or `most`: few programs are compiled."""
-    width = columns(max(map(len, rows)), most)
+def pad(rows: Sequence[Sequence[int]], width: int, *, left: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Returns tokens i32[B, width] and mask bool[B, width]."""
     tokens, mask = np.zeros((len(rows), width), np.int32), np.zeros((len(rows), width), bool)
     for i, row in enumerate(rows):
         real = slice(width - len(row), width) if left else slice(0, len(row))
@@ -92,7 +91,7 @@ class Policy(Network):
             raise UserError(
                 f"a prompt of {longest} tokens + max_tokens {max_tokens} exceed the model's {room} positions{scaled}"
             )
-        tokens, mask = pad(rows, room - max_tokens, left=True)
+        tokens, mask = pad(rows, columns(longest, room - max_tokens), left=True)
         batch = PromptBatch(jnp.asarray(tokens), jnp.asarray(mask), jnp.zeros(len(tokens), jnp.int32))
         sampling = Sampling(temperature=temperature)
         rollout = self.generate(self.variables["params"], batch, jax.random.key(seed), max_tokens, sampling)
@@ -154,7 +153,7 @@ class Scorer(Network):
         longest, room = max(map(len, rows)), self.module.config.max_positions
         if longest > room:
             raise UserError(f"a text of {longest} tokens exceeds the scorer's {room} positions")
-        return np.asarray(self.score(self.variables, *pad(rows, room, left=False)))
+        return np.asarray(self.score(self.variables, *pad(rows, columns(longest, room), left=False)))
 
     @functools.cached_property
     def score(self) -> Any:

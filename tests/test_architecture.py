@@ -13,14 +13,14 @@ MAX_LINES = 400
 READINGS = ("chips", "collectives", "flops", "hlo", "properties", "roofline", "traffic")  # of a compiled program
 LEVELS = (
     {"types", "errors", "log", "storage"},
-    {"ops", "sharding", "metrics", "processes"},
+    {"ops", "sharding", "metrics", "processes", "endpoints"},
     {"models"},
     {"optim", "inference", *(f"aot.{name}" for name in READINGS)},
     {"objectives", "rl", "evaluation", "data"},
     {"checkpoint", "loop", "config", "pipeline", "testing"},
-    {"stages"},
-    {"aot"},
-    {"cli", "train", "compile", "chat", "export", "inspect_data", "data.__main__"},
+    {"stages", "serving"},
+    {"aot", "named_models"},
+    {"cli", "train", "compile", "chat", "export", "inspect_data", "serve", "data.__main__"},
 )
 # Parts that may import even less: nothing of the package but this.
 ONLY = {

@@ -4,7 +4,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from safe_rlhf_jax.models.transformer import EXCLUDED
 from safe_rlhf_jax.ops import token_log_probs
@@ -31,7 +31,7 @@ def keep_top_k(logits: Float[Array, "B V"], k: int) -> Float[Array, "B V"]:
     return jnp.where(logits < threshold, EXCLUDED, logits)
 
 
-def keep_top_p(logits: Float[Array, "B V"], p: float) -> Float[Array, "B V"]:
+def keep_top_p(logits: Float[Array, "B V"], p: float | Float[Array, "B 1"]) -> Float[Array, "B V"]:
     """Excludes tokens outside the nucleus. Source: Holtzman et al. 2019, arXiv 1904.09751.
 
     A token stays when the probability of the tokens before it, most probable first, is below p; so one always stays.
@@ -72,3 +72,25 @@ def sample_token(
         token = jax.random.categorical(key, logits)
     token = token.astype(jnp.int32)
     return token, token_log_probs(logits[:, None], token[:, None])[:, 0]
+
+
+def sample_rows(
+    keys: Key[Array, " B"], logits: Float[Array, "B V"], temperature: Float[Array, " B"], top_p: Float[Array, " B"]
+) -> Int[Array, " B"]:
+    """Chooses a token for each row with its own key and settings, i32[B]; no row depends on another.
+
+    Args:
+        keys: Random keys of this step.
+        logits: f32[B, V].
+        temperature: f32[B], 0 is greedy.
+        top_p: f32[B], 1 keeps all tokens.
+    """
+    scaled = logits / jnp.where(temperature > 0, temperature, 1.0)[:, None]
+    nucleus = top_p[:, None]
+    kept = jax.lax.cond(
+        (top_p < 1).any(),  # sorting takes longer than all else here
+        lambda: jnp.where(nucleus < 1, keep_top_p(scaled, nucleus), scaled),
+        lambda: scaled,
+    )
+    sampled = jax.vmap(jax.random.categorical)(keys, kept)
+    return jnp.where(temperature == 0, jnp.argmax(logits, axis=-1), sampled).astype(jnp.int32)
