@@ -77,7 +77,10 @@ def edited(change):
         (lambda s: s[1]["repeat"].update(times=True), ["stages.1.repeat.times", "value True"]),
         (lambda s: s[1]["repeat"].update(stages=[]), ["stages.1.repeat.stages"]),
         (lambda s: s[1]["repeat"]["stages"].append({"repeat": {}}), ["stages.1.repeat.stages.4", "inside"]),
-        (lambda s: s[1]["repeat"]["stages"][0].update(name="sample"), ["'sample'", "same in every round", "sample_{round}"]),
+        (
+            lambda s: s[1]["repeat"]["stages"][0].update(name="sample"),
+            ["'sample'", "same in every round", "sample_{round}"],
+        ),
         (lambda s: s[1]["repeat"]["stages"][3].update(init_from="policy_{each}"), ["{each}", "item of a list"]),
         (lambda s: s[1]["repeat"]["stages"][3].update(init_from="poliy_{last}"), ["'poliy_0'", "no earlier stage"]),
     ],

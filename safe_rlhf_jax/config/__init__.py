@@ -7,7 +7,7 @@ from safe_rlhf_jax.config.algorithm import AlgorithmConfig, CalibratedLimit, KLC
 from safe_rlhf_jax.config.base import OptimizerConfig, StageBase, TrainingStage
 from safe_rlhf_jax.config.data import Data, Mixture, Schema, Share, is_set, parts_of
 from safe_rlhf_jax.config.loading import dump, load_config
-from safe_rlhf_jax.config.making import LabelStage, ModelLabeller, OracleLabeller, SampleStage
+from safe_rlhf_jax.config.making import JudgeLabeller, LabelStage, ModelLabeller, OracleLabeller, SampleStage
 from safe_rlhf_jax.config.run import Execution, Mesh, RunConfig, Stage
 from safe_rlhf_jax.config.sampled import DualStage, EvaluateStage, RejectionStage, RLStage
 from safe_rlhf_jax.config.sampling import SampledPrompts
@@ -25,7 +25,7 @@ from safe_rlhf_jax.errors import ConfigError
 
 __all__ = [
     "AlgorithmConfig", "CalibratedLimit", "ConfigError", "CostStage", "DPOStage", "Data", "DataUse", "DualStage",
-    "EvaluateStage", "Execution", "KLConfig", "LabelStage", "Lagrange", "MergeStage", "Mesh", "Mixture",
+    "EvaluateStage", "Execution", "JudgeLabeller", "KLConfig", "LabelStage", "Lagrange", "MergeStage", "Mesh", "Mixture",
     "ModelLabeller", "ModelUse", "OptimizerConfig", "OracleLabeller", "PIDConfig", "PreferenceStage", "RLStage",
     "RejectionStage", "RewardStage", "RunConfig", "SFTStage", "SampleStage", "SampledPrompts", "Schema", "Share",
     "Stage", "StageBase", "SupervisedStage", "TrainingStage", "dump", "is_set", "load_config", "parts_of",

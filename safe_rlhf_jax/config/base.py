@@ -95,6 +95,10 @@ class StageBase(Schema):
         """Returns the dual stages whose multiplier is an initial λ, by field."""
         return {}
 
+    def files(self) -> tuple[str, ...]:
+        """Returns further files whose contents decide the result."""
+        return ()
+
     def makers(self) -> tuple[str, ...]:
         """Returns the stages whose records the stage reads."""
         parts = [part for use in self.datasets().values() for part in parts_of(use.data)]

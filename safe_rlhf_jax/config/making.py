@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from safe_rlhf_jax.config.base import StageBase
 from safe_rlhf_jax.config.data import ReadOnce, Schema, Share
@@ -60,7 +60,25 @@ class ModelLabeller(Schema):
     cost: str  # less is safer, and up to 0 is safe
 
 
-Labeller = Annotated[OracleLabeller | ModelLabeller, Field(discriminator="kind")]
+class JudgeLabeller(Schema):
+    """A language model behind an OpenAI-compatible endpoint, asked by the principles of a constitution."""
+
+    unhashed: ClassVar[frozenset[str]] = frozenset(
+        {"key_env", "timeout_s", "retries", "requests_per_minute", "concurrency", "price"}
+    )
+    kind: Literal["judge"]
+    base_url: str  # such as http://127.0.0.1:8000/v1
+    model: str
+    constitution: str | None = None  # a YAML file, as docs/rounds.md says; null: the package's own
+    key_env: str | None = None  # environment variable with the key
+    timeout_s: PositiveFloat = 60.0  # of one request
+    retries: NonNegativeInt = 4
+    requests_per_minute: PositiveFloat | None = None
+    concurrency: PositiveInt = 8  # requests at once
+    price: tuple[NonNegativeFloat, NonNegativeFloat] = (0.0, 0.0)  # of a million tokens of prompts, and of answers
+
+
+Labeller = Annotated[OracleLabeller | ModelLabeller | JudgeLabeller, Field(discriminator="kind")]
 
 
 class LabelStage(StageBase):
@@ -76,6 +94,11 @@ class LabelStage(StageBase):
     max_prompt_length: PositiveInt = 256  # tokens
     max_response_length: PositiveInt = 256  # tokens
     seed: NonNegativeInt | None = None
+
+    def files(self) -> tuple[str, ...]:
+        """Returns the constitution of a judge."""
+        name = self.labeller.constitution if self.labeller.kind == "judge" else None
+        return (name,) if name else ()
 
     def models(self) -> dict[str, ModelUse]:
         """Returns the models that label, by field."""

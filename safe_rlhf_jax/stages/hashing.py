@@ -43,6 +43,7 @@ def stage_hashes(config: cfg.RunConfig, shared: Sequence[Any], files: "Digests")
                 part for use in stage.datasets().values() for part in cfg.parts_of(use.data) if not part.maker
             ]
             data = {str(path): files.of(path) for part in parts_of_data for path in data_files(part.name)}
+            data |= {name: files.of(storage.expanded(name)) for name in stage.files()}
             parts = (hashed(stage), config.seed, hashed(config.execution), *shared, data, upstream)
             hashes[stage.name] = config_hash(*parts)
     found = first_says("".join(hashes.values()))

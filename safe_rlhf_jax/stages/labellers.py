@@ -3,7 +3,7 @@
 import dataclasses
 import random
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -13,6 +13,7 @@ from safe_rlhf_jax.data.formats import Record
 from safe_rlhf_jax.data.texts import shown
 from safe_rlhf_jax.stages.common import Run
 from safe_rlhf_jax.stages.host_signals import FunctionSignal, HostSignal, ScorerSignal
+from safe_rlhf_jax.stages.judge_labeller import Judge
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,10 +39,17 @@ class Pair:
 
 
 Labels = dict[str, Any]  # fields of a record; none for a pair without a label
-Label = Callable[[Sequence[Pair], int], list[Labels]]  # (pairs, number of the first one) -> labels of each
 
 
-def oracle(run: Run, stage: cfg.LabelStage) -> Label:
+class Labeller(NamedTuple):
+    """Who labels."""
+
+    label: Callable[[Sequence[Pair], int], list[Labels]]  # (pairs, number of the first one) -> labels of each
+    identity: dict[str, str]  # stands in each record
+    said: Callable[[], dict[str, float]] = dict  # what the labels took
+
+
+def oracle(run: Run, stage: cfg.LabelStage) -> Labeller:
     """Returns the oracle of the embedded world, with its annotators' errors; each pair has its own draws."""
     settings: Any = stage.labeller
     seed = run.seed(stage)
@@ -58,10 +66,10 @@ def oracle(run: Run, stage: cfg.LabelStage) -> Label:
                 ) from error
         return found
 
-    return label
+    return Labeller(label, {"labeller": "oracle"})
 
 
-def models(run: Run, stage: cfg.LabelStage) -> Label:
+def models(run: Run, stage: cfg.LabelStage) -> Labeller:
     """Returns models that score, or functions: the higher reward is better, the lower cost safer, a cost ≤ 0 safe."""
     settings: Any = stage.labeller
     signals: dict[str, HostSignal] = {}
@@ -78,7 +86,15 @@ def models(run: Run, stage: cfg.LabelStage) -> Label:
         }
         return [of_scores(*row) for row in zip(scores["reward"], scores["cost"], strict=True)]
 
-    return label
+    return Labeller(label, {"labeller": "models", "reward": settings.reward, "cost": settings.cost})
+
+
+def judge(run: Run, stage: cfg.LabelStage) -> Labeller:
+    """Returns a judge behind an endpoint."""
+    asked = Judge(run, stage)
+    return Labeller(
+        asked, {"labeller": "judge", "model": asked.endpoint.model, "instruction": asked.digest}, asked.said
+    )
 
 
 def of_scores(reward: np.ndarray, cost: np.ndarray) -> Labels:
@@ -88,9 +104,9 @@ def of_scores(reward: np.ndarray, cost: np.ndarray) -> Labels:
     return better | safer | {f"is_response_{i}_safe": bool(cost[i] <= 0) for i in (0, 1)}
 
 
-LABELLERS: dict[str, Callable[[Run, cfg.LabelStage], Label]] = {"oracle": oracle, "models": models}
+LABELLERS: dict[str, Callable[[Run, cfg.LabelStage], Labeller]] = {"oracle": oracle, "models": models, "judge": judge}
 
 
-def labeller_of(run: Run, stage: cfg.LabelStage) -> Label:
+def labeller_of(run: Run, stage: cfg.LabelStage) -> Labeller:
     """Returns the labeller of a stage."""
     return LABELLERS[stage.labeller.kind](run, stage)

@@ -29,6 +29,8 @@ from safe_rlhf_jax.stages.labellers import Pair, labeller_of
 from safe_rlhf_jax.stages.partial import keep_batch, kept_batches
 from safe_rlhf_jax.stages.sampling import sampled, sampler_of
 
+LABELLED = ("better_response_id", "better_votes", "safer_response_id", "safer_votes")  # any of these is a label
+
 
 def run_sample(run: Run, stage: cfg.SampleStage, folder: storage.Path) -> dict[str, Any]:
     """Samples responses of every policy to every prompt."""
@@ -136,29 +138,23 @@ def run_label(run: Run, stage: cfg.LabelStage, folder: storage.Path) -> dict[str
     pairs = list(pairs_of(stage, samples, run.seed(stage)))
     file = folder / "batches.jsonl"
     labelled: list[Record] = [record for batch in kept_batches(file) for record in batch]
-    label, size = labeller_of(run, stage), stage.batch_size
+    labeller, size = labeller_of(run, stage), stage.batch_size
     bar = ProgressBar(f"{stage.name}: pairs", len(pairs), start=len(labelled), keys=())
     for start in range(len(labelled), len(pairs), size):
         batch = pairs[start : start + size]
-        by = {
-            "labeller": stage.labeller.kind,
-            "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        }
-        found = [
-            {"labelled_by": by} | as_record(pair) | labels
-            for pair, labels in zip(batch, label(batch, start), strict=True)
-        ]
+        labels = labeller.label(batch, start)
+        by = labeller.identity | {"time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}
+        found = [as_record(pair) | {"labelled_by": by} | one for pair, one in zip(batch, labels, strict=True)]
         keep_batch(file, found)
         labelled += found
         bar.write(start + len(batch), {})
     bar.close()
-    usable = [record for record in labelled if "better_response_id" in record or "safer_response_id" in record]
+    usable = [record for record in labelled if not record.keys().isdisjoint(LABELLED)]
     if not usable:
         raise UserError(f"{stage.name}: none of {len(pairs)} pairs has a label")
     write_data(folder, usable)
-    return {
-        "metrics": {"pairs": float(len(usable)), "without_label": float(len(labelled) - len(usable))} | shares(usable)
-    }
+    counts = {"pairs": float(len(usable)), "without_label": float(len(labelled) - len(usable))}
+    return {"metrics": counts | shares(usable) | labeller.said()}
 
 
 def as_record(pair: Pair) -> Record:
@@ -170,11 +166,16 @@ def as_record(pair: Pair) -> Record:
 
 
 def shares(records: Sequence[Record]) -> dict[str, float]:
-    """Returns the share of responses labelled safe, and of pairs whose more helpful response is not the safer one."""
+    """Returns the share of responses labelled safe, of pairs whose more helpful response is not the safer one, and of
+    answers of a judge that change with the order of the responses.
+    """
     safe = [record[f"is_response_{i}_safe"] for record in records for i in (0, 1) if f"is_response_{i}_safe" in record]
     both = [r for r in records if "better_response_id" in r and "safer_response_id" in r]
-    at_odds = [r["better_response_id"] != r["safer_response_id"] for r in both]
-    found = {"labelled_safe": safe, "helpful_or_safe": at_odds}
+    found = {"labelled_safe": safe, "at_odds": [r["better_response_id"] != r["safer_response_id"] for r in both]}
+    for name in ("better", "safer"):
+        votes = [record[f"{name}_votes"] for record in records if f"{name}_votes" in record]
+        found[f"{name}_flipped"] = [one != other for one, other in votes]
+        found[f"{name}_first"] = [side for one, other in votes for side in (one == 0, other == 1)]  # 0.5: no bias
     return {name: float(np.mean(values)) for name, values in found.items() if values}
 
 

@@ -1,0 +1,163 @@
+"""A judge behind an OpenAI-compatible endpoint as a labeller: helpfulness and safety asked apart, pairs in both orders.
+
+Source: Bai et al. 2022 (arXiv 2212.08073), principles; Zheng et al. 2023 (arXiv 2306.05685), both orders against
+position bias.
+"""
+
+import hashlib
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import yaml
+
+from safe_rlhf_jax import config as cfg
+from safe_rlhf_jax import storage
+from safe_rlhf_jax.data.texts import shown
+from safe_rlhf_jax.endpoints import Endpoint
+from safe_rlhf_jax.errors import ConfigError, DataError
+from safe_rlhf_jax.stages.common import Run
+
+OWN = storage.path(__file__).parent / "constitution.yaml"
+QUESTIONS = ("helpfulness", "safety")
+COMPARE = """{principles}
+Conversation:
+{conversation}
+
+Response A:
+{first}
+
+Response B:
+{second}
+
+Which response is {better}? Answer with one letter, A or B."""
+CLASSIFY = """{principles}
+Conversation:
+{conversation}
+
+Response:
+{response}
+
+Is the response harmful? Answer with one word, harmful or harmless."""
+BETTER = {"helpfulness": "more helpful", "safety": "safer"}
+ASKED = {"temperature": 0.0, "max_tokens": 16}
+
+
+def read_constitution(name: str | None) -> dict[str, str]:
+    """Returns the principles of each question.
+
+    Raises:
+        ConfigError: If the file is not a mapping of both questions to texts.
+    """
+    file = OWN if name is None else storage.expanded(name)
+    try:
+        found = yaml.safe_load(storage.read_text(file))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"constitution {file}: cannot be read: {error}") from error
+    if (
+        not isinstance(found, dict)
+        or set(found) != set(QUESTIONS)
+        or not all(isinstance(t, str) for t in found.values())
+    ):
+        raise ConfigError(
+            f"constitution {file}: write principles as text under {' and '.join(QUESTIONS)}, nothing else"
+        )
+    return found
+
+
+def verdict(answer: str, words: Sequence[str]) -> int | None:
+    """Returns the index of the word that an answer gives; None if it gives none of them, or several."""
+    said = set(re.findall(r"[A-Za-z]+", answer.casefold() if len(words[0]) > 1 else answer))
+    given = [i for i, word in enumerate(words) if word in said]
+    return given[0] if len(given) == 1 else None
+
+
+class Judge:
+    """The labeller.
+
+    A pair takes six requests: which response is more helpful and which is safer, each in both orders, and whether each
+    is harmful. Both orders are two votes (`better_votes`, `safer_votes`); a question with an answer that is no verdict
+    has no label.
+
+    Args:
+        run: The run; answers are kept in `answers/` of its folder.
+        stage: The stage.
+
+    Raises:
+        ConfigError: If the constitution cannot be read, or the endpoint's key is missing.
+    """
+
+    def __init__(self, run: Run, stage: cfg.LabelStage):
+        settings: Any = stage.labeller
+        self.name, self.max_bad = stage.name, run.config.max_bad_records
+        self.principles = read_constitution(settings.constitution)
+        self.digest = hashlib.sha256("\0".join(self.principles[q] for q in QUESTIONS).encode()).hexdigest()[:12]
+        self.endpoint = Endpoint(
+            settings.base_url, settings.model, cache=storage.path(run.config.workdir) / "answers",
+            key_env=settings.key_env, timeout_s=settings.timeout_s, retries=settings.retries,
+            requests_per_minute=settings.requests_per_minute, concurrency=settings.concurrency, price=settings.price,
+        )  # fmt: skip
+        self.asked = self.without = 0
+
+    def __call__(self, pairs: Sequence[Any], start: int) -> list[dict[str, Any]]:
+        """Returns the labels of each pair.
+
+        Raises:
+            EndpointError: If the endpoint fails; what it has answered is kept.
+            DataError: If too many answers are no verdicts.
+        """
+        del start
+        questions = [question for pair in pairs for question in self.questions(pair)]
+        answers = self.endpoint.answers([[{"role": "user", "content": text}] for text, _ in questions], **ASKED)
+        found = [verdict(answer, words) for answer, (_, words) in zip(answers, questions, strict=True)]
+        self.asked, self.without = self.asked + len(found), self.without + found.count(None)
+        if self.without > self.max_bad * self.asked:
+            example = answers[found.index(None)] if None in found else ""
+            raise DataError(
+                f"{self.name}: {self.without} of {self.asked} answers of {self.endpoint.model} are no verdict, such as "
+                f"{example[:80]!r}: more than max_bad_records {self.max_bad}; use a model that follows the instruction"
+            )
+        return [of_verdicts(found[i : i + 6]) for i in range(0, len(found), 6)]
+
+    def questions(self, pair: Any) -> list[tuple[str, tuple[str, str]]]:
+        """Returns the six questions on a pair, each with the words that may answer it."""
+        conversation = shown(pair.turns)
+        both = [
+            COMPARE.format(
+                principles=self.principles[question], conversation=conversation, first=one, second=other,
+                better=BETTER[question],
+            )
+            for question in QUESTIONS
+            for one, other in (pair.responses, pair.responses[::-1])
+        ]  # fmt: skip
+        each = [
+            CLASSIFY.format(principles=self.principles["safety"], conversation=conversation, response=response)
+            for response in pair.responses
+        ]
+        return [*((text, ("A", "B")) for text in both), *((text, ("harmful", "harmless")) for text in each)]
+
+    def said(self) -> dict[str, float]:
+        """Returns what the labels took."""
+        usage = self.endpoint.usage
+        return {
+            "requests": float(usage.requests), "answers_kept": float(usage.cached), "no_verdict": float(self.without),
+            "tokens": float(usage.prompt_tokens + usage.completion_tokens), "price": usage.cost,
+        }  # fmt: skip
+
+
+def of_verdicts(found: Sequence[int | None]) -> dict[str, Any]:
+    """Returns the labels of a pair from its six verdicts; the second of each order counts sides turned round."""
+    labels: dict[str, Any] = {}
+    for name, (one, other) in {"better": found[0:2], "safer": found[2:4]}.items():
+        if one is not None and other is not None:
+            votes = [one, 1 - other]
+            labels[f"{name}_votes"] = votes
+            labels |= {f"{name}_response_id": votes[0]} if votes[0] == votes[1] else {}
+    harmless = found[4:6]
+    if None not in harmless:
+        labels |= {f"is_response_{i}_safe": bool(harmless[i]) for i in (0, 1)}
+    safe = [labels.get(f"is_response_{i}_safe") for i in (0, 1)]
+    if None not in safe and safe[0] != safe[1]:  # what is harmless is safer than what is harmful
+        labels |= {"safer_response_id": int(bool(safe[1]))}
+        labels.pop("safer_votes", None)
+    return labels
