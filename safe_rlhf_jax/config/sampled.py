@@ -167,7 +167,7 @@ class RLStage(Judged, TrainingStage):
                         f"{field} names {name!r}, whose {what} is {theirs!r}, but here it is {ours!r}: λ* would be "
                         "that of another problem"
                     )
-            if lagrange.measure != "mean" or lagrange.group_limits is not None:
+            if lagrange.measure != "mean" or lagrange.group_limits is not None or lagrange.delta is not None:
                 yield f"{field} names {name!r}, which solves one limit of the mean cost, not this one"
 
 
