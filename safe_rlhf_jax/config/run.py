@@ -6,6 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import pydantic
 from pydantic import Field, NonNegativeInt
 
+from safe_rlhf_jax.config.assessing import CertifyStage
 from safe_rlhf_jax.config.data import TEMPLATE_NAMES, Schema, Share
 from safe_rlhf_jax.config.messages import did_you_mean
 from safe_rlhf_jax.config.sampled import DualStage, EvaluateStage, RejectionStage, RLStage
@@ -44,7 +45,16 @@ class Execution(Schema):
 
 
 Stage = Annotated[
-    SFTStage | RewardStage | CostStage | DPOStage | MergeStage | RLStage | RejectionStage | DualStage | EvaluateStage,
+    SFTStage
+    | RewardStage
+    | CostStage
+    | DPOStage
+    | MergeStage
+    | RLStage
+    | RejectionStage
+    | DualStage
+    | EvaluateStage
+    | CertifyStage,
     Field(discriminator="kind"),
 ]
 

@@ -1,6 +1,7 @@
 """The kinds of stages, by the name that a config gives them. A new one is a schema, a file, and a line here."""
 
 from safe_rlhf_jax import config as cfg
+from safe_rlhf_jax.stages.certificate import CERTIFY
 from safe_rlhf_jax.stages.common import Run
 from safe_rlhf_jax.stages.direct import DPO, MERGE
 from safe_rlhf_jax.stages.dual import DUAL
@@ -21,6 +22,7 @@ KINDS: dict[str, Kind] = {
     "rejection_sampling": REJECTION,
     "dual": DUAL,
     "evaluate": EVALUATE,
+    "certify": CERTIFY,
 }
 
 
