@@ -4,7 +4,7 @@ Defaults are in the schemas, with unit and source; a YAML file holds the differe
 """
 
 from safe_rlhf_jax.config.algorithm import AlgorithmConfig, CalibratedLimit, KLConfig, Lagrange, PIDConfig
-from safe_rlhf_jax.config.assessing import CertifyStage, Claim
+from safe_rlhf_jax.config.assessing import CertifyStage, Claim, JudgeStage
 from safe_rlhf_jax.config.base import OptimizerConfig, StageBase, TrainingStage
 from safe_rlhf_jax.config.data import Data, Mixture, Schema, Share, is_set, parts_of
 from safe_rlhf_jax.config.loading import dump, load_config
@@ -25,8 +25,8 @@ from safe_rlhf_jax.errors import ConfigError
 
 __all__ = [
     "AlgorithmConfig", "CalibratedLimit", "CertifyStage", "Claim", "ConfigError", "CostStage", "DPOStage", "Data",
-    "DataUse", "DualStage", "EvaluateStage", "Execution", "KLConfig", "Lagrange", "MergeStage", "Mesh", "Mixture",
-    "ModelUse", "OptimizerConfig", "PIDConfig", "PreferenceStage", "RLStage", "RejectionStage", "RewardStage",
-    "RunConfig", "SFTStage", "SampledPrompts", "Schema", "Share", "Stage", "StageBase", "SupervisedStage",
-    "TrainingStage", "dump", "is_set", "load_config", "parts_of",
+    "DataUse", "DualStage", "EvaluateStage", "Execution", "JudgeStage", "KLConfig", "Lagrange", "MergeStage",
+    "Mesh", "Mixture", "ModelUse", "OptimizerConfig", "PIDConfig", "PreferenceStage", "RLStage", "RejectionStage",
+    "RewardStage", "RunConfig", "SFTStage", "SampledPrompts", "Schema", "Share", "Stage", "StageBase",
+    "SupervisedStage", "TrainingStage", "dump", "is_set", "load_config", "parts_of",
 ]  # fmt: skip

@@ -11,7 +11,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 
 from safe_rlhf_jax.config.base import StageBase
 from safe_rlhf_jax.config.data import Delta, Schema, Single
-from safe_rlhf_jax.config.judging import Judged
+from safe_rlhf_jax.config.judging import Judged, signals_are_named
 from safe_rlhf_jax.config.messages import did_you_mean
 from safe_rlhf_jax.config.uses import DataUse, ModelUse, scorer
 
@@ -122,3 +122,35 @@ class CertifyStage(Answered):
             yield f"judges.{signal} measures a reward, and claims are limits of costs; write cost/NAME"
         if self.constrained_groups is not None and self.group_field is None:
             yield "constrained_groups needs group_field, which holds the group"
+
+
+class JudgeStage(Answered):
+    """Policies against each other: win rates, and Elo of helpfulness and of harmlessness, by judges."""
+
+    kind: Literal["judge"]
+    policies: Annotated[tuple[str, ...], Field(min_length=2)]  # the first has Elo 1000
+    # {reward/NAME or cost/NAME: function:MODULE:NAME}: judges of two responses at once, asked in both orders: which is
+    # more helpful, or which is safer.
+    pair_judges: dict[str, str] = Field(default_factory=dict)
+
+    _signals = pydantic.field_validator("pair_judges")(signals_are_named)
+
+    def models(self) -> dict[str, ModelUse]:
+        """Returns the policies and the judges, by field."""
+        pairs = {
+            f"pair_judges.{name}": ModelUse(judge, judge=True, pairs=True) for name, judge in self.pair_judges.items()
+        }
+        return policies_of(self.policies) | self.judge_models() | pairs
+
+    def mistakes(self, earlier: Sequence[StageBase]) -> Iterator[str]:
+        """Yields errors with respect to earlier stages, and of policies and judges."""
+        yield from super().mistakes(earlier)
+        if len(set(self.policies)) < len(self.policies):
+            yield f"policies {list(self.policies)}: names must differ"
+        if not self.judges and not self.pair_judges:
+            yield "nobody judges; give judges, which score each response, or pair_judges, which see two"
+        for signal in self.judges.keys() & self.pair_judges.keys():
+            yield f"{signal!r} is in judges and in pair_judges; names must differ"
+        for signal, judge in self.pair_judges.items():
+            if not judge.startswith("function:"):
+                yield f"pair_judges.{signal} names {judge!r}, which sees no two responses; write function:MODULE:NAME"

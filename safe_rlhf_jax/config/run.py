@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import pydantic
 from pydantic import Field, NonNegativeInt
 
-from safe_rlhf_jax.config.assessing import CertifyStage
+from safe_rlhf_jax.config.assessing import CertifyStage, JudgeStage
 from safe_rlhf_jax.config.data import TEMPLATE_NAMES, Schema, Share
 from safe_rlhf_jax.config.messages import did_you_mean
 from safe_rlhf_jax.config.sampled import DualStage, EvaluateStage, RejectionStage, RLStage
@@ -54,7 +54,8 @@ Stage = Annotated[
     | RejectionStage
     | DualStage
     | EvaluateStage
-    | CertifyStage,
+    | CertifyStage
+    | JudgeStage,
     Field(discriminator="kind"),
 ]
 

@@ -20,6 +20,7 @@ class ModelUse:
     generates: bool = False  # it writes responses
     alike: bool = False  # it shares one compiled program, or parameters, with the other models that are `alike`
     judge: bool = False  # it scores results, and nothing is trained on it; may be "function:MODULE:NAME"
+    pairs: bool = False  # a judge that sees two responses
 
     @property
     def is_function(self) -> bool:

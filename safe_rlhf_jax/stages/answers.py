@@ -34,11 +34,12 @@ Measure = Callable[[LanguageModel, Any], dict[str, float]]
 
 @dataclasses.dataclass(frozen=True)
 class Answered:
-    """Samples by row of the report, further numbers by policy, and the models that scored."""
+    """Samples by row of the report, further numbers by policy, the models that scored, and each prompt in turns."""
 
     policies: dict[str, list[evaluate.Sample]]
     capability: dict[str, dict[str, float]]
     scorers: Scorers
+    conversations: list[Any]
 
 
 def answer_prompts(run: Run, stage: Assessment, **options: Any) -> Answered:
@@ -46,8 +47,7 @@ def answer_prompts(run: Run, stage: Assessment, **options: Any) -> Answered:
     lora = next(filter(None, map(run.networks.form, stage.policies)), None)
     with contextlib.nullcontext() if lora is None else run.networks.reading_once():  # one base for all of them
         scorers = open_scorers(run, stage.scorers | judge_signals(stage))
-        policies, capability = sample_policies(run, stage, scorers, lora, **options)
-    return Answered(policies, capability, scorers)
+        return sample_policies(run, stage, scorers, lora, **options)
 
 
 def sample_policies(
@@ -59,8 +59,8 @@ def sample_policies(
     cost_limit: float | None = None,
     measure: Measure = lambda *_: {},
     apart: bool = False,
-) -> tuple[dict[str, list[evaluate.Sample]], dict[str, dict[str, float]]]:
-    """Returns the samples of every policy on every set of prompts, and what `measure` says of every policy.
+) -> Answered:
+    """Samples from every policy on every set of prompts.
 
     Args:
         run: The run.
@@ -125,7 +125,8 @@ def sample_policies(
                 )
             LOGGER.info(f"{stage.name}: {row}: {len(out[row])} responses")
         del params  # before the next one is opened
-    return out, capability
+    turns = [conversation for _, prompts in prompt_sets for conversation in prompts.turns]
+    return Answered(out, capability, scorers, turns)
 
 
 def open_policy(run: Run, name: str, lora: Lora | None) -> tuple[Any, Any]:

@@ -14,7 +14,7 @@ from safe_rlhf_jax.stages.datasets import take
 from safe_rlhf_jax.stages.held_out import lineage
 from safe_rlhf_jax.stages.host_signals import HostSignal, Scorers, text_scores
 
-Assessment = cfg.EvaluateStage | cfg.CertifyStage
+Assessment = cfg.EvaluateStage | cfg.CertifyStage | cfg.JudgeStage
 Sides = tuple[np.ndarray, np.ndarray]  # f64[n] each: of the response that the label prefers, and of the other
 
 

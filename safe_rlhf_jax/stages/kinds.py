@@ -3,6 +3,7 @@
 from safe_rlhf_jax import config as cfg
 from safe_rlhf_jax.stages.certificate import CERTIFY
 from safe_rlhf_jax.stages.common import Run
+from safe_rlhf_jax.stages.comparison import JUDGE
 from safe_rlhf_jax.stages.direct import DPO, MERGE
 from safe_rlhf_jax.stages.dual import DUAL
 from safe_rlhf_jax.stages.evaluation import EVALUATE
@@ -23,6 +24,7 @@ KINDS: dict[str, Kind] = {
     "dual": DUAL,
     "evaluate": EVALUATE,
     "certify": CERTIFY,
+    "judge": JUDGE,
 }
 
 
