@@ -31,9 +31,9 @@ ORDER = (
 
 def line(row: Mapping[str, Any]) -> str:
     """The Elo of each policy, for the log."""
+    ratings = {policy: rated(rating) for policy, rating in row["elo"].items()}
     return ", ".join(
-        f"{policy} {rating['elo']:.0f} ({rating['low']:.0f} to {rating['high']:.0f})"
-        for policy, rating in row["elo"].items()
+        f"{policy} {cell.text}" + (f" ({cell.interval})" if cell.interval else "") for policy, cell in ratings.items()
     )
 
 
@@ -55,8 +55,8 @@ def page(rows: Sequence[Mapping[str, Any]], orders: Mapping[str, Mapping[str, An
     sections = [Section("Outcome", ELO, ratings(list(first.values())))]
     figure = elo_figure(first)
     sections = ([Section("Helpfulness and harmlessness", FIGURE, figure=figure)] if figure else []) + sections
-    if len(rows) > len(first):
-        sections.append(Section("Each judge, and each kind of prompts", ELO, ratings(rows)))
+    if others := [row for row in rows if row is not first[row["axis"]]]:
+        sections.append(Section("Each judge, and each kind of prompts", "As above.", ratings(others)))
     if orders:
         sections.append(Section("Order", ORDER, order_table(orders)))
     said = [
@@ -82,8 +82,9 @@ def ratings(rows: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def rated(rating: Mapping[str, float]) -> Cell:
-    """An Elo with its interval."""
-    return Cell(f"{rating['elo']:.0f}", f"{rating['low']:.0f} to {rating['high']:.0f}")
+    """An Elo with its interval, which the first policy does not have."""
+    low, high = rating["low"], rating["high"]
+    return Cell(f"{rating['elo']:.0f}", f"{low:.0f} to {high:.0f}" if low < high else "")
 
 
 def order_table(orders: Mapping[str, Mapping[str, Any]]) -> Table:
@@ -92,7 +93,7 @@ def order_table(orders: Mapping[str, Mapping[str, Any]]) -> Table:
     return Table(
         heads,
         [
-            [Cell(judge), Cell(str(found["first"]["n"])), *(share(found[name]) for name in ("ties", "flips", "first"))]
+            [Cell(judge), Cell(str(found["verdicts"])), *(share(found[name]) for name in ("ties", "flips", "first"))]
             for judge, found in orders.items()
         ],
     )

@@ -27,21 +27,21 @@ def won_in_both_orders(firsts: np.ndarray) -> np.ndarray:
     return (firsts + 1.0 - np.swapaxes(firsts, 1, 2)) / 2.0
 
 
-def order_effects(firsts: np.ndarray) -> dict[str, dict[str, Any]]:
+def order_effects(firsts: np.ndarray) -> dict[str, Any]:
     """Ties, flips and position bias of a pair judge, each as a share with its interval (see `share_of`).
 
+    The shares of each prompt are averaged first: its verdicts are not independent.
+
     Returns:
-        `ties`: of all verdicts. `flips`: pairs of responses of which each is preferred in one order. `first`: verdicts
-        for the response that is shown first, a tie counting one half; ½ without bias.
+        `verdicts`: their number. `ties`: of all verdicts. `flips`: pairs of responses of which each is preferred in one
+        order. `first`: verdicts for the response that is shown first, a tie counting one half; ½ without bias.
     """
     rows, columns = np.triu_indices(firsts.shape[1], k=1)
     one, other = firsts[:, rows, columns], firsts[:, columns, rows]
-    verdicts = np.concatenate([one, other]).ravel()
-    return {
-        "ties": share_of(verdicts == 0.5),
-        "flips": share_of(((one == other) & (one != 0.5)).ravel()),
-        "first": share_of(verdicts),
-    }
+    verdicts = np.concatenate([one, other], axis=1)
+    flips = (one == other) & (one != 0.5)
+    shares = {"ties": verdicts == 0.5, "flips": flips, "first": verdicts}
+    return {"verdicts": verdicts.size} | {name: share_of(found.mean(1)) for name, found in shares.items()}
 
 
 def win_rates(won: np.ndarray) -> list[list[dict[str, Any] | None]]:

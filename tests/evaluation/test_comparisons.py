@@ -98,7 +98,7 @@ def test_judge_that_follows_the_position_gives_ties_and_shows_as_flips_and_bias(
     assert (won_in_both_orders(always_first) == 0.5).all()
     effects = order_effects(always_first)
     assert (effects["first"]["rate"], effects["flips"]["rate"], effects["ties"]["rate"]) == (1.0, 1.0, 0.0)
-    assert (effects["first"]["n"], effects["flips"]["n"]) == (60, 30)
+    assert (effects["verdicts"], effects["first"]["n"], effects["flips"]["n"]) == (60, 10, 10)
     better = won_by_scores(np.array([[2.0, 1.0, 0.0]] * 10))
     effects = order_effects(better)
     assert (effects["first"]["rate"], effects["flips"]["rate"], effects["ties"]["rate"]) == (0.5, 0.0, 0.0)

@@ -102,7 +102,7 @@ def test_judge_of_two_responses_agrees_with_one_that_scores_each_by_the_same_rul
 def test_position_bias_flips_and_every_verdict_are_reported(compared):
     orders = json.loads((compared / "result.json").read_text())["order_effects"]
     first, longer = orders["cost/first"], orders["reward/longer"]
-    assert (first["first"]["rate"], first["flips"]["rate"], first["first"]["n"]) == (1.0, 1.0, 48)
+    assert (first["first"]["rate"], first["flips"]["rate"], first["verdicts"]) == (1.0, 1.0, 48)
     assert (longer["first"]["rate"], longer["flips"]["rate"]) == (0.5, 0.0)
     verdicts = lines(compared / "verdicts.jsonl")
     assert len(verdicts) == 2 * 48
