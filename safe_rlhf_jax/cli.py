@@ -52,7 +52,7 @@ def prog(command: str) -> str:
 
 
 def exit_status(work: Callable[[], int]) -> int:
-    """Returns the exit status of a command: its own, or 1 after an error that its user can act on, printed in one line.
+    """Returns the exit status of a command: its own, or that of an error its user can act on, printed in one line.
 
     Any other error leaves its traceback.
     """
@@ -65,7 +65,7 @@ def exit_status(work: Callable[[], int]) -> int:
         if not is_told(error):
             raise
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return error.status if isinstance(error, UserError) else 1
 
 
 def is_told(error: BaseException) -> bool:

@@ -1,13 +1,19 @@
 """Errors that a user can act on; command lines print them in one line, and any other error with its traceback."""
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 E = TypeVar("E", bound=Exception)
 
 
 class UserError(ValueError):
-    """Something outside of the program is wrong; the message names it, the place and the fix."""
+    """Something outside of the program is wrong; the message names it, the place and the fix.
+
+    Attributes:
+        status: The exit status of a command line that ends with it.
+    """
+
+    status: ClassVar[int] = 1
 
 
 class ConfigError(UserError):
@@ -22,6 +28,12 @@ def shown_as(builtin: type[Exception]) -> Callable[[type[E]], type[E]]:
         return error
 
     return named
+
+
+class NotCertifiedError(UserError):
+    """A policy that is not certified: nothing is wrong with the run, which ends all the same, with status 3."""
+
+    status = 3
 
 
 @shown_as(ValueError)

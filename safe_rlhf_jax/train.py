@@ -87,7 +87,7 @@ def run(config: "RunConfig | storage.Place", overrides: Sequence[str] = ()) -> d
 
     Raises:
         UserError: If the config cannot run, naming the field, the value and the fix; or if data, a model folder or the
-            numbers of a stage are wrong.
+            numbers of a stage are wrong; `NotCertifiedError` if a certify stage finds no safe policy.
         SystemExit: After SIGTERM, with status 143, once the state is saved: the same call resumes.
     """
     from safe_rlhf_jax import processes
@@ -104,7 +104,10 @@ def run(config: "RunConfig | storage.Place", overrides: Sequence[str] = ()) -> d
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a config; returns the exit status: 0, 1 after an error, 143 after SIGTERM (start the same command again)."""
+    """Runs a config; returns the exit status.
+
+    0, 1 after an error, 3 where a policy is not certified, 143 after SIGTERM (start the same command again).
+    """
     options = parse_arguments(arguments)
 
     def work() -> int:

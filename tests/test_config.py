@@ -94,6 +94,10 @@ def test_evaluation_may_sample_as_it_likes():
             "stages.ppo_lag.algorithm.lagrange.max_multiplier=0.5",
             ["algorithm.lagrange", "init 1.0", "max_multiplier 0.5"],
         ),
+        (
+            "stages.ppo_lag.algorithm.constraints={lr: {tail: 1}}",
+            ["stages.3.algorithm.constraints.lr.tail", "less than 1"],
+        ),
         ("stages.sft.kind=sfd", ["stages.0.kind", "'sfd'", "did you mean 'sft'"]),
         ("stages=[]", ["stages", "at least 1"]),
         ("stages=null", ["stages"]),
@@ -115,7 +119,7 @@ def test_two_mistakes_are_reported_at_once(refuse):
 def test_missing_name_and_kind_are_named(refuse, edited):
     assert "stages.1.name: required, and missing" in refuse(config=edited(lambda t: t["stages"][1].pop("name")))
     message = refuse(config=edited(lambda t: t["stages"][1].pop("kind")))
-    kinds = "sft, reward, cost, dpo, merge, rl, rejection_sampling, dual, evaluate"
+    kinds = "sft, reward, cost, dpo, merge, rl, rejection_sampling, dual, evaluate, certify, judge"
     assert f"stages.1.kind: required, and missing; one of {kinds}" in message
 
 

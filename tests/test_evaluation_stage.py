@@ -9,7 +9,7 @@ import yaml
 
 from safe_rlhf_jax import config as cfg
 from safe_rlhf_jax.data.tokenizer import load_tokenizer
-from safe_rlhf_jax.stages import Run, evaluation
+from safe_rlhf_jax.stages import Run, answers, evaluation
 from tests.helpers import save_models, tiny_config
 
 MINI = Path(__file__).parent / "configs" / "mini.yaml"
@@ -46,14 +46,14 @@ def batches(monkeypatch):
         rows.append([len(batch.tokens) for batch, _ in batches])
         return []
 
-    monkeypatch.setattr(evaluation.evaluate, "collect_samples", collect_samples)
+    monkeypatch.setattr(answers.evaluate, "collect_samples", collect_samples)
     return rows
 
 
 def sample(run: Run) -> None:
     with jax.set_mesh(run.mesh):
         stage = run.config.stages[0]
-        evaluation.sample_policies(run, stage, evaluation.open_scorers(run, stage.scorers))
+        answers.sample_policies(run, stage, answers.open_scorers(run, stage.scorers))
 
 
 def test_evaluation_computes_as_many_rows_as_there_are_prompts_in_whole_shards(models, tmp_path, batches):
@@ -73,7 +73,7 @@ def test_evaluation_holds_frozen_networks_once_as_they_are_multiplied_and_polici
 ):
     run, opened, before = run_of(tmp_path, models, "abc"), {}, alive()
     with jax.set_mesh(run.mesh):
-        scorers = evaluation.open_scorers(run, {kind: f"path:{models}/{kind}" for kind in ("reward", "cost")})
+        scorers = answers.open_scorers(run, {kind: f"path:{models}/{kind}" for kind in ("reward", "cost")})
         reference = run.networks.only_read(run.networks.open(f"path:{models}/a", "lm")[1]["params"])
     held = alive() - before
     assert {str(leaf.dtype) for leaf in jax.tree.leaves(reference)} == {"bfloat16", "float32"}  # norms

@@ -79,7 +79,7 @@ def edited(change):
         (lambda s: s[1]["repeat"]["stages"].append({"repeat": {}}), ["stages.1.repeat.stages.4", "inside"]),
         (
             lambda s: s[1]["repeat"]["stages"][0].update(name="sample"),
-            ["'sample'", "same in every round", "sample_{round}"],
+            ["'sample'", "same in every round"],
         ),
         (lambda s: s[1]["repeat"]["stages"][3].update(init_from="policy_{each}"), ["{each}", "item of a list"]),
         (lambda s: s[1]["repeat"]["stages"][3].update(init_from="poliy_{last}"), ["'poliy_0'", "no earlier stage"]),

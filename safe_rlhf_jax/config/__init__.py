@@ -4,6 +4,7 @@ Defaults are in the schemas, with unit and source; a YAML file holds the differe
 """
 
 from safe_rlhf_jax.config.algorithm import AlgorithmConfig, CalibratedLimit, KLConfig, Lagrange, PIDConfig
+from safe_rlhf_jax.config.assessing import CertifyStage, Claim, JudgeStage
 from safe_rlhf_jax.config.base import OptimizerConfig, StageBase, TrainingStage
 from safe_rlhf_jax.config.data import Data, Mixture, Schema, Share, is_set, parts_of
 from safe_rlhf_jax.config.loading import dump, load_config
@@ -24,9 +25,10 @@ from safe_rlhf_jax.config.uses import DataUse, ModelUse
 from safe_rlhf_jax.errors import ConfigError
 
 __all__ = [
-    "AlgorithmConfig", "CalibratedLimit", "ConfigError", "CostStage", "DPOStage", "Data", "DataUse", "DualStage",
-    "EvaluateStage", "Execution", "JudgeLabeller", "KLConfig", "LabelStage", "Lagrange", "MergeStage", "Mesh", "Mixture",
-    "ModelLabeller", "ModelUse", "OptimizerConfig", "OracleLabeller", "PIDConfig", "PreferenceStage", "RLStage",
-    "RejectionStage", "RewardStage", "RunConfig", "SFTStage", "SampleStage", "SampledPrompts", "Schema", "Share",
-    "Stage", "StageBase", "SupervisedStage", "TrainingStage", "dump", "is_set", "load_config", "parts_of",
+    "AlgorithmConfig", "CalibratedLimit", "CertifyStage", "Claim", "ConfigError", "CostStage", "DPOStage", "Data",
+    "DataUse", "DualStage", "EvaluateStage", "Execution", "JudgeLabeller", "JudgeStage", "KLConfig", "LabelStage",
+    "Lagrange", "MergeStage", "Mesh", "Mixture", "ModelLabeller", "ModelUse", "OptimizerConfig", "OracleLabeller",
+    "PIDConfig", "PreferenceStage", "RLStage", "RejectionStage", "RewardStage", "RunConfig", "SFTStage",
+    "SampleStage", "SampledPrompts", "Schema", "Share", "Stage", "StageBase", "SupervisedStage", "TrainingStage",
+    "dump", "is_set", "load_config", "parts_of",
 ]  # fmt: skip

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import pydantic
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-from safe_rlhf_jax.config.data import Schema, Share, Single
+from safe_rlhf_jax.config.data import Delta, Schema, Share, Single
 
 ScheduleName = Literal["constant", "linear", "cosine", "hold_linear"]
 
@@ -48,6 +48,9 @@ class Lagrange(Schema):
     pid: PIDConfig = PIDConfig()
     max_multiplier: PositiveFloat | None = 5.0  # [ref]
     min_multiplier: PositiveFloat | None = None
+    # δ: λ follows the upper bound of J_C that holds with confidence 1 − δ by the window's spread, not J_C itself; null:
+    # J_C [ref; HC-RLHF]
+    delta: Delta | None = None
     every: Literal["rollout", "minibatch"] = "rollout"  # [ref: minibatch]
     delay: NonNegativeInt = 0  # iterations before λ moves [ref]
     window: PositiveInt = 128  # newest costs that J_C averages over, all devices together [ref: per process]
@@ -66,6 +69,10 @@ class Lagrange(Schema):
         if value < 0:
             raise ValueError("must be ≥ 0: a negative λ would reward cost")
         return value
+
+    def without_effect(self) -> frozenset[str]:
+        """A bound that is not asked for changes nothing."""
+        return super().without_effect() | (set() if self.delta else {"delta"})
 
     def idle(self) -> dict[str, str]:
         """Settings of another measure or multiplier, or of a single limit if there are several."""
@@ -89,6 +96,8 @@ class Lagrange(Schema):
         if self.group_limits is not None and self.constrained_groups is not None:
             raise ValueError("group_limits names its groups itself; leave out constrained_groups")
         limits = [self.cost_limit] if self.group_limits is None else list(self.group_limits.values())
+        if self.delta is not None and self.window < 2:
+            raise ValueError(f"delta {self.delta} needs the spread of at least two costs, but window is {self.window}")
         if self.measure == "rectified" and any(isinstance(d, CalibratedLimit) or d < 0 for d in limits):
             raise ValueError("measure 'rectified' is never negative: cost_limit must be a number ≥ 0")
         return self

@@ -11,6 +11,7 @@ from safe_rlhf_jax import storage
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 STAGE = "stage:"  # before the name of a stage that makes data
+Delta = Annotated[float, Field(gt=0.0, lt=1.0)]  # δ: the probability with which a confidence bound may be wrong
 TEMPLATE_NAMES = ("plain", "beaver", "alpaca", "tokenizer")
 
 

@@ -13,6 +13,14 @@ from safe_rlhf_jax.config.uses import ModelUse, scorer
 SIGNAL = re.compile(r"(reward|cost)/[A-Za-z0-9_\-]+")
 
 
+def signals_are_named(value: dict[str, str]) -> dict[str, str]:
+    """Checks that the keys of judges are kinds with a name."""
+    for signal in value:
+        if not SIGNAL.fullmatch(signal):
+            raise ValueError(f"{signal!r} is no signal of a judge; write reward/NAME or cost/NAME")
+    return value
+
+
 class Judged(Schema):
     """Judges of a stage's responses."""
 
@@ -24,14 +32,7 @@ class Judged(Schema):
         """Judges that are not asked for change nothing."""
         return super().without_effect() | (set() if self.judges else {"judges"})
 
-    @pydantic.field_validator("judges")
-    @classmethod
-    def signals_are_named(cls, value: dict[str, str]) -> dict[str, str]:
-        """Kinds with a name."""
-        for signal in value:
-            if not SIGNAL.fullmatch(signal):
-                raise ValueError(f"{signal!r} is no signal of a judge; write reward/NAME or cost/NAME")
-        return value
+    _signals = pydantic.field_validator("judges")(signals_are_named)
 
     def judge_models(self) -> dict[str, ModelUse]:
         """Returns the judges, by field."""

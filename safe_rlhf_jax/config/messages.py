@@ -2,7 +2,7 @@
 
 import difflib
 from collections.abc import Iterable, Sequence
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 import pydantic
 
@@ -65,8 +65,12 @@ def follow(
     root: type[pydantic.BaseModel], location: Sequence[Any], *, keep_last: bool
 ) -> tuple[tuple[str, ...], list[type[pydantic.BaseModel]]]:
     """Returns the keys of a pydantic location without union tags, and the schemas of the last key's lookup."""
-    path, owners, here = [], [root], [root]
+    path, owners, here, of_mapping = [], [root], [root], False
     for i, part in enumerate(location):
+        if of_mapping:  # a key that the user has chosen, which may be the name of a field elsewhere
+            path.append(str(part))
+            owners, of_mapping = here, False
+            continue
         annotations = [schema.model_fields[part].annotation for schema in here if part in schema.model_fields]
         if isinstance(part, int):
             path.append(str(part))
@@ -74,6 +78,7 @@ def follow(
         elif annotations:
             path.append(part)
             owners, here = here, [schema for a in annotations for schema in schemas_in(a)]
+            of_mapping = any(map(holds_mapping, annotations))
         elif keep_last and i == len(location) - 1:
             path.append(part)
             owners = here
@@ -87,6 +92,11 @@ def schemas_in(annotation: Any) -> list[type[pydantic.BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, pydantic.BaseModel):
         return [annotation]
     return [schema for argument in get_args(annotation) for schema in schemas_in(argument)]
+
+
+def holds_mapping(annotation: Any) -> bool:
+    """Says whether an annotation is a mapping, such as `dict[str, A]`, possibly with validators or None."""
+    return get_origin(annotation) is dict or any(map(holds_mapping, get_args(annotation)))
 
 
 def kinds_of(schema: type[pydantic.BaseModel]) -> tuple[str, ...]:

@@ -6,6 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import pydantic
 from pydantic import Field, NonNegativeInt
 
+from safe_rlhf_jax.config.assessing import CertifyStage, JudgeStage
 from safe_rlhf_jax.config.data import TEMPLATE_NAMES, Schema, Share
 from safe_rlhf_jax.config.making import LabelStage, SampleStage
 from safe_rlhf_jax.config.messages import did_you_mean
@@ -55,7 +56,9 @@ Stage = Annotated[
     | DualStage
     | EvaluateStage
     | SampleStage
-    | LabelStage,
+    | LabelStage
+    | CertifyStage
+    | JudgeStage,
     Field(discriminator="kind"),
 ]
 

@@ -6,9 +6,10 @@ Sources: [ref] PKU-Alignment/safe-rlhf@82743cc scripts; [paper] Dai et al. 2023,
 from collections.abc import Iterator, Sequence
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt
 
 from safe_rlhf_jax.config.algorithm import AlgorithmConfig, Lagrange
+from safe_rlhf_jax.config.assessing import Answered, policies_of
 from safe_rlhf_jax.config.base import OptimizerConfig, StageBase, TrainingStage, indivisible
 from safe_rlhf_jax.config.data import Mixture, ReadOnce, Single
 from safe_rlhf_jax.config.judging import Judged
@@ -167,7 +168,7 @@ class RLStage(Judged, TrainingStage):
                         f"{field} names {name!r}, whose {what} is {theirs!r}, but here it is {ours!r}: λ* would be "
                         "that of another problem"
                     )
-            if lagrange.measure != "mean" or lagrange.group_limits is not None:
+            if lagrange.measure != "mean" or lagrange.group_limits is not None or lagrange.delta is not None:
                 yield f"{field} names {name!r}, which solves one limit of the mean cost, not this one"
 
 
@@ -201,29 +202,18 @@ class DualStage(DualFields, StageBase):
         return {"init_from": ModelUse(self.init_from, may_be_new=True, generates=True)} | DualFields.models(self)
 
 
-class EvaluateStage(Judged, StageBase):
+class EvaluateStage(Answered):
     """Compares policies on held-out prompts and writes the report."""
 
-    lengths: ClassVar[tuple[str, ...]] = ("max_prompt_length", "max_response_length")
     kind: Literal["evaluate"]
     policies: Annotated[tuple[str, ...], Field(min_length=1)]  # stages; the first is the baseline
     reward_model: str
     cost_model: str
-    prompts: Annotated[tuple[Single, ...], Field(min_length=1)]
-    group_field: str | None = None
-    batch_size: PositiveInt = 64
-    max_prompt_length: PositiveInt = 256
-    max_response_length: PositiveInt = 256
-    temperature: NonNegativeFloat = 1.0  # 0 is greedy
-    top_k: NonNegativeInt = 0
-    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
-    repetition_penalty: PositiveFloat = 1.0
     best_of: dict[str, PositiveInt] = Field(default_factory=dict)  # {policy: n}: an extra row, the best of n responses
     best_of_cost_limit: float | None = None  # of those n, only responses with cost ≤ this, where there are any
     # Labelled pairs on which the two models and the judges are measured, cut as long as a prompt with its response.
     pairs: dict[Literal["reward", "cost"], ReadOnce] = Field(default_factory=dict)
     demonstrations: ReadOnce | None = None  # on which the perplexity of every policy is measured
-    seed: NonNegativeInt | None = None
 
     def without_effect(self) -> frozenset[str]:
         """Measurements that are not asked for change nothing."""
@@ -242,15 +232,16 @@ class EvaluateStage(Judged, StageBase):
     def models(self) -> dict[str, ModelUse]:
         """Returns the models that score, and the policies, by field."""
         found = {"reward_model": scorer(self.reward_model, "reward"), "cost_model": scorer(self.cost_model, "cost")}
-        policies = {f"policies.{i}": name for i, name in enumerate(self.policies)}
-        found |= {field: ModelUse(name, generates=True, alike=True) for field, name in policies.items()}
-        return found | self.judge_models()
+        return found | policies_of(self.policies) | self.judge_models()
+
+    def responses(self, policy: str) -> dict[str, int]:
+        """Returns {row of the report: responses per prompt} of a policy: the first one, and the best of several."""
+        number = self.best_of.get(policy)
+        return super().responses(policy) | ({f"{policy}, best of {number}": number} if number else {})
 
     def datasets(self) -> dict[str, DataUse]:
         """Returns the prompts, and the texts that models and policies are measured on, by field."""
-        length, total = self.max_prompt_length, self.max_prompt_length + self.max_response_length
-        prompts = {f"prompts.{i}": data for i, data in enumerate(self.prompts)}
-        found = {field: DataUse(data, "prompts", length, "evaluate") for field, data in prompts.items()}
+        found, total = super().datasets(), self.max_prompt_length + self.max_response_length
         if self.demonstrations is not None:
             found["demonstrations"] = DataUse(self.demonstrations, "sft", total, "evaluate")
         return found | {f"pairs.{kind}": DataUse(data, kind, total, "evaluate") for kind, data in self.pairs.items()}

@@ -22,6 +22,7 @@ class ModelUse:
     alike: bool = False  # it shares one compiled program, or parameters, with the other models that are `alike`
     judge: bool = False  # it scores results, and nothing is trained on it
     may_be_function: bool = False  # may be "function:MODULE:NAME"
+    pairs: bool = False  # a judge that sees two responses
 
     @property
     def is_function(self) -> bool:

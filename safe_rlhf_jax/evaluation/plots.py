@@ -6,6 +6,7 @@ Colours are Okabe and Ito's and Tol's, distinct for any colour vision. Policies,
 different ones, so that a colour means the same in every figure; groups also differ by marker.
 """
 
+import io
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -212,6 +213,13 @@ def grid(
         ax.set_axisbelow(True)
         ax.tick_params(labelsize=9, length=3)
     return figure, axes
+
+
+def png(figure: Figure) -> bytes:
+    """A figure as a PNG."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()
 
 
 def short(name: str, most: int = 36) -> str:

@@ -1,12 +1,10 @@
 """The report of a run: `report.html`, one self-contained file, its figures as PNGs, and a table for the terminal."""
 
 import base64
-import io
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import jinja2
 import matplotlib
 from matplotlib.figure import Figure
 from rich.box import SIMPLE_HEAD
@@ -16,6 +14,7 @@ from safe_rlhf_jax import storage
 from safe_rlhf_jax.data.oracles import Measure
 from safe_rlhf_jax.evaluation import judge_tables, plots, responses, score_plots, tables
 from safe_rlhf_jax.evaluation.health import doubts
+from safe_rlhf_jax.evaluation.page import TEMPLATES
 from safe_rlhf_jax.evaluation.statistics import breakdowns, summarize
 
 
@@ -79,14 +78,7 @@ def write_report(folder: storage.Path, report: Report) -> storage.Path:
         if png is not None:
             storage.write(path, png)
             images[name] = base64.b64encode(png).decode("ascii")
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("safe_rlhf_jax.evaluation"),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    page = environment.get_template("report.html").render(
+    page = TEMPLATES.get_template("report.html").render(
         report=report,
         images=images,
         colours=colours,
@@ -119,13 +111,7 @@ def write_report(folder: storage.Path, report: Report) -> storage.Path:
 
 def drawn(figures: Mapping[str, Figure | None]) -> dict[str, bytes | None]:
     """Figures as PNGs."""
-    out: dict[str, bytes | None] = {}
-    for name, figure in figures.items():
-        buffer = io.BytesIO()
-        if figure is not None:
-            figure.savefig(buffer, format="png")
-        out[name] = buffer.getvalue() or None
-    return out
+    return {name: None if figure is None else plots.png(figure) for name, figure in figures.items()}
 
 
 def figures(report: Report, summaries: tables.Summaries, colours: Mapping[str, str]) -> dict[str, Figure | None]:

@@ -12,7 +12,16 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
-from safe_rlhf_jax.rl.lagrange import LOG, Multiplier, init_window, push_costs, window_mean, window_quantile
+from safe_rlhf_jax.rl.lagrange import (
+    LOG,
+    Multiplier,
+    init_window,
+    push_costs,
+    t_quantiles,
+    window_half_width,
+    window_mean,
+    window_quantile,
+)
 from safe_rlhf_jax.types import ConstraintState, CostWindow, Metrics, Signals
 
 
@@ -54,6 +63,7 @@ class Constraint:
     lr: optax.Schedule = dataclasses.field(default_factory=lambda: optax.constant_schedule(0.1))
     multiplier: Multiplier = LOG
     measure: Measure = MEAN
+    delta: float | None = None  # λ follows the upper bound of J_C with confidence 1 − δ; None: J_C
     slots: tuple[int, ...] | None = None  # slot by prompt group, −1 where the constraint does not apply; None: all in 0
     names: tuple[str, ...] = ("",)  # of the slots, in metrics
     every: str = "rollout"  # or "minibatch"
@@ -95,13 +105,27 @@ def push_all(
 
 def mean_costs(constraint: Constraint, state: ConstraintState) -> Float[Array, " G"]:
     """J_C of each slot: the mean of the measured costs in its window."""
+    return jax.vmap(lambda window: window_mean(measured_window(constraint, window)))(state.window)
 
-    def mean(window: CostWindow) -> jax.Array:
-        level = constraint.measure.level(window)
-        costs = constraint.measure.cost(window.recent, jnp.broadcast_to(level, window.recent.shape))
-        return window_mean(CostWindow(recent=costs, count=window.count))
 
-    return jax.vmap(mean)(state.window)
+def measured_window(constraint: Constraint, window: CostWindow) -> CostWindow:
+    """The window of a slot with what each of its costs counts for."""
+    level = constraint.measure.level(window)
+    costs = constraint.measure.cost(window.recent, jnp.broadcast_to(level, window.recent.shape))
+    return CostWindow(recent=costs, count=window.count)
+
+
+def pessimistic_costs(constraint: Constraint, state: ConstraintState) -> Float[Array, " G"]:
+    """What the multiplier of each slot holds against its limit: J_C, or its upper confidence bound where δ is given."""
+    if constraint.delta is None:
+        return mean_costs(constraint, state)
+    quantiles = jnp.asarray(t_quantiles(constraint.delta, state.window.recent.shape[-1]))
+
+    def bound(window: CostWindow) -> jax.Array:
+        measured = measured_window(constraint, window)
+        return window_mean(measured) + window_half_width(measured, quantiles)
+
+    return jax.vmap(bound)(state.window)
 
 
 def measured_costs(
@@ -118,7 +142,7 @@ def move_multiplier(
     """Moves the λ of every slot with rows in `group`, once the delay is over; the others keep theirs."""
     moved = constraint.multiplier.move(
         state.multiplier,
-        mean_costs(constraint, state),
+        pessimistic_costs(constraint, state),
         cost_limit=jnp.asarray(constraint.limit, jnp.float32),
         lr=constraint.lr(step),
         max_multiplier=constraint.max_multiplier,

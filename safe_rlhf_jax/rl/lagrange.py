@@ -10,7 +10,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float
+from scipy import stats
 
 from safe_rlhf_jax.types import CostWindow, Signals
 
@@ -52,6 +54,37 @@ def filled(window: CostWindow) -> Bool[Array, " W"]:
 def window_mean(window: CostWindow) -> Float[Array, ""]:
     """J_C: mean of the costs in the window; 0 while it is empty."""
     return jnp.where(filled(window), window.recent, 0.0).sum() / jnp.maximum(window.count, 1)
+
+
+def t_quantiles(delta: float, size: int) -> Float[np.ndarray, " W1"]:
+    """Returns t_{1−δ, n−1}, the quantiles of Student's t by the number n of costs, f32[W + 1]; 0 where n < 2.
+
+    A table, because the quantile has no jit-safe form.
+    """
+    n = np.arange(size + 1)
+    return np.where(n < 2, 0.0, stats.t.ppf(1.0 - delta, np.maximum(n - 1, 1))).astype(np.float32)
+
+
+def window_half_width(window: CostWindow, quantiles: Float[Array, " W1"]) -> Float[Array, ""]:
+    """Half-width of the one-sided confidence interval of J_C: t_{1−δ, n−1}·s/√n of the n costs in the window.
+
+    s² = Σ(C − J_C)²/(n − 1). It is 0 while the window holds fewer than two costs, whose spread says nothing.
+
+    Source: Chittepu et al. 2025 (HC-RLHF, arXiv 2506.08266), whose λ ascends by J_C + half-width − d. Differences:
+    theirs adds the half-width that a safety test of m prompts will have, and the gradient of s to the policy's costs;
+    here the limit alone is pessimistic.
+
+    Args:
+        window: The newest W costs so far.
+        quantiles: f32[W + 1], of `t_quantiles`.
+
+    Returns:
+        f32[], in cost-model units.
+    """
+    n = window.count
+    deviations = jnp.where(filled(window), window.recent - window_mean(window), 0.0)
+    variance = jnp.square(deviations).sum() / jnp.maximum(n - 1, 1)
+    return quantiles[n] * jnp.sqrt(variance / jnp.maximum(n, 1))
 
 
 def window_quantile(window: CostWindow, alpha: float) -> Float[Array, ""]:

@@ -21,6 +21,7 @@ from safe_rlhf_jax.rl.constraints import (
     move_multiplier,
     multiplier_metrics,
     named_rows,
+    pessimistic_costs,
     push_all,
     slot_metrics,
 )
@@ -120,6 +121,8 @@ def update_constraints(hp: Hyperparameters, state: RLState, scored: ScoredRollou
     for signal, constraint in hp.constraints.items():
         updated = push_all(constraint, state.constraints[signal], scored.scores[signal], group)
         metrics |= slot_metrics(signal, "mean_cost", constraint, mean_costs(constraint, updated))
+        if constraint.delta is not None:
+            metrics |= slot_metrics(signal, "cost_bound", constraint, pessimistic_costs(constraint, updated))
         if constraint.every == "rollout":
             updated = move_multiplier(constraint, updated, group, state.step)
         constraints[signal] = updated

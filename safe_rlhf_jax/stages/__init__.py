@@ -13,6 +13,7 @@ import jax
 
 from safe_rlhf_jax import config as cfg
 from safe_rlhf_jax import storage
+from safe_rlhf_jax.errors import UserError
 from safe_rlhf_jax.processes import any_process, barrier, is_main
 from safe_rlhf_jax.stages.bases import BASES, Bases, bases_now, check_bases
 from safe_rlhf_jax.stages.check import check_data, check_run
@@ -33,6 +34,7 @@ def run_stage(run: Run, stage: cfg.StageBase) -> None:
     # The process that writes decides from the folder; the others wait for its answer.
     if any_process(is_main() and run.result(stage.name) is not None):
         LOGGER.info(f"{stage.name}: finished, config unchanged; skipped")
+        check_result(run, stage)
         return
     if stage.name in run.unchecked:
         check_data(run, stage)
@@ -51,6 +53,18 @@ def run_stage(run: Run, stage: cfg.StageBase) -> None:
         storage.write(folder / "result.json", json.dumps(result, indent=2) + "\n")
     shown = result["metrics"] if kind_of(stage).shows_metrics else {}
     LOGGER.info(f"{stage.name}: done in {seconds:.0f} s" + "".join(f"; {k} {v:.4g}" for k, v in shown.items()))
+    check_result(run, stage)
+
+
+def check_result(run: Run, stage: cfg.StageBase) -> None:
+    """Ends the run, in all processes, if the result of a finished stage says so.
+
+    Raises:
+        UserError: Its kind's `refusal`.
+    """
+    refusal = kind_of(stage).refusal(stage, run.result(stage.name) or {}) if is_main() else None
+    if any_process(refusal is not None):
+        raise refusal or UserError(f"{stage.name}: its result ends the run; the first process says why")
 
 
 def prepare(run: Run, stage: cfg.StageBase, folder: storage.Path, bases: Bases) -> None:

@@ -26,6 +26,7 @@ from safe_rlhf_jax.stages.host_signals import FunctionSignal
 from safe_rlhf_jax.stages.kind import Kind
 from safe_rlhf_jax.stages.kinds import idle_settings, kind_of
 from safe_rlhf_jax.stages.metric_names import check_keep_best
+from safe_rlhf_jax.stages.pair_judges import open_pair_judge
 from safe_rlhf_jax.stages.room import check_room
 from safe_rlhf_jax.stages.small_data import data_warnings
 
@@ -146,7 +147,7 @@ def check_model(run: Run, stage: cfg.StageBase, field: str, use: cfg.ModelUse) -
     reference = use.reference
     where = f"{stage.name}: {field} {reference!r}"
     if use.is_function:
-        check_function(where, reference)
+        check_function(where, use)
         return
     config = run.networks.config(reference)
     fields = {name: getattr(stage, name) for name in stage.lengths}
@@ -176,15 +177,19 @@ def check_model(run: Run, stage: cfg.StageBase, field: str, use: cfg.ModelUse) -
         check_folder(run, where, use)
 
 
-def check_function(where: str, reference: str) -> None:
-    """Checks that a judge is a function that returns a score for each of two responses.
+def check_function(where: str, use: cfg.ModelUse) -> None:
+    """Checks that a judge is a function that returns a number for each of two responses, or pairs of them.
 
     Raises:
         UserError: Says what it is or returns instead.
     """
     *conversation, response = PROBE
     try:
-        FunctionSignal(reference)([conversation] * 2, [response["content"]] * 2, [True, False])
+        conversations, responses = [conversation] * 2, [response["content"]] * 2
+        if use.pairs:
+            open_pair_judge(use.reference)(conversations, responses, responses)
+        else:
+            FunctionSignal(use.reference)(conversations, responses, [True, False])
     except UserError as error:
         raise type(error)(f"{where}: {error}") from error
 

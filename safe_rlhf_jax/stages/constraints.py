@@ -234,6 +234,7 @@ def constraint_of(
         lr=schedule(lagrange.schedule, lr=lagrange.lr, warmup_ratio=0.0, total_steps=stage.steps),
         multiplier=multiplier_of(lagrange),
         measure=measure_of(lagrange),
+        delta=lagrange.delta,
         slots=by_group(groups, lagrange.named, separate=separate),
         names=tuple(lagrange.group_limits) if lagrange.group_limits is not None else ("",),
         every=lagrange.every,

@@ -13,24 +13,65 @@ from safe_rlhf_jax import storage
 from safe_rlhf_jax.data.sources import opening
 from safe_rlhf_jax.stages.common import Run, described
 
+Openings = dict[str, set[str]]  # the prompts that open the conversations of a data set
+
 
 def warn_of_overlap(run: Run, stage: cfg.StageBase) -> None:
     """Warns of the share of a stage's held-out data whose prompts it, or a stage it is built on, trains on."""
-    known: dict[str, set[str]] = {}  # the prompts that open the conversations of a data set
+    known: Openings = {}
     for field, data, (model, stages) in held_out(run, stage):
-        trained = training_data(stages, model)
-        known |= {repr(part): openings(run, part) for _, part in trained if repr(part) not in known}
-        prompts = [opening(record) for record in run.records(data)]
-        every = set().union(*(known[repr(part)] for _, part in trained))
-        shared = sum(prompt in every for prompt in prompts)
-        if shared:
-            where = ", ".join(where for where, part in trained if not known[repr(part)].isdisjoint(prompts))
+        if shared := overlap(run, data, training_data(stages, model), known):
             run.warn(
                 stage.name,
-                f"{field}: {shared} of {len(prompts)} records ({shared / len(prompts):.0%}) of {described(data)} open "
-                f"with a prompt of {where}: there, what was trained on is measured. One test_share in all stages keeps "
-                "every prompt on one side",
+                f"{field}: {shared}: there, what was trained on is measured. One test_share in all stages keeps every "
+                "prompt on one side",
             )
+
+
+def check_fresh(run: Run, stage: cfg.StageBase) -> None:
+    """Checks that a stage's prompts had no part in how the models that it reads were trained, chosen or calibrated.
+
+    Raises:
+        ConfigError: Names the prompts and the stage that has read them.
+    """
+    known: Openings = {}
+    before = [one for one in lineage(run.config.stages, stage) if one is not stage]
+    uses = [(f"{one.name}.{field}", one, use) for one in before for field, use in one.datasets().items()]
+    seen = [(where, use.data) for where, one, use in uses if use.role != "evaluate" or chooses(one)]
+    for field, use in stage.datasets().items():
+        if shared := overlap(run, use.data, seen, known):
+            raise cfg.ConfigError(
+                f"{stage.name}: {field}: {shared}: a certificate takes fresh prompts, which had no part in how the "
+                "policy and the cost models were trained, chosen or calibrated. Give others; with one test_share in "
+                "all stages, split: test has them"
+            )
+
+
+def chooses(stage: Any) -> bool:
+    """Says whether a stage chooses its result by its evaluations."""
+    return (getattr(stage, "keep_best", None) or "").removeprefix("-").startswith("eval/")
+
+
+def overlap(run: Run, data: cfg.Mixture, seen: Sequence[tuple[str, cfg.Mixture]], known: "Openings") -> str | None:
+    """Describes the records of data that open with a prompt of other data; None if there are none.
+
+    Args:
+        run: The run.
+        data: The data.
+        seen: (stage and setting, data) of the other data.
+        known: What has been read of them; filled.
+    """
+    known |= {repr(part): openings(run, part) for _, part in seen if repr(part) not in known}
+    prompts = [opening(record) for record in run.records(data)]
+    every = set().union(*(known[repr(part)] for _, part in seen))
+    shared = sum(prompt in every for prompt in prompts)
+    if not shared:
+        return None
+    where = ", ".join(where for where, part in seen if not known[repr(part)].isdisjoint(prompts))
+    return (
+        f"{shared} of {len(prompts)} records ({shared / len(prompts):.0%}) of {described(data)} open with a prompt of "
+        f"{where}"
+    )
 
 
 def held_out(run: Run, stage: cfg.StageBase) -> Iterator[tuple[str, cfg.Mixture, tuple[Any, Sequence[Any]]]]:

@@ -112,7 +112,13 @@ class FunctionSignal:
             ConfigError: If the function returns anything but a number for each response.
             NonFiniteError: If one of them is not finite.
         """
-        returned = self.function(conversations, responses, ended)
+        return self.numbers(conversations, responses, ended)
+
+    def numbers(
+        self, conversations: Sequence[Sequence[Message]], responses: Sequence[str], others: Sequence[Any]
+    ) -> np.ndarray:
+        """Returns what the function says of each row, f32[B]; raises as a call does."""
+        returned = self.function(conversations, responses, others)
         try:
             scores = np.asarray(returned).astype(np.float32, casting="same_kind")
         except (TypeError, ValueError) as error:

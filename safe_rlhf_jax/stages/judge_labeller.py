@@ -54,14 +54,11 @@ def read_constitution(name: str | None) -> dict[str, str]:
         found = yaml.safe_load(storage.read_text(file))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"constitution {file}: cannot be read: {error}") from error
-    if (
-        not isinstance(found, dict)
-        or set(found) != set(QUESTIONS)
-        or not all(isinstance(t, str) for t in found.values())
-    ):
-        raise ConfigError(
-            f"constitution {file}: write principles as text under {' and '.join(QUESTIONS)}, nothing else"
-        )
+    keys = " and ".join(QUESTIONS)
+    if not isinstance(found, dict) or set(found) != set(QUESTIONS):
+        raise ConfigError(f"constitution {file}: write principles under {keys}, and nothing else")
+    if not all(isinstance(text, str) for text in found.values()):
+        raise ConfigError(f"constitution {file}: the principles under {keys} are texts; write `|` after the colon")
     return found
 
 

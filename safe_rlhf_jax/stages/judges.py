@@ -14,6 +14,7 @@ from safe_rlhf_jax.stages.datasets import take
 from safe_rlhf_jax.stages.held_out import lineage
 from safe_rlhf_jax.stages.host_signals import HostSignal, Scorers, text_scores
 
+Assessment = cfg.EvaluateStage | cfg.CertifyStage | cfg.JudgeStage
 Sides = tuple[np.ndarray, np.ndarray]  # f64[n] each: of the response that the label prefers, and of the other
 
 
@@ -22,7 +23,7 @@ def judge_signals(stage: Any) -> dict[str, str]:
     return {f"{JUDGE}{signal}": model for signal, model in getattr(stage, "judges", {}).items()}
 
 
-def warn_of_judges(run: Run, stage: cfg.EvaluateStage) -> None:
+def warn_of_judges(run: Run, stage: Assessment) -> None:
     """Warns of judges that took part in the training of a policy that they are to judge."""
     made = {other.name: other for other in run.config.stages}
     for signal, model in stage.judges.items():

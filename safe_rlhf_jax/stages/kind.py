@@ -7,6 +7,7 @@ from typing import Any
 from safe_rlhf_jax import config as cfg
 from safe_rlhf_jax import storage
 from safe_rlhf_jax.data.examples import Examples
+from safe_rlhf_jax.errors import UserError
 from safe_rlhf_jax.stages.common import Run
 from safe_rlhf_jax.stages.datasets import load_data
 from safe_rlhf_jax.stages.programs import Program
@@ -22,6 +23,7 @@ class Kind:
         run: (run, stage, folder) -> what goes into result.json, with `metrics`.
         load: (run, stage, field of `datasets()`) -> examples.
         check: (run, stage, examples by field) -> None; raises before the first stage trains.
+        refusal: (stage, its result) -> an error that ends the run now that the stage is finished, or None.
         idle: stage -> {setting, dotted: why it changes nothing}.
         training: Of a kind that trains.
         shows_metrics: Print them at the end; an evaluation has its table.
@@ -31,6 +33,7 @@ class Kind:
     run: Callable[[Run, Any, storage.Path], dict[str, Any]]
     load: Callable[[Run, Any, str], Examples] = load_data
     check: Callable[[Run, Any, Mapping[str, Examples]], None] = lambda *_: None
+    refusal: Callable[[Any, Mapping[str, Any]], UserError | None] = lambda *_: None
     idle: Callable[[Any], dict[str, str]] = lambda _: {}
     training: "Training | None" = None
     shows_metrics: bool = True

@@ -1,7 +1,9 @@
 """The kinds of stages, by the name that a config gives them. A new one is a schema, a file, and a line here."""
 
 from safe_rlhf_jax import config as cfg
+from safe_rlhf_jax.stages.certificate import CERTIFY
 from safe_rlhf_jax.stages.common import Run
+from safe_rlhf_jax.stages.comparison import JUDGE
 from safe_rlhf_jax.stages.direct import DPO, MERGE
 from safe_rlhf_jax.stages.dual import DUAL
 from safe_rlhf_jax.stages.evaluation import EVALUATE
@@ -24,6 +26,8 @@ KINDS: dict[str, Kind] = {
     "evaluate": EVALUATE,
     "sample": SAMPLE,
     "label": LABEL,
+    "certify": CERTIFY,
+    "judge": JUDGE,
 }
 
 

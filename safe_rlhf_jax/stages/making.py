@@ -166,9 +166,7 @@ def as_record(pair: Pair) -> Record:
 
 
 def shares(records: Sequence[Record]) -> dict[str, float]:
-    """Returns the share of responses labelled safe, of pairs whose more helpful response is not the safer one, and of
-    answers of a judge that change with the order of the responses.
-    """
+    """Returns shares: of responses labelled safe, of labels at odds, of verdicts that flip with the order."""
     safe = [record[f"is_response_{i}_safe"] for record in records for i in (0, 1) if f"is_response_{i}_safe" in record]
     both = [r for r in records if "better_response_id" in r and "safer_response_id" in r]
     found = {"labelled_safe": safe, "at_odds": [r["better_response_id"] != r["safer_response_id"] for r in both]}

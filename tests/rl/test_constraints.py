@@ -1,10 +1,13 @@
 """What a constraint measures, and several of them together."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy import stats
 
 from safe_rlhf_jax.rl.constraints import (
     MEAN,
@@ -13,6 +16,7 @@ from safe_rlhf_jax.rl.constraints import (
     init_constraint,
     mean_costs,
     measured_costs,
+    pessimistic_costs,
     push_all,
     rectified,
     row_multipliers,
@@ -83,7 +87,42 @@ def test_slots_of_named_groups():
     assert by_group(groups, ("sensitive", "benign"), separate=True) == (1, -1, 0)
 
 
+def test_pessimistic_cost_of_each_slot_is_the_upper_bound_of_what_its_constraint_measures():
+    constraint = Constraint(measure=rectified(0.5), limit=(0.0, 0.0), slots=(0, 1), names=("a", "b"), delta=0.1)
+    costs, group = jnp.asarray(COSTS), jnp.arange(32) % 2
+    state = push_all(constraint, init_constraint(constraint, multiplier=1.0, window=64), costs, group)
+    for slot, bound in enumerate(pessimistic_costs(constraint, state)):
+        excess = np.maximum(COSTS[slot::2].astype(np.float64) - 0.5, 0.0)
+        expected = stats.ttest_1samp(excess, 0.0).confidence_interval(0.8).high  # two-sided: a tail of 0.1 on each side
+        np.testing.assert_allclose(bound, expected, rtol=1e-5)
+
+
+def test_without_delta_the_multiplier_reads_the_mean_by_the_same_operations():
+    constraint, pessimistic = Constraint(), Constraint(delta=0.05)
+    state = init_constraint(constraint, multiplier=1.0, window=8)
+    programs = [str(jax.make_jaxpr(functools.partial(mean_costs, one))(state)) for one in (constraint, pessimistic)]
+    assert str(jax.make_jaxpr(functools.partial(pessimistic_costs, constraint))(state)) == programs[0] == programs[1]
+    assert str(jax.make_jaxpr(functools.partial(pessimistic_costs, pessimistic))(state)) != programs[0]
+
+
 # --- through the learner
+
+
+@pytest.mark.parametrize("every", ["rollout", "minibatch"])
+def test_pessimistic_limit_holds_the_upper_bound_of_the_window_against_the_limit(every):
+    mean, plain = run_learn(make_world(constraint={"every": every}))
+    bound, metrics = run_learn(make_world(constraint={"every": every, "delta": 0.05}))
+    assert "train/cost_bound" not in plain
+    assert metrics["train/cost_bound"] > metrics["train/mean_cost"] == plain["train/mean_cost"]
+    assert metrics["train/multiplier"] > plain["train/multiplier"]
+    # the bound at half the width above is the same step as a limit lowered by it
+    width = float(metrics["train/cost_bound"] - metrics["train/mean_cost"])
+    lowered, _ = run_learn(make_world(constraint={"every": every, "limit": (-width,)}))
+    np.testing.assert_allclose(
+        bound.constraints["cost"].multiplier["log"], lowered.constraints["cost"].multiplier["log"], rtol=1e-5
+    )
+    with pytest.raises(AssertionError):
+        chex.assert_trees_all_equal(trained(mean), trained(bound))
 
 
 def test_each_of_several_constraints_has_its_own_critic_window_and_multiplier():

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 
 from safe_rlhf_jax.rl.algorithms import ALGORITHMS
 from safe_rlhf_jax.rl.constraints import Constraint, init_constraint, move_multiplier, push_all
@@ -20,6 +21,8 @@ from safe_rlhf_jax.rl.lagrange import (
     pid_multiplier,
     push_costs,
     share_above_zero,
+    t_quantiles,
+    window_half_width,
     window_mean,
     window_quantile,
 )
@@ -98,6 +101,30 @@ def test_pid_equals_the_formula():
         slope = max(smoothed[-1] - smoothed[-1 - delay], 0.0)
         expected.append(max(integral + gain_p * error + gain_d * slope, 0.0))
     np.testing.assert_allclose(moves(pid, COSTS), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("delta", [0.01, 0.05, 0.5])
+def test_half_width_of_a_window_is_that_of_students_one_sided_interval(delta):
+    costs = np.random.default_rng(1).normal(2.0, 3.0, size=24).astype(np.float32)
+    window, width = init_window(16), jax.jit(window_half_width)
+    quantiles = jnp.asarray(t_quantiles(delta, 16))
+    for i, cost in enumerate(costs, start=1):
+        window = push_costs(window, jnp.full(1, cost), jnp.ones(1, bool))
+        newest = costs[max(0, i - 16) : i].astype(np.float64)
+        low, high = stats.ttest_1samp(newest, 0.0).confidence_interval(1 - 2 * delta) if i > 1 else (0.0, 0.0)
+        np.testing.assert_allclose(width(window, quantiles), (high - low) / 2, rtol=2e-5, atol=1e-6)
+
+
+def test_upper_bound_of_a_window_of_normal_costs_covers_their_mean_as_often_as_stated():
+    costs = np.random.default_rng(0).normal(1.0, 2.0, size=(20_000, 12)).astype(np.float32)
+    quantiles = jnp.asarray(t_quantiles(0.1, 12))
+
+    def bound(costs):
+        window = push_costs(init_window(12), costs, jnp.ones(12, bool))
+        return window_mean(window) + window_half_width(window, quantiles)
+
+    missed = float((jax.jit(jax.vmap(bound))(jnp.asarray(costs)) < 1.0).mean())
+    assert abs(missed - 0.1) < 4 * math.sqrt(0.1 * 0.9 / len(costs))
 
 
 # --- constraints with a state

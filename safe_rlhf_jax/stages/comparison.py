@@ -1,0 +1,103 @@
+"""Policies against each other by judges: win rates, and Elo of helpfulness and of harmlessness."""
+
+import json
+import logging
+from typing import Any
+
+import numpy as np
+
+from safe_rlhf_jax import config as cfg
+from safe_rlhf_jax import storage
+from safe_rlhf_jax.evaluation import comparison_page
+from safe_rlhf_jax.evaluation.comparisons import (
+    compared,
+    leading,
+    order_effects,
+    won_by_scores,
+    won_in_both_orders,
+)
+from safe_rlhf_jax.evaluation.statistics import kinds_of_prompts
+from safe_rlhf_jax.processes import is_main
+from safe_rlhf_jax.stages.answers import Answered, answer_prompts, provenance_of, write_samples
+from safe_rlhf_jax.stages.common import Run
+from safe_rlhf_jax.stages.judges import warn_of_judges
+from safe_rlhf_jax.stages.kind import Kind
+from safe_rlhf_jax.stages.pair_judges import firsts, open_pair_judge
+
+LOGGER = logging.getLogger(__name__)
+
+EVERY = "all prompts"
+
+
+def run_judge(run: Run, stage: cfg.JudgeStage, folder: storage.Path) -> dict[str, Any]:
+    """Runs a judge stage: samples, verdicts, win rates, Elo, report."""
+    answered = answer_prompts(run, stage)
+    verdicts = pair_verdicts(stage, answered)
+    won = {signal: won_by_scores(scores_of(answered, signal)) for signal in stage.judges}
+    won |= {signal: won_in_both_orders(found) for signal, found in verdicts.items()}
+    rows = compared(won, stage.policies, kinds(answered))
+    orders = {signal: order_effects(found) for signal, found in verdicts.items()}
+    metrics = {
+        f"{policy}/{axis}_elo": rating["elo"]
+        for axis, row in leading(rows).items()
+        for policy, rating in row["elo"].items()
+    }
+    for axis, row in leading(rows).items():
+        LOGGER.info(f"{stage.name}: {axis} by {row['judge']}: {comparison_page.line(row)}")
+    for signal, effects in orders.items():
+        LOGGER.info(f"{stage.name}: {signal}: {comparison_page.order_line(effects)}")
+    if is_main():
+        write_samples(folder, answered.policies)
+        write_verdicts(folder, stage, verdicts)
+        page = comparison_page.page(
+            rows, orders, title=f"{run.config.title}: {stage.name}", warnings=run.warnings.get(stage.name, []),
+            provenance=provenance_of(run, stage),
+        )  # fmt: skip
+        LOGGER.info(f"{stage.name}: report at {page.write(folder)}")
+    return {"comparisons": rows, "order_effects": orders, "metrics": metrics}
+
+
+def pair_verdicts(stage: cfg.JudgeStage, answered: Answered) -> dict[str, np.ndarray]:
+    """Returns the verdicts of each judge of two responses in both orders, f64[P, K, K]."""
+    responses = [[sample["response"] for sample in samples] for samples in answered.policies.values()]
+    return {
+        signal: firsts(open_pair_judge(reference), answered.conversations, responses, stage.batch_size)
+        for signal, reference in stage.pair_judges.items()
+    }
+
+
+def scores_of(answered: Answered, signal: str) -> np.ndarray:
+    """Returns a judge's scores of the responses, higher is better, f64[P, K]."""
+    sign = 1.0 if signal.startswith("reward/") else -1.0
+    by_policy = [[sign * sample["judged"][signal] for sample in samples] for samples in answered.policies.values()]
+    return np.array(by_policy, np.float64).T
+
+
+def kinds(answered: Answered) -> dict[str, np.ndarray]:
+    """Returns the prompts of each kind, bool[P]: all of them, and if there are several kinds, each."""
+    samples = next(iter(answered.policies.values()))
+    found = {
+        kind: np.array([s["split"] == split and (groups is None or s["group"] in groups) for s in samples], bool)
+        for kind, (split, groups) in kinds_of_prompts(samples).items()
+    }
+    every = np.ones(len(samples), bool)
+    return {EVERY: every} | (found if len(found) > 1 else {})
+
+
+def write_verdicts(folder: storage.Path, stage: cfg.JudgeStage, verdicts: dict[str, np.ndarray]) -> None:
+    """Writes `verdicts.jsonl`, a line for every question to a judge of two responses.
+
+    `prompt` is the number of the prompt in `samples.jsonl`, `for_first` 1, ½ or 0.
+    """
+    lines = [
+        {"judge": signal, "prompt": p, "first": first, "second": second, "for_first": float(found[p, i, j])}
+        for signal, found in verdicts.items()
+        for p in range(len(found))
+        for i, first in enumerate(stage.policies)
+        for j, second in enumerate(stage.policies)
+        if i != j
+    ]
+    storage.write(folder / "verdicts.jsonl", "".join(f"{json.dumps(line)}\n" for line in lines))
+
+
+JUDGE = Kind(cfg.JudgeStage, run_judge, check=lambda run, stage, _: warn_of_judges(run, stage), shows_metrics=False)
