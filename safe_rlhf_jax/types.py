@@ -108,6 +108,7 @@ class Experience:
     advantages: Signals  # f32[B, T]
     returns: Signals  # f32[B, T]  of signals that have a critic
     below: dict[str, jax.Array] = struct.field(default_factory=dict)  # [B, L, D]  output of each base's trunk
+    violates: Signals = struct.field(default_factory=dict)  # bool[B]  by cost signal, for an algorithm that splits rows
 
 
 @struct.dataclass
