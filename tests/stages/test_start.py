@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
+import jax
 import pytest
 import yaml
 
@@ -18,6 +19,7 @@ from safe_rlhf_jax.stages.held_out import warn_of_overlap
 from safe_rlhf_jax.stages.kinds import idle_settings, kind_of
 from safe_rlhf_jax.stages.metric_names import training_metrics
 from safe_rlhf_jax.stages.room import check_room
+from safe_rlhf_jax.stages.supervised import cost_batch, reward_batch
 from safe_rlhf_jax.stages.trained import critic_starts
 from tests.helpers import stage_of
 
@@ -561,6 +563,27 @@ def test_what_was_said_of_the_data_stands_in_the_results_and_in_the_report(mini_
 def measured(folder, prefix):
     records = read_jsonl(folder / "metrics.jsonl")
     return {name for record in records for name in record if name.startswith(prefix)}
+
+
+@pytest.mark.parametrize("kind", ["reward", "cost"])
+@pytest.mark.parametrize("settings", [{}, {"labels": "shares"}, {"labels": "shares", "weight_field": "trust"}])
+def test_a_batch_of_annotated_pairs_is_what_its_program_was_compiled_for(run, tmp_path, kind, settings):
+    pair = {
+        "prompt": "how", "response_0": "so .", "response_1": "no .", "better_votes": [0, 1, 1],
+        "safer_votes": [0, 0, 1],
+        "response_0_safe_votes": [1, 1, 0], "is_response_1_safe": False, "trust": 2,
+    }  # fmt: skip
+    file = {"name": jsonl(tmp_path / "pairs.jsonl", [pair] * 4)}
+    made = run({"kind": kind, "data": file, "eval_data": file, "batch_size": 4, **settings})
+    stage = stage_of(made.config, kind)
+    loaded = load_data(made, stage, "data").arrays
+    expected = {"reward": reward_batch, "cost": cost_batch}[kind](stage)
+    assert jax.tree.structure(loaded) == jax.tree.structure(expected)
+    assert [x.dtype for x in jax.tree.leaves(loaded)] == [x.dtype for x in jax.tree.leaves(expected)]
+    held_out = load_data(made, stage, "eval_data")
+    plain = held_out.arrays.share if kind == "reward" else held_out.arrays.shares
+    assert (plain, held_out.arrays.weight) == (None, None)
+    assert "accuracy_split" in kind_of(stage).training.measured(made, stage, {"eval_data": held_out})
 
 
 def test_a_limit_of_the_reward_needs_no_cost_model_and_has_a_critic_that_starts_from_the_reward_model(run):
