@@ -47,15 +47,42 @@ def slice_mean(x: Float[Array, "B ..."], mask: Bool[Array, "B L"] | None) -> Flo
     return x if mask is None else sequence_mean(x, mask)
 
 
+def label_loss(
+    logit: Float[Array, "B ..."], label: Bool[Array, " B"] | Float[Array, " B"] | None
+) -> Float[Array, "B ..."]:
+    """−log of the probability of a label, with σ(logit) that of true.
+
+    For a share p of annotators who say true it is the mean of their losses, −p·log σ(logit) − (1 − p)·log σ(−logit).
+
+    Args:
+        logit: f32[B] or f32[B, L].
+        label: bool[B]; f32[B], p in [0, 1]; None: all true.
+    """
+    if label is None:
+        return -jax.nn.log_sigmoid(logit)
+    label = label.reshape((-1,) + (1,) * (logit.ndim - 1))
+    if label.dtype == bool:
+        return -jax.nn.log_sigmoid(jnp.where(label, logit, -logit))
+    return -label * jax.nn.log_sigmoid(logit) - (1.0 - label) * jax.nn.log_sigmoid(-logit)
+
+
+def weighted_mean(x: Float[Array, " B"], weight: Float[Array, " B"] | None) -> Float[Array, ""]:
+    """mean_i w_i·x_i."""
+    return (x if weight is None else weight * x).mean()
+
+
 def bradley_terry_loss(
     chosen: Float[Array, "B ..."],
     rejected: Float[Array, "B ..."],
     mask: Bool[Array, "B L"] | None = None,
     *,
     regularization: float,
+    share: Float[Array, " B"] | None = None,
+    weight: Float[Array, " B"] | None = None,
 ) -> Float[Array, ""]:
-    """mean_i [−log σ(r_w − r_l)] + ρ·mean r².
+    """mean_i w_i·[−log σ(r_w − r_l)] + ρ·mean w_i·r².
 
+    With a share p of annotators who prefer the chosen response: −p·log σ(r_w − r_l) − (1 − p)·log σ(r_l − r_w).
     Sequence-wise with scores [B]. Token-wise with scores [B, L] and a mask of the positions to compare: both terms are
     means over the masked tokens of a pair, then over pairs.
 
@@ -66,57 +93,64 @@ def bradley_terry_loss(
         rejected: f32[B] or f32[B, L].
         mask: bool[B, L] for token-wise scores, else None.
         regularization: ρ ≥ 0.
+        share: f32[B], p; None is 1.
+        weight: f32[B], w ≥ 0; None is 1.
 
     Returns:
         f32[].
     """
-    loss = slice_mean(-jax.nn.log_sigmoid(chosen - rejected), mask).mean()
-    return loss + regularization * mean_square(chosen, rejected, mask)
+    loss = weighted_mean(slice_mean(label_loss(chosen - rejected, share), mask), weight)
+    return loss + regularization * mean_square(chosen, rejected, mask, weight)
 
 
 def mean_square(
-    first: Float[Array, "B ..."], second: Float[Array, "B ..."], mask: Bool[Array, "B L"] | None
+    first: Float[Array, "B ..."],
+    second: Float[Array, "B ..."],
+    mask: Bool[Array, "B L"] | None,
+    weight: Float[Array, " B"] | None,
 ) -> Float[Array, ""]:
     """Mean of the squared scores of both sides of the pairs."""
-    return 0.5 * (slice_mean(jnp.square(first), mask) + slice_mean(jnp.square(second), mask)).mean()
+    return 0.5 * weighted_mean(slice_mean(jnp.square(first), mask) + slice_mean(jnp.square(second), mask), weight)
 
 
 def safety_loss(
     safer: Float[Array, "B ..."],
     unsafer: Float[Array, "B ..."],
-    safer_is_safe: Bool[Array, " B"],
-    unsafer_is_safe: Bool[Array, " B"],
+    safer_is_safe: Bool[Array, " B"] | Float[Array, " B"],
+    unsafer_is_safe: Bool[Array, " B"] | Float[Array, " B"],
     mask: Bool[Array, "B L"] | None = None,
     *,
     regularization: float,
     ranking_weight: float = 1.0,
+    share: Float[Array, " B"] | None = None,
+    weight: Float[Array, " B"] | None = None,
 ) -> Float[Array, ""]:
     """mean_i [−w·log σ(c_h − c_l) − log σ(−s_l·c_l) − log σ(−s_h·c_h)] + ρ·mean c².
 
     c_l is the cost of the safer response, c_h of the other, s = +1 for safe and −1 for unsafe: the less safe response
     costs more, and a response is unsafe if its cost is positive (c > 0). With w = 0 a cost is the logit of a
-    classifier, the paper's ablation.
+    classifier, the paper's ablation. Where a label is a share of annotators, its term is the mean of theirs.
 
     Source: Dai et al. 2023 (arXiv 2310.12773) eq. 3; PKU-Alignment/safe-rlhf@82743cc cost trainer.
 
     Args:
         safer: f32[B] or f32[B, L], costs of the safer response.
         unsafer: f32[B] or f32[B, L], costs of the less safe response.
-        safer_is_safe: bool[B], label of the safer response.
-        unsafer_is_safe: bool[B], label of the other.
+        safer_is_safe: bool[B], label of the safer response; or f32[B], the share of annotators who call it safe.
+        unsafer_is_safe: The same of the other.
         mask: bool[B, L] for token-wise scores, else None.
         regularization: ρ ≥ 0.
         ranking_weight: w ≥ 0.
+        share: f32[B], of annotators who call the safer response the safer one; None is 1.
+        weight: f32[B], of a pair in both means, ≥ 0; None is 1.
 
     Returns:
         f32[].
     """
-    shape = (-1,) + (1,) * (safer.ndim - 1)
-    sign_safer = jnp.where(safer_is_safe, 1.0, -1.0).reshape(shape)
-    sign_unsafer = jnp.where(unsafer_is_safe, 1.0, -1.0).reshape(shape)
-    ranking = -ranking_weight * jax.nn.log_sigmoid(unsafer - safer)
-    signs = -jax.nn.log_sigmoid(-sign_safer * safer) - jax.nn.log_sigmoid(-sign_unsafer * unsafer)
-    return slice_mean(ranking + signs, mask).mean() + regularization * mean_square(safer, unsafer, mask)
+    ranking = ranking_weight * label_loss(unsafer - safer, share)
+    signs = label_loss(-safer, safer_is_safe) + label_loss(-unsafer, unsafer_is_safe)
+    loss = weighted_mean(slice_mean(ranking + signs, mask), weight)
+    return loss + regularization * mean_square(safer, unsafer, mask, weight)
 
 
 def stack_pair(first: Sequences, second: Sequences) -> Sequences:
@@ -156,11 +190,11 @@ def reward_loss(
     """Bradley–Terry loss of a batch of pairs, with metrics {accuracy, score_mean} and the `scores` themselves, [2B]."""
     chosen, rejected = pair_scores(module, params, stats, batch.chosen, batch.rejected)
     end_chosen, end_rejected = gather_last(chosen, batch.chosen.mask), gather_last(rejected, batch.rejected.mask)
+    options: dict[str, Any] = {"regularization": regularization, "share": batch.share, "weight": batch.weight}
     if token_wise:
-        mask = divergence_mask(batch.chosen, batch.rejected)
-        loss = bradley_terry_loss(chosen, rejected, mask, regularization=regularization)
+        loss = bradley_terry_loss(chosen, rejected, divergence_mask(batch.chosen, batch.rejected), **options)
     else:
-        loss = bradley_terry_loss(end_chosen, end_rejected, regularization=regularization)
+        loss = bradley_terry_loss(end_chosen, end_rejected, **options)
     ends = jnp.concatenate([end_chosen, end_rejected])
     metrics = {
         "accuracy": (end_chosen > end_rejected).mean(),
@@ -183,8 +217,10 @@ def cost_loss(
     """Safety loss of a batch of pairs, with metrics {accuracy, sign_accuracy, score_mean} and `scores`, f32[2B]."""
     safer, unsafer = pair_scores(module, params, stats, batch.safer, batch.unsafer)
     end_safer, end_unsafer = gather_last(safer, batch.safer.mask), gather_last(unsafer, batch.unsafer.mask)
-    labels = (batch.safer_is_safe, batch.unsafer_is_safe)
+    soft = batch.shares or batch
+    labels = (soft.safer_is_safe, soft.unsafer_is_safe)
     options: dict[str, Any] = {"regularization": regularization, "ranking_weight": ranking_weight}
+    options |= {"share": None if batch.shares is None else batch.shares.safer, "weight": batch.weight}
     if token_wise:
         loss = safety_loss(safer, unsafer, *labels, divergence_mask(batch.safer, batch.unsafer), **options)
     else:
@@ -192,7 +228,7 @@ def cost_loss(
     ends = jnp.concatenate([end_safer, end_unsafer])
     metrics = {
         "accuracy": (end_unsafer > end_safer).mean(),
-        "sign_accuracy": sign_accuracy(ends, jnp.concatenate(labels)),
+        "sign_accuracy": sign_accuracy(ends, jnp.concatenate([batch.safer_is_safe, batch.unsafer_is_safe])),
         "score_mean": ends.mean(),
         "scores": ends,
     }

@@ -47,6 +47,17 @@ class PreferenceBatch:
     chosen: Sequences
     rejected: Sequences
     margin: jax.Array | None = None  # f32[B]  target margin of DPO, in units of β·log-ratio
+    share: jax.Array | None = None  # f32[B]  of annotators who prefer `chosen`; None: all
+    weight: jax.Array | None = None  # f32[B]  in the loss; None: 1
+
+
+@struct.dataclass
+class SafetyShares:
+    """Shares of annotators for each label of pairs ranked by harmlessness."""
+
+    safer: jax.Array  # f32[B]  who call the first response the safer one
+    safer_is_safe: jax.Array  # f32[B]
+    unsafer_is_safe: jax.Array  # f32[B]
 
 
 @struct.dataclass
@@ -57,6 +68,8 @@ class SafetyBatch:
     unsafer: Sequences
     safer_is_safe: jax.Array  # bool[B]
     unsafer_is_safe: jax.Array  # bool[B]
+    shares: SafetyShares | None = None  # None: all annotators agree with the labels
+    weight: jax.Array | None = None  # f32[B]  in the loss; None: 1
 
 
 @struct.dataclass
@@ -108,6 +121,7 @@ class Experience:
     advantages: Signals  # f32[B, T]
     returns: Signals  # f32[B, T]  of signals that have a critic
     below: dict[str, jax.Array] = struct.field(default_factory=dict)  # [B, L, D]  output of each base's trunk
+    violates: Signals = struct.field(default_factory=dict)  # bool[B]  by cost signal, for an algorithm that splits rows
 
 
 @struct.dataclass

@@ -6,9 +6,10 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from safe_rlhf_jax.config import RewardStage, SFTStage
+from safe_rlhf_jax.config import CostStage, RewardStage, SFTStage
 from safe_rlhf_jax.models.config import ScoreConfig
 from safe_rlhf_jax.objectives import (
     bradley_terry_loss,
@@ -22,8 +23,9 @@ from safe_rlhf_jax.objectives import (
 )
 from safe_rlhf_jax.ops import gather_last
 from safe_rlhf_jax.optim import gradient_step, init_state
-from safe_rlhf_jax.stages.supervised import reward_step, sft_step
-from safe_rlhf_jax.types import PreferenceBatch, Sequences, SupervisedBatch
+from safe_rlhf_jax.sharding import make_mesh, shard_batch
+from safe_rlhf_jax.stages.supervised import cost_step, reward_step, sft_step
+from safe_rlhf_jax.types import PreferenceBatch, SafetyBatch, SafetyShares, Sequences, SupervisedBatch
 from tests.helpers import apply, make_lm, make_scorer, right_padded, tiny_config
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
@@ -85,6 +87,134 @@ def test_safe_costs_are_pushed_below_zero_and_unsafe_above():
         ranking = 0.5  # raises the unsafer and lowers the safer
         np.testing.assert_allclose(grads[0], sign * 0.5 + ranking)
         np.testing.assert_allclose(grads[1], sign * 0.5 - ranking, atol=1e-7)
+
+
+# --- several annotators, and weights
+
+
+def pair_losses(first, second, mask, *labels, **options):
+    """Both losses of pairs with labels (the first is preferred, the first is safe, the second is safe)."""
+    options = {"regularization": 0.01} | options
+    preferred, *safe = labels
+    return (
+        bradley_terry_loss(first, second, mask, share=preferred, **options),
+        safety_loss(first, second, *safe, mask, share=preferred, **options),
+    )
+
+
+def scores_of_pairs(token_wise, rows=5):
+    rng = np.random.default_rng(3)
+    shape = (rows, 4) if token_wise else (rows,)
+    mask = jnp.asarray(np.arange(4)[None] < rng.integers(1, 5, (rows, 1))) if token_wise else None
+    return *(jnp.asarray(rng.normal(size=shape), jnp.float32) for _ in range(2)), mask
+
+
+def full(label, rows=5):
+    return jnp.full((rows,), label, jnp.float32)
+
+
+@pytest.mark.parametrize("token_wise", [False, True])
+def test_votes_of_two_to_one_have_the_loss_of_the_weighted_mean_of_both_labels(token_wise):
+    first, second, mask = scores_of_pairs(token_wise)
+    kept = [full(1.0), full(0.0)]
+    for i, hard in enumerate([full(1.0), full(1.0), full(0.0)]):
+        labels = [full(1.0), *kept]
+        labels[i] = full(2 / 3)
+        found = pair_losses(first, second, mask, *labels)
+        labels[i] = hard
+        one = pair_losses(first, second, mask, *labels)
+        labels[i] = 1 - hard
+        other = pair_losses(first, second, mask, *labels)
+        share = 2 / 3 if float(hard[0]) == 1 else 1 / 3
+        for soft, a, b in zip(found, one, other, strict=True):
+            np.testing.assert_allclose(soft, share * a + (1 - share) * b, rtol=1e-6)
+        assert found[1] != one[1]
+    by_hand = -(2 * jax.nn.log_sigmoid(first - second) + jax.nn.log_sigmoid(second - first)) / 3
+    if not token_wise:
+        loss = bradley_terry_loss(first, second, regularization=0.0, share=full(2 / 3))
+        np.testing.assert_allclose(loss, by_hand.mean(), rtol=1e-6)
+
+
+@pytest.mark.parametrize("token_wise", [False, True])
+def test_unanimous_shares_and_equal_weights_are_hard_labels_bit_for_bit(token_wise):
+    first, second, mask = scores_of_pairs(token_wise)
+    safe = jnp.array([True, True, False, False, True]), jnp.array([True, False, False, True, False])
+    soft = [x.astype(jnp.float32) for x in safe]
+
+    def gradients(*labels, **options):
+        def loss(scores):
+            ranking, safety = pair_losses(*scores, mask, *labels, **options)
+            return ranking + 3.0 * safety
+
+        return jax.jit(jax.value_and_grad(loss))((first, second))
+
+    hard = gradients(None, *safe)
+    chex.assert_trees_all_equal(gradients(full(1.0), *soft), hard)
+    chex.assert_trees_all_equal(gradients(full(1.0), *soft, weight=full(1.0)), hard)
+    with pytest.raises(AssertionError):
+        chex.assert_trees_all_close(gradients(full(0.9), *soft), hard)
+
+
+@pytest.mark.parametrize("token_wise", [False, True])
+def test_weights_scale_the_terms_of_their_pairs(token_wise):
+    first, second, mask = scores_of_pairs(token_wise)
+    labels = [full(0.8), full(0.9), full(0.1)]
+    alone = []
+    for i in range(5):
+        rows = jnp.array([i])
+        part = [label[rows] for label in labels]
+        alone.append(pair_losses(first[rows], second[rows], None if mask is None else mask[rows], *part))
+    weight = jnp.array([2.0, 0.0, 1.0, 0.5, 1.5])
+    for found, terms in zip(
+        pair_losses(first, second, mask, *labels, weight=weight), zip(*alone, strict=True), strict=True
+    ):
+        np.testing.assert_allclose(found, (np.asarray(weight) * np.asarray(terms)).mean(), rtol=1e-5)
+    doubled = pair_losses(first, second, mask, *labels, weight=2 * weight)
+    np.testing.assert_allclose(
+        doubled, 2 * np.asarray(pair_losses(first, second, mask, *labels, weight=weight)), rtol=1e-6
+    )
+
+
+def annotated(kind, pad=0):
+    """Eight pairs with shares and weights, and `pad` more columns."""
+    rng = np.random.default_rng(4)
+    numbers = [jnp.asarray(rng.uniform(size=8), jnp.float32) for _ in range(4)]
+    texts = []
+    for _ in range(2):
+        tokens, mask = right_padded(rng, 8, 7, 24)
+        texts.append(jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, pad))), Sequences(tokens, mask, mask)))
+    if kind == "reward":
+        return PreferenceBatch(*texts, share=numbers[0], weight=numbers[3])
+    labels = [x > 0.5 for x in numbers[1:3]]
+    return SafetyBatch(*texts, *labels, SafetyShares(*numbers[:3]), weight=numbers[3])
+
+
+@functools.cache
+def trained_on_annotated(kind, pad=0, microbatches=1, devices=None):
+    """Parameters and metrics after a step on pairs with shares and weights."""
+    stage = {"reward": RewardStage, "cost": CostStage}[kind](
+        name="s", kind=kind, init_from="preset:tiny", data={"name": "demo/preference"}, token_wise=True,
+        microbatches=microbatches,
+    )  # fmt: skip
+    module, variables = make_scorer(kind, CONFIG, 1)
+    optimizer = optax.sgd(1.0)
+    step = jax.jit({"reward": reward_step, "cost": cost_step}[kind](stage, module, optimizer))
+    state = init_state(variables["params"], optimizer, stats=variables["stats"])
+    batch = annotated(kind, pad)
+    key = jax.random.key(0)
+    if devices is None:
+        state, metrics = step(state, None, batch, key)
+    else:
+        mesh = make_mesh((devices, 1, 1))
+        with jax.set_mesh(mesh):
+            state, metrics = step(state, None, shard_batch(batch, mesh), key)
+    return jax.device_get((state.params, {k: metrics[k] for k in ("train/loss", "train/accuracy")}))
+
+
+@pytest.mark.parametrize("kind", ["reward", "cost"])
+@pytest.mark.parametrize("change", [{"pad": 5}, {"microbatches": 4}, {"devices": 8}])
+def test_padding_microbatches_and_devices_do_not_change_a_step_with_shares_and_weights(kind, change):
+    chex.assert_trees_all_close(trained_on_annotated(kind, **change), trained_on_annotated(kind), atol=2e-6, rtol=1e-5)
 
 
 def test_sign_accuracy_is_strict():

@@ -1,7 +1,7 @@
 """Schemas of the on-policy algorithms: constraints, KL, the clipped update.
 
 Sources: [ref] PKU-Alignment/safe-rlhf@82743cc scripts; [paper] Dai et al. 2023, arXiv 2310.12773; [omnisafe] its
-`PIDLagrangian` defaults.
+`PIDLagrangian` defaults; [RePO] arXiv 2410.19933; [RAD] 2603.10938; [CS-RLHF] 2510.03520; [CGRPO] 2602.05863.
 """
 
 from typing import Annotated, Any, Literal
@@ -34,15 +34,24 @@ class PIDConfig(Schema):
     delay: PositiveInt = 10  # moves over which the slope is taken [omnisafe]
 
 
+NOT_OF_PENALTY = ("lr", "schedule", "max_multiplier", "min_multiplier")
+
+
 class Lagrange(Schema):
     """The constraint J_C ≤ d and its multiplier λ."""
 
-    cost_limit: float | CalibratedLimit = 0.0  # d, cost-model units [ref]
-    measure: Literal["mean", "rectified", "cvar"] = "mean"  # J_C: of C [ref], of {C − threshold}⁺, of the worst costs
-    threshold: float = 0.0  # of `rectified`, cost-model units [RePO]
+    cost_limit: float | CalibratedLimit = 0.0  # d, cost-model units [ref]; a share in [0, 1) for `rate`
+    bound: Literal["at_most", "at_least"] = "at_most"  # J_C ≤ d [ref], or J_C ≥ d
+    of: Literal["cost", "reward"] = "cost"  # limited score; the reward by `constraints.NAME` without a cost model
+    # J_C: the mean of C [ref], of {C − threshold}⁺ [RePO], of 1[C > threshold] [CGRPO], of the worst costs, or of
+    # quantiles with weights [RAD].
+    measure: Literal["mean", "rectified", "rate", "cvar", "spectral"] = "mean"
+    threshold: float = 0.0  # of `rectified` and `rate`, cost-model units [RePO]
     tail: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9  # α of `cvar`: the mean of the worst 1 − α
-    multiplier: Literal["log", "projected", "pid"] = "log"  # gradient ascent in log λ [ref], in λ, or PID control
-    init: float | str = 1.0  # initial λ [ref]; or the name of an earlier dual stage that finds it
+    power: Annotated[float, Field(ge=1.0)] = 2.0  # k of `spectral`: the expected worst of k responses
+    # Gradient ascent in log λ [ref], in λ, PID control, or without a dual: λ is `init` where J_C > d, else 0 [CS-RLHF].
+    multiplier: Literal["log", "projected", "pid", "penalty"] = "log"
+    init: float | str = 1.0  # initial λ [ref], or λ of `penalty`; or the name of an earlier dual stage that finds it
     lr: PositiveFloat = 0.1  # of log λ [ref]; of λ; K_i of PID
     schedule: ScheduleName = "constant"
     pid: PIDConfig = PIDConfig()
@@ -79,10 +88,15 @@ class Lagrange(Schema):
         reasons: dict[str, str] = {}
         if self.group_limits is not None:
             reasons |= dict.fromkeys(("cost_limit", "warn_unsafe_share"), "each group has its limit in group_limits")
-        if self.measure != "rectified":
-            reasons["threshold"] = f"it is of measure 'rectified', and measure is {self.measure!r}"
-        if self.measure != "cvar":
-            reasons["tail"] = f"it is of measure 'cvar', and measure is {self.measure!r}"
+        if self.measure not in ("rectified", "rate"):
+            reasons["threshold"] = f"it is of measure 'rectified' or 'rate', and measure is {self.measure!r}"
+        for name, measure in {"tail": "cvar", "power": "spectral"}.items():
+            if self.measure != measure:
+                reasons[name] = f"it is of measure {measure!r}, and measure is {self.measure!r}"
+        if self.measure == "rate":
+            reasons["warn_unsafe_share"] = "measure 'rate' limits that share itself"
+        if self.multiplier == "penalty":
+            reasons |= dict.fromkeys(NOT_OF_PENALTY, "λ of multiplier 'penalty' is init or 0, and never moves between")
         if self.multiplier != "pid":
             reasons["pid"] = f"its gains are of multiplier 'pid', and multiplier is {self.multiplier!r}"
         return reasons
@@ -91,7 +105,8 @@ class Lagrange(Schema):
     def bounds_and_measure_fit(self) -> "Lagrange":
         """Checks that the multiplier starts between its bounds, and the limit fits the measure."""
         low, high = self.min_multiplier or 0.0, self.max_multiplier or float("inf")
-        if not isinstance(self.init, str) and not low <= self.init <= high:
+        bounded = self.multiplier != "penalty" and not isinstance(self.init, str)
+        if bounded and not low <= self.init <= high:  # type: ignore[operator]
             raise ValueError(f"init {self.init} must lie between min_multiplier {low} and max_multiplier {high}")
         if self.group_limits is not None and self.constrained_groups is not None:
             raise ValueError("group_limits names its groups itself; leave out constrained_groups")
@@ -100,7 +115,17 @@ class Lagrange(Schema):
             raise ValueError(f"delta {self.delta} needs the spread of at least two costs, but window is {self.window}")
         if self.measure == "rectified" and any(isinstance(d, CalibratedLimit) or d < 0 for d in limits):
             raise ValueError("measure 'rectified' is never negative: cost_limit must be a number ≥ 0")
+        if self.measure == "rate" and any(isinstance(d, CalibratedLimit) or not 0 <= d < 1 for d in limits):
+            raise ValueError("measure 'rate' is a share of responses: cost_limit must be a number in [0, 1)")
+        calibrated = isinstance(self.cost_limit, CalibratedLimit)
+        if calibrated and (self.of == "reward" or self.bound == "at_least"):
+            raise ValueError("a calibrated limit bounds a cost from above; give cost_limit as a number")
         return self
+
+    @property
+    def in_cost_units(self) -> bool:
+        """The limit is an upper one of costs: it can be held against a cost model's scores of labelled responses."""
+        return self.of == "cost" and self.bound == "at_most" and self.measure not in ("rectified", "rate")
 
     @property
     def named(self) -> tuple[str, ...] | None:
@@ -139,6 +164,8 @@ class AlgorithmConfig(Schema):
     name: Literal[
         "ppo",
         "ppo_lag",
+        "repo",
+        "cgpo",
         "reward_shaping",
         "rloo_lag",
         "grpo_lag",
@@ -168,7 +195,7 @@ class AlgorithmConfig(Schema):
     ptx_coeff: NonNegativeFloat = 0.0  # weight of the language-modelling loss on `ptx` [ref scripts: 16]
     cost_weight: NonNegativeFloat = 1.0  # ν of `reward_shaping` [ref]
     lagrange: Lagrange = Lagrange()  # of `cost_model`
-    constraints: dict[str, Lagrange] = Field(default_factory=dict)  # of `cost_models`, by name
+    constraints: dict[str, Lagrange] = Field(default_factory=dict)  # of `cost_models`, or of the reward, by name
 
     def idle(self) -> dict[str, str]:
         """Settings that move a coefficient fixed at 0; `stages.algorithm` has those that an algorithm ignores."""

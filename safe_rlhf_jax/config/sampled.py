@@ -136,9 +136,13 @@ class RLStage(Judged, TrainingStage):
         yield from indivisible("batch_size·responses_per_prompt =", self.rows, "minibatches·microbatches =", parts)
         for signal in self.critics.keys() - self.scorers.keys():
             yield f"critics names {signal!r}, which no model scores ({sorted(self.scorers)})"
+        if self.algorithm.lagrange.of == "reward":
+            yield "algorithm.lagrange limits the cost of cost_model; limit the reward by algorithm.constraints.NAME"
         for signal, lagrange in self.limits.items():
-            if signal not in self.scorers:
-                name = signal.removeprefix("cost/")
+            name = signal.removeprefix("cost/")
+            if lagrange.of == "reward" and signal in self.scorers and signal != "cost":
+                yield f"algorithm.constraints.{name} limits the reward; name no model for it in cost_models.{name}"
+            if lagrange.of == "cost" and signal not in self.scorers:
                 yield (
                     f"algorithm.constraints.{name} limits a cost that no model measures; name its model in "
                     f"cost_models.{name} (there are {sorted(self.cost_models)})"
@@ -168,7 +172,9 @@ class RLStage(Judged, TrainingStage):
                         f"{field} names {name!r}, whose {what} is {theirs!r}, but here it is {ours!r}: λ* would be "
                         "that of another problem"
                     )
-            if lagrange.measure != "mean" or lagrange.group_limits is not None or lagrange.delta is not None:
+            other = (lagrange.measure, lagrange.bound, lagrange.of) != ("mean", "at_most", "cost")
+            other = other or lagrange.delta is not None
+            if other or lagrange.multiplier == "penalty" or lagrange.group_limits is not None:
                 yield f"{field} names {name!r}, which solves one limit of the mean cost, not this one"
 
 

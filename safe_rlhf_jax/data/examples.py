@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from safe_rlhf_jax.data.conversations import Text, check_rendered, encode
+from safe_rlhf_jax.data.labels import check_weight, label_reader, preference_batch, safety_batch, weights_of
 from safe_rlhf_jax.data.records import (
     PART,
     RESERVED,
@@ -20,7 +21,6 @@ from safe_rlhf_jax.data.records import (
     Message,
     Record,
     Unusable,
-    label_of,
     place_of,
     printable,
 )
@@ -30,12 +30,11 @@ from safe_rlhf_jax.data.texts import (
     preference_example,
     prompt_example,
     safety_example,
-    safety_labels,
     supervised_example,
 )
 from safe_rlhf_jax.data.tokenizer import Tokenizer
 from safe_rlhf_jax.errors import DataError
-from safe_rlhf_jax.types import PreferenceBatch, PromptBatch, SafetyBatch, Sequences, SupervisedBatch
+from safe_rlhf_jax.types import PromptBatch, Sequences, SupervisedBatch
 
 MAX_SHOWN = 300  # characters of a bad record in an error
 SHOWN_REASONS = 3  # reasons for which an error shows the first bad record
@@ -259,12 +258,35 @@ def load_pairs(
     max_length: int,
     where: str,
     max_bad: float,
+    shares: bool = False,
+    weight_field: str | None = None,
 ) -> Examples:
-    """Returns a `SafetyBatch` or a `PreferenceBatch` of all records; both sides have one width."""
-    example = safety_example if safety else preference_example
+    """Returns a `SafetyBatch` or a `PreferenceBatch` of all records; both sides have one width.
+
+    Args:
+        records: The records.
+        template: Of the run.
+        tokenizer: Of the run.
+        safety: Makes a `SafetyBatch`.
+        max_length: Tokens of a text.
+        where: Names the data in errors.
+        max_bad: As in `convert`.
+        shares: The batch has the shares of annotators for its labels, and records with tied votes are used.
+        weight_field: Field with a record's weight, if any.
+
+    Raises:
+        DataError: As in `convert`, or if all weights are 0.
+    """
+    read, texts_of = label_reader(shares=shares), safety_example if safety else preference_example
+
+    def example(record: Record) -> tuple[Text, ...]:
+        if weight_field is not None:
+            check_weight(record, weight_field)
+        return texts_of(record, template, tokenizer, read)
+
     made = convert(
         paired(records) if safety else records,
-        lambda r: example(r, template, tokenizer),
+        example,
         where=where,
         max_bad=max_bad,
         unfit=lambda t: unfit_texts(t, max_length),
@@ -277,15 +299,9 @@ def load_pairs(
         padded = pad_right([pair_[i] for pair_ in made.texts], width, tokenizer.pad_id)
         return Sequences(padded["tokens"], padded["mask"], padded["trained"])
 
-    batch: SafetyBatch | PreferenceBatch
-    if safety:
-        safer = np.array([label_of(record, "safer_response_id") for record in made.records], np.int64)
-        labels: Any = np.array([safety_labels(record) for record in made.records], bool)
-        rows = np.arange(len(safer))
-        batch = SafetyBatch(side(0), side(1), labels[rows, safer], labels[rows, 1 - safer])
-    else:
-        batch = PreferenceBatch(side(0), side(1))
-    return finished(batch, made, flat, max_length)
+    weight = None if weight_field is None else weights_of(made.records, weight_field, where)
+    batch = safety_batch if safety else preference_batch
+    return finished(batch(side(0), side(1), made.records, weight, shares=shares), made, flat, max_length)
 
 
 def load_prompts(

@@ -8,7 +8,9 @@ A record is a dictionary with those of these fields that its file has; one recor
     response_0, response_1                     two responses to the prompt
     better_response_id                         0 or 1: which is more helpful         (reward, DPO; SFT trains on it)
     safer_response_id, is_response_{0,1}_safe  which is less harmful, and labels     (cost)
-    better_votes, safer_votes                  of several annotators, 0 or 1 each; the majority is the label
+    better_votes, safer_votes,                 of several annotators, 0 or 1 each; the majority is the label
+    response_{0,1}_safe_votes
+    better_share, … (`SHARES`)                 the share of annotators for 1, where the votes are not there
 
 Every other field is kept unchanged: harm categories, severity, sources, groups.
 """
@@ -23,6 +25,7 @@ from typing import Any
 from safe_rlhf_jax.data.records import (
     LABELS,
     LEFT_OUT,
+    SHARES,
     VOTES,
     brief,
     columns_of,
@@ -53,7 +56,7 @@ from safe_rlhf_jax.errors import DataError
 
 LOOKED_AT = 100  # records used to distinguish formats with equal columns
 RESPONSES = ("response", "response_0", "response_1")
-OWN = ("messages", "prompt", *RESPONSES, *LABELS, *VOTES.values())  # fields of a record that stages read
+OWN = ("messages", "prompt", *RESPONSES, *LABELS, *VOTES.values(), *SHARES.values())  # fields that stages read
 RATINGS = ("fine-grained_score", "overall_score", "score")  # of a completion, the most trusted first
 NO_INPUT = "<noinput>"  # as Alpaca's own code takes it
 ALPACA = ("input", "system", "history")  # columns beside `instruction`

@@ -25,7 +25,19 @@ LABELS: dict[str, Mapping[str, int]] = {
     "is_response_0_safe": TRUTHS,
     "is_response_1_safe": TRUTHS,
 }
-VOTES = {"better_response_id": "better_votes", "safer_response_id": "safer_votes"}  # of several annotators
+VOTES = {  # of several annotators
+    "better_response_id": "better_votes",
+    "safer_response_id": "safer_votes",
+    "is_response_0_safe": "response_0_safe_votes",
+    "is_response_1_safe": "response_1_safe_votes",
+}
+SHARES = {label: votes.replace("votes", "share") for label, votes in VOTES.items()}  # of the annotators who say 1
+TIES = {
+    "better_response_id": "as many annotators prefer one response as the other",
+    "safer_response_id": "as many annotators prefer one response as the other",
+    "is_response_0_safe": "as many annotators call a response safe as unsafe",
+    "is_response_1_safe": "as many annotators call a response safe as unsafe",
+}
 MISSING = ("nan", "NaN", "<NA>")  # texts that pandas writes for missing values
 SHOWN_VALUE = 40  # characters of a value in a reason
 
@@ -117,14 +129,32 @@ def label_of(record: Record, field: str) -> int:
     """Returns the label in a field, 0 or 1, in any of the spellings in `LABELS`."""
     value = record.get(field)
     if not holds(value) or not str(value).strip():
-        if isinstance(record.get(VOTES.get(field, "")), list):
-            raise LeftOut("as many annotators prefer one response as the other")
+        if field in TIES and (isinstance(record.get(VOTES[field]), list) or record.get(SHARES[field]) == 0.5):
+            raise LeftOut(TIES[field])
         raise Unusable(f"missing {field}")
     label = LABELS[field].get(str(value).strip().lower())
     if label is None:
         allowed = "0 nor 1" if LABELS[field] is IDS else "true nor false"
         raise Unusable(f"{field} is neither {allowed}, but {brief(value)}")
     return label
+
+
+def share_of(record: Record, label: str) -> float:
+    """Returns the share of annotators for label 1: by their votes, else as given, else 0 or 1 by the label."""
+    votes, share = record.get(VOTES[label]), record.get(SHARES[label])
+    if votes:
+        return float(sum(votes) / len(votes))
+    return float(label_of(record, label) if share is None else share)
+
+
+def number_in(record: Record, field: str, most: float, what: str) -> float:
+    """Returns the number in a field, from 0 to `most`."""
+    value: Any = record.get(field)
+    with contextlib.suppress(TypeError, ValueError, OverflowError):
+        number = math.nan if isinstance(value, bool) else float(value)
+        if 0.0 <= number <= most and number < math.inf:
+            return number
+    raise Unusable(f"{field} is no {what}, but {brief(value)}" if holds(value) else f"missing {field}")
 
 
 def labels_in(record: Record) -> Record:
@@ -149,7 +179,7 @@ def majority(label: str, votes: Sequence[int]) -> Record:
 
 
 def voted(record: Record) -> Record:
-    """Returns the votes of a record as 0 and 1, and their labels if it has none."""
+    """Returns the votes of a record as 0 and 1, shares as numbers, and their labels if it has none."""
     found: Record = {}
     for label, field in VOTES.items():
         votes = record.get(field)
@@ -159,6 +189,11 @@ def voted(record: Record) -> Record:
             raise Unusable(f"{field} is no list of votes")
         found |= majority(label, [label_of({label: vote}, label) for vote in votes if holds(vote)])
         found |= {label: record[label]} if holds(record.get(label)) else {}
+    for label, field in SHARES.items():
+        if holds(record.get(field)):
+            share = found[field] = number_in(record, field, 1.0, "share from 0 to 1")
+            if share != 0.5 and not (holds(record.get(label)) or VOTES[label] in found):
+                found[label] = int(share > 0.5)
     return found
 
 

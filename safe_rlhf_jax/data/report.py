@@ -14,7 +14,9 @@ from safe_rlhf_jax.data.formats import OWN
 from safe_rlhf_jax.data.records import (
     LABELS,
     RESERVED,
+    SHARES,
     UNUSABLE,
+    VOTES,
     Record,
     Unusable,
     columns_of,
@@ -22,6 +24,7 @@ from safe_rlhf_jax.data.records import (
     is_true,
     label_of,
     printable,
+    share_of,
 )
 from safe_rlhf_jax.data.sources import prompt_key, record_key
 from safe_rlhf_jax.data.tokenizer import Tokenizer
@@ -134,13 +137,15 @@ def labels(data: Examples) -> list[str]:
     """Returns the distribution of labels, harm categories and severities over the usable records."""
     out = []
     if hasattr(data.arrays, "chosen"):
-        second = sum(label_of(record, "better_response_id") for record in data.records)
+        second = sum(share_of(record, "better_response_id") > 0.5 for record in data.records)
         out.append(f"better response: {share(len(data) - second, len(data))} the first")
+        out += divided(data, "better_response_id")
     if hasattr(data.arrays, "safer"):
         safe = np.stack([data.arrays.safer_is_safe, data.arrays.unsafer_is_safe])
         out.append(f"labelled safe: {share(int(safe.sum()), safe.size)} of the responses")
         kinds = {"both": safe.all(0), "only the safer": safe[0] & ~safe[1], "neither": ~safe.any(0)}
         out.append("safe in a pair: " + ", ".join(f"{k} {share(int(v.sum()), v.size)}" for k, v in kinds.items()))
+        out += divided(data, "safer_response_id")
     for what in ("category", "severity", "prompt_source"):
         found = Counter(value for record in data.records for value in values_of(record, what))
         if found:
@@ -148,6 +153,14 @@ def labels(data: Examples) -> list[str]:
             more = f", and {len(found) - SHOWN_CATEGORIES} more" if len(found) > SHOWN_CATEGORIES else ""
             out.append(f"{what}: {named}{more}")
     return out
+
+
+def divided(data: Examples, label: str) -> list[str]:
+    """Returns a line with the share of records on whose label several annotators are divided, if any has several."""
+    if not any(VOTES[label] in record or SHARES[label] in record for record in data.records):
+        return []
+    split = sum(0 < share_of(record, label) < 1 for record in data.records)
+    return [f"annotators divided on it: {share(split, len(data))} of the pairs"]
 
 
 def values_of(record: Record, what: str) -> list[str]:

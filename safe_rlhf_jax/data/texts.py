@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from safe_rlhf_jax.data.conversations import Text, check_turns, encode
-from safe_rlhf_jax.data.records import LEFT_OUT, UNUSABLE, LeftOut, Record, Unusable, label_of, text_of
+from safe_rlhf_jax.data.labels import Read
+from safe_rlhf_jax.data.records import LEFT_OUT, UNUSABLE, VOTES, LeftOut, Record, Unusable, label_of, text_of
 from safe_rlhf_jax.data.templates import Template
 from safe_rlhf_jax.data.tokenizer import Tokenizer
 
@@ -40,35 +41,39 @@ def supervised_example(record: Record, template: Template, tokenizer: Tokenizer)
         if "is_safe" in record and not label_of(record, "is_safe"):
             raise LeftOut("the response is labelled unsafe")
         return (encode(answered(prompt_turns(record), text_of(record, "response")), template, tokenizer),)
-    if not record.keys() & {"better_response_id", "better_votes"}:
+    if not record.keys() & {"better_response_id", "better_votes", "better_share"}:
         raise Unusable("no messages, prompt + response, or pair with better_response_id")
     better, prompt, *responses = two_responses(record, "better_response_id")
     return (encode(answered(prompt, responses[better]), template, tokenizer),)
 
 
-def two_responses(record: Record, label: str) -> tuple[int, list[Any], str, str]:
+def two_responses(record: Record, label: str, read: Read = label_of) -> tuple[int, list[Any], str, str]:
     """Returns the label's value (0 or 1), the prompt and both responses."""
     if LEFT_OUT in record:
         raise LeftOut(record[LEFT_OUT])
     prompt, *responses = prompt_turns(record), text_of(record, "response_0"), text_of(record, "response_1")
-    labelled = label_of(record, label)
+    labelled = int(read(record, label) > 0.5)
     if responses[0] == responses[1]:
         raise Unusable("identical responses")
     return labelled, prompt, responses[0], responses[1]
 
 
-def preference_example(record: Record, template: Template, tokenizer: Tokenizer) -> tuple[Text, Text]:
+def preference_example(
+    record: Record, template: Template, tokenizer: Tokenizer, read: Read = label_of
+) -> tuple[Text, Text]:
     """Returns chosen and rejected."""
-    better, prompt, *responses = two_responses(record, "better_response_id")
+    better, prompt, *responses = two_responses(record, "better_response_id", read)
     texts = [encode(answered(prompt, response), template, tokenizer) for response in responses]
     return texts[better], texts[1 - better]
 
 
-def safety_example(record: Record, template: Template, tokenizer: Tokenizer) -> tuple[Text, Text]:
+def safety_example(
+    record: Record, template: Template, tokenizer: Tokenizer, read: Read = label_of
+) -> tuple[Text, Text]:
     """Returns the safer and the less safe response."""
-    safer, prompt, *responses = two_responses(record, "safer_response_id")
-    safe = safety_labels(record)
-    if safe[1 - safer] and not safe[safer]:
+    safer, prompt, *responses = two_responses(record, "safer_response_id", read)
+    safe = [read(record, f"is_response_{i}_safe") for i in (0, 1)]
+    if safe[1 - safer] - safe[safer] == 1:  # two shares need not agree
         raise Unusable("the safer response is labelled unsafe, the other safe")
     texts = [encode(answered(prompt, response), template, tokenizer) for response in responses]
     return texts[safer], texts[1 - safer]
@@ -78,8 +83,8 @@ def paired(records: Sequence[Record]) -> list[Record]:
     """Returns safety pairs for the labelled single responses (PKU-SafeRLHF-QA, BeaverTails) among records.
 
     For each prompt, the first safe response is paired with the first unsafe one, the second with the second, and so on;
-    unpaired responses are left out. Of several annotators' labels of one response the majority counts. Records that are
-    already pairs stay.
+    unpaired responses are left out. Of several annotators' labels of one response the majority counts, and the pair has
+    their votes. Records that are already pairs stay.
     """
     out = []
     labelled: dict[str, dict[str, list[tuple[Record, int]]]] = {}  # prompt -> response -> its labels
@@ -94,19 +99,20 @@ def paired(records: Sequence[Record]) -> list[Record]:
             continue
         labelled.setdefault(str(record["prompt"]), {}).setdefault(str(record["response"]), []).append((record, label))
     for responses in labelled.values():
-        sides: tuple[list[Record], list[Record]] = ([], [])  # unsafe, safe
+        sides: tuple[list[tuple[Record, list[int]]], ...] = ([], [])  # unsafe, safe: responses with their votes
         for given in responses.values():
             safe, whole = sum(label for _, label in given), len(given)
             if 2 * safe != whole:
-                sides[2 * safe > whole].append(given[0][0])
+                sides[2 * safe > whole].append((given[0][0], [label for _, label in given]))
             repeats = given if 2 * safe == whole else given[1:]
             out += [record | {LEFT_OUT: "one of several labels of a response"} for record, _ in repeats]
-        for unsafe, safe_ in zip(*sides, strict=False):
+        for (unsafe, against), (safe_, votes) in zip(*sides, strict=False):
             labels = {"safer_response_id": 0, "is_response_0_safe": True, "is_response_1_safe": False}
-            out.append(safe_ | {"response_0": safe_["response"], "response_1": unsafe["response"]} | labels)
+            several = {VOTES[f"is_response_{i}_safe"]: v for i, v in enumerate((votes, against)) if len(v) > 1}
+            out.append(safe_ | {"response_0": safe_["response"], "response_1": unsafe["response"]} | labels | several)
         both = min(map(len, sides))
         alone = "no response with the other label to the same prompt"
-        out += [record | {LEFT_OUT: alone} for side in sides for record in side[both:]]
+        out += [record | {LEFT_OUT: alone} for side in sides for record, _ in side[both:]]
     return out
 
 

@@ -8,10 +8,10 @@ import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from safe_rlhf_jax.data.records import TRUTHS, Message, Record, Unusable, brief
+from safe_rlhf_jax.data.records import TRUTHS, VOTES, Message, Record, Unusable, brief
 
 # Fields that hold a list.
-LISTS = ("messages", "conversations", "completions", "turns", "history", "better_votes", "safer_votes")
+LISTS = ("messages", "conversations", "completions", "turns", "history", *VOTES.values())
 WRITTEN_LIST = re.compile(r"\s*(array\()?[\[{]")
 WRITTEN_TURN = re.compile(r"""\s*(array\()?\[?\s*\{\s*['"](role|from|content|value)['"]\s*:""")
 SPEAKER_KEY = re.compile(r"""['"](role|from)['"]\s*:""")

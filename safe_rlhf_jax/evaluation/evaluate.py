@@ -14,7 +14,7 @@ from safe_rlhf_jax.data.loader import in_rows
 from safe_rlhf_jax.data.oracles import Oracle
 from safe_rlhf_jax.data.texts import shown
 from safe_rlhf_jax.errors import ConfigError
-from safe_rlhf_jax.evaluation.health import pairs_health, sign_health
+from safe_rlhf_jax.evaluation.health import KINDS_OF_PAIRS, pairs_health, sign_health
 from safe_rlhf_jax.evaluation.judges import JUDGE
 from safe_rlhf_jax.evaluation.refusals import ORACLE, RULE, is_refusal
 from safe_rlhf_jax.evaluation.statistics import expected_calibration_error, reliability_curve, sigmoid
@@ -152,7 +152,8 @@ def evaluate_pairs(
         records: Of the dataset; `health` uses their fields as kinds of pairs.
 
     Returns:
-        `metrics`: accuracy (of ranking; a tie counts one half), for cost models sign_accuracy, the expected calibration
+        `metrics`: accuracy (of ranking; a tie counts one half), also of pairs on which annotators are unanimous and on
+        which they are split, where there are such; for cost models sign_accuracy, the expected calibration
         error of the model's probability σ(difference) of the label, mean and standard deviation of the
         scores. `scores_by_label`: {chosen, rejected} or {safe, unsafe}. `reliability`: (confidence, accuracy, count) by
         bin. `health`: result of `pairs_health`, for cost models with `sign` of `sign_health`.
@@ -185,9 +186,11 @@ def measured_pairs(
     """
     a, b = scores
     both, sign = np.concatenate([a, b]), 1.0 if labels is None else -1.0
-    votes = "better_votes" if labels is None else "safer_votes"
-    health = pairs_health(sign * a, sign * b, lengths, records, votes)
+    label = "better_response_id" if labels is None else "safer_response_id"
+    health = pairs_health(sign * a, sign * b, lengths, records, label)
     metrics = {"mean": float(both.mean()), "std": float(both.std()), "accuracy": health["accuracy"]["rate"]}
+    kinds = health.get("annotators", {})
+    metrics |= {f"accuracy_{kind}": kinds[kind]["rate"] for kind in KINDS_OF_PAIRS if kind in kinds}
     if labels is not None:
         is_safe = labels.ravel()
         health["sign"] = sign_health(both, is_safe)

@@ -10,12 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from safe_rlhf_jax.data.formats import Record
+from safe_rlhf_jax.data.records import SHARES, VOTES, Record
 from safe_rlhf_jax.evaluation.statistics import largest, share_of, win_rate, wins
 
 Health = dict[str, Any]
 
 BINS = 5  # with as many pairs in each
+KINDS_OF_PAIRS = ("unanimous", "split")  # by their annotators
 MOST_FIELDS = 8
 MOST_VALUES = 12  # of a field; the rarest are grouped
 MOST_CHARACTERS = 60  # of a value; longer ones are texts
@@ -38,7 +39,7 @@ def pairs_health(
     other: np.ndarray,
     lengths: tuple[np.ndarray, np.ndarray],
     records: Sequence[Record],
-    votes: str,
+    label: str,
 ) -> Health:
     """Measures a model's ranking of held-out pairs.
 
@@ -47,16 +48,17 @@ def pairs_health(
         other: f[n], the same of the other response.
         lengths: i[n] each, tokens of the two responses.
         records: Of the pairs; their fields define the kinds for accuracy by kind. May be empty.
-        votes: Field with the annotators' preferences, a list of 0 and 1.
+        label: Field of the records that says which response is preferred.
 
     Returns:
         `accuracy`; `ties`, their share; `by_margin`, accuracy over fifths of the pairs by the margin of the scores,
         and `by_length_difference` by preferred − other, in tokens, each with `from` and `to`; `length_alone` (see
-        `length_rule`); `by_field` {field: {value: accuracy}}; with votes `annotators` (see `annotators_of`).
+        `length_rule`); `by_field` {field: {value: accuracy}}; with several
+        annotators `annotators` (see `annotators_of`).
     """
     right = wins(preferred, other)
     longer_by = lengths[0] - lengths[1]
-    found = annotators_of(records, votes, right)
+    found = annotators_of(records, label, right)
     return {
         "accuracy": share_of(right),
         "ties": float(np.mean(preferred == other)),
@@ -133,30 +135,29 @@ def kinds_of(record: Record) -> dict[str, set[str]]:
     return out
 
 
-def annotators_of(records: Sequence[Record], field: str, right: np.ndarray) -> dict[str, Any]:
+def annotators_of(records: Sequence[Record], label: str, right: np.ndarray) -> dict[str, Any]:
     """Measures the agreement of annotators, and the model's accuracy where they agree and where they do not.
 
     Args:
-        records: Those with two votes or more count.
-        field: Holds the votes.
+        records: Those with two votes or more, or with the share of votes, count.
+        label: Field that the annotators decide.
         right: f[n], 1 where the model is right.
 
     Returns:
-        `agreement`: the probability that two annotators of a pair agree, the mean over pairs; accuracy on `unanimous`
-        and on `split` pairs. Empty where no pair has several votes, and each is absent where there is no such pair.
+        `agreement`: the probability that two annotators of a pair agree, the mean over pairs with votes; accuracy on
+        `unanimous` and on `split` pairs. Each is absent where there is no such pair.
     """
     votes = {
-        i: Counter(vote for vote in as_list(record.get(field)) if vote in (0, 1)) for i, record in enumerate(records)
+        i: Counter(vote for vote in as_list(record.get(VOTES[label])) if vote in (0, 1))
+        for i, record in enumerate(records)
     }
     several = {i: count for i, count in votes.items() if count.total() > 1}
-    if not several:
-        return {}
     alike = [sum(k * (k - 1) for k in v.values()) / (v.total() * (v.total() - 1)) for v in several.values()]
-    kinds = {
-        "unanimous": [i for i, count in several.items() if len(count) == 1],
-        "split": [i for i, count in several.items() if len(count) == 2],
-    }
-    return {"agreement": share_of(alike)} | {name: share_of(right[rows]) for name, rows in kinds.items() if rows}
+    shares = {i: record[SHARES[label]] for i, record in enumerate(records) if not votes[i] and SHARES[label] in record}
+    split = {i: len(count) == 2 for i, count in several.items()} | {i: 0 < s < 1 for i, s in shares.items()}
+    kinds = {name: [i for i, is_split in split.items() if is_split == (name == "split")] for name in KINDS_OF_PAIRS}
+    found = {"agreement": share_of(alike)} if alike else {}
+    return found | {name: share_of(right[rows]) for name, rows in kinds.items() if rows}
 
 
 def as_list(value: Any) -> list[Any]:

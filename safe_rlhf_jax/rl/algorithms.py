@@ -6,6 +6,8 @@ Scoring, KL, windows, λ, epochs and minibatches are the same for all. `ppo` is 
 import dataclasses
 from collections.abc import Callable
 
+import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from safe_rlhf_jax.rl.advantages import group_normalized, leave_one_out
@@ -27,6 +29,16 @@ def shaped_reward(scores: Signals, cost_weight: float) -> Signals:
     return scores | {"reward": scores["reward"] - cost_weight * scores["cost"]}
 
 
+def feasible_reward(scores: Signals, cost_weight: float) -> Signals:
+    """σ(R) where no cost is positive, else 0: the reward of an infeasible response does not count.
+
+    Source: Xu et al. 2024 (CGPO, arXiv 2409.20370), the constrained calibrated reward of CRPG. There R is compared with
+    the reward of a baseline response to the prompt, σ(R − R_0); prompts have none here, so that R_0 is 0.
+    """
+    costs = jnp.stack([score for signal, score in scores.items() if signal != "reward"])
+    return scores | {"reward": jnp.where((costs <= 0).all(0), jax.nn.sigmoid(scores["reward"]), 0.0)}
+
+
 @dataclasses.dataclass(frozen=True)
 class Algorithm:
     """The parts in which on-policy algorithms differ."""
@@ -41,6 +53,7 @@ class Algorithm:
     cost_kl_sign: int = +1
     kl_as_loss: bool = False  # a KL term in the signals would be divided by their spread
     needs_cost: bool = False  # also without a constraint
+    split: bool = False  # λ counts only on responses that violate their limit themselves
 
 
 PAIRS = Algorithm(
@@ -51,6 +64,8 @@ ALGORITHMS: dict[str, Algorithm] = {
     "ppo": Algorithm(),
     "ppo_lag": Algorithm(constrained=True),
     "reward_shaping": Algorithm(shape=shaped_reward, needs_cost=True),
+    "repo": Algorithm(constrained=True, split=True),
+    "cgpo": Algorithm(shape=feasible_reward, baseline=leave_one_out, needs_cost=True),
     "rloo_lag": Algorithm(constrained=True, baseline=leave_one_out),
     "grpo_lag": Algorithm(constrained=True, baseline=group_normalized, kl_as_loss=True),
     "p3o": PAIRS,

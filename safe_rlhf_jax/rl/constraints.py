@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 from safe_rlhf_jax.rl.lagrange import (
     LOG,
     Multiplier,
+    filled,
     init_window,
     push_costs,
     t_quantiles,
@@ -24,16 +25,13 @@ from safe_rlhf_jax.rl.lagrange import (
 )
 from safe_rlhf_jax.types import ConstraintState, CostWindow, Metrics, Signals
 
-
-@dataclasses.dataclass(frozen=True)
-class Measure:
-    """The constrained quantity: the mean of `cost(C, level)`, with the level computed from the window."""
-
-    level: Callable[[CostWindow], Float[Array, ""]]
-    cost: Callable[[Float[Array, "*N"], Float[Array, "*N"]], Float[Array, "*N"]]
+# The constrained quantity: what each of the costs counts as, f32[N], beside the costs in the window. J_C is its mean.
+Measure = Callable[[Float[Array, " N"], CostWindow], Float[Array, " N"]]
 
 
-MEAN = Measure(level=lambda window: jnp.zeros_like(window.recent[0]), cost=lambda costs, level: costs)
+def mean(costs: Float[Array, " N"], window: CostWindow) -> Float[Array, " N"]:
+    """C itself."""
+    return costs
 
 
 def rectified(threshold: float) -> Measure:
@@ -41,7 +39,15 @@ def rectified(threshold: float) -> Measure:
 
     Source: Peng et al. 2024 (RePO, arXiv 2410.19933), threshold 0.
     """
-    return Measure(level=MEAN.level, cost=lambda costs, level: jnp.maximum(costs - threshold, 0.0))
+    return lambda costs, window: jnp.maximum(costs - threshold, 0.0)
+
+
+def rate(threshold: float) -> Measure:
+    """1[C > threshold]: J_C is the share of unsafe responses, whatever the scale of the cost.
+
+    Source: Girgis et al. 2026 (Constrained GRPO, arXiv 2602.05863), indicator costs.
+    """
+    return lambda costs, window: (costs > threshold).astype(jnp.float32)
 
 
 def tail(alpha: float) -> Measure:
@@ -49,21 +55,58 @@ def tail(alpha: float) -> Measure:
 
     Source: Rockafellar and Uryasev 2000, Optimization of conditional value-at-risk.
     """
-    return Measure(
-        level=lambda window: window_quantile(window, alpha),
-        cost=lambda costs, level: level + jnp.maximum(costs - level, 0.0) / (1.0 - alpha),
-    )
+
+    def measure(costs: Float[Array, " N"], window: CostWindow) -> Float[Array, " N"]:
+        level = window_quantile(window, alpha)
+        return level + jnp.maximum(costs - level, 0.0) / (1.0 - alpha)
+
+    return measure
+
+
+def spectral(power: float) -> Measure:
+    """Quantile-weighted cost ∫ F⁻¹(u)·k·u^{k−1} du: for a whole k the expected worst of k responses. k = 1 is the mean.
+
+    A cost c counts as ∫^c k·F(t)^{k−1} dt + const, the influence of a response on the integral, so that its policy
+    gradient is that of the integral. F is the distribution of the window.
+
+    Source: Acerbi 2002, Spectral measures of risk. Chittepu et al. 2026 (RAD, arXiv 2603.10938) weight quantiles in
+    this way; their constraint compares each quantile with the reference policy's, by optimal transport: not here.
+
+    Args:
+        power: k ≥ 1.
+    """
+
+    def measure(costs: Float[Array, " N"], window: CostWindow) -> Float[Array, " N"]:
+        size = window.recent.shape[0]
+        ascending = jnp.sort(jnp.where(filled(window), window.recent, jnp.inf))  # empty entries come last
+        rank = jnp.arange(size + 1, dtype=jnp.float32)
+        share = jnp.minimum(rank / jnp.maximum(window.count, 1), 1.0)  # F below the first cost, up to the second, …
+        slope = power * share ** (power - 1.0)
+
+        def influence(cost: Float[Array, ""]) -> Float[Array, ""]:
+            above = jnp.clip(cost - ascending, 0.0, jnp.append(ascending[1:], jnp.inf) - ascending)
+            below = jnp.minimum(cost - ascending[0], 0.0)
+            return slope[0] * below + jnp.where(ascending < jnp.inf, slope[1:] * above, 0.0).sum()
+
+        integral = jnp.where(ascending < jnp.inf, ascending * jnp.diff(share**power), 0.0).sum()
+        own = window_mean(CostWindow(recent=jax.vmap(influence)(window.recent), count=window.count))
+        counted = jax.vmap(influence)(costs) + integral - own
+        return jnp.where(window.count > 0, counted, costs)
+
+    return measure
 
 
 @dataclasses.dataclass(frozen=True)
 class Constraint:
-    """measure(cost) ≤ limit on the prompts it names; scalars as in the config, which has their sources."""
+    """measure(score) ≤ or ≥ limit on the prompts it names; scalars as in the config, which has their sources."""
 
     limit: Float[Array, " G"] | tuple[float, ...] = (0.0,)  # d of each slot
     lr: optax.Schedule = dataclasses.field(default_factory=lambda: optax.constant_schedule(0.1))
     multiplier: Multiplier = LOG
-    measure: Measure = MEAN
-    delta: float | None = None  # λ follows the upper bound of J_C with confidence 1 − δ; None: J_C
+    measure: Measure = mean
+    delta: float | None = None  # λ follows the bound of J_C with confidence 1 − δ; None: J_C
+    sign: int = +1  # −1: measure(score) ≥ limit
+    of: str | None = None  # signal whose scores it limits; None: its own
     slots: tuple[int, ...] | None = None  # slot by prompt group, −1 where the constraint does not apply; None: all in 0
     names: tuple[str, ...] = ("",)  # of the slots, in metrics
     every: str = "rollout"  # or "minibatch"
@@ -110,20 +153,21 @@ def mean_costs(constraint: Constraint, state: ConstraintState) -> Float[Array, "
 
 def measured_window(constraint: Constraint, window: CostWindow) -> CostWindow:
     """The window of a slot with what each of its costs counts for."""
-    level = constraint.measure.level(window)
-    costs = constraint.measure.cost(window.recent, jnp.broadcast_to(level, window.recent.shape))
-    return CostWindow(recent=costs, count=window.count)
+    return CostWindow(recent=constraint.measure(window.recent, window), count=window.count)
 
 
 def pessimistic_costs(constraint: Constraint, state: ConstraintState) -> Float[Array, " G"]:
-    """What the multiplier of each slot holds against its limit: J_C, or its upper confidence bound where δ is given."""
+    """What the multiplier of each slot holds against its limit: J_C, or its confidence bound where δ is given.
+
+    The upper bound for J_C ≤ d, the lower one for J_C ≥ d.
+    """
     if constraint.delta is None:
         return mean_costs(constraint, state)
     quantiles = jnp.asarray(t_quantiles(constraint.delta, state.window.recent.shape[-1]))
 
     def bound(window: CostWindow) -> jax.Array:
         measured = measured_window(constraint, window)
-        return window_mean(measured) + window_half_width(measured, quantiles)
+        return window_mean(measured) + constraint.sign * window_half_width(measured, quantiles)
 
     return jax.vmap(bound)(state.window)
 
@@ -131,9 +175,10 @@ def pessimistic_costs(constraint: Constraint, state: ConstraintState) -> Float[A
 def measured_costs(
     constraint: Constraint, state: ConstraintState, costs: Float[Array, " B"], group: Int[Array, " B"]
 ) -> Float[Array, " B"]:
-    """Measured cost of each row, f32[B], for the cost critic and the advantages."""
-    levels = jax.vmap(constraint.measure.level)(state.window)
-    return constraint.measure.cost(costs, levels[jnp.maximum(row_slots(constraint, group), 0)])
+    """Measured cost of each row, f32[B], for the cost critic and the advantages: more of it is worse."""
+    by_slot = jax.vmap(constraint.measure, in_axes=(None, 0))(costs, state.window)
+    slot = jnp.maximum(row_slots(constraint, group), 0)[None]
+    return constraint.sign * jnp.take_along_axis(by_slot, slot, axis=0)[0]
 
 
 def move_multiplier(
@@ -142,8 +187,8 @@ def move_multiplier(
     """Moves the λ of every slot with rows in `group`, once the delay is over; the others keep theirs."""
     moved = constraint.multiplier.move(
         state.multiplier,
-        pessimistic_costs(constraint, state),
-        cost_limit=jnp.asarray(constraint.limit, jnp.float32),
+        constraint.sign * pessimistic_costs(constraint, state),
+        cost_limit=constraint.sign * jnp.asarray(constraint.limit, jnp.float32),
         lr=constraint.lr(step),
         max_multiplier=constraint.max_multiplier,
         min_multiplier=constraint.min_multiplier,

@@ -163,6 +163,20 @@ LOG = Multiplier(
 PROJECTED = Multiplier(init=lambda initial: {"value": initial}, move=move_projected, read=lambda state: state["value"])
 
 
+def move_penalty(
+    state: MultiplierState, mean_cost: jax.Array, *, cost_limit: float | jax.Array, **unused: Any
+) -> MultiplierState:
+    """The whole weight where the limit is exceeded, else 0."""
+    del unused
+    return state | {"value": jnp.where(mean_cost > cost_limit, state["weight"], 0.0)}
+
+
+# −ν·[J_C − d]⁺ in place of a dual: its gradient is −ν·∇J_C where J_C > d and 0 elsewhere. The penalty is exact, and the
+# optimum that of the constraint, if ν is larger than the λ of that optimum.
+# Source: Pandit et al. 2025 (CS-RLHF, arXiv 2510.03520), with ν = λ there.
+PENALTY = Multiplier(init=lambda initial: {"value": initial, "weight": initial}, move=move_penalty, read=PROJECTED.read)
+
+
 def pid_multiplier(*, proportional: float, derivative: float, smoothing: float, delay: int) -> Multiplier:
     """λ = [K_p·P + I + K_d·D]⁺ of the error J_C − d; the integral I is projected ascent, so its gain K_i is `lr`.
 

@@ -58,7 +58,8 @@ def pairwise_surrogate(
 
     On policy the gradient is −½·E[D·∇ log π(y_1)/π(y_2)]. Trajectory-wise: the log-ratios are those of whole responses.
 
-    Source: Wu et al. 2023 (P3O), arXiv 2310.00212, section 4.2, the second variant.
+    Source: Wu et al. 2023 (P3O), arXiv 2310.00212, section 4.2, the second variant; without the weight π/π_old of both
+    responses in its theorem 1, which is 1 on policy.
 
     Args:
         ratio: f32[2P, T], ρ by token; the two responses to a prompt stand next to each other.

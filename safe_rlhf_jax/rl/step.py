@@ -119,7 +119,7 @@ def update_constraints(hp: Hyperparameters, state: RLState, scored: ScoredRollou
     metrics: Metrics = {}
     group = scored.rollout.group
     for signal, constraint in hp.constraints.items():
-        updated = push_all(constraint, state.constraints[signal], scored.scores[signal], group)
+        updated = push_all(constraint, state.constraints[signal], scored.scores[constraint.of or signal], group)
         metrics |= slot_metrics(signal, "mean_cost", constraint, mean_costs(constraint, updated))
         if constraint.delta is not None:
             metrics |= slot_metrics(signal, "cost_bound", constraint, pessimistic_costs(constraint, updated))
@@ -139,7 +139,8 @@ def estimate_advantages(
     advantages: Signals = {}
     returns: Signals = {}
     metrics: Metrics = {}
-    for signal, score in signal_scores(algorithm, hp, state, scored).items():
+    signals = signal_scores(algorithm, hp, state, scored)
+    for signal, score in signals.items():
         scores = token_scores(
             score,
             log_ratio,
@@ -167,6 +168,7 @@ def estimate_advantages(
         advantages=advantages,
         returns=returns,
         below=scored.below,
+        violates={signal: signals[signal] > 0 for signal in hp.constraints} if algorithm.split else {},
     )
     return experience, metrics
 
@@ -179,7 +181,8 @@ def signal_scores(algorithm: Algorithm, hp: Hyperparameters, state: RLState, sco
     scores = algorithm.shape(scored.scores, hp.cost_weight)
     out = {"reward": scores["reward"] - hp.missing_eos_penalty * is_truncated(hp, scored.rollout)}
     for signal, constraint in hp.constraints.items():
-        out[signal] = measured_costs(constraint, state.constraints[signal], scores[signal], scored.rollout.group)
+        limited = scored.scores[constraint.of or signal]
+        out[signal] = measured_costs(constraint, state.constraints[signal], limited, scored.rollout.group)
     return out
 
 

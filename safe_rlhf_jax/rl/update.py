@@ -158,7 +158,10 @@ def update_minibatch(
         for signal, constraint in hp.constraints.items()
         if constraint.every == "minibatch"
     }
-    combined = algorithm.combine(experience.advantages, row_multipliers(hp.constraints, constraints, group))
+    multipliers = row_multipliers(hp.constraints, constraints, group)
+    for signal, violates in experience.violates.items():
+        multipliers[signal] = jnp.where(violates[:, None], multipliers[signal], 0.0)
+    combined = algorithm.combine(experience.advantages, multipliers)
     if hp.whiten:
         combined = whiten(combined, response_mask(experience.rollout))
     kl_coeff = kl_coefficient(hp, state)

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from safe_rlhf_jax import config as cfg
 from safe_rlhf_jax.data.examples import Examples
 from safe_rlhf_jax.errors import ConfigError
-from safe_rlhf_jax.rl.algorithms import ALGORITHMS, as_scored
+from safe_rlhf_jax.rl.algorithms import ALGORITHMS, shaped_reward
 from safe_rlhf_jax.rl.lagrange import combine_signals
 from safe_rlhf_jax.stages.common import Run
 from safe_rlhf_jax.stages.constraints import check_constraints
@@ -31,7 +31,7 @@ def idle_beside_algorithm(stage: cfg.RLStage) -> dict[str, str]:
     if algorithm.baseline is not None:
         fields = ("gamma", "gae_lambda", "clip_range_value")
         unused["has no critics"] = ("critic", "critics", *(f"algorithm.{field}" for field in fields))
-    if algorithm.shape is as_scored:
+    if algorithm.shape is not shaped_reward:
         unused["takes no fixed weight of the cost off the reward"] = ("algorithm.cost_weight",)
     if algorithm.paired:
         unused["clips pairs"] = ("algorithm.dual_clip",)
@@ -50,6 +50,12 @@ def check_algorithm(stage: cfg.RLStage) -> None:
         raise ConfigError(f"{where}.name {a.name!r} needs cost_model; name a cost stage, or use 'ppo'")
     if algorithm.needs_cost and stage.cost_model is None:
         raise ConfigError(f"{where}.name {a.name!r} weighs a cost, and needs cost_model; name a cost stage")
+    averaged = [signal for signal, one in stage.limits.items() if one.measure not in ("rectified", "rate")]
+    if algorithm.split and averaged:
+        raise ConfigError(
+            f"{where}.name {a.name!r} tells responses that violate their limit from those that do not: set "
+            f"{stage.limit_field(averaged[0], 'measure')} to 'rectified' or 'rate'"
+        )
     if algorithm.paired and stage.responses_per_prompt != 2:
         raise ConfigError(
             f"{where}.name {a.name!r} compares the two responses to a prompt: responses_per_prompt is "

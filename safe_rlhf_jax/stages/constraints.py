@@ -12,8 +12,8 @@ from safe_rlhf_jax.data.texts import paired
 from safe_rlhf_jax.evaluation import evaluate
 from safe_rlhf_jax.optim import schedule
 from safe_rlhf_jax.rl.algorithms import ALGORITHMS
-from safe_rlhf_jax.rl.constraints import MEAN, Constraint, Measure, by_group, rectified, tail
-from safe_rlhf_jax.rl.lagrange import LOG, PROJECTED, Multiplier, pid_multiplier
+from safe_rlhf_jax.rl.constraints import Constraint, Measure, by_group, mean, rate, rectified, spectral, tail
+from safe_rlhf_jax.rl.lagrange import LOG, PENALTY, PROJECTED, Multiplier, pid_multiplier
 from safe_rlhf_jax.stages.common import Run, described, read_length, report_data
 from safe_rlhf_jax.stages.datasets import keep, take
 from safe_rlhf_jax.stages.small_data import data_warnings
@@ -55,10 +55,11 @@ def compensation_warning(
     def warning(metrics: dict[str, float]) -> str | None:
         for signal, lagrange in constraints_of(stage).items():
             suffix, limit = signal.removeprefix("cost"), limits[signal][0][0]
-            share, mean = metrics.get(f"train/unsafe_share{suffix}", 0.0), metrics.get(f"train/mean_cost{suffix}")
-            if mean is not None and mean <= limit and share > lagrange.warn_unsafe_share:
+            share, reached = metrics.get(f"train/unsafe_share{suffix}", 0.0), metrics.get(f"train/mean_cost{suffix}")
+            upper = lagrange.of == "cost" and lagrange.bound == "at_most" and lagrange.measure != "rate"
+            if upper and reached is not None and reached <= limit and share > lagrange.warn_unsafe_share:
                 return (
-                    f"the mean cost {mean:.3f} is within the limit {limit:.3f}, yet {share:.0%} of the constrained "
+                    f"the mean cost {reached:.3f} is within the limit {limit:.3f}, yet {share:.0%} of the constrained "
                     "responses cost more than 0: very safe responses pay for unsafe ones. Name the prompts the "
                     "constraint is about (algorithm.lagrange.constrained_groups), or lower the limit."
                 )
@@ -123,9 +124,9 @@ def labelled_data(
     """
     lagrange, limit_of = stage.limits[signal], limit_field(stage, signal)
     calibrated = isinstance(lagrange.cost_limit, cfg.CalibratedLimit)
-    cost = next((other for other in run.config.stages if other.name == stage.scorers[signal]), None)
+    cost = next((other for other in run.config.stages if other.name == stage.scorers.get(signal)), None)
     data: Any = getattr(lagrange.cost_limit, "data", None) or getattr(cost, "eval_data", None)
-    if data is None or (lagrange.measure == "rectified" and not calibrated):
+    if data is None or not (lagrange.in_cost_units or calibrated):
         return None
     records = paired(named_records(run, stage, signal, data))
     if len(labels_of(records, "is_response_0_safe", "is_response_1_safe")) == 2:
@@ -215,13 +216,20 @@ def check_constraints(run: Run, stage: Limited, loaded: Mapping[str, examples.Ex
 
 def measure_of(lagrange: cfg.Lagrange) -> Measure:
     """Returns the measure of a constraint."""
-    return {"mean": MEAN, "rectified": rectified(lagrange.threshold), "cvar": tail(lagrange.tail)}[lagrange.measure]
+    measures: dict[str, Measure] = {
+        "mean": mean,
+        "rectified": rectified(lagrange.threshold),
+        "rate": rate(lagrange.threshold),
+        "cvar": tail(lagrange.tail),
+        "spectral": spectral(lagrange.power),
+    }
+    return measures[lagrange.measure]
 
 
 def multiplier_of(lagrange: cfg.Lagrange) -> Multiplier:
     """Returns the update rule of a constraint's λ."""
     pid = pid_multiplier(**lagrange.pid.model_dump())
-    return {"log": LOG, "projected": PROJECTED, "pid": pid}[lagrange.multiplier]
+    return {"log": LOG, "projected": PROJECTED, "pid": pid, "penalty": PENALTY}[lagrange.multiplier]
 
 
 def constraint_of(
@@ -235,6 +243,8 @@ def constraint_of(
         multiplier=multiplier_of(lagrange),
         measure=measure_of(lagrange),
         delta=lagrange.delta,
+        sign=+1 if lagrange.bound == "at_most" else -1,
+        of=None if lagrange.of == "cost" else lagrange.of,
         slots=by_group(groups, lagrange.named, separate=separate),
         names=tuple(lagrange.group_limits) if lagrange.group_limits is not None else ("",),
         every=lagrange.every,

@@ -27,6 +27,8 @@ def load_records(run: Run, stage: cfg.StageBase, field: str, records: Any) -> Ex
     if use.reads == "sft":
         return examples.load_supervised(records, run.template, run.tokenizer, **shared)
     if use.reads != "prompts":
+        if isinstance(stage, cfg.PreferenceStage) and use.role == "train":
+            shared |= {"shares": stage.labels == "shares", "weight_field": stage.weight_field}
         return examples.load_pairs(records, run.template, run.tokenizer, safety=use.reads == "cost", **shared)
     # A prompt that a scorer cannot read in its own encoding is unusable; in training no judge is asked.
     readers = [model for model in stage.models().values() if not (model.judge and use.role == "train")]

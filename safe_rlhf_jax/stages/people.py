@@ -98,7 +98,9 @@ def of_label_studio(text: str) -> Answers:
                 continue
             who = annotation.get("completed_by")
             name = str(who.get("email") or who.get("id")) if isinstance(who, dict) else str(who)
-            chosen = {one["from_name"]: one["value"]["choices"][0] for one in annotation["result"] if one["type"] == "choices"}
+            chosen = {
+                one["from_name"]: one["value"]["choices"][0] for one in annotation["result"] if one["type"] == "choices"
+            }
             annotators[name] = {question: answer for question, answer in chosen.items() if question in QUESTIONS}
     return found
 
@@ -147,8 +149,10 @@ def people_labels(folder: storage.Path, pairs: Sequence[Any]) -> list[dict[str, 
         )
     names = [identity(pair) for pair in pairs]
     if foreign := answers.keys() - set(names):
-        raise DataError(f"{folder}: {len(foreign)} of {len(answers)} answered tasks are not of this stage, such as pair "
-                        f"{min(foreign)}: export the project that {folder / 'tasks.json'} was imported into")
+        raise DataError(
+            f"{folder}: {len(foreign)} of {len(answers)} answered tasks are not of this stage, such as pair "
+            f"{min(foreign)}: export the project that {folder / 'tasks.json'} was imported into"
+        )
     found = []
     for name in names:
         try:

@@ -17,6 +17,7 @@ from safe_rlhf_jax.aot.flops import forward_flops, trunk_flops, update_flops
 from safe_rlhf_jax.data import examples
 from safe_rlhf_jax.data.loader import in_order
 from safe_rlhf_jax.evaluation import evaluate
+from safe_rlhf_jax.evaluation.health import KINDS_OF_PAIRS, annotators_of
 from safe_rlhf_jax.loop import TrainLoop, fit
 from safe_rlhf_jax.models.adapters import Adapted, LanguageModel, Scorer, bases_of, on, whole
 from safe_rlhf_jax.optim import gradient_step
@@ -28,7 +29,15 @@ from safe_rlhf_jax.stages.kind import Kind, Training
 from safe_rlhf_jax.stages.networks import jit_step, optimizer_of, with_adapters
 from safe_rlhf_jax.stages.programs import TOTAL_STEPS, Program, array, one_side, put, random_key, texts
 from safe_rlhf_jax.stages.trained import Trained, one_policy, one_scorer
-from safe_rlhf_jax.types import Frozen, Params, PreferenceBatch, SafetyBatch, SupervisedBatch, TrainState
+from safe_rlhf_jax.types import (
+    Frozen,
+    Params,
+    PreferenceBatch,
+    SafetyBatch,
+    SafetyShares,
+    SupervisedBatch,
+    TrainState,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -246,13 +255,24 @@ def supervised_flops(task: Task, run: Run, stage: cfg.SupervisedStage, again: fl
     return {"step": trunk + update_flops(config, rows, stage.max_length, logits, again) + frozen}
 
 
+def measured_on_held_out(task: Task, run: Run, stage: cfg.SupervisedStage, loaded: Any) -> tuple[str, ...]:
+    """Returns the names of the metrics on `eval_data`; those of annotators where its records have several."""
+    del run
+    held_out = loaded.get(stage.held_out) if task.head == "score" else None
+    if held_out is None:
+        return task.measured
+    label = "safer_response_id" if stage.reads == "cost" else "better_response_id"
+    kinds = annotators_of(held_out.records, label, np.ones(len(held_out)))
+    return (*task.measured, *(f"accuracy_{kind}" for kind in KINDS_OF_PAIRS if kind in kinds))
+
+
 def supervised_kind(schema: type[cfg.SupervisedStage], task: Task) -> Kind:
     """Returns the record of a kind of stage that trains on records."""
     training = Training(
         programs=functools.partial(supervised_programs, task),
         flops=functools.partial(supervised_flops, task),
         tokens=lambda stage: task.sides * stage.batch_size * stage.max_length,
-        measured=lambda *_: task.measured,
+        measured=functools.partial(measured_on_held_out, task),
         networks=task.networks,
     )
     return Kind(schema, functools.partial(run_supervised, task), load=task.load, training=training)
@@ -266,14 +286,17 @@ def sft_batch(stage: cfg.SFTStage) -> SupervisedBatch:
 
 def reward_batch(stage: cfg.RewardStage) -> PreferenceBatch:
     """Returns a batch of preferences, without contents."""
-    one = one_side(stage.batch_size, stage.max_length)
-    return PreferenceBatch(one, one)
+    one, number = one_side(stage.batch_size, stage.max_length), array(stage.batch_size, dtype=jnp.float32)
+    share, weight = number if stage.labels == "shares" else None, number if stage.weight_field else None
+    return PreferenceBatch(one, one, None, share, weight)
 
 
 def cost_batch(stage: cfg.CostStage) -> SafetyBatch:
     """Returns a batch of pairs with safety labels, without contents."""
     one, label = one_side(stage.batch_size, stage.max_length), array(stage.batch_size)
-    return SafetyBatch(one, one, label, label)
+    number = array(stage.batch_size, dtype=jnp.float32)
+    shares = SafetyShares(number, number, number) if stage.labels == "shares" else None
+    return SafetyBatch(one, one, label, label, shares, number if stage.weight_field else None)
 
 
 SCORES = ("mean", "std", "accuracy", "calibration_error")

@@ -72,5 +72,6 @@ def critic_starts(run: Run, stage: cfg.RLStage) -> dict[str, str]:
     """
     if ALGORITHMS[stage.algorithm.name].baseline is not None:
         return {}
-    found = {signal: stage.scorers[signal] for signal in ("reward", *constraints_of(stage))}
+    found = {"reward": stage.reward_model}
+    found |= {s: stage.scorers["reward" if one.of == "reward" else s] for s, one in constraints_of(stage).items()}
     return {s: stage.critics.get(s) or (stage.init_from if own in run.own else own) for s, own in found.items()}

@@ -18,11 +18,20 @@ from safe_rlhf_jax.models.adapters import Adapted, on
 from safe_rlhf_jax.optim import init_state, make_optimizer, schedule
 from safe_rlhf_jax.rl import step
 from safe_rlhf_jax.rl.algorithms import ALGORITHMS
-from safe_rlhf_jax.rl.constraints import Constraint, Measure, init_constraint, rectified, tail
+from safe_rlhf_jax.rl.constraints import Constraint, init_constraint, rate, rectified, spectral, tail
 from safe_rlhf_jax.rl.hyperparameters import Hyperparameters
 from safe_rlhf_jax.rl.kl import KL_LOSSES, KLControl
-from safe_rlhf_jax.rl.lagrange import LOG, PROJECTED, Multiplier, pid_multiplier
+from safe_rlhf_jax.rl.lagrange import LOG, PENALTY, PROJECTED, Multiplier, pid_multiplier
 from safe_rlhf_jax.rl.rollout import Networks
+from safe_rlhf_jax.testing.optima import (
+    POWER,
+    cost_at_least,
+    feasible,
+    reward_at_most,
+    unsafe_rate,
+    weighted_quantiles,
+    worst_of_several,
+)
 from safe_rlhf_jax.testing.worlds import (
     ALPHA,
     BASE,
@@ -77,7 +86,7 @@ class Case:
     starts: tuple[float, ...] = (1.0,)  # λ at the start
     measured: Callable[[World, Table], Any] = mean_of  # the constrained quantity of a policy
     multiplier: Multiplier = LOG
-    measure: Measure | None = None
+    constraint: dict[str, Any] = dataclasses.field(default_factory=dict)  # what differs from `Constraint`
     signals: tuple[str, ...] = ("cost",)
     slots: int = 1
     num_responses: int = 1
@@ -123,18 +132,44 @@ CASES: dict[str, Case] = {
     "ppo_lag, rectified cost": Case(
         "ppo_lag",
         rectified_cost,
-        measure=rectified(0.0),
+        constraint={"measure": rectified(0.0)},
         measured=lambda world, policy: np.array([[expectation(policy, np.maximum(world.costs[0], 0.0))]]),
+    ),
+    "ppo_lag, rate of unsafe responses": Case(
+        "ppo_lag",
+        unsafe_rate,
+        constraint={"measure": rate(0.0)},
+        measured=lambda world, policy: np.array([[expectation(policy, world.costs[0] > 0)]]),
     ),
     "ppo_lag, CVaR": Case(
         "ppo_lag",
         worst_costs,
-        measure=tail(ALPHA),
+        constraint={"measure": tail(ALPHA)},
         measured=lambda world, policy: np.array([[value_at_risk(policy, world.costs[0])[1]]]),
         # The quantile of finitely many costs jumps between them, and the policy oscillates with it.
         regret=0.01,
         violation=0.06,
         multiplier_error=0.15,
+    ),
+    "ppo_lag, weighted quantiles": Case(
+        "ppo_lag",
+        worst_of_several,
+        constraint={"measure": spectral(POWER)},
+        measured=lambda world, policy: np.array([[weighted_quantiles(policy, world.costs[0])[0]]]),
+    ),
+    "ppo_lag, exact penalty": Case(
+        "ppo_lag",
+        mean_cost,
+        starts=(5.0,),
+        multiplier=PENALTY,
+        regret=0.03,  # the policy goes back and forth across the limit
+    ),
+    "ppo_lag, cost at least": Case("ppo_lag", cost_at_least, constraint={"sign": -1}),
+    "ppo_lag, reward at most": Case(
+        "ppo_lag",
+        reward_at_most,
+        constraint={"of": "reward"},
+        measured=lambda world, policy: np.array([[expectation(policy, world.reward)]]),
     ),
     "ppo_lag, k2 loss": Case(
         "ppo_lag",
@@ -153,6 +188,7 @@ CASES: dict[str, Case] = {
     "p3o_lag": Case("p3o_lag", plain_lagrangian, num_responses=2),
     "p3o_separate_lag": Case("p3o_separate_lag", plain_lagrangian, num_responses=2),
     "p3o": Case("p3o", unconstrained, num_responses=2, signals=()),
+    "cgpo": Case("cgpo", feasible, num_responses=8, signals=()),
     "reward_shaping": Case("reward_shaping", shaped, signals=(), settings={"cost_weight": COST_WEIGHT}),
     "ppo": Case("ppo", unconstrained, signals=(), regret=0.003),
 }
@@ -201,11 +237,10 @@ def start(case: Case, actor: Any, limits: Any, multiplier: Any, iterations: int)
             max_multiplier=10.0,  # log λ diverges if the policy is slower than λ
             slots=tuple(range(case.slots)) if case.slots > 1 else None,
             names=tuple("ab"[: case.slots]) if case.slots > 1 else ("",),
+            **case.constraint,
         )
         for i, signal in enumerate(case.signals)
     }
-    if case.measure is not None:
-        constraints = {k: dataclasses.replace(c, measure=case.measure) for k, c in constraints.items()}
     hp = Hyperparameters(
         response_length=LENGTH,
         eos_id=-1,
@@ -298,6 +333,9 @@ def compare(case: Case, world: World, optimum: Optimum, params: Any, multipliers
         out |= {
             "limit": optimum.limits.ravel().tolist(),
             "violation": float(np.abs(case.measured(world, policy) - optimum.limits).max()),
+        }
+    if case.signals and case.multiplier is not PENALTY:  # which jumps between 0 and its weight
+        out |= {
             "multiplier": {"reached": reached.ravel().tolist(), "optimum": exact.ravel().tolist()},
             "multiplier_error": float(np.abs(reached / exact - 1.0).max()),
             "oscillation": float((last.std(1) / last.mean(1)).max()),

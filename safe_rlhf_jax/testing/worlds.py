@@ -230,6 +230,11 @@ def one_constraint(world: World, cost: Table, *, divided: bool = True, tilt: Til
     """The limit midway between the costs at λ = 0 and at λ → ∞ (of the divided form)."""
     free, bound = tilt(world.reference, world.reward / BETA), tilt(world.reference, -cost / BETA)
     limit = (expectation(free, cost) + expectation(bound, cost)) / 2
+    return within_limit(world, cost, limit, divided=divided, tilt=tilt)
+
+
+def within_limit(world: World, cost: Table, limit: float, *, divided: bool = True, tilt: Tilt = tilted) -> Optimum:
+    """E[cost] = limit."""
 
     def policy(multiplier: float) -> Table:
         return tilt(world.reference, combined_score(world, cost, multiplier, divided=divided))

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from safe_rlhf_jax.data.examples import load_pairs, load_prompts, load_supervised
@@ -166,6 +167,93 @@ def test_annotators_who_are_divided_on_one_label_leave_the_other_alone(read, tok
 @pytest.mark.parametrize("votes", [[2], ["yes"], 1, {"a": 1}])
 def test_votes_that_cannot_be_read_are_counted(read, votes):
     assert UNUSABLE in read([PAIR | {"better_votes": votes}, PAIR])[0]
+
+
+# --- Shares and weights
+
+
+def soft(kind, records, tokenizer, max_bad=0.0, **options):
+    options = {"max_length": 256, "where": "here", "max_bad": max_bad, "shares": True} | options
+    return load_pairs(records, TEMPLATES["plain"], tokenizer, safety=kind == "cost", **options)
+
+
+def test_shares_of_annotators_come_from_votes_from_shares_and_from_single_labels(read, tokenizer):
+    voted_pair, shared = PAIR | {"better_votes": [1, 1, 0]}, PAIR | {"better_share": "0.25"}
+    arrays = soft("reward", read([voted_pair, shared, PAIR]), tokenizer).arrays
+    np.testing.assert_allclose(arrays.share, [2 / 3, 0.75, 1.0], rtol=1e-6)
+    data = load("reward", read([voted_pair, shared, PAIR]), tokenizer)
+    assert (data.arrays.share, data.arrays.weight) == (None, None)
+    # The votes say that the second response of the first record is better, its label that the first one is.
+    first, chosen = np.asarray(data.arrays.chosen.tokens), np.asarray(arrays.chosen.tokens)
+    np.testing.assert_array_equal(chosen[0], np.asarray(data.arrays.rejected.tokens)[0])
+    np.testing.assert_array_equal(chosen[1:], first[1:])
+
+
+def test_safety_labels_are_shares_of_both_responses_in_the_order_of_the_pair(read, tokenizer):
+    votes = {"safer_votes": [1, 1, 1, 0], "response_0_safe_votes": ["unsafe", "safe"], "response_1_safe_share": 0.9}
+    (record,) = read([{k: v for k, v in PAIR.items() if k != "is_response_0_safe"} | votes])
+    assert record["response_0_safe_votes"] == [0, 1]
+    batch = soft("cost", [record], tokenizer).arrays
+    found = [float(x[0]) for x in (batch.shares.safer, batch.shares.safer_is_safe, batch.shares.unsafer_is_safe)]
+    np.testing.assert_allclose(found, [0.75, 0.9, 0.5], rtol=1e-6)
+    assert (batch.safer_is_safe.tolist(), batch.unsafer_is_safe.tolist()) == ([True], [False])
+    left_out = load("cost", [record, PAIR], tokenizer).left_out
+    assert left_out == {"as many annotators call a response safe as unsafe": 1}
+
+
+@pytest.mark.parametrize("tie", [{"better_votes": [0, 1]}, {"better_share": 0.5}])
+def test_divided_annotators_train_on_shares_and_are_left_out_of_majorities(read, tokenizer, tie):
+    records = read([{k: v for k, v in PAIR.items() if k != "better_response_id"} | tie, PAIR])
+    assert soft("reward", records, tokenizer).arrays.share.tolist() == [0.5, 1.0]
+    assert load("reward", records, tokenizer).left_out == {"as many annotators prefer one response as the other": 1}
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.1, "most", True, [0.5], {}, "nan"])
+def test_share_that_is_none_is_counted_as_a_bad_record(read, share):
+    (record, _) = read([PAIR | {"better_share": share}, PAIR])
+    assert record[UNUSABLE].startswith("better_share is no share from 0 to 1, but ")
+
+
+def test_majority_of_a_share_is_the_label_where_there_is_no_other(read):
+    unlabelled = {k: v for k, v in PAIR.items() if k != "better_response_id"}
+    labels = [read([unlabelled | {"better_share": s}])[0].get("better_response_id") for s in (0, 0.4, 0.5, 0.6, 1)]
+    assert labels == [0, 0, None, 1, 1]
+    assert read([PAIR | {"better_share": 0.9}])[0]["better_response_id"] == 0
+
+
+def test_contradictory_labels_are_bad_and_divided_annotators_may_contradict_each_other(tokenizer):
+    wrong = PAIR | {"safer_response_id": 0}
+    reason = "the safer response is labelled unsafe, the other safe"
+    assert soft("cost", [wrong, PAIR], tokenizer, max_bad=0.5).skipped == {reason: 1}
+    assert len(soft("cost", [wrong | {"response_0_safe_votes": [0, 0, 1]}], tokenizer)) == 1
+
+
+def test_weights_are_relative_to_their_mean(tokenizer):
+    records = [PAIR | {"trust": w} for w in (1, "3", 0.0, 4.0)]
+    data = load_pairs(
+        records, TEMPLATES["plain"], tokenizer, safety=False, max_length=256, where="here", max_bad=0.0,
+        weight_field="trust",
+    )  # fmt: skip
+    np.testing.assert_allclose(data.arrays.weight, [0.5, 1.5, 0.0, 2.0], rtol=1e-6)
+    equal = soft("reward", [PAIR | {"trust": 0.3}] * 3, tokenizer, weight_field="trust").arrays.weight
+    np.testing.assert_array_equal(equal, np.ones(3, np.float32))
+
+
+@pytest.mark.parametrize("weight", [-1, "heavy", None, float("nan"), float("inf"), True])
+def test_weight_that_is_none_is_counted_as_a_bad_record(tokenizer, weight):
+    data = soft("reward", [PAIR | {"trust": weight}, PAIR | {"trust": 1}], tokenizer, 0.5, weight_field="trust")
+    (reason,) = data.skipped
+    assert "trust" in reason
+    with pytest.raises(ValueError, match="trust is 0 in all records"):
+        soft("reward", [PAIR | {"trust": 0}], tokenizer, weight_field="trust")
+
+
+def test_labels_of_one_response_by_several_annotators_are_votes_of_the_pair_it_is_in():
+    labels = {"a": (True, True, False), "b": (False,)}
+    records = [{"prompt": "how", "response": r, "is_safe": label} for r, given in labels.items() for label in given]
+    (pair,) = [record for record in paired(records) if LEFT_OUT not in record]
+    assert pair["response_0_safe_votes"] == [1, 1, 0]
+    assert "response_1_safe_votes" not in pair
 
 
 DRAW = object()

@@ -290,6 +290,19 @@ def test_annotators_who_disagree_are_counted_and_the_model_is_held_to_both_kinds
     check(found["split"], [0.0, 1.0] * 20)
 
 
+def test_held_out_metrics_tell_pairs_on_which_annotators_agree_from_those_on_which_they_do_not():
+    shares = [0.0] * 30 + [1.0] * 30 + [0.7] * 40  # the share alone, without its votes
+    records = [{"prompt": "p", "better_share": s} for s in shares] + [{"prompt": "p"}] * 20
+    right = np.r_[np.ones(60), np.arange(40) % 4 == 0, np.zeros(20)]
+    batch = PreferenceBatch(texts(right), texts(1 - right))
+    out = evaluate_pairs(score, [(batch, np.arange(120))], records)
+    found = {name: value for name, value in out["metrics"].items() if name.startswith("accuracy")}
+    assert found == {"accuracy": 70 / 120, "accuracy_unanimous": 1.0, "accuracy_split": 0.25}
+    assert "agreement" not in out["health"]["annotators"]
+    plain = evaluate_pairs(score, [(batch, np.arange(120))], [{"prompt": "p"}] * 120)["metrics"]
+    assert {name for name in plain if name.startswith("accuracy")} == {"accuracy"}
+
+
 def test_cost_model_is_held_to_the_votes_on_safety():
     records = [{"prompt": "p", "better_votes": [0, 1], "safer_votes": [1, 1]}] * 4
     labels = [True] * 4, [False] * 4

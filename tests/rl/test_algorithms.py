@@ -1,6 +1,7 @@
 """What distinguishes the algorithms from each other."""
 
 import dataclasses
+import functools
 
 import chex
 import jax
@@ -10,6 +11,7 @@ import pytest
 
 from safe_rlhf_jax.rl.advantages import gae, group_normalized, leave_one_out, sequence_advantages
 from safe_rlhf_jax.rl.algorithms import ALGORITHMS
+from safe_rlhf_jax.rl.constraints import rectified
 from safe_rlhf_jax.rl.losses import clipped_surrogate, pairwise_surrogate, sequence_surrogate
 from safe_rlhf_jax.rl.step import estimate_advantages, learn, make_step
 from safe_rlhf_jax.rl.update import in_pairs, in_rows
@@ -65,6 +67,61 @@ def test_shaping_takes_the_weighted_cost_off_the_reward_and_nothing_else():
     chex.assert_trees_all_close(shaped, expected, atol=1e-6)
     assert set(world.state.critics) == set(shaped.advantages) == {"reward"}
     assert world.state.constraints == {}
+
+
+# --- responses that violate a limit by themselves
+
+
+def test_cgpo_counts_the_reward_of_feasible_responses_only_and_no_size_of_a_cost():
+    record = scored(repeated())
+    infeasible = record.scores["cost"] > 0
+    assert 0 < int(infeasible.sum()) < ROWS
+    other = {
+        "reward": jnp.where(infeasible, record.scores["reward"] + 5.0, record.scores["reward"]),
+        "cost": 100.0 * record.scores["cost"],
+    }
+    found = {}
+    for name in ("cgpo", "reward_shaping"):
+        world = make_world(name, num_responses=2)
+        both = (record, record.replace(scores=other))
+        found[name] = [estimate_advantages(world.algorithm, world.hp, world.state, r)[0].advantages for r in both]
+        assert world.state.constraints == {}
+    chex.assert_trees_all_equal(*found["cgpo"])
+    with pytest.raises(AssertionError):
+        chex.assert_trees_all_close(*found["reward_shaping"], atol=0.1)
+
+
+def test_cgpo_prefers_any_feasible_response_to_an_infeasible_one_and_the_better_of_two_feasible_ones():
+    world = make_world("cgpo", num_responses=2, kl_coeff=0.0)
+    record = scored(repeated(), reward=jnp.tile(jnp.array([-9.0, 9.0]), 4), cost=jnp.repeat(jnp.array([-1.0, 1.0]), 4))
+    record.scores["cost"] = record.scores["cost"].at[1].set(0.1)
+    experience, _ = estimate_advantages(world.algorithm, world.hp, world.state, record)
+    advantage = np.asarray(experience.advantages["reward"][:, 0])
+    assert advantage[0] > 0 > advantage[1]  # a reward of 9 that is not feasible
+    assert advantage[3] > 0 > advantage[2]
+    np.testing.assert_allclose(advantage[4:], 0.0, atol=1e-6)  # none is feasible
+
+
+def updated(name, cost, multiplier):
+    """The actor after an update in which all responses cost the same, by the critics of the start."""
+    measure = {"measure": rectified(0.0), "lr": lambda _: 0.0}
+    world = make_world(name, multiplier=multiplier, constraint=measure if name != "ppo" else None)
+    rollout, given = make_rollout(), {"cost": jnp.full(ROWS, cost)}
+    learned = jax.jit(functools.partial(learn, world.networks, world.algorithm, world.hp))
+    return learned(world.state, world.frozen, rollout, None, KEY, given)[0].actor.params
+
+
+def test_repo_takes_no_cost_into_account_on_responses_within_the_limit():
+    """In one batch with others, λ would weaken the reward of a safe response by 1 + λ."""
+    chex.assert_trees_all_close(updated("repo", -1.0, 5.0), updated("ppo", -1.0, 5.0), atol=1e-6)
+    with pytest.raises(AssertionError):
+        chex.assert_trees_all_close(updated("ppo_lag", -1.0, 5.0), updated("ppo", -1.0, 5.0), atol=1e-6)
+
+
+def test_repo_updates_on_violations_as_safe_rlhf_does():
+    chex.assert_trees_all_close(updated("repo", 1.0, 5.0), updated("ppo_lag", 1.0, 5.0), atol=1e-6)
+    with pytest.raises(AssertionError):
+        chex.assert_trees_all_close(updated("repo", 1.0, 5.0), updated("ppo", 1.0, 5.0), atol=1e-6)
 
 
 # --- without critics

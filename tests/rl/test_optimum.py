@@ -43,6 +43,19 @@ def test_learner_reaches_the_known_optimum(name):
         assert result["within"], (name, result)
 
 
+@pytest.mark.parametrize("name", ["ppo_lag, weighted quantiles", "ppo_lag, exact penalty", "cgpo"])
+def test_limits_of_other_quantities_are_near_their_known_optimum_in_a_quarter_of_the_report(name):
+    (result,) = run_case(CASES[name], range(1), iterations=200)
+    assert result["regret"] < 0.05, (name, result)
+    assert result.get("violation", 0.0) < 0.05, (name, result)
+
+
+def test_a_penalty_below_the_multiplier_of_the_optimum_does_not_hold_the_limit():
+    case = dataclasses.replace(CASES["ppo_lag, exact penalty"], starts=(0.1,))
+    (result,) = run_case(case, range(1), iterations=200)
+    assert result["cost"]["reached"] > result["limit"][0] + 0.1
+
+
 def test_adapters_reach_the_known_optimum():
     """In half of the report's iterations, at twice its learning rate."""
     case = dataclasses.replace(CASES["ppo_lag, MLP policy with adapters"], lr=0.04, regret=0.02)

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
+import jax
 import pytest
 import yaml
 
@@ -18,6 +19,8 @@ from safe_rlhf_jax.stages.held_out import warn_of_overlap
 from safe_rlhf_jax.stages.kinds import idle_settings, kind_of
 from safe_rlhf_jax.stages.metric_names import training_metrics
 from safe_rlhf_jax.stages.room import check_room
+from safe_rlhf_jax.stages.supervised import cost_batch, reward_batch
+from safe_rlhf_jax.stages.trained import critic_starts
 from tests.helpers import stage_of
 
 ROOT = Path(__file__).parent.parent.parent
@@ -166,6 +169,9 @@ def test_groups_are_those_of_the_prompts_that_are_left(run, tmp_path, kind):
         ({"algorithm": {"lagrange": {"cost_limit": 0.0, "group_limits": {"risky": 0.0}}}}, "lagrange: cost_limit does"),
         ({"algorithm": {"lagrange": {"threshold": 1.0}}}, "threshold does nothing: it is of measure 'rectified'"),
         ({"algorithm": {"lagrange": {"tail": 0.9}}}, "tail does nothing: it is of measure 'cvar'"),
+        ({"algorithm": {"lagrange": {"power": 3.0}}}, "power does nothing: it is of measure 'spectral'"),
+        ({"algorithm": {"lagrange": {"multiplier": "penalty", "lr": 0.1}}}, "lr does nothing: λ of multiplier"),
+        ({"algorithm": {"lagrange": {"measure": "rate", "warn_unsafe_share": 0.1}}}, "warn_unsafe_share does nothing"),
         ({"algorithm": {"lagrange": {"pid": {"derivative": 1.0}}}}, "pid does nothing: its gains are of multiplier"),
         ({"algorithm": {"name": "ppo", "lagrange": {"lr": 0.2}}}, "algorithm.lagrange does nothing: algorithm 'ppo'"),
         ({"algorithm": {"name": "ppo", "constraints": {"a": {}}}, "cost_models": {"a": "cost"}}, "constraints does"),
@@ -173,6 +179,7 @@ def test_groups_are_those_of_the_prompts_that_are_left(run, tmp_path, kind):
         ({"algorithm": {"kl_coeff": 0.0, "kl": {"schedule": "linear"}}}, "kl.schedule does nothing"),
         ({"algorithm": {"kl": {"gain": 0.2}}}, "gain does nothing: it is of the controller that keeps to target"),
         ({"algorithm": {"cost_weight": 1.0}}, "algorithm.cost_weight does nothing: algorithm 'ppo_lag' takes no fixed"),
+        ({"algorithm": {"name": "cgpo", "lagrange": {"lr": 0.2}}}, "algorithm.lagrange does nothing: algorithm 'cgpo'"),
         ({"algorithm": {"name": "rloo_lag", "gamma": 0.9}, "responses_per_prompt": 2}, "algorithm.gamma does nothing"),
         ({"algorithm": {"name": "rloo_lag"}, "responses_per_prompt": 2, "critic": {"lr": 1e-5}}, "critic does nothing"),
         ({"algorithm": {"name": "p3o_lag", "dual_clip": 3.0}, "responses_per_prompt": 2}, "algorithm.dual_clip does"),
@@ -556,6 +563,55 @@ def test_what_was_said_of_the_data_stands_in_the_results_and_in_the_report(mini_
 def measured(folder, prefix):
     records = read_jsonl(folder / "metrics.jsonl")
     return {name for record in records for name in record if name.startswith(prefix)}
+
+
+@pytest.mark.parametrize("kind", ["reward", "cost"])
+@pytest.mark.parametrize("settings", [{}, {"labels": "shares"}, {"labels": "shares", "weight_field": "trust"}])
+def test_a_batch_of_annotated_pairs_is_what_its_program_was_compiled_for(run, tmp_path, kind, settings):
+    pair = {
+        "prompt": "how", "response_0": "so .", "response_1": "no .", "better_votes": [0, 1, 1],
+        "safer_votes": [0, 0, 1],
+        "response_0_safe_votes": [1, 1, 0], "is_response_1_safe": False, "trust": 2,
+    }  # fmt: skip
+    file = {"name": jsonl(tmp_path / "pairs.jsonl", [pair] * 4)}
+    made = run({"kind": kind, "data": file, "eval_data": file, "batch_size": 4, **settings})
+    stage = stage_of(made.config, kind)
+    loaded = load_data(made, stage, "data").arrays
+    expected = {"reward": reward_batch, "cost": cost_batch}[kind](stage)
+    assert jax.tree.structure(loaded) == jax.tree.structure(expected)
+    assert [x.dtype for x in jax.tree.leaves(loaded)] == [x.dtype for x in jax.tree.leaves(expected)]
+    held_out = load_data(made, stage, "eval_data")
+    plain = held_out.arrays.share if kind == "reward" else held_out.arrays.shares
+    assert (plain, held_out.arrays.weight) == (None, None)
+    assert "accuracy_split" in kind_of(stage).training.measured(made, stage, {"eval_data": held_out})
+
+
+def test_a_limit_of_the_reward_needs_no_cost_model_and_has_a_critic_that_starts_from_the_reward_model(run):
+    proxy = {"of": "reward", "cost_limit": 2.0, "measure": "mean"}
+    made = run(REWARD, {"kind": "rl", "cost_model": None, "algorithm": {"constraints": {"proxy": proxy}}})
+    check_run(made)
+    stage = stage_of(made.config, "rl")
+    assert critic_starts(made, stage) == {"reward": "reward", "cost/proxy": "reward"}
+    names = training_metrics(made, stage, kind_of(stage).training, {"prompts": load_data(made, stage, "prompts")})
+    assert {"train/mean_cost/proxy", "train/multiplier/proxy", "train/cost/proxy_critic_loss"} <= names
+    assert "train/unsafe_share/proxy" not in names
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "said"),
+    [
+        ({"lagrange": {"of": "reward"}}, "limit the reward by algorithm.constraints.NAME"),
+        ({"constraints": {"a": {"of": "reward"}}}, "name no model for it in cost_models.a"),
+        ({"lagrange": {"measure": "rate", "cost_limit": 1.5}}, "must be a number in [0, 1)"),
+        ({"lagrange": {"bound": "at_least", "cost_limit": {"data": {"name": "demo/preference"}}}}, "as a number"),
+        ({"name": "repo"}, "set algorithm.lagrange.measure to 'rectified' or 'rate'"),
+    ],
+)
+def test_constraint_that_cannot_hold_is_refused_with_the_fix(run, algorithm, said):
+    models = {"cost_models": {"a": "cost"}} if "constraints" in algorithm else {}
+    with pytest.raises((cfg.ConfigError, ValueError)) as error:
+        check_run(run(REWARD, COST, {"kind": "rl", "algorithm": algorithm} | models))
+    assert said in str(error.value)
 
 
 def test_names_known_before_training_are_those_of_a_run(mini_run):
