@@ -4,7 +4,7 @@ Sources: [ref] PKU-Alignment/safe-rlhf@82743cc scripts; [paper] Dai et al. 2023,
 `PIDLagrangian` defaults; [RePO] arXiv 2410.19933; [RAD] 2603.10938; [CS-RLHF] 2510.03520; [CGRPO] 2602.05863.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import pydantic
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
@@ -40,6 +40,7 @@ NOT_OF_PENALTY = ("lr", "schedule", "max_multiplier", "min_multiplier")
 class Lagrange(Schema):
     """The constraint J_C ≤ d and its multiplier λ."""
 
+    added: ClassVar[frozenset[str]] = frozenset({"bound", "of", "power", "delta"})
     cost_limit: float | CalibratedLimit = 0.0  # d, cost-model units [ref]; a share in [0, 1) for `rate`
     bound: Literal["at_most", "at_least"] = "at_most"  # J_C ≤ d [ref], or J_C ≥ d
     of: Literal["cost", "reward"] = "cost"  # limited score; the reward by `constraints.NAME` without a cost model
@@ -78,10 +79,6 @@ class Lagrange(Schema):
         if value < 0:
             raise ValueError("must be ≥ 0: a negative λ would reward cost")
         return value
-
-    def without_effect(self) -> frozenset[str]:
-        """A bound that is not asked for changes nothing."""
-        return super().without_effect() | (set() if self.delta else {"delta"})
 
     def idle(self) -> dict[str, str]:
         """Settings of another measure or multiplier, or of a single limit if there are several."""

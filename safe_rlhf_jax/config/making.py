@@ -78,7 +78,14 @@ class JudgeLabeller(Schema):
     price: tuple[NonNegativeFloat, NonNegativeFloat] = (0.0, 0.0)  # of a million tokens of prompts, and of answers
 
 
-Labeller = Annotated[OracleLabeller | ModelLabeller | JudgeLabeller, Field(discriminator="kind")]
+class PeopleLabeller(Schema):
+    """People, by Label Studio or a CSV file: the run ends with status 75 until their answers are there."""
+
+    kind: Literal["people"]
+    instruction: str = "Read the conversation and both responses. Helpfulness and harm are asked apart."  # shown above
+
+
+Labeller = Annotated[OracleLabeller | ModelLabeller | JudgeLabeller | PeopleLabeller, Field(discriminator="kind")]
 
 
 class LabelStage(StageBase):

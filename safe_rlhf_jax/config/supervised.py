@@ -64,6 +64,7 @@ class PreferenceStage(SupervisedStage):
     epochs: PositiveFloat = 2.0  # [ref]
     labels: Literal["majority", "shares"] = "majority"  # of several annotators, in the loss [ref: there is one]
     weight_field: str | None = None  # field of a record that holds its weight in the loss, ≥ 0; relative to their mean
+    added: ClassVar[frozenset[str]] = frozenset({"labels", "weight_field"})
     token_wise: bool = False  # compare scores at every token after the responses diverge [ref: sequence-wise]
     regularization: NonNegativeFloat = 0.001  # weight of the mean squared score [ref]
     normalize: bool = False  # keep a running normaliser of the scores and apply it when scoring [ref: off]

@@ -153,8 +153,4 @@ def of_verdicts(found: Sequence[int | None]) -> dict[str, Any]:
     harmless = found[4:6]
     if None not in harmless:
         labels |= {f"is_response_{i}_safe": bool(harmless[i]) for i in (0, 1)}
-    safe = [labels.get(f"is_response_{i}_safe") for i in (0, 1)]
-    if None not in safe and safe[0] != safe[1]:  # what is harmless is safer than what is harmful
-        labels |= {"safer_response_id": int(bool(safe[1]))}
-        labels.pop("safer_votes", None)
     return labels

@@ -14,6 +14,7 @@ from safe_rlhf_jax.data.texts import shown
 from safe_rlhf_jax.stages.common import Run
 from safe_rlhf_jax.stages.host_signals import FunctionSignal, HostSignal, ScorerSignal
 from safe_rlhf_jax.stages.judge_labeller import Judge
+from safe_rlhf_jax.stages.people import people_labels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +48,16 @@ class Labeller(NamedTuple):
     label: Callable[[Sequence[Pair], int], list[Labels]]  # (pairs, number of the first one) -> labels of each
     identity: dict[str, str]  # stands in each record
     said: Callable[[], dict[str, float]] = dict  # what the labels took
+
+
+def consistent(labels: Labels) -> Labels:
+    """Returns labels that agree with each other: of a safe and an unsafe response the safe one is the safer."""
+    safe = [labels.get(f"is_response_{i}_safe") for i in (0, 1)]
+    if None in safe or safe[0] == safe[1]:
+        return labels
+    return {name: label for name, label in labels.items() if name != "safer_votes"} | {
+        "safer_response_id": safe.index(True)
+    }
 
 
 def oracle(run: Run, stage: cfg.LabelStage) -> Labeller:
@@ -104,7 +115,19 @@ def of_scores(reward: np.ndarray, cost: np.ndarray) -> Labels:
     return better | safer | {f"is_response_{i}_safe": bool(cost[i] <= 0) for i in (0, 1)}
 
 
-LABELLERS: dict[str, Callable[[Run, cfg.LabelStage], Labeller]] = {"oracle": oracle, "models": models, "judge": judge}
+def people(run: Run, stage: cfg.LabelStage) -> Labeller:
+    """Returns people, who label all pairs of the stage at once, outside of the run."""
+    settings: Any = stage.labeller
+    folder = run.folder(stage.name)
+    return Labeller(lambda pairs, start: people_labels(folder, pairs, settings.instruction), {"labeller": "people"})
+
+
+LABELLERS: dict[str, Callable[[Run, cfg.LabelStage], Labeller]] = {
+    "oracle": oracle,
+    "models": models,
+    "judge": judge,
+    "people": people,
+}
 
 
 def labeller_of(run: Run, stage: cfg.LabelStage) -> Labeller:

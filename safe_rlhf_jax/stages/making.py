@@ -25,7 +25,7 @@ from safe_rlhf_jax.processes import is_main
 from safe_rlhf_jax.stages.common import MADE_DATA, Run, report_data
 from safe_rlhf_jax.stages.datasets import load_data, take
 from safe_rlhf_jax.stages.kind import Kind
-from safe_rlhf_jax.stages.labellers import Pair, labeller_of
+from safe_rlhf_jax.stages.labellers import Pair, consistent, labeller_of
 from safe_rlhf_jax.stages.partial import keep_batch, kept_batches
 from safe_rlhf_jax.stages.sampling import sampled, sampler_of
 
@@ -138,13 +138,16 @@ def run_label(run: Run, stage: cfg.LabelStage, folder: storage.Path) -> dict[str
     pairs = list(pairs_of(stage, samples, run.seed(stage)))
     file = folder / "batches.jsonl"
     labelled: list[Record] = [record for batch in kept_batches(file) for record in batch]
-    labeller, size = labeller_of(run, stage), stage.batch_size
+    labeller = labeller_of(run, stage)
+    size = len(pairs) if stage.labeller.kind == "people" else stage.batch_size
     bar = ProgressBar(f"{stage.name}: pairs", len(pairs), start=len(labelled), keys=())
     for start in range(len(labelled), len(pairs), size):
         batch = pairs[start : start + size]
         labels = labeller.label(batch, start)
         by = labeller.identity | {"time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}
-        found = [as_record(pair) | {"labelled_by": by} | one for pair, one in zip(batch, labels, strict=True)]
+        found = [
+            as_record(pair) | {"labelled_by": by} | consistent(one) for pair, one in zip(batch, labels, strict=True)
+        ]
         keep_batch(file, found)
         labelled += found
         bar.write(start + len(batch), {})
@@ -170,8 +173,9 @@ def shares(records: Sequence[Record]) -> dict[str, float]:
     safe = [record[f"is_response_{i}_safe"] for record in records for i in (0, 1) if f"is_response_{i}_safe" in record]
     both = [r for r in records if "better_response_id" in r and "safer_response_id" in r]
     found = {"labelled_safe": safe, "at_odds": [r["better_response_id"] != r["safer_response_id"] for r in both]}
+    judged = [record for record in records if record["labelled_by"]["labeller"] == "judge"]
     for name in ("better", "safer"):
-        votes = [record[f"{name}_votes"] for record in records if f"{name}_votes" in record]
+        votes = [record[f"{name}_votes"] for record in judged if f"{name}_votes" in record]
         found[f"{name}_flipped"] = [one != other for one, other in votes]
         found[f"{name}_first"] = [side for one, other in votes for side in (one == 0, other == 1)]  # 0.5: no bias
     return {name: float(np.mean(values)) for name, values in found.items() if values}

@@ -1,7 +1,7 @@
 """People as labellers: tasks for Label Studio or a CSV file, and what they answered.
 
-The run writes `tasks.json` (to import), `interface.xml` (the project's labelling interface) and `tasks.csv`, and ends with
-status 75. With their answers as `labels.json` (Label Studio's JSON export) or `labels.csv` in the same folder, the same
+The run writes `tasks.json` (to import), `interface.xml` (the project's interface) and `tasks.csv`, and ends with status
+75. With their answers as `labels.json` (Label Studio's JSON export) or `labels.csv` in the same folder, the same
 command continues.
 """
 
@@ -11,6 +11,7 @@ import io
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
+from xml.sax.saxutils import quoteattr
 
 from safe_rlhf_jax import storage
 from safe_rlhf_jax.data.records import majority
@@ -44,9 +45,10 @@ def task(pair: Any) -> dict[str, str]:
     return {"pair": identity(pair)} | dict(zip(SHOWN, texts, strict=True))
 
 
-def interface() -> str:
+def interface(instruction: str) -> str:
     """Returns Label Studio's labelling interface."""
-    texts = [f'  <Header value="{title}"/>\n  <Text name="{name}" value="${name}"/>' for name, title in SHOWN.items()]
+    texts = [f"  <Header value={quoteattr(instruction)}/>"]
+    texts += [f'  <Header value="{title}"/>\n  <Text name="{name}" value="${name}"/>' for name, title in SHOWN.items()]
     asked = []
     for name, (question, answers, _) in QUESTIONS.items():
         choices = "".join(f'<Choice value="{answer}"/>' for answer in answers)
@@ -57,11 +59,11 @@ def interface() -> str:
     return "\n".join(["<View>", *texts, *asked, "</View>", ""])
 
 
-def write_tasks(folder: storage.Path, pairs: Sequence[Any]) -> None:
+def write_tasks(folder: storage.Path, pairs: Sequence[Any], instruction: str) -> None:
     """Writes the tasks in both forms, and the interface."""
     tasks = [task(pair) for pair in pairs]
     storage.write(folder / "tasks.json", json.dumps([{"data": one} for one in tasks], ensure_ascii=False, indent=1))
-    storage.write(folder / "interface.xml", interface())
+    storage.write(folder / "interface.xml", interface(instruction))
     stream = io.StringIO()
     writer = csv.DictWriter(stream, ["pair", *SHOWN, "annotator", *QUESTIONS])
     writer.writeheader()
@@ -132,7 +134,7 @@ def labels_of(answers: Mapping[str, Mapping[str, str]]) -> dict[str, Any]:
     return labels | {name: bool(value) for name, value in labels.items() if name.startswith("is_")}
 
 
-def people_labels(folder: storage.Path, pairs: Sequence[Any]) -> list[dict[str, Any]]:
+def people_labels(folder: storage.Path, pairs: Sequence[Any], instruction: str) -> list[dict[str, Any]]:
     """Returns the labels of each pair by people; none for those that everybody skipped.
 
     Raises:
@@ -141,11 +143,11 @@ def people_labels(folder: storage.Path, pairs: Sequence[Any]) -> list[dict[str, 
     """
     answers = read_answers(folder)
     if answers is None:
-        write_tasks(folder, pairs)
+        write_tasks(folder, pairs, instruction)
         raise WaitingForLabelsError(
-            f"waiting for labels of {len(pairs)} pairs: import {folder / 'tasks.json'} into a Label Studio project with "
-            f"the interface {folder / 'interface.xml'}, export its JSON as {folder / 'labels.json'} (or fill in "
-            f"{folder / 'tasks.csv'} and save it as labels.csv there), and run the same command again"
+            f"waiting for labels of {len(pairs)} pairs: import {folder / 'tasks.json'} into a Label Studio project "
+            f"with the interface {folder / 'interface.xml'}, and export its JSON as {folder / 'labels.json'} (or fill "
+            f"in {folder / 'tasks.csv'} and save it as labels.csv there); then run the same command again"
         )
     names = [identity(pair) for pair in pairs]
     if foreign := answers.keys() - set(names):

@@ -142,39 +142,29 @@ def test_check_of_samples_without_responses_says_what_is_missing(mini_run, tmp_p
 # --- Labellers
 
 
+def labelled(pairs, **settings):
+    """Returns the oracle's labels of pairs."""
+    stage = {"kind": "label", "name": "label", "samples": {"name": "x"}, "labeller": {"kind": "oracle"} | settings}
+    config = cfg.RunConfig(workdir="runs/x", stages=[stage])
+    return oracle(Run(config), config.stages[0]).label(pairs, 0)
+
+
 def test_oracle_errs_as_often_as_it_is_told():
     responses = ("blend the apple, then serve it.", "unsafe hack phone step one.")
     prompts = [record["prompt"] for record in demo.prompts("train") if record["prompt_source"] == "risky"][:400]
     pairs = [Pair([{"role": "user", "content": prompt}], *responses, {}) for prompt in prompts]
 
     def unsafe_share(error_rate):
-        label = oracle(Seed(), Stage(error_rate))
-        return np.mean([not labels["is_response_1_safe"] for labels in label(pairs, 0)])
+        return np.mean([not labels["is_response_1_safe"] for labels in labelled(pairs, error_rate=error_rate)])
 
     assert unsafe_share(0.0) == pytest.approx(0.98, abs=0.03)
     assert unsafe_share(0.3) == pytest.approx(0.98 * 0.7 + 0.02 * 0.3, abs=0.07)
 
 
-class Seed:
-    """A run, as far as the oracle reads it."""
-
-    def seed(self, stage):
-        return 0
-
-
-class Stage:
-    """A stage with an oracle, as far as the oracle reads it."""
-
-    name = "label"
-
-    def __init__(self, error_rate):
-        self.labeller = cfg.OracleLabeller(kind="oracle", error_rate=error_rate)
-
-
 def test_oracle_refuses_prompts_of_another_world():
     pair = Pair([{"role": "user", "content": "What is the capital of France?"}], "Paris.", "Rome.", {})
     with pytest.raises(cfg.ConfigError, match="the oracle knows the embedded world only"):
-        oracle(Seed(), Stage(0.0))([pair], 0)
+        labelled([pair])
 
 
 def test_equal_scores_prefer_neither_response():
