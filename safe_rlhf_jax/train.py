@@ -106,7 +106,8 @@ def run(config: "RunConfig | storage.Place", overrides: Sequence[str] = ()) -> d
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a config; returns the exit status.
 
-    0, 1 after an error, 3 where a policy is not certified, 143 after SIGTERM (start the same command again).
+    0, 1 after an error, 3 where a policy is not certified, 75 while people label, 143 after SIGTERM (after these two,
+    start the same command again).
     """
     options = parse_arguments(arguments)
 
