@@ -103,10 +103,29 @@ def settled(records: Iterable[Record], label: str) -> list[Record]:
     return [first[0] for first, *other in most if not other or len(first) > len(other[0])]
 
 
+def as_safety(record: Record, *, safe: float, safer: float) -> Record:
+    """Returns a pair for the cost model, which reads it with `labels: shares`.
+
+    Args:
+        record: With a prompt and two responses.
+        safe: Share of annotators who would call either response safe; half says nothing.
+        safer: Share of annotators who call the second response the safer one.
+    """
+    pair = {field: record[field] for field in ("prompt", "response_0", "response_1")}
+    return pair | {"response_0_safe_share": safe, "response_1_safe_share": safe, "safer_share": float(safer)}
+
+
+def prompt_length(record: Record, length: Callable[[str], int]) -> int:
+    """Returns the number of tokens of all turns of a prompt."""
+    return sum(length(turn["content"]) for turn in prompt_turns(record))
+
+
 def tables(data: pathlib.Path, length: Callable[[str], int]) -> dict[str, list[Record]]:
     """Returns the records of every file of data/.
 
     - safety_*, harmless_*, helpful_* (run, judge, test): pairs with labels
+    - benign_*: helpful pairs with short prompts as pairs of two safe responses of which neither is safer
+    - ranked_*: harmless pairs with short prompts, their order only: annotators called none safe or unsafe
     - prompts_train, prompts_eval: openings of the parts "run" and "test", as many of the group "risky" (half safety,
       half harmless) as "benign" (half helpful, half Alpaca)
     - beavertails, saferlhf, xstest_safe, xstest_unsafe, benign: evaluation sets, each a group of its own
@@ -124,6 +143,13 @@ def tables(data: pathlib.Path, length: Callable[[str], int]) -> dict[str, list[R
     read["alpaca"] = usable(read_records(str(data / DEMONSTRATIONS), unique="record"), held_out)
     of_part = {name: {p: [r for r in rows if part(r) == p] for p in PARTS} for name, rows in read.items()}
     out = {f"{name}_{p}": of_part[name][p] for name in PAIRS for p in PARTS}
+    for p in PARTS:
+        helpful, harmless = (
+            [record for record in of_part[name][p] if prompt_length(record, length) <= 2 * LONGEST_PROMPT]
+            for name in ("helpful", "harmless")
+        )
+        out[f"benign_{p}"] = [as_safety(record, safe=1.0, safer=0.5) for record in helpful]
+        out[f"ranked_{p}"] = [as_safety(record, safe=0.5, safer=record["better_response_id"]) for record in harmless]
     for name, of, count in (("prompts_train", "run", TRAINED), ("prompts_eval", "test", EVALUATED)):
         at_hand = {source: parts[of] for source, parts in of_part.items()}
         out[name] = prompts(at_hand, count, lambda text: length(text) <= LONGEST_PROMPT)
@@ -204,10 +230,11 @@ def main() -> None:
     tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
     (RUNS / "data").mkdir(exist_ok=True)
     print("| file | rows | openings | tokens of the longest prompt |\n|---|---|---|---|")
-    for name, records in tables(options.shared / "data", lambda text: len(tokenizer.encode(text).ids)).items():
+    length = lambda text: len(tokenizer.encode(text).ids)  # noqa: E731
+    for name, records in tables(options.shared / "data", length).items():
         lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
         (RUNS / "data" / f"{name}.jsonl").write_text("".join(lines))
-        longest = max(sum(len(tokenizer.encode(t["content"]).ids) for t in prompt_turns(r)) for r in records)
+        longest = max(prompt_length(record, length) for record in records)
         print(f"| {name} | {len(records)} | {len({words(opening(r)) for r in records})} | {longest} |")
 
 

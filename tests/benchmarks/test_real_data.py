@@ -81,6 +81,18 @@ def test_no_evaluation_prompt_is_in_a_part_in_whatever_spelling(data):
     assert out["xstest_safe"][0].keys() == {"prompt", "group", "category"}
 
 
+def test_pairs_without_safety_labels_say_only_what_people_said(data):
+    out = tables(data, count_words)
+    for p in PARTS:
+        assert openings(out[f"benign_{p}"]) == openings(out[f"helpful_{p}"])  # all are short
+        assert {row["safer_share"] for row in out[f"benign_{p}"]} == {0.5}
+        assert {row[f"response_{i}_safe_share"] for row in out[f"benign_{p}"] for i in (0, 1)} == {1.0}
+        assert [row["safer_share"] for row in out[f"ranked_{p}"]] == [
+            row["better_response_id"] for row in out[f"harmless_{p}"]
+        ]
+        assert {row[f"response_{i}_safe_share"] for row in out[f"ranked_{p}"] for i in (0, 1)} == {0.5}
+
+
 def test_a_pair_in_either_order_counts_once_with_the_label_of_most():
     pair = {"prompt": "q", "response_0": "a", "response_1": "b", "safer_response_id": 0}
     turned = {"prompt": "q", "response_0": "b", "response_1": "a", "safer_response_id": 0}  # prefers b
