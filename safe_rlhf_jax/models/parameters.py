@@ -23,8 +23,8 @@ Index = tuple[slice, ...]
 @functools.lru_cache(maxsize=64)  # a run opens a few networks many times, and tracing one takes long
 def boxed_variables(module: Any) -> dict[str, Any]:
     """Returns shapes and dtypes of a network's variables, boxed with their axis names."""
-    tokens = jnp.zeros((1, 2), jnp.int32)
-    variables: dict[str, Any] = jax.eval_shape(module.init, jax.random.key(0), tokens, tokens > 0)
+    tokens, mask = (jax.ShapeDtypeStruct((1, 2), dtype) for dtype in (jnp.int32, bool))  # the devices may not be here
+    variables: dict[str, Any] = jax.eval_shape(module.init, jax.eval_shape(jax.random.key, 0), tokens, mask)
     return variables
 
 

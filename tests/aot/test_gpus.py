@@ -196,6 +196,13 @@ def test_the_report_on_gpus_has_all_that_one_on_tpus_has_and_says_what_is_assume
 
 
 @pytest.mark.gpu_aot
+def test_nothing_is_computed_on_a_single_gpu_that_is_not_here(compile_gpus):
+    status, _, _, report = compile_gpus("h100:1")
+    assert status == 0
+    assert report["stages"][0]["fits"]
+
+
+@pytest.mark.gpu_aot
 def test_a_program_that_is_too_large_for_a_gpu_is_refused_with_advice_that_fits(compile_gpus):
     large = (
         "stages.sft.init_from=preset:small", "stages.sft.batch_size=8192", "stages.sft.max_length=1024",
