@@ -6,6 +6,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet --quiet # errors only
 UV ?= uv
+REAL ?= safe_rlhf
 PYTEST ?= -n 2 --dist loadfile --no-loadscope-reorder
 COMPILE := $(UV) pip compile pyproject.toml --quiet --universal --python-version 3.11 --generate-hashes \
              --no-emit-index-url --no-annotate --custom-compile-command 'make lock'
@@ -29,12 +30,12 @@ $(STAMP): requirements-dev.lock pyproject.toml
 quickstart: venv ## train the small pipeline on this machine's CPU (ARGS="dotted.key=value ...")
 	$(BIN)/python -m safe_rlhf_jax.train --config configs/quickstart.yaml $(ARGS)
 
-real: venv ## Safe RLHF of SmolLM2-135M-Instruct on real preferences: hours on two cores (docs/real.md; needs ../shared)
+real: venv ## Safe RLHF of SmolLM2-135M-Instruct on real preferences: hours on two cores, or REAL=one_gpu (docs/real.md; needs ../shared)
 	$(PIP) install --no-build-isolation -e '.[real]'
 	$(BIN)/python -m benchmarks.real.prepare
 	$(BIN)/python -m safe_rlhf_jax.train --config configs/smollm2_135m/judge.yaml
 	$(BIN)/python -m benchmarks.real.judge fit
-	$(BIN)/python -m safe_rlhf_jax.train --config configs/smollm2_135m/safe_rlhf.yaml $(ARGS)
+	$(BIN)/python -m safe_rlhf_jax.train --config configs/smollm2_135m/$(REAL).yaml $(ARGS)
 
 test: venv ## all tests that need neither TPU, GPU nor torch, the slow ones too (ARGS="-k name ...")
 	$(BIN)/python -m pytest -m "not tpu and not gpu_aot and not reference and not distributed and not real" $(PYTEST) $(ARGS)
