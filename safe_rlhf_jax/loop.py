@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from safe_rlhf_jax import storage
 from safe_rlhf_jax.checkpoint import Checkpoints
-from safe_rlhf_jax.errors import NonFiniteError
+from safe_rlhf_jax.errors import NonFiniteError, UserError
 from safe_rlhf_jax.metrics import ProgressBar, Throughput, make_writers, read_jsonl
 from safe_rlhf_jax.processes import any_process, is_main
 
@@ -79,7 +79,12 @@ def fit(stage: TrainLoop, folder: storage.Path, *, writers: tuple[str, ...] = ("
     with Preemption() as preemption:
         for step in itertools.takewhile(lambda _: not patience.is_over, range(start, stage.total_steps)):
             batch, asked = stage.batch(step), preemption.agreed()
-            state, metrics = stage.step(state, stage.frozen, batch, jax.random.fold_in(key, step))
+            try:
+                state, metrics = stage.step(state, stage.frozen, batch, jax.random.fold_in(key, step))
+            except UserError as error:  # a signal from the host failed; the state is as it was
+                log.keep(step, state)
+                kept = f"step {step} is saved, the same command continues" if step else "the same command starts again"
+                raise type(error)(f"{error}; {kept}") from error
             done = step + 1
             log.push(done, metrics)
             stop = asked()
@@ -198,6 +203,16 @@ class Log:
             f"{self.stage.name}: {problem} at step {step}; last good checkpoint: {where}. "
             "Lower the learning rate or max_grad_norm, or look at the data of this step."
         )
+
+    def keep(self, done: int, state: Any) -> None:
+        """Saves the state of a run that cannot go on, without an evaluation of it."""
+        self.flush()
+        self.refuse(done, not_finite(state))
+        if done:
+            unranked = {} if self.stage.keep_best is None else {self.stage.keep_best.removeprefix("-"): math.nan}
+            self.checkpoints.save(done, state, unranked | self.newest)
+        self.checkpoints.close()
+        self.close()
 
     def close(self) -> None:
         """Reports the pending step and closes the files."""

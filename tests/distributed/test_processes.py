@@ -23,7 +23,9 @@ TRAIN = "-m", "safe_rlhf_jax.train", "--config", ROOT / "tests" / "configs" / "r
 JOIN = """
 import logging
 import jax
+import numpy as np
 from safe_rlhf_jax import log, processes
+from safe_rlhf_jax.errors import UserError
 from safe_rlhf_jax.sharding import make_mesh, process_share
 log.show()
 processes.start()
@@ -33,6 +35,25 @@ logging.getLogger("safe_rlhf_jax.test").info(f"heard of {jax.process_count()} {a
 assert answers == [False, True, True]
 shares = {(4, 1, 1): (index, 2), (1, 2, 2): (index, 2), (2, 1, 2): (index, 2), (1, 1, 4): (0, 1)}
 assert {mesh: process_share(make_mesh(mesh)) for mesh in shares} == shares
+
+
+def scores():
+    assert index == 0
+    return np.array([1.5, -2.0], np.float32)
+
+
+def failure():
+    raise UserError("down")
+
+
+with jax.set_mesh(make_mesh((4, 1, 1))):
+    assert processes.of_first(scores, np.zeros(2, np.float32)).tolist() == [1.5, -2.0]
+    try:
+        processes.of_first(failure, np.zeros(2, np.float32))
+    except UserError as error:
+        assert str(error) == ("the first process has failed; it says why" if index else "down")
+    else:
+        raise AssertionError("the first process has failed")
 """
 
 
