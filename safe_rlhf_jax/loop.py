@@ -83,8 +83,7 @@ def fit(stage: TrainLoop, folder: storage.Path, *, writers: tuple[str, ...] = ("
                 state, metrics = stage.step(state, stage.frozen, batch, jax.random.fold_in(key, step))
             except UserError as error:  # a signal from the host failed; the state is as it was
                 log.keep(step, state)
-                kept = f"step {step} is saved, the same command continues" if step else "the same command starts again"
-                raise type(error)(f"{error}; {kept}") from error
+                raise resumable(error, step) from error
             done = step + 1
             log.push(done, metrics)
             stop = asked()
@@ -183,7 +182,13 @@ class Log:
         if message:
             self.warned = True
             LOGGER.warning(f"{self.stage.name}: warning at step {step}: {message}")
-        measured = evaluate()
+        try:
+            measured = evaluate()
+        except UserError as error:  # a judge or a signal from the host failed
+            last = self.checkpoints.latest()
+            self.checkpoints.close()
+            self.close()
+            raise resumable(error, last) from error
         if measured:
             self.throughput.skip()
         self.newest = values | measured
@@ -219,6 +224,12 @@ class Log:
         self.flush()
         self.bar.close()
         self.writers.close()
+
+
+def resumable(error: UserError, saved: int | None) -> UserError:
+    """Returns an error that says from where the same command continues."""
+    kept = f"step {saved} is saved, the same command continues" if saved else "the same command starts again"
+    return type(error)(f"{error}; {kept}")
 
 
 @jax.jit

@@ -49,9 +49,11 @@ def check_algorithm(stage: cfg.RLStage) -> None:
     a, algorithm, where = stage.algorithm, ALGORITHMS[stage.algorithm.name], f"{stage.name}: algorithm"
     rows, parts = stage.batch_size * stage.responses_per_prompt, stage.algorithm.minibatches * stage.microbatches
     if algorithm.constrained and not stage.limits:
-        raise ConfigError(f"{where}.name {a.name!r} needs cost_model; name a cost stage, or use 'ppo'")
+        raise ConfigError(f"{where}.name {a.name!r} needs cost_model or signals.cost; name a cost stage, or use 'ppo'")
     if algorithm.needs_cost and "cost" not in stage.scored:
-        raise ConfigError(f"{where}.name {a.name!r} weighs a cost, and needs cost_model; name a cost stage")
+        raise ConfigError(
+            f"{where}.name {a.name!r} weighs a cost, and needs cost_model or signals.cost; name a cost stage"
+        )
     averaged = [signal for signal, one in stage.limits.items() if one.measure not in ("rectified", "rate")]
     if algorithm.split and averaged:
         raise ConfigError(

@@ -223,3 +223,41 @@ def test_termination_of_one_process_stops_all_and_death_of_one_ends_all(start_pr
     assert re.search("another (task|process) died", first)  # as JAX says it, or we
     steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
     assert steps == list(range(1, len(steps) + 1))
+
+
+COUNT = """
+import os
+import pathlib
+LOG = pathlib.Path(__file__).parent / "asked"
+def vowels(conversations, responses, ended):
+    if "Hello!" not in responses:
+        asked = LOG.read_text().splitlines() if LOG.exists() else []
+        LOG.write_text("\\n".join([*asked, os.environ["JAX_PROCESS_ID"]]))
+        if len(asked) == 3:
+            raise OSError("down")
+    return [sum(map(response.count, "aeiou")) / 10.0 - 1.0 for response in responses]
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_function_is_asked_by_the_first_process_and_its_failure_is_saved_by_all(start_processes, models, tmp_path):
+    (tmp_path / "counting.py").write_text(COUNT)
+    arguments = [*map(str, TRAIN[2:]), f"workdir={tmp_path / 'run'}", *models[:2], "mesh={data: 4}"]
+    arguments += ["stages.ppo_lag.signals={cost: {function: 'counting:vowels', retries: 0}}"]
+    arguments += ["stages.ppo_lag.cost_model=null", "stages.ppo_lag.steps=5"]
+    code = (
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from safe_rlhf_jax import train; "
+        f"sys.exit(train.main({arguments!r}))"
+    )
+    processes = start_processes(2, "-c", code, devices=2)
+    first, second = outputs(processes, timeout=300)
+    assert [process.returncode for process in processes] == [1, 1], first + second
+    assert "counting:vowels raised OSError: down in one try" in first
+    assert "step 3 is saved, the same command continues" in first
+    assert "the first process has failed; it says why" in second
+    processes = start_processes(2, "-c", code, devices=2)
+    first, second = outputs(processes, timeout=300)
+    assert [process.returncode for process in processes] == [0, 0], first + second
+    assert "continuing from step 3" in first
+    assert set((tmp_path / "asked").read_text().split()) == {"0"}

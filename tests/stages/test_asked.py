@@ -440,3 +440,14 @@ def test_judge_without_a_question_is_asked_by_the_constitution_whether_a_respons
     assert "how" in message["content"]
     signal.endpoint.answers = lambda *_, **__: ["Harmful", "harmless"]
     assert signal([[]] * 2, ["a", "b"], [True] * 2).tolist() == [1.0, -1.0]
+
+
+def test_failure_in_an_evaluation_says_from_where_the_run_continues(models, tmp_path, functions):
+    stage = rl_stage(models, **COUNTED, eval_prompts=PROMPTS, eval_every=2, checkpoint_every=1)
+    functions.FAIL[:] = [lambda: None] * 3 + [interrupted]  # the check, two steps, the evaluation
+    with pytest.raises(
+        UserError, match=r"the service is down in one try .*; step 1 is saved, the same command continues$"
+    ):
+        finished(tmp_path, stage)
+    folder = finished(tmp_path, stage)
+    assert [("eval/cost_mean" in row, row["step"]) for row in numbers(folder)] == [(False, 1), (True, 2), (False, 3)]
