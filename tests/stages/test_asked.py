@@ -333,9 +333,22 @@ def test_stage_without_host_signals_is_one_program_with_the_hash_that_it_had(mod
     assert hashes[0] == hashes[1]
 
 
-def test_critic_may_start_from_a_cost_model_in_a_folder(models, tmp_path):
+@pytest.mark.parametrize("model", ["cost", "a"])
+def test_critic_may_start_from_a_cost_model_or_a_policy_in_a_folder(models, tmp_path, model):
     signals = {"signals": {"cost": {"function": "signals_here:letters"}}}
-    check_run(run_of(tmp_path, rl_stage(models, **signals, critics={"cost": f"path:{models}/cost"})))
+    check_run(run_of(tmp_path, rl_stage(models, **signals, critics={"cost": f"path:{models}/{model}"})))
+
+
+def test_best_checkpoint_may_be_chosen_by_a_function(models, tmp_path):
+    function = {"function": "signals_here:letters"}
+    stage = rl_stage(
+        models, signals={"reward": function, "cost/e": function}, reward_model=None, algorithm={"name": "ppo"}
+    )
+    evaluated = {"eval_prompts": PROMPTS, "eval_every": 1}
+    for best in ("train/reward", "-train/unsafe_share/e", "-eval/cost_mean/e", "eval/reward_mean"):
+        check_run(run_of(tmp_path, stage | evaluated | {"keep_best": best}))
+    with pytest.raises(cfg.ConfigError, match="keep_best 'eval/cost_mean/d' is none of its metrics; did you mean"):
+        check_run(run_of(tmp_path, stage | evaluated | {"keep_best": "eval/cost_mean/d"}))
 
 
 def test_limit_is_calibrated_by_a_functions_costs_of_labelled_responses(models, tmp_path):
@@ -440,14 +453,3 @@ def test_judge_without_a_question_is_asked_by_the_constitution_whether_a_respons
     assert "how" in message["content"]
     signal.endpoint.answers = lambda *_, **__: ["Harmful", "harmless"]
     assert signal([[]] * 2, ["a", "b"], [True] * 2).tolist() == [1.0, -1.0]
-
-
-def test_failure_in_an_evaluation_says_from_where_the_run_continues(models, tmp_path, functions):
-    stage = rl_stage(models, **COUNTED, eval_prompts=PROMPTS, eval_every=2, checkpoint_every=1)
-    functions.FAIL[:] = [lambda: None] * 3 + [interrupted]  # the check, two steps, the evaluation
-    with pytest.raises(
-        UserError, match=r"the service is down in one try .*; step 1 is saved, the same command continues$"
-    ):
-        finished(tmp_path, stage)
-    folder = finished(tmp_path, stage)
-    assert [("eval/cost_mean" in row, row["step"]) for row in numbers(folder)] == [(False, 1), (True, 2), (False, 3)]
