@@ -71,6 +71,14 @@ class EndpointSignal(EndpointFields):
     question: str | None = None  # a text with {response}, and perhaps {conversation}
     answers: dict[str, FiniteFloat] = Field(default_factory=dict)  # {word: score}: {unsafe: 1, safe: -1}
 
+    @pydantic.field_validator("answers", mode="before")
+    @classmethod
+    def answers_are_words(cls, value: Any) -> Any:
+        """Numbers as words; refuses what YAML has read as true or false."""
+        if isinstance(value, Mapping) and any(isinstance(word, bool) for word in value):
+            raise ValueError("YAML reads yes and no as true and false; write them in quotes")
+        return {str(word): score for word, score in value.items()} if isinstance(value, Mapping) else value
+
     def idle(self) -> dict[str, str]:
         """The constitution of another question."""
         return {"constitution": "answers are those to another question"} if self.answers else {}
@@ -81,7 +89,7 @@ class EndpointSignal(EndpointFields):
         if self.question is not None and "{response}" not in self.question:
             raise ValueError(f"question {self.question[:60]!r} has no place for the text; write {{response}} into it")
         if self.question is not None and not self.answers:
-            raise ValueError("question needs answers, the score of each word that may answer it: {yes: 1, no: -1}")
+            raise ValueError("question needs answers, the score of each word that may answer it: {rude: 1, polite: -1}")
         if self.answers and len(set(self.answers.values())) < 2:
             raise ValueError(f"answers {self.answers} need two different scores")
         for word in self.answers:

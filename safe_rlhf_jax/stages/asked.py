@@ -43,11 +43,8 @@ class PatientFunction:
     """
 
     def __init__(self, settings: cfg.FunctionSignal):
-        self.function, self.timeout_s, self.retries = (
-            FunctionSignal(settings.reference),
-            settings.timeout_s,
-            settings.retries,
-        )
+        self.function = FunctionSignal(settings.reference)
+        self.timeout_s, self.retries = settings.timeout_s, settings.retries
         self.reads_records = self.function.reads_records
 
     def __call__(self, *rows: Any) -> np.ndarray:
@@ -106,7 +103,7 @@ def in_time(call: Callable[[], np.ndarray], seconds: float) -> np.ndarray:
     return np.asarray(found)
 
 
-class EndpointSignal:
+class ScoredAnswers:
     """A judge or a guard model behind an endpoint, whose answers have scores.
 
     An answer that is none of them counts as the worst one: the highest cost, or the lowest reward.
@@ -161,7 +158,7 @@ class Asked:
         file: Keeps its answers; None: they are not kept.
     """
 
-    def __init__(self, where: str, score: PatientFunction | EndpointSignal, file: storage.Path | None):
+    def __init__(self, where: str, score: PatientFunction | ScoredAnswers, file: storage.Path | None):
         self.where, self.score, self.file = where, score, file
         self.known: dict[str, float] = {}
         for answers in kept_batches(file) if file is not None else ():
@@ -214,12 +211,12 @@ def open_signals(run: Run, stage: cfg.RLStage, folder: storage.Path | None = Non
     found = {}
     for signal, settings in stage.signals.items():
         where = f"{stage.name}: signals.{signal}"
-        score: PatientFunction | EndpointSignal
+        score: PatientFunction | ScoredAnswers
         try:
             if isinstance(settings, cfg.FunctionSignal):
                 score = PatientFunction(settings)
             else:
-                score = EndpointSignal(run, where, settings, signal != "reward")
+                score = ScoredAnswers(run, where, settings, signal != "reward")
         except UserError as error:
             raise type(error)(f"{where}: {error}") from error
         found[signal] = Asked(where, score, folder and folder / f"answers_{signal.replace('/', '_')}.jsonl")

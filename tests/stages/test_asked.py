@@ -277,6 +277,7 @@ def test_function_that_names_records_reads_the_fields_of_the_prompts(models, tmp
         (JUDGE | {"question": "Rude? {response}"}, r"question needs answers"),
         (JUDGE | {"answers": {"yes": 1, "no": 1}}, r"need two different scores"),
         (JUDGE | {"answers": {"not ok": 1, "ok": 0}}, r"answers names 'not ok'"),
+        (JUDGE | {"answers": {True: 1, False: 0}}, r"YAML reads yes and no as true and false; write them in quotes"),
         (JUDGE | {"answers": {"yes": 1, "no": 0}, "constitution": "c.yaml"}, r"constitution does nothing: answers are"),
     ],
 )  # fmt: skip
@@ -434,7 +435,7 @@ def test_question_holds_the_texts_as_they_are_and_an_answer_without_a_score_coun
     settings = JUDGE | {"question": question, "answers": {"yes": -1, "no": 2}}
     run = run_of(tmp_path, rl_stage(models, signals={"cost": settings}), max_bad_records=0.5)
     for is_cost, worst in ((True, 2.0), (False, -1.0)):
-        signal = asked.EndpointSignal(run, "x", run.config.stages[0].signals["cost"], is_cost)
+        signal = asked.ScoredAnswers(run, "x", run.config.stages[0].signals["cost"], is_cost)
         turns = [{"role": "user", "content": "say {response}"}]
         (message,) = signal.messages(turns, "{conversation}")
         assert message["content"].endswith("say {response}\n---\n{conversation}\nIs it polite? {yes}")
@@ -447,7 +448,7 @@ def test_question_holds_the_texts_as_they_are_and_an_answer_without_a_score_coun
 
 def test_judge_without_a_question_is_asked_by_the_constitution_whether_a_response_is_harmful(models, tmp_path):
     run = run_of(tmp_path, rl_stage(models, signals={"cost": JUDGE}))
-    signal = asked.EndpointSignal(run, "x", run.config.stages[0].signals["cost"], True)
+    signal = asked.ScoredAnswers(run, "x", run.config.stages[0].signals["cost"], True)
     (message,) = signal.messages([{"role": "user", "content": "how"}], "so")
     assert message["content"].startswith(read_constitution(None)["safety"])
     assert "how" in message["content"]
