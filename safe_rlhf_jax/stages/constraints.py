@@ -87,7 +87,10 @@ def cost_limits(
         ValueError: For an unreachable limit, naming the floor.
     """
     lagrange, data = stage.limits[signal], labelled_data(run, stage, signal)
-    costs = labelled_costs(run, stage, signal, data, host or {}) if data is not None else {}
+    costs: dict[str, list[float]] = {}
+    if data is not None:
+        asked = (host or {}).get(signal)
+        costs = labelled_costs(run, stage, signal, data) if asked is None else asked_costs(run, asked, data)
     setting: Any = lagrange.cost_limit if lagrange.group_limits is None else tuple(lagrange.group_limits.values())
     if not isinstance(setting, cfg.CalibratedLimit):
         limits = setting if isinstance(setting, tuple) else (setting,)
@@ -112,15 +115,16 @@ def limit_field(stage: Limited, signal: str) -> str:
     return stage.limit_field(signal, "cost_limit" if stage.limits[signal].group_limits is None else "group_limits")
 
 
-def labelled_costs(
-    run: Run, stage: Limited, signal: str, data: examples.Examples, host: Mapping[str, HostSignal]
-) -> dict[str, list[float]]:
-    """Returns the costs of labelled responses, {safe, unsafe}."""
+def asked_costs(run: Run, score: HostSignal, data: examples.Examples) -> dict[str, list[float]]:
+    """Returns the scores of labelled responses by a signal from the host, {safe, unsafe}."""
+    scores = np.concatenate(by_text(run, score, data))
+    safe = np.concatenate([data.arrays.safer_is_safe, data.arrays.unsafer_is_safe])
+    return {"safe": scores[safe].tolist(), "unsafe": scores[~safe].tolist()}
+
+
+def labelled_costs(run: Run, stage: Limited, signal: str, data: examples.Examples) -> dict[str, list[float]]:
+    """Returns a cost model's scores of labelled responses, {safe, unsafe}."""
     report_data(f"{stage.name}: cost_limit", data)
-    if signal in host:
-        scores = np.concatenate(by_text(run, host[signal], data))
-        safe = np.concatenate([data.arrays.safer_is_safe, data.arrays.unsafer_is_safe])
-        return {"safe": scores[safe].tolist(), "unsafe": scores[~safe].tolist()}
     module, variables = run.networks.read(stage.scorers[signal], "score", score_type="cost")
     score = evaluate.make_score(module)
     batches = in_order(data, run.rows(data))
