@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from safe_rlhf_jax import storage
 from safe_rlhf_jax.checkpoint import Checkpoints
-from safe_rlhf_jax.errors import NonFiniteError
+from safe_rlhf_jax.errors import NonFiniteError, UserError
 from safe_rlhf_jax.metrics import ProgressBar, Throughput, make_writers, read_jsonl
 from safe_rlhf_jax.processes import any_process, is_main
 
@@ -79,7 +79,11 @@ def fit(stage: TrainLoop, folder: storage.Path, *, writers: tuple[str, ...] = ("
     with Preemption() as preemption:
         for step in itertools.takewhile(lambda _: not patience.is_over, range(start, stage.total_steps)):
             batch, asked = stage.batch(step), preemption.agreed()
-            state, metrics = stage.step(state, stage.frozen, batch, jax.random.fold_in(key, step))
+            try:
+                state, metrics = stage.step(state, stage.frozen, batch, jax.random.fold_in(key, step))
+            except UserError as error:  # a signal from the host failed; the state is as it was
+                log.keep(step, state)
+                raise resumable(error, step) from error
             done = step + 1
             log.push(done, metrics)
             stop = asked()
@@ -178,7 +182,13 @@ class Log:
         if message:
             self.warned = True
             LOGGER.warning(f"{self.stage.name}: warning at step {step}: {message}")
-        measured = evaluate()
+        try:
+            measured = evaluate()
+        except UserError as error:  # a judge or a signal from the host failed
+            last = self.checkpoints.latest()
+            self.checkpoints.close()
+            self.close()
+            raise resumable(error, last) from error
         if measured:
             self.throughput.skip()
         self.newest = values | measured
@@ -199,11 +209,27 @@ class Log:
             "Lower the learning rate or max_grad_norm, or look at the data of this step."
         )
 
+    def keep(self, done: int, state: Any) -> None:
+        """Saves the state of a run that cannot go on, without an evaluation of it."""
+        self.flush()
+        self.refuse(done, not_finite(state))
+        if done:
+            unranked = {} if self.stage.keep_best is None else {self.stage.keep_best.removeprefix("-"): math.nan}
+            self.checkpoints.save(done, state, unranked | self.newest)
+        self.checkpoints.close()
+        self.close()
+
     def close(self) -> None:
         """Reports the pending step and closes the files."""
         self.flush()
         self.bar.close()
         self.writers.close()
+
+
+def resumable(error: UserError, saved: int | None) -> UserError:
+    """Returns an error that says from where the same command continues."""
+    kept = f"step {saved} is saved, the same command continues" if saved else "the same command starts again"
+    return type(error)(f"{error}; {kept}")
 
 
 @jax.jit

@@ -139,6 +139,29 @@ def first_says(text: str) -> str:
     return bytes(multihost_utils.broadcast_one_to_all(np.frombuffer(text.encode(), np.uint8))).decode()
 
 
+def of_first(work: Callable[[], np.ndarray], like: np.ndarray) -> np.ndarray:
+    """Returns what the first process computes, in all of them; they call it together.
+
+    Args:
+        work: Called in the first process.
+        like: An array of the result's shape and dtype.
+
+    Raises:
+        UserError: If `work` raises one; in the other processes without the reason.
+    """
+    if jax.process_count() == 1:
+        return work()
+    problem, found = None, like
+    if is_main():
+        try:
+            found = work()
+        except UserError as error:
+            problem = error
+    if any_process(problem is not None):
+        raise problem or UserError("the first process has failed; it says why")
+    return np.asarray(multihost_utils.broadcast_one_to_all(found))
+
+
 def stop(status: int) -> int:
     """Returns the exit status of a failed run; with other processes, ends this one immediately.
 

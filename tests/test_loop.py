@@ -1,5 +1,6 @@
 """The loop: a run that is stopped continues as if it had not been; a run that breaks says so and saves nothing bad."""
 
+import dataclasses
 import os
 import re
 import resource
@@ -15,6 +16,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from safe_rlhf_jax.checkpoint import Checkpoints
+from safe_rlhf_jax.errors import UserError
 from safe_rlhf_jax.loop import PREEMPTED, TrainLoop, fit, not_finite
 from safe_rlhf_jax.metrics import read_jsonl
 from safe_rlhf_jax.processes import claimed
@@ -147,6 +149,47 @@ def test_loop_takes_every_step_once_and_evaluates_when_told(tmp_path):
     records = read_jsonl(tmp_path / "metrics.jsonl")
     assert [record["step"] for record in records] == list(range(1, 8))
     assert {r["step"]: r["eval/count"] for r in records if "eval/count" in r} == {3: 3.0, 6: 6.0}
+
+
+def failing_at(moment, failures):
+    """Raises, at the moments named, what a signal from the host raises."""
+    if moment in failures:
+        failures.remove(moment)
+        raise UserError("the judge is down")
+
+
+@pytest.mark.parametrize("best", [None, "-eval/count"])
+def test_step_that_a_signal_ends_saves_the_state_before_it(tmp_path, best):
+    whole, failures = counter(7, checkpoint_every=4, keep_best=best, evaluate=lambda _: {"eval/count": 1.0}), [1, 3]
+
+    def step(state, *others):
+        failing_at(int(state["count"]) + 1, failures)
+        return whole.step(state, *others)
+
+    stage = dataclasses.replace(whole, step=step)
+    with pytest.raises(UserError, match=r"^the judge is down; the same command starts again$"):
+        fit(stage, tmp_path, writers=("jsonl",))
+    with pytest.raises(UserError, match=r"^the judge is down; step 2 is saved, the same command continues$"):
+        fit(stage, tmp_path, writers=("jsonl",))
+    assert Checkpoints(tmp_path / "checkpoints").latest() == 2
+    assert int(fit(stage, tmp_path, writers=("jsonl",))["count"]) == 7
+    assert [record["step"] for record in read_jsonl(tmp_path / "metrics.jsonl")] == list(range(1, 8))
+
+
+def test_evaluation_that_a_signal_ends_is_made_up_for_from_the_last_checkpoint(tmp_path):
+    failures = [3]
+
+    def evaluate(state):
+        failing_at(int(state["count"]), failures)
+        return {"eval/count": float(state["count"])}
+
+    stage = counter(5, eval_every=3, evaluate=evaluate)
+    with pytest.raises(UserError, match=r"^the judge is down; step 2 is saved, the same command continues$"):
+        fit(stage, tmp_path, writers=("jsonl",))
+    fit(stage, tmp_path, writers=("jsonl",))
+    records = read_jsonl(tmp_path / "metrics.jsonl")
+    assert [record["step"] for record in records] == list(range(1, 6))
+    assert [record["step"] for record in records if "eval/count" in record] == [3]
 
 
 def test_finished_loop_takes_no_step(tmp_path):

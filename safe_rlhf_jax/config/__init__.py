@@ -12,6 +12,7 @@ from safe_rlhf_jax.config.making import LabelStage, SampleStage
 from safe_rlhf_jax.config.run import Execution, Mesh, RunConfig, Stage
 from safe_rlhf_jax.config.sampled import DualStage, EvaluateStage, RejectionStage, RLStage
 from safe_rlhf_jax.config.sampling import SampledPrompts
+from safe_rlhf_jax.config.signals import EndpointFields, EndpointSignal, FunctionSignal, HostSignal
 from safe_rlhf_jax.config.supervised import (
     CostStage,
     DPOStage,
@@ -26,7 +27,8 @@ from safe_rlhf_jax.errors import ConfigError
 
 __all__ = [
     "AlgorithmConfig", "CalibratedLimit", "CertifyStage", "Claim", "ConfigError", "CostStage", "DPOStage", "Data",
-    "DataUse", "DualStage", "EvaluateStage", "Execution", "JudgeStage", "KLConfig", "LabelStage", "Lagrange",
+    "DataUse", "DualStage", "EndpointFields", "EndpointSignal", "EvaluateStage", "Execution", "FunctionSignal",
+    "HostSignal", "JudgeStage", "KLConfig", "LabelStage", "Lagrange",
     "MergeStage", "Mesh", "Mixture", "ModelUse", "OptimizerConfig", "PIDConfig", "PreferenceStage", "RLStage",
     "RejectionStage", "RewardStage", "RunConfig", "SFTStage", "SampleStage", "SampledPrompts", "Schema", "Share",
     "Stage", "StageBase", "SupervisedStage", "TrainingStage", "dump", "is_set", "load_config", "parts_of",

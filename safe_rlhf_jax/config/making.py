@@ -7,10 +7,11 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from safe_rlhf_jax.config.base import StageBase
 from safe_rlhf_jax.config.data import ReadOnce, Schema, Share
+from safe_rlhf_jax.config.signals import EndpointFields
 from safe_rlhf_jax.config.uses import DataUse, ModelUse, Reads, scorer
 
 
@@ -60,22 +61,11 @@ class ModelLabeller(Schema):
     cost: str  # less is safer, and up to 0 is safe
 
 
-class JudgeLabeller(Schema):
+class JudgeLabeller(EndpointFields):
     """A language model behind an OpenAI-compatible endpoint, asked by the principles of a constitution."""
 
-    unhashed: ClassVar[frozenset[str]] = frozenset(
-        {"key_env", "timeout_s", "retries", "requests_per_minute", "concurrency", "price"}
-    )
     kind: Literal["judge"]
-    base_url: str  # such as http://127.0.0.1:8000/v1
-    model: str
     constitution: str | None = None  # a YAML file, as docs/rounds.md says; null: the package's own
-    key_env: str | None = None  # environment variable with the key
-    timeout_s: PositiveFloat = 60.0  # of one request
-    retries: NonNegativeInt = 4
-    requests_per_minute: PositiveFloat | None = None
-    concurrency: PositiveInt = 8  # requests at once
-    price: tuple[NonNegativeFloat, NonNegativeFloat] = (0.0, 0.0)  # of a million tokens of prompts, and of answers
 
 
 class PeopleLabeller(Schema):

@@ -3,6 +3,7 @@
 Sources: [ref] PKU-Alignment/safe-rlhf@82743cc scripts; [paper] Dai et al. 2023, arXiv 2310.12773.
 """
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Annotated, ClassVar, Literal
 
@@ -15,6 +16,7 @@ from safe_rlhf_jax.config.data import Mixture, ReadOnce, Single
 from safe_rlhf_jax.config.judging import Judged
 from safe_rlhf_jax.config.messages import did_you_mean
 from safe_rlhf_jax.config.sampling import OTHER_DISTRIBUTION, DualFields, Rounds, calibrations, problems
+from safe_rlhf_jax.config.signals import EndpointSignal, FunctionSignal, HostSignals
 from safe_rlhf_jax.config.uses import DataUse, Makes, ModelUse, scorer
 
 
@@ -22,18 +24,21 @@ class RLStage(Judged, TrainingStage):
     """On-policy training: PPO, PPO-Lagrangian and their relatives."""
 
     refused: ClassVar[dict[str, str]] = OTHER_DISTRIBUTION
+    added: ClassVar[frozenset[str]] = frozenset({"signals"})
     makes: ClassVar[Makes] = "policy"
     held_out: ClassVar[str] = "eval_prompts"
     lengths: ClassVar[tuple[str, ...]] = ("max_prompt_length", "max_response_length")
     kind: Literal["rl"]
     algorithm: AlgorithmConfig = AlgorithmConfig()
-    reward_model: str
+    reward_model: str | None = None  # required, unless `signals` has a reward
     cost_model: str | None = None  # signal `cost`, limited by algorithm.lagrange; without a constraint only reported
     cost_models: dict[str, str] = Field(
         default_factory=dict
     )  # several: signals `cost/<name>`, by algorithm.constraints.<name>
+    # {reward, cost or cost/NAME: a function or an endpoint}, asked on the host between sampling and learning
+    signals: HostSignals = Field(default_factory=dict)
     # {signal: initial model of its critic}; by default the scorer, or the actor if the scorer has its own tokenizer or
-    # template.
+    # template, or is a function or an endpoint.
     critics: dict[str, str] = Field(default_factory=dict)
     prompts: Mixture
     eval_prompts: Single | None = None
@@ -55,7 +60,7 @@ class RLStage(Judged, TrainingStage):
         reasons = super().idle()
         if self.algorithm.ptx_coeff == 0:
             reasons["ptx"] = "algorithm.ptx_coeff is 0"
-        if self.cost_model is None:
+        if "cost" not in self.scored:
             reasons["algorithm.lagrange"] = "it limits the cost of cost_model, which is not given"
         if self.eval_prompts is None:
             reasons["judges"] = "they score responses to eval_prompts, which are not given"
@@ -64,13 +69,19 @@ class RLStage(Judged, TrainingStage):
     @property
     def scorers(self) -> dict[str, str]:
         """{signal: model}."""
-        single = {"reward": self.reward_model} | ({"cost": self.cost_model} if self.cost_model else {})
-        return single | {f"cost/{name}": model for name, model in self.cost_models.items()}
+        single = {"reward": self.reward_model, "cost": self.cost_model}
+        named = {f"cost/{name}": model for name, model in self.cost_models.items()}
+        return {signal: model for signal, model in single.items() if model is not None} | named
+
+    @property
+    def scored(self) -> tuple[str, ...]:
+        """All signals: those of models, and those from the host."""
+        return (*self.scorers, *self.signals)
 
     @property
     def limits(self) -> dict[str, Lagrange]:
         """{cost signal: its constraint}, for algorithms that have constraints."""
-        single = {"cost": self.algorithm.lagrange} if self.cost_model else {}
+        single = {"cost": self.algorithm.lagrange} if "cost" in self.scored else {}
         return single | {f"cost/{name}": lagrange for name, lagrange in self.algorithm.constraints.items()}
 
     @property
@@ -91,13 +102,24 @@ class RLStage(Judged, TrainingStage):
     def models(self) -> dict[str, ModelUse]:
         """Returns the policy, the scorers, and the initial models of critics, by field."""
         found = {"init_from": ModelUse(self.init_from, may_be_new=True, generates=True)}
-        found["reward_model"] = scorer(self.reward_model, "reward")
+        if self.reward_model is not None:
+            found["reward_model"] = scorer(self.reward_model, "reward")
         if self.cost_model is not None:
             found["cost_model"] = scorer(self.cost_model, "cost")
         found |= {f"cost_models.{name}": scorer(model, "cost") for name, model in self.cost_models.items()}
-        starts = {f"critics.{signal}": model for signal, model in self.critics.items()}
-        found |= {field: ModelUse(model, ("policy", "reward", "cost")) for field, model in starts.items()}
+        for signal, model in self.critics.items():
+            kind: Literal["reward", "cost"] = "reward" if signal == "reward" else "cost"
+            found[f"critics.{signal}"] = ModelUse(model, ("policy", "reward", "cost"), kind)
+        for signal, one in self.signals.items():
+            if isinstance(one, FunctionSignal):
+                use = scorer(one.reference, "reward" if signal == "reward" else "cost")
+                found[f"signals.{signal}"] = dataclasses.replace(use, may_be_function=True, in_training=True)
         return found | self.judge_models()
+
+    def files(self) -> tuple[str, ...]:
+        """Returns the constitutions of endpoints."""
+        named = (one.constitution for one in self.signals.values() if isinstance(one, EndpointSignal))
+        return tuple(filter(None, named))
 
     def datasets(self) -> dict[str, DataUse]:
         """Returns prompts, demonstrations for PTX, and calibration data of limits, by field."""
@@ -125,8 +147,14 @@ class RLStage(Judged, TrainingStage):
     def mistakes(self, earlier: Sequence[StageBase]) -> Iterator[str]:
         """Yields errors with respect to earlier stages, and of constraints and batches."""
         yield from super().mistakes(earlier)
-        yield from self.inside_judges(self.scorers)
+        functions = {signal: getattr(one, "reference", "") for signal, one in self.signals.items()}
+        yield from self.inside_judges(self.scorers | functions)
         yield from self.wrong_multipliers(earlier)
+        if "reward" not in self.scored:
+            yield "reward_model is required, and missing; a function or an endpoint is named by signals.reward"
+        for signal in self.scorers.keys() & self.signals.keys():
+            field = "cost_models." + signal.partition("/")[2] if "/" in signal else f"{signal}_model"
+            yield f"signals.{signal} and {field} are one signal; leave out one of them, or give it another name"
         if self.lora is not None and self.lora.dropout:
             yield (
                 f"lora.dropout {self.lora.dropout}: the ratio of new to old probabilities would measure the dropout; "
@@ -134,18 +162,20 @@ class RLStage(Judged, TrainingStage):
             )
         parts = self.algorithm.minibatches * self.microbatches
         yield from indivisible("batch_size·responses_per_prompt =", self.rows, "minibatches·microbatches =", parts)
-        for signal in self.critics.keys() - self.scorers.keys():
-            yield f"critics names {signal!r}, which no model scores ({sorted(self.scorers)})"
+        for signal in self.critics.keys() - set(self.scored):
+            yield f"critics names {signal!r}, which no model scores ({sorted(self.scored)})"
         if self.algorithm.lagrange.of == "reward":
             yield "algorithm.lagrange limits the cost of cost_model; limit the reward by algorithm.constraints.NAME"
         for signal, lagrange in self.limits.items():
             name = signal.removeprefix("cost/")
-            if lagrange.of == "reward" and signal in self.scorers and signal != "cost":
-                yield f"algorithm.constraints.{name} limits the reward; name no model for it in cost_models.{name}"
-            if lagrange.of == "cost" and signal not in self.scorers:
+            if lagrange.of == "reward" and signal in self.scored and signal != "cost":
+                field = f"cost_models.{name}" if signal in self.scorers else f"signals.{signal}"
+                yield f"algorithm.constraints.{name} limits the reward; name no model for it in {field}"
+            if lagrange.of == "cost" and signal not in self.scored:
                 yield (
                     f"algorithm.constraints.{name} limits a cost that no model measures; name its model in "
-                    f"cost_models.{name} (there are {sorted(self.cost_models)})"
+                    f"cost_models.{name} (there are {sorted(self.cost_models)}), or a function or an endpoint in "
+                    f"signals.{signal}"
                 )
             for name in ("constrained_groups", "group_limits"):
                 if getattr(lagrange, name) is not None and self.group_field is None:

@@ -23,6 +23,7 @@ class ModelUse:
     judge: bool = False  # it scores results, and nothing is trained on it
     may_be_function: bool = False  # may be "function:MODULE:NAME"
     pairs: bool = False  # a judge that sees two responses
+    in_training: bool = False  # a function that is called in training, with the records of its stage
 
     @property
     def is_function(self) -> bool:

@@ -124,6 +124,8 @@ def collect_samples(
                 "measured": {},
                 "judged": {name.removeprefix(JUDGE): float(out[name][row]) for name in out if name.startswith(JUDGE)},
             }
+            costs = {name: float(out[name][row]) for name in out if name.startswith("cost/")}
+            sample |= {"costs": {name.removeprefix("cost/"): cost for name, cost in costs.items()}} if costs else {}
             read = oracle.read(prompt, response, split) if oracle else {}
             samples[index] = sample | read | ({"refusal_by": ORACLE} if "refusal" in read else {})
     return [samples[index] for index in range(len(samples))]

@@ -56,9 +56,10 @@ def training_curves(
     cost_limit: float | None = None,
 ) -> Figure | None:
     """λ, costs, reward, KL, length and losses over the steps; a panel per recorded metric."""
-    curves = {title: {name: _series(rows, key) for name, rows in history.items()} for key, title, _ in CURVES}
+    recorded = (*CURVES, *named_curves(history))
+    curves = {title: {name: _series(rows, key) for name, rows in history.items()} for key, title, _ in recorded}
     losses = {f"Loss, {short(name)}": {name: _series(rows, LOSS)} for name, rows in history.items()}
-    named = [*CURVES, *((LOSS, title, "loss") for title in losses)]
+    named = [*recorded, *((LOSS, title, "loss") for title in losses)]
     curves |= losses
     panels = [curve for curve in named if any(values.size for _, values in curves[curve[1]].values())]
     if not panels:
@@ -83,6 +84,17 @@ def training_curves(
         ax.set_visible(False)
     legend_below(figure, handles_of(axes))
     return figure
+
+
+def named_curves(history: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[tuple[str, str, str]]:
+    """The curves of multipliers and costs with a name of their own, `train/cost/NAME`, as in `CURVES`."""
+    keys = dict.fromkeys(key for rows in history.values() for row in rows for key in row)
+    return [
+        (key, f"{title}: {key.removeprefix(f'{general}/')}", unit)
+        for general, title, unit in CURVES[:3]
+        for key in sorted(keys)
+        if key.startswith(f"{general}/")
+    ]
 
 
 def headline_bars(

@@ -281,6 +281,10 @@ def summarize(samples: Sequence[Sample]) -> dict[str, float]:
 
     mean("reward_mean", present(test, "reward"), interval=True)
     mean("cost_mean", present(test, "cost"), interval=True)
+    for name in dict.fromkeys(name for s in test for name in s.get("costs", {})):
+        costs = [s["costs"][name] for s in test]
+        mean(f"cost_mean/{name}", costs)
+        share(f"unsafe_share/{name}", [cost > 0 for cost in costs])
     if rewards := present(test, "reward"):
         summary["reward_std"] = float(np.std(rewards))
     mean("judge_reward_mean", present(test, "judge_reward"), interval=True)

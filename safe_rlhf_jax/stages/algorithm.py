@@ -7,6 +7,7 @@ from safe_rlhf_jax.data.examples import Examples
 from safe_rlhf_jax.errors import ConfigError
 from safe_rlhf_jax.rl.algorithms import ALGORITHMS, shaped_reward
 from safe_rlhf_jax.rl.lagrange import combine_signals
+from safe_rlhf_jax.stages.asked import check_signals
 from safe_rlhf_jax.stages.common import Run
 from safe_rlhf_jax.stages.constraints import check_constraints
 
@@ -20,6 +21,7 @@ def check_rl(run: Run, stage: cfg.RLStage, loaded: Mapping[str, Examples]) -> No
     check_algorithm(stage)
     check_targets(run, stage)
     check_constraints(run, stage, loaded)
+    check_signals(run, stage, loaded["prompts"])
 
 
 def idle_beside_algorithm(stage: cfg.RLStage) -> dict[str, str]:
@@ -47,9 +49,11 @@ def check_algorithm(stage: cfg.RLStage) -> None:
     a, algorithm, where = stage.algorithm, ALGORITHMS[stage.algorithm.name], f"{stage.name}: algorithm"
     rows, parts = stage.batch_size * stage.responses_per_prompt, stage.algorithm.minibatches * stage.microbatches
     if algorithm.constrained and not stage.limits:
-        raise ConfigError(f"{where}.name {a.name!r} needs cost_model; name a cost stage, or use 'ppo'")
-    if algorithm.needs_cost and stage.cost_model is None:
-        raise ConfigError(f"{where}.name {a.name!r} weighs a cost, and needs cost_model; name a cost stage")
+        raise ConfigError(f"{where}.name {a.name!r} needs cost_model or signals.cost; name a cost stage, or use 'ppo'")
+    if algorithm.needs_cost and "cost" not in stage.scored:
+        raise ConfigError(
+            f"{where}.name {a.name!r} weighs a cost, and needs cost_model or signals.cost; name a cost stage"
+        )
     averaged = [signal for signal, one in stage.limits.items() if one.measure not in ("rectified", "rate")]
     if algorithm.split and averaged:
         raise ConfigError(

@@ -168,5 +168,9 @@ def origin(stage: cfg.StageBase | None) -> str:
     if stage is None:
         return "as it is"
     models = [f"{field} {use.reference}" for field, use in stage.models().items()]
+    signals = getattr(stage, "signals", {}).items()
+    models += [
+        f"signals.{s} {one.model} at {one.base_url}" for s, one in signals if isinstance(one, cfg.EndpointSignal)
+    ]
     data = [described(use.data) for use in stage.datasets().values() if use.role == "train"]
     return "; ".join([f"{stage.kind} stage", *models, *data])

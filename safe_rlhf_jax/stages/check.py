@@ -179,6 +179,8 @@ def check_model(run: Run, stage: cfg.StageBase, field: str, use: cfg.ModelUse) -
 def check_function(where: str, use: cfg.ModelUse) -> None:
     """Checks that a judge is a function that returns a number for each of two responses, or pairs of them.
 
+    A function that reads records is not called here, where there are none.
+
     Raises:
         UserError: Says what it is or returns instead.
     """
@@ -187,8 +189,8 @@ def check_function(where: str, use: cfg.ModelUse) -> None:
         conversations, responses = [conversation] * 2, [response["content"]] * 2
         if use.pairs:
             open_pair_judge(use.reference)(conversations, responses, responses)
-        else:
-            FunctionSignal(use.reference)(conversations, responses, [True, False])
+        elif not (judge := FunctionSignal(use.reference)).reads_records and not use.in_training:
+            judge(conversations, responses, [True, False])
     except UserError as error:
         raise type(error)(f"{where}: {error}") from error
 

@@ -5,6 +5,8 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from safe_rlhf_jax import config as cfg
 from safe_rlhf_jax.data import examples
 from safe_rlhf_jax.data.loader import in_order
@@ -16,6 +18,8 @@ from safe_rlhf_jax.rl.constraints import Constraint, Measure, by_group, mean, ra
 from safe_rlhf_jax.rl.lagrange import LOG, PENALTY, PROJECTED, Multiplier, pid_multiplier
 from safe_rlhf_jax.stages.common import Run, described, read_length, report_data
 from safe_rlhf_jax.stages.datasets import keep, take
+from safe_rlhf_jax.stages.host_signals import HostSignal
+from safe_rlhf_jax.stages.judges import by_text
 from safe_rlhf_jax.stages.small_data import data_warnings
 
 LOGGER = logging.getLogger(__name__)
@@ -68,14 +72,25 @@ def compensation_warning(
     return warning
 
 
-def cost_limits(run: Run, stage: Limited, signal: str) -> tuple[tuple[float, ...], str]:
+def cost_limits(
+    run: Run, stage: Limited, signal: str, host: Mapping[str, HostSignal] | None = None
+) -> tuple[tuple[float, ...], str]:
     """Returns d of every slot and its origin; refuses a limit that the cost model cannot reach, before training.
+
+    Args:
+        run: The run.
+        stage: The stage.
+        signal: The limited cost.
+        host: Signals from the host, which no model of the stage scores.
 
     Raises:
         ValueError: For an unreachable limit, naming the floor.
     """
     lagrange, data = stage.limits[signal], labelled_data(run, stage, signal)
-    costs = labelled_costs(run, stage, signal, data) if data is not None else {}
+    costs: dict[str, list[float]] = {}
+    if data is not None:
+        asked = (host or {}).get(signal)
+        costs = labelled_costs(run, stage, signal, data) if asked is None else asked_costs(run, asked, data)
     setting: Any = lagrange.cost_limit if lagrange.group_limits is None else tuple(lagrange.group_limits.values())
     if not isinstance(setting, cfg.CalibratedLimit):
         limits = setting if isinstance(setting, tuple) else (setting,)
@@ -98,6 +113,13 @@ def cost_limits(run: Run, stage: Limited, signal: str) -> tuple[tuple[float, ...
 def limit_field(stage: Limited, signal: str) -> str:
     """Returns the setting that holds the limit of a cost."""
     return stage.limit_field(signal, "cost_limit" if stage.limits[signal].group_limits is None else "group_limits")
+
+
+def asked_costs(run: Run, score: HostSignal, data: examples.Examples) -> dict[str, list[float]]:
+    """Returns the scores of labelled responses by a signal from the host, {safe, unsafe}."""
+    scores = np.concatenate(by_text(run, score, data))
+    safe = np.concatenate([data.arrays.safer_is_safe, data.arrays.unsafer_is_safe])
+    return {"safe": scores[safe].tolist(), "unsafe": scores[~safe].tolist()}
 
 
 def labelled_costs(run: Run, stage: Limited, signal: str, data: examples.Examples) -> dict[str, list[float]]:
@@ -156,16 +178,17 @@ def load_labelled(run: Run, stage: Limited, field: str, *, data: cfg.Mixture, si
     Evaluation data of a cost model is read as in its stage, which has checked how much of it is usable.
     """
     del field  # may belong to another stage
-    cost: Any = next((other for other in run.config.stages if other.name == stage.scorers[signal]), None)
+    model = stage.scorers.get(signal, "")  # "": a signal from the host, which reads texts
+    cost: Any = next((other for other in run.config.stages if other.name == model), None)
     own = cost is None or data != cost.eval_data
     length = stage.max_prompt_length + stage.max_response_length if own else cost.max_length
-    encoding = run.encoding(stage.scorers[signal])
+    encoding = run.encoding(model)
     return examples.load_pairs(
         named_records(run, stage, signal, data),
         encoding.template,
         encoding.tokenizer,
         safety=True,
-        max_length=read_length(run, stage.scorers[signal], length),
+        max_length=read_length(run, model, length),
         where=f"{stage.name}: cost_limit {described(data)}",
         max_bad=run.config.max_bad_records if own else 1.0,
     )

@@ -85,7 +85,7 @@ def held_out(run: Run, stage: cfg.StageBase) -> Iterator[tuple[str, cfg.Mixture,
         if use.role == "evaluate":
             yield field, use.data, (stage, stages)
         if use.role == "calibrate":
-            cost, others = origin(stages, stage.scorers[use.signal])
+            cost, others = origin(stages, stage.scorers.get(use.signal, ""))
             if cost is not None and any((one.passes or 0) > 1 for one in cost.datasets().values()):
                 yield field, use.data, (cost, others)
 

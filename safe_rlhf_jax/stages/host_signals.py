@@ -1,11 +1,12 @@
 """Host signals, outside of the compiled step: from conversations and responses to a score each.
 
-Used for scorers with another encoding than the policy, which run between `collect` and `learn`, and for judges that are
-Python functions, which run in evaluations only.
+Used for scorers with another encoding than the policy and for signals of functions and endpoints (`stages.asked`), all
+of which run between `collect` and `learn`, and for judges that are Python functions, which run in evaluations only.
 """
 
 import dataclasses
 import importlib
+import inspect
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -15,19 +16,19 @@ import numpy as np
 from safe_rlhf_jax.config.messages import did_you_mean
 from safe_rlhf_jax.data.conversations import Text, written
 from safe_rlhf_jax.data.examples import Examples, pad_right
-from safe_rlhf_jax.data.formats import Message
+from safe_rlhf_jax.data.formats import Message, Record
 from safe_rlhf_jax.errors import ConfigError, NonFiniteError
 from safe_rlhf_jax.evaluation.evaluate import make_score
 from safe_rlhf_jax.evaluation.judges import JUDGE
 from safe_rlhf_jax.inference.stream import columns
 from safe_rlhf_jax.models.config import Lora
 from safe_rlhf_jax.stages.common import Run
-from safe_rlhf_jax.types import Sequences
+from safe_rlhf_jax.types import PromptBatch, Rollout, Sequences, Signals
 
 LOGGER = logging.getLogger(__name__)
 
-# (conversations [B], responses [B], whether each response has its end [B]) -> f32[B]
-HostSignal = Callable[[Sequence[Sequence[Message]], Sequence[str], Sequence[bool]], np.ndarray]
+# (conversations [B], responses [B], whether each response has its end [B], records of the prompts [B]) -> f32[B]
+HostSignal = Callable[[Sequence[Sequence[Message]], Sequence[str], Sequence[bool], Sequence[Record]], np.ndarray]
 
 
 class ScorerSignal:
@@ -48,13 +49,15 @@ class ScorerSignal:
         self.has_cut = False
 
     def __call__(
-        self, conversations: Sequence[Sequence[Message]], responses: Sequence[str], ended: Sequence[bool]
-    ) -> np.ndarray:
+        self, conversations: Sequence[Sequence[Message]], responses: Sequence[str], ended: Sequence[bool],
+        records: Sequence[Record] = (),
+    ) -> np.ndarray:  # fmt: skip
         """Returns the score of each response, f32[B].
 
         Raises:
             ValueError: If the template cannot write a conversation.
         """
+        del records
         rows = [self.text(*row) for row in zip(conversations, responses, ended, strict=True)]
         width = columns(max(len(row.ids) for row in rows), self.module.config.max_positions)
         arrays = pad_right(rows, width, self.encoding.tokenizer.pad_id)
@@ -78,7 +81,9 @@ class ScorerSignal:
 
 
 class FunctionSignal:
-    """A judge that is a Python function of the user's: (conversations, responses, ended) -> a number for each.
+    """A Python function of the user's: (conversations, responses, ended) -> a number for each.
+
+    One with a parameter `records` receives the records of the prompts as well.
 
     Args:
         reference: `function:MODULE:NAME`.
@@ -102,23 +107,26 @@ class FunctionSignal:
         self.function = getattr(found, name)
         if not callable(self.function):
             raise ConfigError(f"{reference} is no function, but {type(self.function).__name__}")
+        self.reads_records = "records" in parameters_of(self.function)
 
     def __call__(
-        self, conversations: Sequence[Sequence[Message]], responses: Sequence[str], ended: Sequence[bool]
-    ) -> np.ndarray:
+        self, conversations: Sequence[Sequence[Message]], responses: Sequence[str], ended: Sequence[bool],
+        records: Sequence[Record] = (),
+    ) -> np.ndarray:  # fmt: skip
         """Returns the score of each response, f32[B].
 
         Raises:
             ConfigError: If the function returns anything but a number for each response.
             NonFiniteError: If one of them is not finite.
         """
-        return self.numbers(conversations, responses, ended)
+        named = {"records": records} if self.reads_records else {}
+        return self.numbers(conversations, responses, ended, **named)
 
     def numbers(
-        self, conversations: Sequence[Sequence[Message]], responses: Sequence[str], others: Sequence[Any]
+        self, conversations: Sequence[Sequence[Message]], responses: Sequence[str], others: Sequence[Any], **named: Any
     ) -> np.ndarray:
         """Returns what the function says of each row, f32[B]; raises as a call does."""
-        returned = self.function(conversations, responses, others)
+        returned = self.function(conversations, responses, others, **named)
         try:
             scores = np.asarray(returned).astype(np.float32, casting="same_kind")
         except (TypeError, ValueError) as error:
@@ -131,6 +139,14 @@ class FunctionSignal:
         for row in np.flatnonzero(~np.isfinite(scores))[:1]:
             raise NonFiniteError(f"{self.reference} returned {scores[row]} for the response {responses[row][:80]!r}")
         return scores
+
+
+def parameters_of(function: Any) -> tuple[str, ...]:
+    """Returns the names of a function's parameters; none of one whose signature is not known, such as a built-in."""
+    try:
+        return tuple(inspect.signature(function).parameters)
+    except (TypeError, ValueError):
+        return ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,7 +213,8 @@ def host_scores(
     if not host:
         return {}
     responses = [row[:length] for row, length in zip(tokens, lengths, strict=True)]
-    return text_scores(run, host, [prompts.turns[row] for row in rows], responses)
+    records = [prompts.records[row] for row in rows]
+    return text_scores(run, host, [prompts.turns[row] for row in rows], responses, records)
 
 
 def text_scores(
@@ -205,8 +222,25 @@ def text_scores(
     host: Mapping[str, HostSignal],
     conversations: Sequence[Sequence[Message]],
     responses: Sequence[np.ndarray],
+    records: Sequence[Record],
 ) -> dict[str, np.ndarray]:
     """Returns the scores of responses, i32[tokens] with their end, by the signals of the host, f32[B] each."""
     ended = [run.has_end(row) for row in responses]
     texts = [run.tokenizer.decode(row) for row in responses]
-    return {signal: score(conversations, texts, ended) for signal, score in host.items()}
+    return {signal: score(conversations, texts, ended, records) for signal, score in host.items()}
+
+
+def given_scores(
+    run: Run, host: Mapping[str, HostSignal], prompts: Examples, num_responses: int
+) -> Callable[[Rollout, PromptBatch], Signals] | None:
+    """Returns given(rollout, batch): scores of the host's signals on the devices; None without host signals."""
+    if not host:
+        return None
+
+    def given(rollout: Rollout, batch: PromptBatch) -> Signals:
+        tokens, lengths, rows = run.get((rollout.tokens, rollout.mask[:, rollout.prompt_length :].sum(-1), batch.row))
+        rows = np.repeat(rows, num_responses)
+        scores: Signals = run.put(host_scores(run, host, prompts, rows, tokens[:, rollout.prompt_length :], lengths))
+        return scores
+
+    return given

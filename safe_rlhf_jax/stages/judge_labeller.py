@@ -64,9 +64,46 @@ def read_constitution(name: str | None) -> dict[str, str]:
 
 def verdict(answer: str, words: Sequence[str]) -> int | None:
     """Returns the index of the word that an answer gives; None if it gives none of them, or several."""
-    said = set(re.findall(r"[A-Za-z]+", answer.casefold() if len(words[0]) > 1 else answer))
+    said = set(re.findall(r"[A-Za-z0-9]+", answer.casefold() if len(words[0]) > 1 else answer))
     given = [i for i, word in enumerate(words) if word in said]
     return given[0] if len(given) == 1 else None
+
+
+def endpoint_options(run: Run, settings: cfg.EndpointFields) -> dict[str, Any]:
+    """Returns the arguments of an `Endpoint` whose answers are kept in `answers/` of the run's folder."""
+    names = ("base_url", "model", "key_env", "timeout_s", "retries", "requests_per_minute", "concurrency", "price")
+    options = {name: getattr(settings, name) for name in names}
+    return options | {"cache": storage.path(run.config.workdir) / "answers"}
+
+
+class Verdicts:
+    """Reads the verdicts in a judge's answers, and counts the answers that are none.
+
+    Args:
+        name: Of the stage, or of the setting in it, for errors.
+        model: The judge.
+        max_bad: Share of answers that may be no verdicts.
+    """
+
+    def __init__(self, name: str, model: str, max_bad: float):
+        self.name, self.model, self.max_bad = name, model, max_bad
+        self.asked = self.without = 0
+
+    def __call__(self, answers: Sequence[str], words: Sequence[Sequence[str]]) -> list[int | None]:
+        """Returns the index of the word that each answer gives, None for one that is no verdict.
+
+        Raises:
+            DataError: If too many are none.
+        """
+        found = [verdict(*row) for row in zip(answers, words, strict=True)]
+        self.asked, self.without = self.asked + len(found), self.without + found.count(None)
+        if self.without > self.max_bad * self.asked:
+            example = answers[found.index(None)] if None in found else ""
+            raise DataError(
+                f"{self.name}: {self.without} of {self.asked} answers of {self.model} are no verdict, such as "
+                f"{example[:80]!r}: more than max_bad_records {self.max_bad}; use a model that follows the instruction"
+            )
+        return found
 
 
 class Judge:
@@ -86,15 +123,10 @@ class Judge:
 
     def __init__(self, run: Run, stage: cfg.LabelStage):
         settings: Any = stage.labeller
-        self.name, self.max_bad = stage.name, run.config.max_bad_records
         self.principles = read_constitution(settings.constitution)
         self.digest = hashlib.sha256("\0".join(self.principles[q] for q in QUESTIONS).encode()).hexdigest()[:12]
-        self.endpoint = Endpoint(
-            settings.base_url, settings.model, cache=storage.path(run.config.workdir) / "answers",
-            key_env=settings.key_env, timeout_s=settings.timeout_s, retries=settings.retries,
-            requests_per_minute=settings.requests_per_minute, concurrency=settings.concurrency, price=settings.price,
-        )  # fmt: skip
-        self.asked = self.without = 0
+        self.endpoint = Endpoint(**endpoint_options(run, settings))
+        self.verdicts = Verdicts(stage.name, settings.model, run.config.max_bad_records)
 
     def __call__(self, pairs: Sequence[Any], start: int) -> list[dict[str, Any]]:
         """Returns the labels of each pair.
@@ -106,14 +138,7 @@ class Judge:
         del start
         questions = [question for pair in pairs for question in self.questions(pair)]
         answers = self.endpoint.answers([[{"role": "user", "content": text}] for text, _ in questions], **ASKED)
-        found = [verdict(answer, words) for answer, (_, words) in zip(answers, questions, strict=True)]
-        self.asked, self.without = self.asked + len(found), self.without + found.count(None)
-        if self.without > self.max_bad * self.asked:
-            example = answers[found.index(None)] if None in found else ""
-            raise DataError(
-                f"{self.name}: {self.without} of {self.asked} answers of {self.endpoint.model} are no verdict, such as "
-                f"{example[:80]!r}: more than max_bad_records {self.max_bad}; use a model that follows the instruction"
-            )
+        found = self.verdicts(answers, [words for _, words in questions])
         return [of_verdicts(found[i : i + 6]) for i in range(0, len(found), 6)]
 
     def questions(self, pair: Any) -> list[tuple[str, tuple[str, str]]]:
@@ -137,7 +162,8 @@ class Judge:
         """Returns what the labels took."""
         usage = self.endpoint.usage
         return {
-            "requests": float(usage.requests), "answers_kept": float(usage.cached), "no_verdict": float(self.without),
+            "requests": float(usage.requests), "answers_kept": float(usage.cached),
+            "no_verdict": float(self.verdicts.without),
             "tokens": float(usage.prompt_tokens + usage.completion_tokens), "price": usage.cost,
         }  # fmt: skip
 

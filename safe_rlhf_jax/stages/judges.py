@@ -116,6 +116,7 @@ def by_text(run: Run, signal: HostSignal, data: Examples) -> Sides:
             which = np.arange(start, start + rows) % len(data)  # the last batch is filled from the beginning
             conversations = [data.turns[2 * row + i][:-1] for row in which]
             responses = [side.tokens[row][side.response_mask[row]] for row in which]
-            parts.append(text_scores(run, {"": signal}, conversations, responses)[""])
+            records = [data.records[row] for row in which]
+            parts.append(text_scores(run, {"": signal}, conversations, responses, records)[""])
         found.append(np.concatenate(parts)[: len(data)].astype(np.float64))
     return found[0], found[1]

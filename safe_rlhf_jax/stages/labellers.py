@@ -89,9 +89,8 @@ def models(run: Run, stage: cfg.LabelStage) -> Labeller:
         del start
         turns = [pair.turns for pair in pairs for _ in range(2)]
         texts = [text for pair in pairs for text in pair.responses]
-        scores = {
-            kind: np.reshape(signal(turns, texts, [True] * len(texts)), (-1, 2)) for kind, signal in signals.items()
-        }
+        ended, records = [True] * len(texts), [pair.record for pair in pairs for _ in range(2)]
+        scores = {kind: np.reshape(signal(turns, texts, ended, records), (-1, 2)) for kind, signal in signals.items()}
         return [of_scores(*row) for row in zip(scores["reward"], scores["cost"], strict=True)]
 
     return Labeller(label, {"labeller": "models", "reward": settings.reward, "cost": settings.cost})

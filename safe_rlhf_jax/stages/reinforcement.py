@@ -26,6 +26,7 @@ from safe_rlhf_jax.rl.kl import KL_LOSSES, KLControl
 from safe_rlhf_jax.rl.rollout import Networks
 from safe_rlhf_jax.rl.step import Hyperparameters, collect, learn, make_step
 from safe_rlhf_jax.stages.algorithm import check_rl, idle_beside_algorithm
+from safe_rlhf_jax.stages.asked import open_signals
 from safe_rlhf_jax.stages.common import Run, export, oracle_for, report_data, weights, writers
 from safe_rlhf_jax.stages.constraints import (
     check_groups,
@@ -36,7 +37,7 @@ from safe_rlhf_jax.stages.constraints import (
     initial_multiplier,
 )
 from safe_rlhf_jax.stages.datasets import take
-from safe_rlhf_jax.stages.host_signals import HostSignal, Scorers, host_scores, open_scorers
+from safe_rlhf_jax.stages.host_signals import HostSignal, Scorers, given_scores, host_scores, open_scorers
 from safe_rlhf_jax.stages.judges import judge_signals
 from safe_rlhf_jax.stages.kind import Kind, Training
 from safe_rlhf_jax.stages.networks import jit_step, optimizer_of, with_adapters
@@ -59,13 +60,15 @@ def run_reinforcement(run: Run, stage: cfg.RLStage, folder: storage.Path) -> dic
     prompts = take(run, stage, "prompts")
     report_data(stage.name, prompts)
     groups = examples.group_names(prompts.records, stage.group_field)
-    limits = {signal: cost_limits(run, stage, signal) for signal in constraints_of(stage)}
+    asked = open_signals(run, stage, folder)
+    limits = {signal: cost_limits(run, stage, signal, asked) for signal in constraints_of(stage)}
     hp = hyperparameters(run, stage, {signal: values for signal, (values, _) in limits.items()}, groups)
     with run.networks.reading_once():
         networks, state, frozen, host = build_networks(run, stage, hp)
+        host |= asked
         judges = open_scorers(run, judge_signals(stage))  # for evaluations; no step sees them
     algorithm = ALGORITHMS[stage.algorithm.name]
-    step = compile_step(run, stage, networks, algorithm, hp, state, given_scores(run, host, prompts, hp))
+    step = compile_step(run, stage, networks, algorithm, hp, state, given_scores(run, host, prompts, hp.num_responses))
     seed = run.seed(stage)
     base = frozen.bases.get(networks.policy.base) if isinstance(networks.policy, Adapted) else None
     readable = on_bases(networks, frozen)
@@ -169,22 +172,6 @@ def on_bases(networks: Networks, frozen: Frozen) -> Frozen:
     return Frozen(with_base(networks.policy, frozen.reference), scorers)
 
 
-def given_scores(
-    run: Run, host: Mapping[str, HostSignal], prompts: examples.Examples, hp: Hyperparameters
-) -> Callable[[Rollout, PromptBatch], Signals] | None:
-    """Returns given(rollout, batch): scores of the host's signals on the devices; None without host signals."""
-    if not host:
-        return None
-
-    def given(rollout: Rollout, batch: PromptBatch) -> Signals:
-        tokens, lengths, rows = run.get((rollout.tokens, rollout.mask[:, rollout.prompt_length :].sum(-1), batch.row))
-        rows = np.repeat(rows, hp.num_responses)
-        scores: Signals = run.put(host_scores(run, host, prompts, rows, tokens[:, rollout.prompt_length :], lengths))
-        return scores
-
-    return given
-
-
 def moving_reference(run: Run, params: Any) -> MovingReference:
     """Returns a moving reference, initialised from the actor."""
     age = run.networks.everywhere(lambda: jnp.zeros((), jnp.float32))
@@ -253,7 +240,7 @@ def jit_programs(
 
 def is_fused(stage: cfg.RLStage, networks: Networks) -> bool:
     """Says whether an iteration is one program: `fuse` is set and every signal is computed on the devices."""
-    return stage.fuse and networks.scorers.keys() == stage.scorers.keys()
+    return stage.fuse and networks.scorers.keys() == set(stage.scored)
 
 
 def compile_step(
@@ -315,10 +302,16 @@ def make_evaluate(
         )
         units.update(units or reward_units(samples))
         add_averages(samples, units)
-        summary = summarize(samples)
-        return {f"eval/{k}": v for k, v in summary.items() if "/" not in k and not k.endswith(("_low", "_high"))}
+        return {f"eval/{name}": value for name, value in curves(summarize(samples)).items()}
 
     return evaluate_policy
+
+
+def curves(summary: Mapping[str, float]) -> dict[str, float]:
+    """Returns the numbers of a summary to follow along training: no intervals, and no parts but the named costs."""
+    whole = {name: value for name, value in summary.items() if not name.endswith(("_low", "_high"))}
+    named = ("cost_mean/", "unsafe_share/")
+    return {name: value for name, value in whole.items() if "/" not in name or name.startswith(named)}
 
 
 def measured_on_prompts(
@@ -330,7 +323,7 @@ def measured_on_prompts(
     def respond(batch: Any, key: jax.Array) -> dict[str, Any]:
         del key
         rows = len(batch.tokens)
-        numbers = ("kl", *stage.scorers, *judge_signals(stage))
+        numbers = ("kl", *getattr(stage, "scored", stage.scorers), *judge_signals(stage))
         return {"tokens": batch.tokens, "length": np.zeros(rows)} | dict.fromkeys(numbers, np.zeros(rows))
 
     samples = evaluate.collect_samples(
@@ -338,7 +331,7 @@ def measured_on_prompts(
         split="test", group_field=stage.group_field, oracle=oracle_for(data),
     )  # fmt: skip
     add_averages(samples, reward_units(samples))
-    return {name for name in summarize(samples) if "/" not in name}
+    return set(curves(summarize(samples)))
 
 
 def reinforcement_programs(run: Run, stage: cfg.RLStage) -> Iterator[Program]:
@@ -361,7 +354,7 @@ def reinforcement_programs(run: Run, stage: cfg.RLStage) -> Iterator[Program]:
     generation = Program("generation", jitted["generation"], (state.actor.params, frozen.bases, batch, key))
     yield generation
     rollout = put(run, jax.eval_shape(generation.function, *generation.arguments))
-    given = {signal: put(run, array(rows, dtype=jnp.float32)) for signal in stage.scorers.keys() - networks.scorers}
+    given = {signal: put(run, array(rows, dtype=jnp.float32)) for signal in set(stage.scored) - networks.scorers.keys()}
     yield Program("learning", jitted["learning"], (state, frozen, rollout, batch.ptx, key, given))
 
 

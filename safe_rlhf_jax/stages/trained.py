@@ -68,10 +68,12 @@ def critic_starts(run: Run, stage: cfg.RLStage) -> dict[str, str]:
     """Returns {signal: initial model of its critic}; empty for an algorithm without critics.
 
     It is the model that `critics` names, else its scorer, or the actor's if the scorer reads other tokens than the
-    policy.
+    policy, or is no model of the step.
     """
     if ALGORITHMS[stage.algorithm.name].baseline is not None:
         return {}
-    found = {"reward": stage.reward_model}
-    found |= {s: stage.scorers["reward" if one.of == "reward" else s] for s, one in constraints_of(stage).items()}
+    scored = {"reward": "reward"} | {
+        s: "reward" if one.of == "reward" else s for s, one in constraints_of(stage).items()
+    }
+    found = {signal: stage.scorers.get(score, stage.init_from) for signal, score in scored.items()}
     return {s: stage.critics.get(s) or (stage.init_from if own in run.own else own) for s, own in found.items()}

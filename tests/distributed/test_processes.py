@@ -23,7 +23,9 @@ TRAIN = "-m", "safe_rlhf_jax.train", "--config", ROOT / "tests" / "configs" / "r
 JOIN = """
 import logging
 import jax
+import numpy as np
 from safe_rlhf_jax import log, processes
+from safe_rlhf_jax.errors import UserError
 from safe_rlhf_jax.sharding import make_mesh, process_share
 log.show()
 processes.start()
@@ -33,6 +35,25 @@ logging.getLogger("safe_rlhf_jax.test").info(f"heard of {jax.process_count()} {a
 assert answers == [False, True, True]
 shares = {(4, 1, 1): (index, 2), (1, 2, 2): (index, 2), (2, 1, 2): (index, 2), (1, 1, 4): (0, 1)}
 assert {mesh: process_share(make_mesh(mesh)) for mesh in shares} == shares
+
+
+def scores():
+    assert index == 0
+    return np.array([1.5, -2.0], np.float32)
+
+
+def failure():
+    raise UserError("down")
+
+
+with jax.set_mesh(make_mesh((4, 1, 1))):
+    assert processes.of_first(scores, np.zeros(2, np.float32)).tolist() == [1.5, -2.0]
+    try:
+        processes.of_first(failure, np.zeros(2, np.float32))
+    except UserError as error:
+        assert str(error) == ("the first process has failed; it says why" if index else "down")
+    else:
+        raise AssertionError("the first process has failed")
 """
 
 
@@ -202,3 +223,41 @@ def test_termination_of_one_process_stops_all_and_death_of_one_ends_all(start_pr
     assert re.search("another (task|process) died", first)  # as JAX says it, or we
     steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
     assert steps == list(range(1, len(steps) + 1))
+
+
+COUNT = """
+import os
+import pathlib
+LOG = pathlib.Path(__file__).parent / "asked"
+def vowels(conversations, responses, ended):
+    if "Hello!" not in responses:
+        asked = LOG.read_text().splitlines() if LOG.exists() else []
+        LOG.write_text("\\n".join([*asked, os.environ["JAX_PROCESS_ID"]]))
+        if len(asked) == 3:
+            raise OSError("down")
+    return [sum(map(response.count, "aeiou")) / 10.0 - 1.0 for response in responses]
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_function_is_asked_by_the_first_process_and_its_failure_is_saved_by_all(start_processes, models, tmp_path):
+    (tmp_path / "counting.py").write_text(COUNT)
+    arguments = [*map(str, TRAIN[2:]), f"workdir={tmp_path / 'run'}", *models[:2], "mesh={data: 4}"]
+    arguments += ["stages.ppo_lag.signals={cost: {function: 'counting:vowels', retries: 0}}"]
+    arguments += ["stages.ppo_lag.cost_model=null", "stages.ppo_lag.steps=5"]
+    code = (
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from safe_rlhf_jax import train; "
+        f"sys.exit(train.main({arguments!r}))"
+    )
+    processes = start_processes(2, "-c", code, devices=2)
+    first, second = outputs(processes, timeout=300)
+    assert [process.returncode for process in processes] == [1, 1], first + second
+    assert "counting:vowels raised OSError: down in one try" in first
+    assert "step 3 is saved, the same command continues" in first
+    assert "the first process has failed; it says why" in second
+    processes = start_processes(2, "-c", code, devices=2)
+    first, second = outputs(processes, timeout=300)
+    assert [process.returncode for process in processes] == [0, 0], first + second
+    assert "continuing from step 3" in first
+    assert set((tmp_path / "asked").read_text().split()) == {"0"}

@@ -270,6 +270,14 @@ def test_report_survives_missing_groups_scores_and_metrics(tmp_path):
     assert "(empty)" in text
 
 
+def test_costs_and_multipliers_of_a_name_have_curves_of_their_own():
+    names = ("train/cost", "train/cost/words", "train/multiplier/words", "train/mean_cost/words")
+    rows = [{"step": step} | dict.fromkeys(names, float(step)) for step in range(3)]
+    titles = {ax.get_title() for ax in plots.training_curves({"PPO": rows}, {"PPO": "#000000"}).axes}
+    assert {"Cost, all training prompts: words", "Multiplier λ: words"} <= titles
+    assert "Mean cost the constraint sees: words" in titles
+
+
 def test_headline_table_shows_the_measured_rates_with_intervals(full_page):
     report, text = make_report(), full_page.read_text(encoding="utf-8")
     for samples in report.policies.values():
