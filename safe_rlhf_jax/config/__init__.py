@@ -8,7 +8,15 @@ from safe_rlhf_jax.config.assessing import CertifyStage, Claim, JudgeStage
 from safe_rlhf_jax.config.base import OptimizerConfig, StageBase, TrainingStage
 from safe_rlhf_jax.config.data import Data, Mixture, Schema, Share, is_set, parts_of
 from safe_rlhf_jax.config.loading import dump, load_config
-from safe_rlhf_jax.config.making import JudgeLabeller, LabelStage, ModelLabeller, OracleLabeller, SampleStage
+from safe_rlhf_jax.config.making import (
+    AuditStage,
+    JudgeLabeller,
+    Labelling,
+    LabelStage,
+    ModelLabeller,
+    OracleLabeller,
+    SampleStage,
+)
 from safe_rlhf_jax.config.run import Execution, Mesh, RunConfig, Stage
 from safe_rlhf_jax.config.sampled import DualStage, EvaluateStage, RejectionStage, RLStage
 from safe_rlhf_jax.config.sampling import SampledPrompts
@@ -25,10 +33,10 @@ from safe_rlhf_jax.config.uses import DataUse, ModelUse
 from safe_rlhf_jax.errors import ConfigError
 
 __all__ = [
-    "AlgorithmConfig", "CalibratedLimit", "CertifyStage", "Claim", "ConfigError", "CostStage", "DPOStage", "Data",
-    "DataUse", "DualStage", "EvaluateStage", "Execution", "JudgeLabeller", "JudgeStage", "KLConfig", "LabelStage",
-    "Lagrange", "MergeStage", "Mesh", "Mixture", "ModelLabeller", "ModelUse", "OptimizerConfig", "OracleLabeller",
-    "PIDConfig", "PreferenceStage", "RLStage", "RejectionStage", "RewardStage", "RunConfig", "SFTStage",
-    "SampleStage", "SampledPrompts", "Schema", "Share", "Stage", "StageBase", "SupervisedStage", "TrainingStage",
-    "dump", "is_set", "load_config", "parts_of",
+    "AlgorithmConfig", "AuditStage", "CalibratedLimit", "CertifyStage", "Claim", "ConfigError", "CostStage",
+    "DPOStage", "Data", "DataUse", "DualStage", "EvaluateStage", "Execution", "JudgeLabeller", "JudgeStage",
+    "KLConfig", "LabelStage", "Labelling", "Lagrange", "MergeStage", "Mesh", "Mixture", "ModelLabeller", "ModelUse",
+    "OptimizerConfig", "OracleLabeller", "PIDConfig", "PreferenceStage", "RLStage", "RejectionStage", "RewardStage",
+    "RunConfig", "SFTStage", "SampleStage", "SampledPrompts", "Schema", "Share", "Stage", "StageBase",
+    "SupervisedStage", "TrainingStage", "dump", "is_set", "load_config", "parts_of",
 ]  # fmt: skip

@@ -88,15 +88,11 @@ class PeopleLabeller(Schema):
 Labeller = Annotated[OracleLabeller | ModelLabeller | JudgeLabeller | PeopleLabeller, Field(discriminator="kind")]
 
 
-class LabelStage(StageBase):
-    """Labels of pairs of responses, in the fields of PKU-SafeRLHF."""
+class Labelling(StageBase):
+    """Base of stages that have pairs of responses labelled."""
 
-    makes_data: ClassVar[tuple[Reads, ...]] = ("reward", "cost", "prompts")
     lengths: ClassVar[tuple[str, ...]] = ("max_prompt_length", "max_response_length")
-    kind: Literal["label"]
-    samples: ReadOnce  # a sample stage, `stage:NAME`, or records with a prompt and `responses`
     labeller: Labeller
-    pairs_per_prompt: PositiveInt = 1  # of the different responses to a prompt, drawn
     batch_size: PositiveInt = 64  # pairs at once
     max_prompt_length: PositiveInt = 256  # tokens
     max_response_length: PositiveInt = 256  # tokens
@@ -115,6 +111,30 @@ class LabelStage(StageBase):
         uses = {kind: scorer(name, kind) for kind, name in named.items()}
         return {f"labeller.{kind}": dataclasses.replace(use, may_be_function=True) for kind, use in uses.items()}
 
+
+class LabelStage(Labelling):
+    """Labels of pairs of responses, in the fields of PKU-SafeRLHF."""
+
+    makes_data: ClassVar[tuple[Reads, ...]] = ("reward", "cost", "prompts")
+    kind: Literal["label"]
+    samples: ReadOnce  # a sample stage, `stage:NAME`, or records with a prompt and `responses`
+    pairs_per_prompt: PositiveInt = 1  # of the different responses to a prompt, drawn
+
     def datasets(self) -> dict[str, DataUse]:
         """Returns the responses, by field."""
         return {"samples": DataUse(self.samples, "prompts", self.max_prompt_length, "sample")}
+
+
+class AuditStage(Labelling):
+    """Labels held against those of another labeller, such as people: below a threshold the run ends."""
+
+    unhashed: ClassVar[frozenset[str]] = frozenset({"minimum"})
+    kind: Literal["audit"]
+    labels: ReadOnce  # a label stage, `stage:NAME`, or labelled pairs
+    share: Annotated[float, Field(gt=0.0, le=1.0)] = 0.1  # of the pairs [paper]
+    minimum: Share = 0.7  # agreement, of each question, below which the run ends
+    by: str = "category"  # field of a record: every value of it has its share
+
+    def datasets(self) -> dict[str, DataUse]:
+        """Returns the labelled pairs, by field."""
+        return {"labels": DataUse(self.labels, "prompts", self.max_prompt_length, "sample")}

@@ -84,7 +84,7 @@ class Judge:
         ConfigError: If the constitution cannot be read, or the endpoint's key is missing.
     """
 
-    def __init__(self, run: Run, stage: cfg.LabelStage):
+    def __init__(self, run: Run, stage: cfg.Labelling):
         settings: Any = stage.labeller
         self.name, self.max_bad = stage.name, run.config.max_bad_records
         self.principles = read_constitution(settings.constitution)

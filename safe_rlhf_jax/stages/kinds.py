@@ -1,6 +1,7 @@
 """The kinds of stages, by the name that a config gives them. A new one is a schema, a file, and a line here."""
 
 from safe_rlhf_jax import config as cfg
+from safe_rlhf_jax.stages.audit import AUDIT
 from safe_rlhf_jax.stages.certificate import CERTIFY
 from safe_rlhf_jax.stages.common import Run
 from safe_rlhf_jax.stages.comparison import JUDGE
@@ -26,6 +27,7 @@ KINDS: dict[str, Kind] = {
     "evaluate": EVALUATE,
     "sample": SAMPLE,
     "label": LABEL,
+    "audit": AUDIT,
     "certify": CERTIFY,
     "judge": JUDGE,
 }

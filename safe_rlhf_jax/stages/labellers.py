@@ -60,7 +60,7 @@ def consistent(labels: Labels) -> Labels:
     }
 
 
-def oracle(run: Run, stage: cfg.LabelStage) -> Labeller:
+def oracle(run: Run, stage: cfg.Labelling) -> Labeller:
     """Returns the oracle of the embedded world, with its annotators' errors; each pair has its own draws."""
     settings: Any = stage.labeller
     seed = run.seed(stage)
@@ -80,7 +80,7 @@ def oracle(run: Run, stage: cfg.LabelStage) -> Labeller:
     return Labeller(label, {"labeller": "oracle"})
 
 
-def models(run: Run, stage: cfg.LabelStage) -> Labeller:
+def models(run: Run, stage: cfg.Labelling) -> Labeller:
     """Returns models that score, or functions: the higher reward is better, the lower cost safer, a cost ≤ 0 safe."""
     settings: Any = stage.labeller
     signals: dict[str, HostSignal] = {}
@@ -100,7 +100,7 @@ def models(run: Run, stage: cfg.LabelStage) -> Labeller:
     return Labeller(label, {"labeller": "models", "reward": settings.reward, "cost": settings.cost})
 
 
-def judge(run: Run, stage: cfg.LabelStage) -> Labeller:
+def judge(run: Run, stage: cfg.Labelling) -> Labeller:
     """Returns a judge behind an endpoint."""
     asked = Judge(run, stage)
     return Labeller(
@@ -109,20 +109,24 @@ def judge(run: Run, stage: cfg.LabelStage) -> Labeller:
 
 
 def of_scores(reward: np.ndarray, cost: np.ndarray) -> Labels:
-    """Returns the labels of a pair from its rewards and costs, f32[2] each; equal scores prefer neither."""
-    better = {} if reward[0] == reward[1] else {"better_response_id": int(reward.argmax())}
+    """Returns the labels of a pair from its rewards and costs, f32[2] each; equal scores prefer neither.
+
+    The margins, differences of the scores, say where an audit should look.
+    """
+    margins = {"better_margin": abs(float(reward[0] - reward[1])), "safer_margin": abs(float(cost[0] - cost[1]))}
+    better = margins if reward[0] == reward[1] else margins | {"better_response_id": int(reward.argmax())}
     safer = {} if cost[0] == cost[1] else {"safer_response_id": int(cost.argmin())}
     return better | safer | {f"is_response_{i}_safe": bool(cost[i] <= 0) for i in (0, 1)}
 
 
-def people(run: Run, stage: cfg.LabelStage) -> Labeller:
+def people(run: Run, stage: cfg.Labelling) -> Labeller:
     """Returns people, who label all pairs of the stage at once, outside of the run."""
     settings: Any = stage.labeller
     folder = run.folder(stage.name)
     return Labeller(lambda pairs, start: people_labels(folder, pairs, settings.instruction), {"labeller": "people"})
 
 
-LABELLERS: dict[str, Callable[[Run, cfg.LabelStage], Labeller]] = {
+LABELLERS: dict[str, Callable[[Run, cfg.Labelling], Labeller]] = {
     "oracle": oracle,
     "models": models,
     "judge": judge,
@@ -130,6 +134,6 @@ LABELLERS: dict[str, Callable[[Run, cfg.LabelStage], Labeller]] = {
 }
 
 
-def labeller_of(run: Run, stage: cfg.LabelStage) -> Labeller:
+def labeller_of(run: Run, stage: cfg.Labelling) -> Labeller:
     """Returns the labeller of a stage."""
     return LABELLERS[stage.labeller.kind](run, stage)

@@ -32,6 +32,9 @@ from safe_rlhf_jax.stages.sampling import sampled, sampler_of
 LABELLED = ("better_response_id", "better_votes", "safer_response_id", "safer_votes")  # any of these is a label
 
 
+NOT_OF_PROMPT = ("responses", "policies", "labelled_by", "better_margin", "safer_margin")  # fields that are made anew
+
+
 def run_sample(run: Run, stage: cfg.SampleStage, folder: storage.Path) -> dict[str, Any]:
     """Samples responses of every policy to every prompt."""
     prompts = take(run, stage, "prompts")
@@ -136,6 +139,19 @@ def run_label(run: Run, stage: cfg.LabelStage, folder: storage.Path) -> dict[str
     samples = take(run, stage, "samples", load_samples)
     report_data(stage.name, samples)
     pairs = list(pairs_of(stage, samples, run.seed(stage)))
+    labelled, said = label_all(run, stage, pairs, folder)
+    usable = [record for record in labelled if not record.keys().isdisjoint(LABELLED)]
+    if not usable:
+        raise UserError(f"{stage.name}: none of {len(pairs)} pairs has a label")
+    write_data(folder, usable)
+    counts = {"pairs": float(len(usable)), "without_label": float(len(labelled) - len(usable))}
+    return {"metrics": counts | shares(usable) | said}
+
+
+def label_all(
+    run: Run, stage: cfg.Labelling, pairs: Sequence[Pair], folder: storage.Path
+) -> tuple[list[Record], dict[str, float]]:
+    """Returns pairs as records with their labels, and what the labels took; batches that are done are kept."""
     file = folder / "batches.jsonl"
     labelled: list[Record] = [record for batch in kept_batches(file) for record in batch]
     labeller = labeller_of(run, stage)
@@ -152,17 +168,12 @@ def run_label(run: Run, stage: cfg.LabelStage, folder: storage.Path) -> dict[str
         labelled += found
         bar.write(start + len(batch), {})
     bar.close()
-    usable = [record for record in labelled if not record.keys().isdisjoint(LABELLED)]
-    if not usable:
-        raise UserError(f"{stage.name}: none of {len(pairs)} pairs has a label")
-    write_data(folder, usable)
-    counts = {"pairs": float(len(usable)), "without_label": float(len(labelled) - len(usable))}
-    return {"metrics": counts | shares(usable) | labeller.said()}
+    return labelled, labeller.said()
 
 
 def as_record(pair: Pair) -> Record:
     """Returns a pair in the fields of a record, without labels."""
-    extra = {name: value for name, value in pair.record.items() if name not in (*OWN, "responses", "policies")}
+    extra = {name: value for name, value in pair.record.items() if name not in (*OWN, *NOT_OF_PROMPT)}
     whose = dict(zip(pair.record.get("responses", ()), pair.record.get("policies", ()), strict=False))
     makers = {f"policy_{i}": whose[text] for i, text in enumerate(pair.responses) if text in whose}
     return {"prompt": pair.turns, "response_0": pair.first, "response_1": pair.second} | extra | makers

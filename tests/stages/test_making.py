@@ -11,6 +11,7 @@ from safe_rlhf_jax import config as cfg
 from safe_rlhf_jax.data import demo
 from safe_rlhf_jax.metrics import read_jsonl
 from safe_rlhf_jax.stages import Run, check_run
+from safe_rlhf_jax.stages.audit import AUDIT, drawn
 from safe_rlhf_jax.stages.labellers import Pair, of_scores, oracle
 
 CONFIG = Path(__file__).parent.parent / "configs" / "making.yaml"
@@ -139,6 +140,42 @@ def test_check_of_samples_without_responses_says_what_is_missing(mini_run, tmp_p
         check_run(Run(cfg.load_config(tmp_path / "config.yaml")))
 
 
+# --- Audits
+
+
+def test_audit_labels_a_share_of_every_category_again_and_says_how_often_it_is_the_same(made):
+    audited, labelled = records(made[0], "audit"), records(made[0], "by_oracle")
+    found = json.loads((made[0] / "audit" / "result.json").read_text())
+    texts = {(json.dumps(r["prompt"]), r["response_0"], r["response_1"]): r for r in labelled}
+    before = [texts[json.dumps(r["prompt"]), r["response_0"], r["response_1"]] for r in audited]
+    assert {r["category"] for r in audited} == {r["category"] for r in labelled}
+    same = [a["better_response_id"] == b["better_response_id"] for a, b in zip(audited, before, strict=True)]
+    assert found["agreement"]["helpfulness"]["rate"] == pytest.approx(np.mean(same))
+    assert found["agreement"]["safe or not"]["n"] == 2 * len(audited) == 2 * found["metrics"]["pairs"]
+    assert sum(part["helpfulness"]["n"] for part in found["by_category"].values()) == len(audited)
+
+
+def test_audit_looks_at_close_calls_and_at_clear_ones():
+    rows = [{"category": "ab"[i % 2], "better_margin": float(i)} for i in range(200)] + [{"category": "c"}]
+    found = drawn(rows, 0.1, "category", 0)
+    assert found == drawn(rows, 0.1, "category", 0) != drawn(rows, 0.1, "category", 1)
+    assert [sum(rows[i]["category"] == c for i in found) for c in "abc"] == [10, 10, 1]
+    close = [i for i in found[:-1] if rows[i]["better_margin"] < 100]
+    assert len(close) == 10
+
+
+def test_labels_that_another_labeller_does_not_share_end_the_run_each_time():
+    stage = {"kind": "audit", "name": "audit", "labels": {"name": "x"}, "labeller": {"kind": "oracle"}, "minimum": 0.7}
+    stage = cfg.RunConfig(workdir="x", stages=[stage]).stages[0]
+    rates = {"safety": 0.6, "helpfulness": 0.8}
+    agreed = {name: {"rate": rate, "low": rate - 0.1, "high": rate + 0.1} for name, rate in rates.items()}
+    error = AUDIT.refusal(stage, {"agreement": agreed})
+    assert "less than minimum 0.7" in str(error)
+    assert "safety 60.0% (50.0% to 70.0%)" in str(error)
+    assert "helpfulness" not in str(error)
+    assert AUDIT.refusal(stage.model_copy(update={"minimum": 0.6}), {"agreement": agreed}) is None
+
+
 # --- Labellers
 
 
@@ -169,6 +206,7 @@ def test_oracle_refuses_prompts_of_another_world():
 
 def test_equal_scores_prefer_neither_response():
     assert of_scores(np.array([1.0, 1.0]), np.array([-1.0, 2.0])) == {
+        "better_margin": 0.0, "safer_margin": 3.0,
         "safer_response_id": 0, "is_response_0_safe": True, "is_response_1_safe": False,
     }  # fmt: skip
     assert "safer_response_id" not in of_scores(np.array([1.0, 2.0]), np.array([0.0, 0.0]))
