@@ -11,7 +11,7 @@ import sys
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any, Protocol, TextIO, runtime_checkable
 
@@ -70,6 +70,11 @@ class JsonlWriter:
 def read_jsonl(path: storage.Place) -> list[dict[str, Any]]:
     """Returns the records of a file of `JsonlWriter`, in the order of their lines."""
     return [{k: _number(v) for k, v in json.loads(line).items()} for line in storage.read_lines(path) if line]
+
+
+def write_jsonl(path: storage.Place, records: Iterable[Mapping[str, Any]]) -> None:
+    """Writes records as a whole file, a line each."""
+    storage.write(path, "".join(f"{json.dumps(record)}\n" for record in records))
 
 
 def _jsonable(value: float) -> float | str:

@@ -29,6 +29,7 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 import hypothesis
 import jax
 import pytest
+import yaml
 from flax import struct
 from jaxtyping import install_import_hook
 
@@ -113,6 +114,19 @@ def train_process():
         return moments.checked(
             subprocess.run(command, env=environment | flags, capture_output=True, text=True, timeout=timeout)
         )
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def finished_run(train_process):
+    """Runs a config given as a tree, by a file in a folder; returns the run's folder, the file and what was said."""
+
+    def run(folder, tree):
+        (folder / "config.yaml").write_text(yaml.safe_dump(tree))
+        process = train_process(config=folder / "config.yaml")
+        assert process.returncode == 0, process.stderr
+        return folder / "run", folder / "config.yaml", process.stdout
 
     return run
 

@@ -10,7 +10,7 @@ import pydantic
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from safe_rlhf_jax.config.algorithm import Lagrange
-from safe_rlhf_jax.config.data import Schema, Share, parts_of, source
+from safe_rlhf_jax.config.data import Data, Schema, Share, parts_of, source
 from safe_rlhf_jax.config.messages import did_you_mean, nearest_multiples
 from safe_rlhf_jax.config.uses import DataUse, Makes, ModelUse, Reads
 from safe_rlhf_jax.models.config import PRESETS, TARGETS, Lora
@@ -101,8 +101,11 @@ class StageBase(Schema):
 
     def makers(self) -> tuple[str, ...]:
         """Returns the stages whose records the stage reads."""
-        parts = [part for use in self.datasets().values() for part in parts_of(use.data)]
-        return tuple(dict.fromkeys(part.maker for part in parts if part.maker is not None))
+        return tuple(dict.fromkeys(part.maker for part in self.parts() if part.maker is not None))
+
+    def parts(self) -> list[Data]:
+        """Returns the parts of all data sets that the stage reads."""
+        return [part for use in self.datasets().values() for part in parts_of(use.data)]
 
     def mistakes(self, earlier: Sequence["StageBase"]) -> Iterator[str]:
         """Yields errors with respect to earlier stages, and of sizes that must divide each other."""

@@ -21,13 +21,15 @@ class Schema(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
     refused: ClassVar[dict[str, str]] = {}  # keys that a user might expect here -> why they do not exist
     unhashed: ClassVar[frozenset[str]] = frozenset()  # keys that change no result: a run continues with other values
-    # Keys that are younger than finished runs: at its default each means what was done before it existed.
+    # Keys of this class that are younger than finished runs: at its default each means what was done before it existed.
     added: ClassVar[frozenset[str]] = frozenset()
 
     def without_effect(self) -> frozenset[str]:
         """Returns the keys that change no result, as they are set."""
         fields = type(self).model_fields
-        return self.unhashed | {name for name in self.added if getattr(self, name) == fields[name].default}
+        added = frozenset[str]().union(*(vars(schema).get("added", ()) for schema in type(self).__mro__))
+        default = {name: fields[name].get_default(call_default_factory=True) for name in added}
+        return self.unhashed | {name for name in added if getattr(self, name) == default[name]}
 
     def idle(self) -> dict[str, str]:
         """Returns {setting, possibly dotted: why it has no effect with the others}."""

@@ -3,6 +3,7 @@
 import dataclasses
 import re
 from collections.abc import Iterator
+from typing import ClassVar
 
 import pydantic
 from pydantic import Field
@@ -24,13 +25,10 @@ def signals_are_named(value: dict[str, str]) -> dict[str, str]:
 class Judged(Schema):
     """Judges of a stage's responses."""
 
+    added: ClassVar[frozenset[str]] = frozenset({"judges"})
     # {reward/NAME or cost/NAME: an earlier stage, path:…, hf:… or function:MODULE:NAME}: models that score results, and
     # on which nothing is trained. A cost is the logit of "unsafe".
     judges: dict[str, str] = Field(default_factory=dict)
-
-    def without_effect(self) -> frozenset[str]:
-        """Judges that are not asked for change nothing."""
-        return super().without_effect() | (set() if self.judges else {"judges"})
 
     _signals = pydantic.field_validator("judges")(signals_are_named)
 

@@ -211,6 +211,7 @@ class DualStage(DualFields, StageBase):
 class EvaluateStage(Answered):
     """Compares policies on held-out prompts and writes the report."""
 
+    added: ClassVar[frozenset[str]] = frozenset({"pairs", "demonstrations"})
     kind: Literal["evaluate"]
     policies: Annotated[tuple[str, ...], Field(min_length=1)]  # stages; the first is the baseline
     reward_model: str
@@ -220,10 +221,6 @@ class EvaluateStage(Answered):
     # Labelled pairs on which the two models and the judges are measured, cut as long as a prompt with its response.
     pairs: dict[Literal["reward", "cost"], ReadOnce] = Field(default_factory=dict)
     demonstrations: ReadOnce | None = None  # on which the perplexity of every policy is measured
-
-    def without_effect(self) -> frozenset[str]:
-        """Measurements that are not asked for change nothing."""
-        return super().without_effect() | {name for name in ("pairs", "demonstrations") if not getattr(self, name)}
 
     def idle(self) -> dict[str, str]:
         """A choice among identical responses."""

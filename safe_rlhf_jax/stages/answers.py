@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -18,6 +17,7 @@ from safe_rlhf_jax.evaluation import evaluate
 from safe_rlhf_jax.evaluation.provenance import code_version, machine
 from safe_rlhf_jax.inference.best_of_n import make_sampler
 from safe_rlhf_jax.inference.sampling import Sampling
+from safe_rlhf_jax.metrics import write_jsonl
 from safe_rlhf_jax.models.adapters import LanguageModel
 from safe_rlhf_jax.models.config import Lora
 from safe_rlhf_jax.stages.common import Run, described, oracle_for, report_data
@@ -141,8 +141,8 @@ def open_policy(run: Run, name: str, lora: Lora | None) -> tuple[Any, Any]:
 
 def write_samples(folder: storage.Path, policies: Mapping[str, Sequence[evaluate.Sample]]) -> None:
     """Writes `samples.jsonl`, a line for every response."""
-    lines = (json.dumps({"policy": name} | sample) for name, samples in policies.items() for sample in samples)
-    storage.write(folder / "samples.jsonl", "".join(f"{line}\n" for line in lines))
+    rows = ({"policy": name} | sample for name, samples in policies.items() for sample in samples)
+    write_jsonl(folder / "samples.jsonl", rows)
 
 
 def provenance_of(run: Run, stage: Assessment) -> dict[str, str]:

@@ -6,6 +6,8 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
+
 from safe_rlhf_jax import config as cfg
 from safe_rlhf_jax import storage
 from safe_rlhf_jax.data.demo import oracle_for as oracle_for
@@ -84,6 +86,10 @@ class Run:
     def has_data(self, stage: cfg.StageBase) -> bool:
         """Says whether all stages whose records a stage reads are finished."""
         return all(self.result(name) is not None for name in stage.makers())
+
+    def has_end(self, ids: np.ndarray | Sequence[int]) -> bool:
+        """Says whether the tokens of a response end with one that ends a response."""
+        return len(ids) > 0 and int(ids[-1]) in self.ends
 
     def warn(self, name: str, text: str) -> None:
         """Warns of a problem of a stage, once; `result.json` keeps the warning."""

@@ -1,6 +1,5 @@
 """Policies against each other by judges: win rates, and Elo of helpfulness and of harmlessness."""
 
-import json
 import logging
 from typing import Any
 
@@ -17,6 +16,7 @@ from safe_rlhf_jax.evaluation.comparisons import (
     won_in_both_orders,
 )
 from safe_rlhf_jax.evaluation.statistics import kinds_of_prompts
+from safe_rlhf_jax.metrics import write_jsonl
 from safe_rlhf_jax.processes import is_main
 from safe_rlhf_jax.stages.answers import Answered, answer_prompts, provenance_of, write_samples
 from safe_rlhf_jax.stages.common import Run
@@ -97,7 +97,7 @@ def write_verdicts(folder: storage.Path, stage: cfg.JudgeStage, verdicts: dict[s
         for j, second in enumerate(stage.policies)
         if i != j
     ]
-    storage.write(folder / "verdicts.jsonl", "".join(f"{json.dumps(line)}\n" for line in lines))
+    write_jsonl(folder / "verdicts.jsonl", lines)
 
 
 JUDGE = Kind(cfg.JudgeStage, run_judge, check=lambda run, stage, _: warn_of_judges(run, stage), shows_metrics=False)

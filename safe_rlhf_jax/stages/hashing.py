@@ -39,10 +39,8 @@ def stage_hashes(config: cfg.RunConfig, shared: Sequence[Any], files: "Digests")
                 *stage.makers(),
             )
             upstream = [hashes[name] if name in hashes else model_identity(name, files) for name in named]
-            parts_of_data = [
-                part for use in stage.datasets().values() for part in cfg.parts_of(use.data) if not part.maker
-            ]
-            data = {str(path): files.of(path) for part in parts_of_data for path in data_files(part.name)}
+            read = [path for part in stage.parts() if part.maker is None for path in data_files(part.name)]
+            data = {str(path): files.of(path) for path in read}
             data |= {name: files.of(storage.expanded(name)) for name in stage.files()}
             parts = (hashed(stage), config.seed, hashed(config.execution), *shared, data, upstream)
             hashes[stage.name] = config_hash(*parts)

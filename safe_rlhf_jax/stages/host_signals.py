@@ -151,6 +151,11 @@ class Scorers:
         return Scorers(self.modules | other.modules, self.variables | other.variables, self.host | other.host)
 
 
+def host_signal(run: Run, reference: str, kind: Any) -> HostSignal:
+    """Opens a function, or a reward or cost model that reads texts."""
+    return FunctionSignal(reference) if reference.startswith("function:") else ScorerSignal(run, reference, kind)
+
+
 def open_scorers(run: Run, scorers: Mapping[str, str], lora: Lora | None = None) -> Scorers:
     """Opens scorers and judges, given as {signal: model}.
 
@@ -164,10 +169,8 @@ def open_scorers(run: Run, scorers: Mapping[str, str], lora: Lora | None = None)
     with run.networks.reading_once():
         for signal, reference in scorers.items():
             kind: Any = signal.removeprefix(JUDGE).partition("/")[0]
-            if reference.startswith("function:"):
-                host[signal] = FunctionSignal(reference)
-            elif reference in run.own:
-                host[signal] = ScorerSignal(run, reference, kind)
+            if reference.startswith("function:") or reference in run.own:
+                host[signal] = host_signal(run, reference, kind)
             else:
                 modules[signal], variables[signal] = run.networks.read(reference, "score", score_type=kind, lora=lora)
     return Scorers(modules, variables, host)
@@ -204,6 +207,6 @@ def text_scores(
     responses: Sequence[np.ndarray],
 ) -> dict[str, np.ndarray]:
     """Returns the scores of responses, i32[tokens] with their end, by the signals of the host, f32[B] each."""
-    ended = [len(row) > 0 and int(row[-1]) in run.ends for row in responses]
+    ended = [run.has_end(row) for row in responses]
     texts = [run.tokenizer.decode(row) for row in responses]
     return {signal: score(conversations, texts, ended) for signal, score in host.items()}

@@ -12,7 +12,7 @@ from safe_rlhf_jax.data import demo
 from safe_rlhf_jax.data.formats import Record
 from safe_rlhf_jax.data.texts import shown
 from safe_rlhf_jax.stages.common import Run
-from safe_rlhf_jax.stages.host_signals import FunctionSignal, HostSignal, ScorerSignal
+from safe_rlhf_jax.stages.host_signals import host_signal
 from safe_rlhf_jax.stages.judge_labeller import Judge
 from safe_rlhf_jax.stages.people import people_labels
 
@@ -83,10 +83,7 @@ def oracle(run: Run, stage: cfg.Labelling) -> Labeller:
 def models(run: Run, stage: cfg.Labelling) -> Labeller:
     """Returns models that score, or functions: the higher reward is better, the lower cost safer, a cost ≤ 0 safe."""
     settings: Any = stage.labeller
-    signals: dict[str, HostSignal] = {}
-    for kind in ("reward", "cost"):
-        name = getattr(settings, kind)
-        signals[kind] = FunctionSignal(name) if name.startswith("function:") else ScorerSignal(run, name, kind)
+    signals = {kind: host_signal(run, getattr(settings, kind), kind) for kind in ("reward", "cost")}
 
     def label(pairs: Sequence[Pair], start: int) -> list[Labels]:
         del start

@@ -6,7 +6,6 @@ Both write `data.jsonl`, which later stages read as `stage:NAME`; until it is wh
 import datetime
 import functools
 import itertools
-import json
 import random
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -20,7 +19,7 @@ from safe_rlhf_jax.data.examples import Examples
 from safe_rlhf_jax.data.formats import OWN, Record
 from safe_rlhf_jax.errors import UserError
 from safe_rlhf_jax.evaluation.statistics import distinct_n
-from safe_rlhf_jax.metrics import ProgressBar
+from safe_rlhf_jax.metrics import ProgressBar, write_jsonl
 from safe_rlhf_jax.processes import is_main
 from safe_rlhf_jax.stages.common import MADE_DATA, Run, report_data
 from safe_rlhf_jax.stages.datasets import load_data, take
@@ -83,7 +82,7 @@ def responses_of(
 
 def text_of(run: Run, ids: np.ndarray) -> dict[str, Any]:
     """Returns a sampled response as text, and whether it has an end."""
-    return {"text": run.tokenizer.decode(ids), "ended": len(ids) > 0 and int(ids[-1]) in run.ends}
+    return {"text": run.tokenizer.decode(ids), "ended": run.has_end(ids)}
 
 
 def of_prompt(record: Record, turns: Sequence[Any]) -> Record:
@@ -94,8 +93,7 @@ def of_prompt(record: Record, turns: Sequence[Any]) -> Record:
 def write_data(folder: storage.Path, records: Sequence[Record]) -> None:
     """Writes the records that a stage has made."""
     if is_main():
-        lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
-        storage.write(folder / MADE_DATA, "".join(lines))
+        write_jsonl(folder / MADE_DATA, records)
 
 
 def load_samples(run: Run, stage: cfg.LabelStage, field: str) -> Examples:

@@ -24,6 +24,7 @@ from safe_rlhf_jax.errors import UserError
 from safe_rlhf_jax.evaluation.plots import best_of_n_curves
 from safe_rlhf_jax.inference.best_of_n import best_of_n, described_gain, gain_by_number
 from safe_rlhf_jax.loop import TrainLoop, fit
+from safe_rlhf_jax.metrics import write_jsonl
 from safe_rlhf_jax.models.adapters import bases_of, whole
 from safe_rlhf_jax.processes import any_process, barrier, is_main
 from safe_rlhf_jax.stages.common import Run, export, report_data, weights, writers
@@ -138,7 +139,7 @@ def select(
     LOGGER.info(f"{stage.name}: round {number}: {described_gain(gain)}; {counts['dropped']} dropped")
     if is_main():
         storage.write(here / "sampling.json", json.dumps(counts | means | {"gain": gain}, indent=2) + "\n")
-        storage.write(here / "selected.jsonl", "".join(json.dumps(row) + "\n" for row in chosen))
+        write_jsonl(here / "selected.jsonl", chosen)
 
 
 def choose(
@@ -164,7 +165,7 @@ def selected_record(run: Run, prompts: Examples, row: int, out: dict[str, Any], 
         "prompt": shown(prompts.turns[row]),
         "response": run.tokenizer.decode(response),
         **{signal: float(out[signal][i, best]) for signal in ("reward", "cost") if signal in out},
-        "truncated": response[-1] not in run.ends,
+        "truncated": not run.has_end(response),
         "prompt_ids": prompt,
         "response_ids": response,
     }

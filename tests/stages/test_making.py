@@ -40,13 +40,10 @@ def tree_of(mini, workdir):
 
 
 @pytest.fixture(scope="module")
-def made(mini_run, train_process, tmp_path_factory):
-    """A finished run: its folder, its config, and the process that made it."""
+def made(mini_run, finished_run, tmp_path_factory):
+    """A finished run: its folder, its config, and what it said."""
     folder = tmp_path_factory.mktemp("making")
-    (folder / "config.yaml").write_text(yaml.safe_dump(tree_of(mini_run[0], folder / "run")))
-    process = train_process(config=folder / "config.yaml")
-    assert process.returncode == 0, process.stderr
-    return folder / "run", folder / "config.yaml", process.stdout
+    return finished_run(folder, tree_of(mini_run[0], folder / "run"))
 
 
 def records(folder, stage):
