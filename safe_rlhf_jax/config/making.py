@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-from safe_rlhf_jax.config.base import StageBase
+from safe_rlhf_jax.config.base import StageBase, TrainingStage
 from safe_rlhf_jax.config.data import ReadOnce, Schema, Share
 from safe_rlhf_jax.config.uses import DataUse, ModelUse, Reads, scorer
 
@@ -138,3 +138,12 @@ class AuditStage(Labelling):
     def datasets(self) -> dict[str, DataUse]:
         """Returns the labelled pairs, by field."""
         return {"labels": DataUse(self.labels, "prompts", self.max_prompt_length, "sample")}
+
+    def mistakes(self, earlier: Sequence[StageBase]) -> Iterator[str]:
+        """Yields errors with respect to earlier stages, and of labels that something is trained on already."""
+        yield from super().mistakes(earlier)
+        audited = {name for other in earlier if isinstance(other, AuditStage) for name in other.makers()}
+        for other in earlier:
+            for name in other.makers() if isinstance(other, TrainingStage) else ():
+                if name in self.makers() and name not in audited:
+                    yield f"labels: {other.name!r} trains on those of {name!r} before this audit; put the audit first"

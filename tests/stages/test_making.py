@@ -8,8 +8,9 @@ import pytest
 import yaml
 
 from safe_rlhf_jax import config as cfg
+from safe_rlhf_jax import train
 from safe_rlhf_jax.data import demo
-from safe_rlhf_jax.metrics import read_jsonl
+from safe_rlhf_jax.metrics import read_jsonl, write_jsonl
 from safe_rlhf_jax.stages import Run, check_run
 from safe_rlhf_jax.stages.audit import AUDIT, drawn
 from safe_rlhf_jax.stages.labellers import Pair, of_scores, oracle
@@ -171,6 +172,53 @@ def test_labels_that_another_labeller_does_not_share_end_the_run_each_time():
     assert "safety 60.0% (50.0% to 70.0%)" in str(error)
     assert "helpfulness" not in str(error)
     assert AUDIT.refusal(stage.model_copy(update={"minimum": 0.6}), {"agreement": agreed}) is None
+
+
+def audited_by_people(folder, minimum=0.7):
+    """A run whose labels are audited by people before a reward model is trained on them; returns its exit status."""
+    records = [
+        {"prompt": f"question {i}", "response_0": "yes .", "response_1": "no .", "category": "ab"[i % 2],
+         "better_response_id": 1, "safer_response_id": i % 2, "is_response_0_safe": True, "is_response_1_safe": True}
+        for i in range(8)
+    ]  # fmt: skip
+    write_jsonl(folder / "samples.jsonl", records)
+    data, lengths = {"name": str(folder / "samples.jsonl")}, {"max_prompt_length": 16, "max_response_length": 4}
+    audit = {"name": "audit", "kind": "audit", "labels": data, "labeller": {"kind": "people"}, "share": 0.5}
+    reward = {"name": "reward", "kind": "reward", "init_from": "preset:tiny", "data": data, "epochs": 1}
+    stages = [audit | lengths | {"minimum": minimum}, reward | {"batch_size": 8, "max_length": 48}]
+    tree = {"workdir": str(folder / "run"), "execution": {"scan_layers": False}, "stages": stages}
+    (folder / "config.yaml").write_text(yaml.safe_dump(tree))
+    return train.main(["--config", str(folder / "config.yaml")])
+
+
+def test_nothing_is_trained_on_labels_that_people_do_not_share(tmp_path, capsys):
+    assert audited_by_people(tmp_path) == 75
+    folder = tmp_path / "run" / "audit"
+    tasks = json.loads((folder / "tasks.json").read_text())
+    assert len(tasks) == 4
+    answers = {"better": "A", "safer": "B", "harm_a": "harmless", "harm_b": "harmless"}
+    result = [{"from_name": q, "type": "choices", "value": {"choices": [a]}} for q, a in answers.items()]
+    exported = [task | {"annotations": [{"completed_by": 1, "result": result}]} for task in tasks]
+    (folder / "labels.json").write_text(json.dumps(exported))
+    for _ in range(2):  # when the audit is done, and whenever the run is started again
+        assert audited_by_people(tmp_path) == 1
+        said = capsys.readouterr().err
+        assert "audit: less than minimum 0.7 of the labels are those of people: helpfulness 0.0%" in said
+        assert "safety 50.0%" in said
+        assert "safe or not" not in said
+        assert not (tmp_path / "run" / "reward").exists()
+    (folder / "labels.json").unlink()  # a lower minimum asks nobody again
+    assert audited_by_people(tmp_path, minimum=0.0) == 0
+    assert (tmp_path / "run" / "reward" / "export").exists()
+
+
+def test_audit_comes_before_what_is_trained_on_its_labels():
+    audit = {"kind": "audit", "name": "audit", "labels": {"name": "stage:label"}, "labeller": {"kind": "oracle"}}
+    label = {"kind": "label", "name": "label", "samples": {"name": "x.jsonl"}, "labeller": {"kind": "oracle"}}
+    reward = {"kind": "reward", "name": "reward", "init_from": "preset:tiny", "data": {"name": "stage:label"}}
+    cfg.RunConfig(workdir="x", stages=[label, audit, reward, audit | {"name": "again"}])
+    with pytest.raises(ValueError, match="labels: 'reward' trains on those of 'label' before this audit"):
+        cfg.RunConfig(workdir="x", stages=[label, reward, audit])
 
 
 # --- Labellers
