@@ -15,6 +15,7 @@ from safe_rlhf_jax.config.making import (
     LabelStage,
     ModelLabeller,
     OracleLabeller,
+    RedTeamStage,
     SampleStage,
 )
 from safe_rlhf_jax.config.run import Execution, Mesh, RunConfig, Stage
@@ -33,10 +34,10 @@ from safe_rlhf_jax.config.uses import DataUse, ModelUse
 from safe_rlhf_jax.errors import ConfigError
 
 __all__ = [
-    "AlgorithmConfig", "AuditStage", "CalibratedLimit", "CertifyStage", "Claim", "ConfigError", "CostStage",
-    "DPOStage", "Data", "DataUse", "DualStage", "EvaluateStage", "Execution", "JudgeLabeller", "JudgeStage",
-    "KLConfig", "LabelStage", "Labelling", "Lagrange", "MergeStage", "Mesh", "Mixture", "ModelLabeller", "ModelUse",
-    "OptimizerConfig", "OracleLabeller", "PIDConfig", "PreferenceStage", "RLStage", "RejectionStage", "RewardStage",
-    "RunConfig", "SFTStage", "SampleStage", "SampledPrompts", "Schema", "Share", "Stage", "StageBase",
+    "AlgorithmConfig", "AuditStage", "CalibratedLimit", "CertifyStage", "Claim", "ConfigError", "CostStage", "DPOStage",
+    "Data", "DataUse", "DualStage", "EvaluateStage", "Execution", "JudgeLabeller", "JudgeStage", "KLConfig",
+    "LabelStage", "Labelling", "Lagrange", "MergeStage", "Mesh", "Mixture", "ModelLabeller", "ModelUse",
+    "OptimizerConfig", "OracleLabeller", "PIDConfig", "PreferenceStage", "RLStage", "RedTeamStage", "RejectionStage",
+    "RewardStage", "RunConfig", "SFTStage", "SampleStage", "SampledPrompts", "Schema", "Share", "Stage", "StageBase",
     "SupervisedStage", "TrainingStage", "dump", "is_set", "load_config", "parts_of",
 ]  # fmt: skip

@@ -133,11 +133,15 @@ class Run:
 
 
 def located(config: cfg.RunConfig, data: cfg.Mixture) -> tuple[cfg.Data, ...]:
-    """Returns the parts of a mixture; those that stages of the run make, as their files."""
-    folder = storage.path(config.workdir)
-    return tuple(
-        part if part.maker is None else part.found_in(folder / part.maker / MADE_DATA) for part in cfg.parts_of(data)
-    )
+    """Returns the parts of a mixture; those that stages of the run make, as their files, split as they are made."""
+    folder, makers = storage.path(config.workdir), {stage.name: stage for stage in config.stages}
+    found = []
+    for part in cfg.parts_of(data):
+        if part.maker is not None:
+            share = part.test_share or makers[part.maker].made_test_share
+            part = part.found_in(folder / part.maker / MADE_DATA).model_copy(update={"test_share": share})
+        found.append(part)
+    return tuple(found)
 
 
 def read_mixture(data: cfg.Mixture) -> list[Record]:

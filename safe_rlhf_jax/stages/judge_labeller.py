@@ -104,7 +104,20 @@ class Judge:
             DataError: If too many answers are no verdicts.
         """
         del start
-        questions = [question for pair in pairs for question in self.questions(pair)]
+        found = self.verdicts([question for pair in pairs for question in self.questions(pair)])
+        return [of_verdicts(found[i : i + 6]) for i in range(0, len(found), 6)]
+
+    def costs(
+        self, conversations: Sequence[Sequence[Any]], responses: Sequence[str], ended: Sequence[bool]
+    ) -> list[float | None]:
+        """Returns 1 for each harmful response, −1 for a harmless one, None without a verdict; raises as a call does."""
+        del ended
+        rows = zip(conversations, responses, strict=True)
+        said = self.verdicts([self.is_harmful(shown(turns), response) for turns, response in rows])
+        return [None if harmless is None else 1.0 - 2.0 * harmless for harmless in said]
+
+    def verdicts(self, questions: Sequence[tuple[str, tuple[str, str]]]) -> list[int | None]:
+        """Returns the verdict on each question, the place of its word; raises as a call does."""
         answers = self.endpoint.answers([[{"role": "user", "content": text}] for text, _ in questions], **ASKED)
         found = [verdict(answer, words) for answer, (_, words) in zip(answers, questions, strict=True)]
         self.asked, self.without = self.asked + len(found), self.without + found.count(None)
@@ -114,7 +127,7 @@ class Judge:
                 f"{self.name}: {self.without} of {self.asked} answers of {self.endpoint.model} are no verdict, such as "
                 f"{example[:80]!r}: more than max_bad_records {self.max_bad}; use a model that follows the instruction"
             )
-        return [of_verdicts(found[i : i + 6]) for i in range(0, len(found), 6)]
+        return found
 
     def questions(self, pair: Any) -> list[tuple[str, tuple[str, str]]]:
         """Returns the six questions on a pair, each with the words that may answer it."""
@@ -127,11 +140,13 @@ class Judge:
             for question in QUESTIONS
             for one, other in (pair.responses, pair.responses[::-1])
         ]  # fmt: skip
-        each = [
-            CLASSIFY.format(principles=self.principles["safety"], conversation=conversation, response=response)
-            for response in pair.responses
-        ]
-        return [*((text, ("A", "B")) for text in both), *((text, ("harmful", "harmless")) for text in each)]
+        each = [self.is_harmful(conversation, response) for response in pair.responses]
+        return [*((text, ("A", "B")) for text in both), *each]
+
+    def is_harmful(self, conversation: str, response: str) -> tuple[str, tuple[str, str]]:
+        """Returns the question on one response, with the words that may answer it."""
+        text = CLASSIFY.format(principles=self.principles["safety"], conversation=conversation, response=response)
+        return text, ("harmful", "harmless")
 
     def said(self) -> dict[str, float]:
         """Returns what the labels took."""

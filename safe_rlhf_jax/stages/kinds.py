@@ -10,6 +10,7 @@ from safe_rlhf_jax.stages.dual import DUAL
 from safe_rlhf_jax.stages.evaluation import EVALUATE
 from safe_rlhf_jax.stages.kind import Kind
 from safe_rlhf_jax.stages.making import LABEL, SAMPLE
+from safe_rlhf_jax.stages.red_team import RED_TEAM
 from safe_rlhf_jax.stages.reinforcement import RL
 from safe_rlhf_jax.stages.rejection import REJECTION
 from safe_rlhf_jax.stages.supervised import COST, REWARD, SFT
@@ -28,6 +29,7 @@ KINDS: dict[str, Kind] = {
     "sample": SAMPLE,
     "label": LABEL,
     "audit": AUDIT,
+    "red_team": RED_TEAM,
     "certify": CERTIFY,
     "judge": JUDGE,
 }

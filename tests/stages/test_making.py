@@ -11,7 +11,7 @@ from safe_rlhf_jax import config as cfg
 from safe_rlhf_jax import train
 from safe_rlhf_jax.data import demo
 from safe_rlhf_jax.metrics import read_jsonl, write_jsonl
-from safe_rlhf_jax.stages import Run, check_run
+from safe_rlhf_jax.stages import Run, check_run, making
 from safe_rlhf_jax.stages.audit import AUDIT, drawn
 from safe_rlhf_jax.stages.labellers import Pair, of_scores, oracle
 
@@ -108,14 +108,14 @@ def test_what_a_stage_reads_decides_what_is_done_again(made, mini_run, tmp_path)
 
 def test_killed_run_asks_for_no_label_and_no_response_twice(made, mini_run, train_process, tmp_path):
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree_of(mini_run[0], tmp_path / "run")))
-    prelude = KILLED.format(place="stages.making:keep_batch", call=3)
+    prelude = KILLED.format(place="stages.sampling:keep_batch", call=3)
     process = train_process(config=tmp_path / "config.yaml", prelude=prelude)
     assert process.returncode == -9, process.stderr
     kept = tmp_path / "run" / "sample" / "batches_0.jsonl"
     assert len(kept.read_text().splitlines()) == 2
     with kept.open("a") as file:
         file.write('[[{"text": ')  # a line that was being written
-    prelude = KILLED.format(place="stages.making:keep_batch", call=6)
+    prelude = KILLED.format(place="stages.making:keep_batch", call=2)
     process = train_process(config=tmp_path / "config.yaml", prelude=prelude)
     assert process.returncode == -9, process.stderr
     assert len((tmp_path / "run" / "by_oracle" / "batches.jsonl").read_text().splitlines()) == 1
@@ -136,6 +136,19 @@ def test_check_of_samples_without_responses_says_what_is_missing(mini_run, tmp_p
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
     with pytest.raises(cfg.ConfigError, match="by_oracle: samples: no record has two different texts in `responses`"):
         check_run(Run(cfg.load_config(tmp_path / "config.yaml")))
+
+
+def test_responses_to_a_mixture_of_prompts_are_data_like_any_other(tmp_path, monkeypatch):
+    for name in "ab":
+        write_jsonl(tmp_path / f"{name}.jsonl", [{"prompt": f"question {name}", "category": name}])
+    data = [{"name": str(tmp_path / f"{name}.jsonl")} for name in "ab"]
+    stage = {"kind": "sample", "name": "sample", "policies": ["path:x"], "prompts": data}
+    run = Run(cfg.RunConfig(workdir=str(tmp_path / "run"), stages=[stage]))
+    answers = [[{"text": text, "ended": True} for text in ("yes", "no")]] * 2
+    monkeypatch.setattr(making, "responses_of", lambda *_: answers)
+    making.run_sample(run, run.config.stages[0], run.folder("sample"))
+    found = run.records(cfg.Data(name="stage:sample"))
+    assert [(record["prompt"], record["category"]) for record in found] == [("question a", "a"), ("question b", "b")]
 
 
 # --- Audits
