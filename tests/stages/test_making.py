@@ -268,3 +268,9 @@ def test_equal_scores_prefer_neither_response():
         "safer_response_id": 0, "is_response_0_safe": True, "is_response_1_safe": False,
     }  # fmt: skip
     assert "safer_response_id" not in of_scores(np.array([1.0, 2.0]), np.array([0.0, 0.0]))
+
+
+def test_without_a_reward_only_safety_is_labelled():
+    assert of_scores(None, np.array([1.0, -1.0])) == {
+        "safer_margin": 2.0, "safer_response_id": 1, "is_response_0_safe": False, "is_response_1_safe": True,
+    }  # fmt: skip
