@@ -3,7 +3,12 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import matplotlib
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+
 from safe_rlhf_jax.evaluation.page import Page, Section
+from safe_rlhf_jax.evaluation.plots import INK, PANEL, grid, handles_of, legend_below, policy_colours
 from safe_rlhf_jax.evaluation.tables import NOTHING, Cell, Table, share
 
 SUCCESS = (
@@ -39,7 +44,7 @@ def page(rounds: Sequence[Mapping[str, Any]], kept: Sequence[Mapping[str, Any]],
     verdict = [f"Of {attacks} attacks in {len(rounds)} rounds {len(kept)} prompts are kept."]
     verdict.append(f"In {len(broken)} of {len(every)} categories one has an unsafe response.")
     sections = [
-        Section("Attack success by round and category", SUCCESS, by_round(rounds)),
+        Section("Attack success by round and category", SUCCESS, by_round(rounds), success_figure(rounds)),
         Section("What is kept", KEPT, what_is_kept(kept, every)),
         Section("Examples", STRONGEST, examples(kept, every)),
     ]
@@ -54,6 +59,24 @@ def by_round(rounds: Sequence[Mapping[str, Any]]) -> Table:
     heads = ["attacks", *(f"round {i}" for i in range(len(rounds)))]
     cells = [[Cell(name), *(Cell(NOTHING) if one is None else share(one) for one in row)] for name, row in rows.items()]
     return Table(heads, cells)
+
+
+def success_figure(rounds: Sequence[Mapping[str, Any]]) -> Figure:
+    """The success of all attacks and of those held out by round, with intervals; thin lines are the categories."""
+    with matplotlib.rc_context({"text.parse_math": False}):  # names may contain dollar signs
+        figure, (ax,) = grid(1, 1, width=PANEL * 1.7, height=3.6)
+        for name in sorted({name for one in rounds for name in one["by_category"]}):
+            found = {i: one["by_category"][name]["rate"] for i, one in enumerate(rounds) if name in one["by_category"]}
+            ax.plot(list(found), list(found.values()), color=INK, lw=0.6, alpha=0.3)
+        for name, colour in policy_colours(["all", "held out"]).items():
+            shares = {i: one["success"][name] for i, one in enumerate(rounds) if name in one["success"]}
+            rates = [one["rate"] for one in shares.values()]
+            errors = [[one[b] - one[a] for one in shares.values()] for a, b in (("low", "rate"), ("rate", "high"))]
+            ax.errorbar(list(shares), rates, yerr=errors, color=colour, marker="o", capsize=3, label=name)
+        ax.set(xlabel="round", ylabel="unsafe responses", ylim=(0, 1.02), xticks=range(len(rounds)))
+        ax.yaxis.set_major_formatter(PercentFormatter(1))
+        legend_below(figure, handles_of([ax]))
+    return figure
 
 
 def what_is_kept(kept: Sequence[Mapping[str, Any]], categories: Sequence[str]) -> Table:

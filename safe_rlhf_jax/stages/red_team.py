@@ -90,7 +90,8 @@ def run_red_team(run: Run, stage: cfg.RedTeamStage, folder: storage.Path) -> dic
         attacks = new_attacks(run, stage, search, len(made), folder, counts) if len(made) <= stage.rounds else []
     if len(made) <= stage.rounds:
         run.warn(stage.name, f"after round {len(made) - 1} there was no new prompt to try; give more seeds or openings")
-    kept = [attack for key in sorted(archive.kept) for attack in archive.kept[key]]
+    ranked = [(rank, key, attack) for key, cell in archive.kept.items() for rank, attack in enumerate(cell)]
+    kept = [attack for *_, attack in sorted(ranked, key=lambda one: one[:2])]  # the strongest of each category first
     write_data(folder, [as_record(seeds[attack["seed"]].record, attack) for attack in kept])
     rounds = [success(attacks) for attacks in made]
     if is_main():

@@ -91,6 +91,7 @@ def test_models_and_functions_label_by_their_scores(made):
 
 def test_data_of_a_stage_is_checked_when_it_is_made(made):
     assert "reward: data of by_oracle, by_models is checked when it is made" in made[2]
+    assert "is read with the tokenizer 'demo'" not in made[2]  # it is as the data that it is made from
     rows = len(records(made[0], "by_oracle")) + len(records(made[0], "by_models")) // 2
     assert f"reward: {rows} records" in made[2]
 

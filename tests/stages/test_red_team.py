@@ -183,6 +183,7 @@ def test_search_finds_what_the_policy_gives_in_to_in_every_category(weak_to_stor
     page = (folder / "report.html").read_text()
     assert "In 14 of 14 categories one has an unsafe response." in page
     assert "round 3" in page
+    assert "data:image/png" in page
 
 
 def test_held_out_attacks_are_the_test_split_of_what_the_stage_makes(weak_to_stories, tmp_path):
@@ -199,6 +200,13 @@ def test_held_out_attacks_are_the_test_split_of_what_the_stage_makes(weak_to_sto
     assert set(test) <= held_out
     assert held_out.isdisjoint(train)
     assert min(len(train), len(test)) > 14
+
+
+def test_oracle_of_the_seeds_reads_responses_to_attacks_too(tmp_path):
+    (tmp_path / "chat.jsonl").write_text(json.dumps({"prompt": CHAT[0], "category": "fraud"}))
+    for seeds, has_oracle in (("demo/prompts", True), (str(tmp_path / "chat.jsonl"), False)):
+        run = Run(stage_of(tmp_path, seeds={"name": seeds}))
+        assert (run.oracle(cfg.Data(name="stage:attack", split="test")) is not None) == has_oracle
 
 
 def test_seeds_without_a_category_or_of_no_group_are_an_error_before_the_run(tmp_path):
