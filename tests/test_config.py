@@ -119,7 +119,10 @@ def test_two_mistakes_are_reported_at_once(refuse):
 def test_missing_name_and_kind_are_named(refuse, edited):
     assert "stages.1.name: required, and missing" in refuse(config=edited(lambda t: t["stages"][1].pop("name")))
     message = refuse(config=edited(lambda t: t["stages"][1].pop("kind")))
-    kinds = "sft, reward, cost, dpo, merge, rl, rejection_sampling, dual, evaluate, sample, label, certify, judge"
+    kinds = (
+        "sft, reward, cost, dpo, merge, rl, rejection_sampling, dual, evaluate, sample, label, audit, red_team, "
+        "certify, judge"
+    )
     assert f"stages.1.kind: required, and missing; one of {kinds}" in message
 
 

@@ -8,7 +8,16 @@ from safe_rlhf_jax.config.assessing import CertifyStage, Claim, JudgeStage
 from safe_rlhf_jax.config.base import OptimizerConfig, StageBase, TrainingStage
 from safe_rlhf_jax.config.data import Data, Mixture, Schema, Share, is_set, parts_of
 from safe_rlhf_jax.config.loading import dump, load_config
-from safe_rlhf_jax.config.making import LabelStage, SampleStage
+from safe_rlhf_jax.config.making import (
+    AuditStage,
+    JudgeLabeller,
+    Labelling,
+    LabelStage,
+    ModelLabeller,
+    OracleLabeller,
+    RedTeamStage,
+    SampleStage,
+)
 from safe_rlhf_jax.config.run import Execution, Mesh, RunConfig, Stage
 from safe_rlhf_jax.config.sampled import DualStage, EvaluateStage, RejectionStage, RLStage
 from safe_rlhf_jax.config.sampling import SampledPrompts
@@ -26,10 +35,11 @@ from safe_rlhf_jax.config.uses import DataUse, ModelUse
 from safe_rlhf_jax.errors import ConfigError
 
 __all__ = [
-    "AlgorithmConfig", "CalibratedLimit", "CertifyStage", "Claim", "ConfigError", "CostStage", "DPOStage", "Data",
-    "DataUse", "DualStage", "EndpointFields", "EndpointSignal", "EvaluateStage", "Execution", "FunctionSignal",
-    "HostSignal", "JudgeStage", "KLConfig", "LabelStage", "Lagrange",
-    "MergeStage", "Mesh", "Mixture", "ModelUse", "OptimizerConfig", "PIDConfig", "PreferenceStage", "RLStage",
-    "RejectionStage", "RewardStage", "RunConfig", "SFTStage", "SampleStage", "SampledPrompts", "Schema", "Share",
-    "Stage", "StageBase", "SupervisedStage", "TrainingStage", "dump", "is_set", "load_config", "parts_of",
+    "AlgorithmConfig", "AuditStage", "CalibratedLimit", "CertifyStage", "Claim", "ConfigError", "CostStage", "DPOStage",
+    "Data", "DataUse", "DualStage", "EndpointFields", "EndpointSignal", "EvaluateStage", "Execution", "FunctionSignal",
+    "HostSignal", "JudgeLabeller", "JudgeStage", "KLConfig", "LabelStage", "Labelling", "Lagrange", "MergeStage",
+    "Mesh", "Mixture", "ModelLabeller", "ModelUse", "OptimizerConfig", "OracleLabeller", "PIDConfig", "PreferenceStage",
+    "RLStage", "RedTeamStage", "RejectionStage", "RewardStage", "RunConfig", "SFTStage", "SampleStage",
+    "SampledPrompts", "Schema", "Share", "Stage", "StageBase", "SupervisedStage", "TrainingStage", "dump", "is_set",
+    "load_config", "parts_of",
 ]  # fmt: skip

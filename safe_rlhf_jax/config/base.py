@@ -83,6 +83,11 @@ class StageBase(Schema):
         """{cost signal: its limit}."""
         return {}
 
+    @property
+    def made_test_share(self) -> float | None:
+        """Share of the records that it makes which are `split: test`; None: who reads them may choose."""
+        return None
+
     def models(self) -> dict[str, ModelUse]:
         """Returns the models that the stage reads, by field."""
         return {}
@@ -116,7 +121,7 @@ class StageBase(Schema):
         for field, use_ in uses.items():
             for part in parts_of(use_.data):
                 if part.maker is not None:
-                    yield from wrong_maker(field, use_.reads, part.maker, stages)
+                    yield from wrong_maker(field, use_.reads, part, stages)
             for held_out_field, held_out in uses.items():
                 if (use_.role, held_out.role) == ("train", "evaluate") and use_.reads == held_out.reads:
                     yield from not_held_out(field, use_.data, held_out_field, held_out.data)
@@ -153,8 +158,9 @@ def wrong_reference(field: str, use: ModelUse, earlier: dict[str, StageBase]) ->
         yield f"{field} names {value!r}, a {earlier[value].kind} stage; it needs one that makes a {kinds} model"
 
 
-def wrong_maker(field: str, reads: Reads, maker: str, earlier: dict[str, StageBase]) -> Iterator[str]:
-    """Yields why a stage makes no data of the wanted kind."""
+def wrong_maker(field: str, reads: Reads, part: Data, earlier: dict[str, StageBase]) -> Iterator[str]:
+    """Yields why a stage makes no data of the wanted kind, or has split it already."""
+    maker = str(part.maker)
     if maker not in earlier:
         makers = sorted(name for name, stage in earlier.items() if reads in stage.makes_data)
         yield (
@@ -164,6 +170,8 @@ def wrong_maker(field: str, reads: Reads, maker: str, earlier: dict[str, StageBa
     elif reads not in earlier[maker].makes_data:
         made = ", ".join(earlier[maker].makes_data) or "no data"
         yield f"{field} reads what {maker!r} makes, a {earlier[maker].kind} stage: {made}; it needs {reads}"
+    elif part.test_share is not None and earlier[maker].made_test_share is not None:
+        yield f"{field}: test_share is a setting of {maker!r}, which makes the prompts; leave it out here"
 
 
 def not_held_out(train: str, data: Any, test: str, held_out: Any) -> Iterator[str]:

@@ -8,7 +8,7 @@ from pydantic import Field, NonNegativeInt
 
 from safe_rlhf_jax.config.assessing import CertifyStage, JudgeStage
 from safe_rlhf_jax.config.data import TEMPLATE_NAMES, Schema, Share
-from safe_rlhf_jax.config.making import LabelStage, SampleStage
+from safe_rlhf_jax.config.making import AuditStage, LabelStage, RedTeamStage, SampleStage
 from safe_rlhf_jax.config.messages import did_you_mean
 from safe_rlhf_jax.config.sampled import DualStage, EvaluateStage, RejectionStage, RLStage
 from safe_rlhf_jax.config.supervised import CostStage, DPOStage, MergeStage, RewardStage, SFTStage
@@ -57,6 +57,8 @@ Stage = Annotated[
     | EvaluateStage
     | SampleStage
     | LabelStage
+    | AuditStage
+    | RedTeamStage
     | CertifyStage
     | JudgeStage,
     Field(discriminator="kind"),

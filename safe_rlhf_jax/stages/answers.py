@@ -20,7 +20,7 @@ from safe_rlhf_jax.inference.sampling import Sampling
 from safe_rlhf_jax.metrics import write_jsonl
 from safe_rlhf_jax.models.adapters import LanguageModel
 from safe_rlhf_jax.models.config import Lora
-from safe_rlhf_jax.stages.common import Run, described, oracle_for, report_data
+from safe_rlhf_jax.stages.common import Run, described, report_data
 from safe_rlhf_jax.stages.datasets import take
 from safe_rlhf_jax.stages.host_signals import Scorers, host_scores, open_scorers
 from safe_rlhf_jax.stages.judges import Assessment, judge_signals
@@ -104,6 +104,7 @@ def sample_policies(
         out |= scores_of_several(run, scorers.host, prompts, batch.row, out)
         return evaluate.best_responses(out, cost_limit)
 
+    attacks = {other.name for other in run.config.stages if isinstance(other, cfg.RedTeamStage)}
     out: dict[str, list[evaluate.Sample]] = {}
     capability: dict[str, dict[str, float]] = {}
     for name in stage.policies:
@@ -119,9 +120,9 @@ def sample_policies(
                     key=jax.random.fold_in(jax.random.key(seed), i) if apart else jax.random.key(seed),
                     ends=run.ends,
                     decode=run.tokenizer.decode,
-                    split="redteam" if data.split == "redteam" else "test",
+                    split="redteam" if data.split == "redteam" or data.maker in attacks else "test",
                     group_field=stage.group_field,
-                    oracle=oracle_for(data),
+                    oracle=run.oracle(data),
                 )
             LOGGER.info(f"{stage.name}: {row}: {len(out[row])} responses")
         del params  # before the next one is opened

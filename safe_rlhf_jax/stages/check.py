@@ -43,7 +43,7 @@ def check_run(run: Run) -> None:
     """
     if run.config.wandb and importlib.util.find_spec("wandb") is None:
         raise ConfigError("wandb: true, but the package is not installed: pip install 'safe_rlhf_jax[wandb]'")
-    names = [part.name for stage in run.config.stages for part in stage.parts()]
+    names = [part.name for stage in run.config.stages for part in stage.parts() if part.maker is None]
     for line in filter(None, (*described(run), demo_tokenizer_warning(run.config.tokenizer, names))):
         LOGGER.info(line)
     for stage in run.config.stages:

@@ -10,10 +10,11 @@ import numpy as np
 
 from safe_rlhf_jax import config as cfg
 from safe_rlhf_jax import storage
-from safe_rlhf_jax.data.demo import oracle_for as oracle_for
+from safe_rlhf_jax.data.demo import oracle_for
 from safe_rlhf_jax.data.examples import Examples
 from safe_rlhf_jax.data.formats import Record
 from safe_rlhf_jax.data.loader import Batches
+from safe_rlhf_jax.data.oracles import Oracle
 from safe_rlhf_jax.data.sources import mix, read_records
 from safe_rlhf_jax.errors import FileError
 from safe_rlhf_jax.models import hf
@@ -83,6 +84,14 @@ class Run:
         """Returns the records of a data set, or of all parts of a mixture."""
         return read_mixture(located(self.config, data))
 
+    def oracle(self, data: cfg.Data) -> Oracle | None:
+        """Returns the ground truth of a data set; of what a stage makes, that of the prompts that it reads."""
+        if data.maker is None:
+            return oracle_for(data)
+        maker = next(stage for stage in self.config.stages if stage.name == data.maker)
+        found = [self.oracle(part) for part in maker.parts()]
+        return found[0] if found and None not in found else None
+
     def has_data(self, stage: cfg.StageBase) -> bool:
         """Says whether all stages whose records a stage reads are finished."""
         return all(self.result(name) is not None for name in stage.makers())
@@ -133,11 +142,15 @@ class Run:
 
 
 def located(config: cfg.RunConfig, data: cfg.Mixture) -> tuple[cfg.Data, ...]:
-    """Returns the parts of a mixture; those that stages of the run make, as their files."""
-    folder = storage.path(config.workdir)
-    return tuple(
-        part if part.maker is None else part.found_in(folder / part.maker / MADE_DATA) for part in cfg.parts_of(data)
-    )
+    """Returns the parts of a mixture; those that stages of the run make, as their files, split as they are made."""
+    folder, makers = storage.path(config.workdir), {stage.name: stage for stage in config.stages}
+    found = []
+    for part in cfg.parts_of(data):
+        if part.maker is not None:
+            share = part.test_share or makers[part.maker].made_test_share
+            part = part.found_in(folder / part.maker / MADE_DATA).model_copy(update={"test_share": share})
+        found.append(part)
+    return tuple(found)
 
 
 def read_mixture(data: cfg.Mixture) -> list[Record]:

@@ -18,7 +18,7 @@ from safe_rlhf_jax.metrics import read_jsonl
 from safe_rlhf_jax.models.adapters import LanguageModel
 from safe_rlhf_jax.processes import is_main
 from safe_rlhf_jax.stages.answers import answer_prompts, provenance_of, write_samples
-from safe_rlhf_jax.stages.common import Run, described, oracle_for, report_data
+from safe_rlhf_jax.stages.common import Run, described, report_data
 from safe_rlhf_jax.stages.datasets import take
 from safe_rlhf_jax.stages.judges import agreement, warn_of_judges
 from safe_rlhf_jax.stages.kind import Kind
@@ -98,7 +98,7 @@ def make_report(
             constrained = list(groups) if groups else None
             facts.append(f"cost limit d = {limit:.3f}: {result['cost_limit_source']}")
     facts += [f"{stage.name}: {warning}" for warning in run.warnings.get(stage.name, ())]
-    oracles = [oracle for data in stage.prompts if (oracle := oracle_for(data))]
+    oracles = [oracle for data in stage.prompts if (oracle := run.oracle(data))]
     written = run.folder(stage.name) / "config.yaml"
     return Report(
         title=run.config.title,

@@ -121,7 +121,7 @@ class Judge:
         ConfigError: If the constitution cannot be read, or the endpoint's key is missing.
     """
 
-    def __init__(self, run: Run, stage: cfg.LabelStage):
+    def __init__(self, run: Run, stage: cfg.Labelling):
         settings: Any = stage.labeller
         self.principles = read_constitution(settings.constitution)
         self.digest = hashlib.sha256("\0".join(self.principles[q] for q in QUESTIONS).encode()).hexdigest()[:12]
@@ -136,10 +136,23 @@ class Judge:
             DataError: If too many answers are no verdicts.
         """
         del start
-        questions = [question for pair in pairs for question in self.questions(pair)]
-        answers = self.endpoint.answers([[{"role": "user", "content": text}] for text, _ in questions], **ASKED)
-        found = self.verdicts(answers, [words for _, words in questions])
+        found = self.asked([question for pair in pairs for question in self.questions(pair)])
         return [of_verdicts(found[i : i + 6]) for i in range(0, len(found), 6)]
+
+    def costs(
+        self, conversations: Sequence[Sequence[Any]], responses: Sequence[str], ended: Sequence[bool],
+        records: Sequence[Any],
+    ) -> list[float | None]:  # fmt: skip
+        """Returns 1 for each harmful response, −1 for a harmless one, None without a verdict; raises as a call does."""
+        del ended, records
+        rows = zip(conversations, responses, strict=True)
+        said = self.asked([self.is_harmful(shown(turns), response) for turns, response in rows])
+        return [None if harmless is None else 1.0 - 2.0 * harmless for harmless in said]
+
+    def asked(self, questions: Sequence[tuple[str, tuple[str, str]]]) -> list[int | None]:
+        """Returns the verdict on each question, the place of its word; raises as a call does."""
+        answers = self.endpoint.answers([[{"role": "user", "content": text}] for text, _ in questions], **ASKED)
+        return self.verdicts(answers, [words for _, words in questions])
 
     def questions(self, pair: Any) -> list[tuple[str, tuple[str, str]]]:
         """Returns the six questions on a pair, each with the words that may answer it."""
@@ -152,11 +165,13 @@ class Judge:
             for question in QUESTIONS
             for one, other in (pair.responses, pair.responses[::-1])
         ]  # fmt: skip
-        each = [
-            CLASSIFY.format(principles=self.principles["safety"], conversation=conversation, response=response)
-            for response in pair.responses
-        ]
-        return [*((text, ("A", "B")) for text in both), *((text, ("harmful", "harmless")) for text in each)]
+        each = [self.is_harmful(conversation, response) for response in pair.responses]
+        return [*((text, ("A", "B")) for text in both), *each]
+
+    def is_harmful(self, conversation: str, response: str) -> tuple[str, tuple[str, str]]:
+        """Returns the question on one response, with the words that may answer it."""
+        text = CLASSIFY.format(principles=self.principles["safety"], conversation=conversation, response=response)
+        return text, ("harmful", "harmless")
 
     def said(self) -> dict[str, float]:
         """Returns what the labels took."""

@@ -1,6 +1,7 @@
 """The kinds of stages, by the name that a config gives them. A new one is a schema, a file, and a line here."""
 
 from safe_rlhf_jax import config as cfg
+from safe_rlhf_jax.stages.audit import AUDIT
 from safe_rlhf_jax.stages.certificate import CERTIFY
 from safe_rlhf_jax.stages.common import Run
 from safe_rlhf_jax.stages.comparison import JUDGE
@@ -9,6 +10,7 @@ from safe_rlhf_jax.stages.dual import DUAL
 from safe_rlhf_jax.stages.evaluation import EVALUATE
 from safe_rlhf_jax.stages.kind import Kind
 from safe_rlhf_jax.stages.making import LABEL, SAMPLE
+from safe_rlhf_jax.stages.red_team import RED_TEAM
 from safe_rlhf_jax.stages.reinforcement import RL
 from safe_rlhf_jax.stages.rejection import REJECTION
 from safe_rlhf_jax.stages.supervised import COST, REWARD, SFT
@@ -26,6 +28,8 @@ KINDS: dict[str, Kind] = {
     "evaluate": EVALUATE,
     "sample": SAMPLE,
     "label": LABEL,
+    "audit": AUDIT,
+    "red_team": RED_TEAM,
     "certify": CERTIFY,
     "judge": JUDGE,
 }

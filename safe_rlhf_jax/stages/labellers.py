@@ -1,7 +1,9 @@
 """Labellers of pairs: which response is more helpful, which safer, which are safe. A new one is a line of a table."""
 
 import dataclasses
+import json
 import random
+import zlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -42,11 +44,21 @@ class Pair:
 Labels = dict[str, Any]  # fields of a record; none for a pair without a label
 
 
+# (conversations, responses, whether each has its end, records) -> costs, up to 0 is safe; None where it has no answer
+Costs = Callable[[Sequence[Sequence[Any]], Sequence[str], Sequence[bool], Sequence[Any]], list[float | None]]
+
+
+def no_costs(*_: Any) -> list[float | None]:
+    """Stands for labellers who are asked about pairs only."""
+    raise NotImplementedError("this labeller is asked about pairs only")
+
+
 class Labeller(NamedTuple):
     """Who labels."""
 
     label: Callable[[Sequence[Pair], int], list[Labels]]  # (pairs, number of the first one) -> labels of each
     identity: dict[str, str]  # stands in each record
+    costs: Costs = no_costs  # of single responses
     said: Callable[[], dict[str, float]] = dict  # what the labels took
 
 
@@ -60,7 +72,7 @@ def consistent(labels: Labels) -> Labels:
     }
 
 
-def oracle(run: Run, stage: cfg.LabelStage) -> Labeller:
+def oracle(run: Run, stage: cfg.Labelling) -> Labeller:
     """Returns the oracle of the embedded world, with its annotators' errors; each pair has its own draws."""
     settings: Any = stage.labeller
     seed = run.seed(stage)
@@ -77,13 +89,24 @@ def oracle(run: Run, stage: cfg.LabelStage) -> Labeller:
                 ) from error
         return found
 
-    return Labeller(label, {"labeller": "oracle"})
+    def costs(
+        conversations: Sequence[Sequence[Any]], responses: Sequence[str], ended: Sequence[bool], records: Sequence[Any]
+    ) -> list[float | None]:
+        del ended, records
+        pairs = [Pair(list(turns), text, text, {}) for turns, text in zip(conversations, responses, strict=True)]
+        labels = [
+            label([pair], zlib.crc32(json.dumps([pair.turns, pair.first]).encode()))[0] for pair in pairs
+        ]  # the same answer has the same label
+        return [-1.0 if one["is_response_0_safe"] else 1.0 for one in labels]
+
+    return Labeller(label, {"labeller": "oracle"}, costs)
 
 
-def models(run: Run, stage: cfg.LabelStage) -> Labeller:
+def models(run: Run, stage: cfg.Labelling) -> Labeller:
     """Returns models that score, or functions: the higher reward is better, the lower cost safer, a cost ≤ 0 safe."""
     settings: Any = stage.labeller
-    signals = {kind: host_signal(run, getattr(settings, kind), kind) for kind in ("reward", "cost")}
+    named = {kind: getattr(settings, kind) for kind in ("reward", "cost") if getattr(settings, kind) is not None}
+    signals = {kind: host_signal(run, name, kind) for kind, name in named.items()}
 
     def label(pairs: Sequence[Pair], start: int) -> list[Labels]:
         del start
@@ -91,34 +114,49 @@ def models(run: Run, stage: cfg.LabelStage) -> Labeller:
         texts = [text for pair in pairs for text in pair.responses]
         ended, records = [True] * len(texts), [pair.record for pair in pairs for _ in range(2)]
         scores = {kind: np.reshape(signal(turns, texts, ended, records), (-1, 2)) for kind, signal in signals.items()}
-        return [of_scores(*row) for row in zip(scores["reward"], scores["cost"], strict=True)]
+        return [
+            of_scores(scores["reward"][i] if "reward" in scores else None, row) for i, row in enumerate(scores["cost"])
+        ]
 
-    return Labeller(label, {"labeller": "models", "reward": settings.reward, "cost": settings.cost})
+    def costs(*responses: Any) -> list[float | None]:
+        return [float(score) for score in signals["cost"](*responses)]
+
+    return Labeller(label, {"labeller": "models"} | named, costs)
 
 
-def judge(run: Run, stage: cfg.LabelStage) -> Labeller:
+def judge(run: Run, stage: cfg.Labelling) -> Labeller:
     """Returns a judge behind an endpoint."""
     asked = Judge(run, stage)
     return Labeller(
-        asked, {"labeller": "judge", "model": asked.endpoint.model, "instruction": asked.digest}, asked.said
+        asked,
+        {"labeller": "judge", "model": asked.endpoint.model, "instruction": asked.digest},
+        asked.costs,
+        asked.said,
     )
 
 
-def of_scores(reward: np.ndarray, cost: np.ndarray) -> Labels:
-    """Returns the labels of a pair from its rewards and costs, f32[2] each; equal scores prefer neither."""
-    better = {} if reward[0] == reward[1] else {"better_response_id": int(reward.argmax())}
-    safer = {} if cost[0] == cost[1] else {"safer_response_id": int(cost.argmin())}
-    return better | safer | {f"is_response_{i}_safe": bool(cost[i] <= 0) for i in (0, 1)}
+def of_scores(reward: np.ndarray | None, cost: np.ndarray) -> Labels:
+    """Returns the labels of a pair from its rewards, if there are any, and costs, f32[2] each.
+
+    Equal scores prefer neither. The margins, differences of the scores, say where an audit should look.
+    """
+    labels: Labels = {"safer_margin": abs(float(cost[0] - cost[1]))}
+    labels |= {f"is_response_{i}_safe": bool(cost[i] <= 0) for i in (0, 1)}
+    labels |= {} if cost[0] == cost[1] else {"safer_response_id": int(cost.argmin())}
+    if reward is not None:
+        labels["better_margin"] = abs(float(reward[0] - reward[1]))
+        labels |= {} if reward[0] == reward[1] else {"better_response_id": int(reward.argmax())}
+    return labels
 
 
-def people(run: Run, stage: cfg.LabelStage) -> Labeller:
+def people(run: Run, stage: cfg.Labelling) -> Labeller:
     """Returns people, who label all pairs of the stage at once, outside of the run."""
     settings: Any = stage.labeller
     folder = run.folder(stage.name)
     return Labeller(lambda pairs, start: people_labels(folder, pairs, settings.instruction), {"labeller": "people"})
 
 
-LABELLERS: dict[str, Callable[[Run, cfg.LabelStage], Labeller]] = {
+LABELLERS: dict[str, Callable[[Run, cfg.Labelling], Labeller]] = {
     "oracle": oracle,
     "models": models,
     "judge": judge,
@@ -126,6 +164,6 @@ LABELLERS: dict[str, Callable[[Run, cfg.LabelStage], Labeller]] = {
 }
 
 
-def labeller_of(run: Run, stage: cfg.LabelStage) -> Labeller:
+def labeller_of(run: Run, stage: cfg.Labelling) -> Labeller:
     """Returns the labeller of a stage."""
     return LABELLERS[stage.labeller.kind](run, stage)

@@ -4,9 +4,9 @@ Both write `data.jsonl`, which later stages read as `stage:NAME`; until it is wh
 """
 
 import datetime
-import functools
 import itertools
 import random
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -17,8 +17,9 @@ from safe_rlhf_jax import config as cfg
 from safe_rlhf_jax import storage
 from safe_rlhf_jax.data.examples import Examples
 from safe_rlhf_jax.data.formats import OWN, Record
+from safe_rlhf_jax.data.records import RESERVED
 from safe_rlhf_jax.errors import UserError
-from safe_rlhf_jax.evaluation.statistics import distinct_n
+from safe_rlhf_jax.evaluation.diversity import diversity
 from safe_rlhf_jax.metrics import ProgressBar, write_jsonl
 from safe_rlhf_jax.processes import is_main
 from safe_rlhf_jax.stages.common import MADE_DATA, Run, report_data
@@ -26,65 +27,88 @@ from safe_rlhf_jax.stages.datasets import load_data, take
 from safe_rlhf_jax.stages.kind import Kind
 from safe_rlhf_jax.stages.labellers import Pair, consistent, labeller_of
 from safe_rlhf_jax.stages.partial import keep_batch, kept_batches
-from safe_rlhf_jax.stages.sampling import sampled, sampler_of
+from safe_rlhf_jax.stages.sampling import Response, asked, responses_of
+from safe_rlhf_jax.stages.verbalized import Answer, answers_in, instructed
 
 LABELLED = ("better_response_id", "better_votes", "safer_response_id", "safer_votes")  # any of these is a label
+
+
+NOT_OF_PROMPT = (  # fields that are made anew
+    "responses", "policies", "probabilities", "labelled_by", "better_margin", "safer_margin", *RESERVED,
+)  # fmt: skip
 
 
 def run_sample(run: Run, stage: cfg.SampleStage, folder: storage.Path) -> dict[str, Any]:
     """Samples responses of every policy to every prompt."""
     prompts = take(run, stage, "prompts")
     report_data(stage.name, prompts)
-    texts: list[list[str]] = [[] for _ in prompts.records]  # by prompt
-    makers: list[str] = []
-    ended: list[bool] = []
+    direct: list[list[Response]] = []  # of the first policy to every prompt, then of the second
+    stated: list[list[Answer]] = []
+    failures: Counter[str] = Counter()
     for number, name in enumerate(stage.policies):
-        for row, responses in enumerate(responses_of(run, stage, prompts, number, folder)):
-            texts[row] += [response["text"] for response in responses]
-            ended += [response["ended"] for response in responses]
-        makers += [name] * stage.responses_per_prompt
-    records = [
-        of_prompt(record, turns) | {"responses": row, "policies": makers}
-        for record, turns, row in zip(prompts.records, prompts.turns, texts, strict=True)
-    ]
+        key = jax.random.fold_in(jax.random.key(run.seed(stage)), number)
+        direct += responses_of(run, stage, name, prompts, folder / f"batches_{number}.jsonl", key)
+        if stage.verbalized is not None:
+            for answers, failed in verbalized(run, stage, name, prompts, folder / f"verbalized_{number}.jsonl", key):
+                stated.append(answers)
+                failures += failed
+    records = []
+    for row, (record, turns) in enumerate(zip(prompts.records, prompts.turns, strict=True)):
+        own = [(name, place * len(prompts) + row) for place, name in enumerate(stage.policies)]
+        texts: list[tuple[str, str, float | None]] = [(name, one["text"], None) for name, i in own for one in direct[i]]
+        texts += [(name, *answer) for name, i in own for answer in (stated[i] if stated else ())]
+        names, answers, probabilities = map(list, zip(*texts, strict=True))
+        made = {"responses": answers, "policies": names} | ({"probabilities": probabilities} if stated else {})
+        records.append(of_prompt(record, turns) | made)
     write_data(folder, records)
-    flat = list(itertools.chain.from_iterable(texts))
-    metrics = {"prompts": float(len(records)), "responses": float(len(flat)), "truncated": 1 - float(np.mean(ended))}
-    metrics |= {f"distinct_{n}": distinct_n(flat, n) for n in (1, 2)}
-    return {"metrics": metrics | {"different_responses": float(np.mean([len(set(row)) for row in texts]))}}
+    responses = [record["responses"] for record in records]
+    metrics = {
+        "prompts": float(len(records)),
+        "responses": float(sum(map(len, responses))),
+        "truncated": 1 - float(np.mean([response["ended"] for group in direct for response in group])),
+        "different_responses": float(np.mean([len(set(texts)) for texts in responses])),
+    }
+    metrics |= diversity([[response["text"] for response in group] for group in direct])
+    return {"metrics": metrics | (both_ways(stage, direct, stated, failures) if stated else {})}
 
 
-def responses_of(
-    run: Run, stage: cfg.SampleStage, prompts: Examples, number: int, folder: storage.Path
-) -> list[list[dict[str, Any]]]:
-    """Returns the responses of one policy, by prompt, each its text and whether it has an end."""
-    file = folder / f"batches_{number}.jsonl"
-    found: list[list[dict[str, Any]]] = [row for batch in kept_batches(file) for row in batch]
-    key = jax.random.fold_in(jax.random.key(run.seed(stage)), number)
-    name = f"{stage.name}: {stage.policies[number]}"
-    start = -(-len(found) // stage.batch_size)
-    if len(found) < len(prompts):
-        module, variables = run.networks.read(stage.policies[number], "lm")
-        sample = sampler_of(run, stage, module, {})
-        respond = functools.partial(sample, variables["params"], {})
-        for _, out in sampled(run, respond, prompts, stage.batch_size, key, name, host={}, start=start):
-            rows = [
-                [text_of(run, out["tokens"][i, j, : out["length"][i, j]]) for j in range(stage.responses_per_prompt)]
-                for i in range(len(out["length"]))
-            ]
-            keep_batch(file, rows)
-            found += rows
+def verbalized(
+    run: Run, stage: cfg.SampleStage, policy: str, prompts: Examples, file: storage.Path, key: jax.Array
+) -> list[tuple[list[Answer], Counter[str]]]:
+    """Returns the answers that a policy states in one response to each prompt, and why others are none."""
+    assert stage.verbalized is not None
+    questions = asked(run, stage, policy, [instructed(turns, stage.verbalized) for turns in prompts.turns])
+    found: list[tuple[list[Answer], Counter[str]]] = [([], Counter({"prompt too long": 1})) for _ in prompts.turns]
+    responses = responses_of(run, stage, policy, questions, file, jax.random.fold_in(key, 1), 1)
+    for record, (response,) in zip(questions.records, responses, strict=True):
+        found[record["row"]] = answers_in(response["text"])
     return found
 
 
-def text_of(run: Run, ids: np.ndarray) -> dict[str, Any]:
-    """Returns a sampled response as text, and whether it has an end."""
-    return {"text": run.tokenizer.decode(ids), "ended": run.has_end(ids)}
+def both_ways(
+    stage: cfg.SampleStage, direct: Sequence[Sequence[Response]], stated: Sequence[Sequence[Answer]],
+    failures: Counter[str],
+) -> dict[str, float]:  # fmt: skip
+    """Returns the diversity of as many direct and stated answers to each prompt, and what became of those asked for."""
+    assert stage.verbalized is not None
+    both = [(list(a)[: len(b)], list(b)[: len(a)]) for a, b in zip(direct, stated, strict=True)]
+    ways = {
+        "direct": diversity([[response["text"] for response in one] for one, _ in both]),
+        "verbalized": diversity([[answer.text for answer in other] for _, other in both]),
+    }
+    metrics = {f"{way}/{name}": value for way, found in ways.items() for name, value in found.items()}
+    mass = [sum(answer.probability for answer in answers) for answers in stated if answers]
+    return (
+        metrics
+        | {"verbalized/found": float(np.mean([len(answers) / stage.verbalized for answers in stated]))}
+        | ({"verbalized/mass": float(np.mean(mass))} if mass else {})
+        | {f"verbalized/{reason.replace(' ', '_')}": float(count) for reason, count in failures.items()}
+    )
 
 
 def of_prompt(record: Record, turns: Sequence[Any]) -> Record:
     """Returns what a record says of its prompt: the turns, and fields that no stage reads, such as categories."""
-    return {"prompt": list(turns)} | {name: value for name, value in record.items() if name not in OWN}
+    return {"prompt": list(turns)} | {n: value for n, value in record.items() if n not in (*OWN, *NOT_OF_PROMPT)}
 
 
 def write_data(folder: storage.Path, records: Sequence[Record]) -> None:
@@ -134,6 +158,19 @@ def run_label(run: Run, stage: cfg.LabelStage, folder: storage.Path) -> dict[str
     samples = take(run, stage, "samples", load_samples)
     report_data(stage.name, samples)
     pairs = list(pairs_of(stage, samples, run.seed(stage)))
+    labelled, said = label_all(run, stage, pairs, folder)
+    usable = [record for record in labelled if not record.keys().isdisjoint(LABELLED)]
+    if not usable:
+        raise UserError(f"{stage.name}: none of {len(pairs)} pairs has a label")
+    write_data(folder, usable)
+    counts = {"pairs": float(len(usable)), "without_label": float(len(labelled) - len(usable))}
+    return {"metrics": counts | shares(usable) | said}
+
+
+def label_all(
+    run: Run, stage: cfg.Labelling, pairs: Sequence[Pair], folder: storage.Path
+) -> tuple[list[Record], dict[str, float]]:
+    """Returns pairs as records with their labels, and what the labels took; batches that are done are kept."""
     file = folder / "batches.jsonl"
     labelled: list[Record] = [record for batch in kept_batches(file) for record in batch]
     labeller = labeller_of(run, stage)
@@ -150,17 +187,12 @@ def run_label(run: Run, stage: cfg.LabelStage, folder: storage.Path) -> dict[str
         labelled += found
         bar.write(start + len(batch), {})
     bar.close()
-    usable = [record for record in labelled if not record.keys().isdisjoint(LABELLED)]
-    if not usable:
-        raise UserError(f"{stage.name}: none of {len(pairs)} pairs has a label")
-    write_data(folder, usable)
-    counts = {"pairs": float(len(usable)), "without_label": float(len(labelled) - len(usable))}
-    return {"metrics": counts | shares(usable) | labeller.said()}
+    return labelled, labeller.said()
 
 
 def as_record(pair: Pair) -> Record:
     """Returns a pair in the fields of a record, without labels."""
-    extra = {name: value for name, value in pair.record.items() if name not in (*OWN, "responses", "policies")}
+    extra = {name: value for name, value in pair.record.items() if name not in (*OWN, *NOT_OF_PROMPT)}
     whose = dict(zip(pair.record.get("responses", ()), pair.record.get("policies", ()), strict=False))
     makers = {f"policy_{i}": whose[text] for i, text in enumerate(pair.responses) if text in whose}
     return {"prompt": pair.turns, "response_0": pair.first, "response_1": pair.second} | extra | makers

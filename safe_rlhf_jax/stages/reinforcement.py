@@ -27,7 +27,7 @@ from safe_rlhf_jax.rl.rollout import Networks
 from safe_rlhf_jax.rl.step import Hyperparameters, collect, learn, make_step
 from safe_rlhf_jax.stages.algorithm import check_rl, idle_beside_algorithm
 from safe_rlhf_jax.stages.asked import open_signals
-from safe_rlhf_jax.stages.common import Run, export, oracle_for, report_data, weights, writers
+from safe_rlhf_jax.stages.common import Run, export, report_data, weights, writers
 from safe_rlhf_jax.stages.constraints import (
     check_groups,
     compensation_warning,
@@ -270,7 +270,7 @@ def make_evaluate(
     """
     if stage.eval_prompts is None:
         return lambda _: {}
-    prompts, oracle = take(run, stage, "eval_prompts"), oracle_for(stage.eval_prompts)
+    prompts, oracle = take(run, stage, "eval_prompts"), run.oracle(stage.eval_prompts)
     report_data(f"{stage.name}: eval_prompts", prompts)
     respond = evaluate.make_respond(
         policy,
@@ -328,7 +328,7 @@ def measured_on_prompts(
 
     samples = evaluate.collect_samples(
         respond, in_order(prompts, run.rows(prompts)), prompts, key=jax.random.key(0), ends=(), decode=lambda _: "",
-        split="test", group_field=stage.group_field, oracle=oracle_for(data),
+        split="test", group_field=stage.group_field, oracle=run.oracle(data),
     )  # fmt: skip
     add_averages(samples, reward_units(samples))
     return set(curves(summarize(samples)))

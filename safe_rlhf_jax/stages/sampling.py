@@ -1,6 +1,7 @@
 """Shared by stages that sample several responses per prompt: the compiled sampler, its batches, limits by prompt."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -8,7 +9,8 @@ import jax
 import numpy as np
 
 from safe_rlhf_jax import config as cfg
-from safe_rlhf_jax.data.examples import Examples
+from safe_rlhf_jax import storage
+from safe_rlhf_jax.data.examples import Examples, load_prompts
 from safe_rlhf_jax.data.loader import in_order
 from safe_rlhf_jax.errors import NonFiniteError
 from safe_rlhf_jax.inference.best_of_n import make_sampler
@@ -16,18 +18,24 @@ from safe_rlhf_jax.inference.sampling import Sampling
 from safe_rlhf_jax.metrics import ProgressBar
 from safe_rlhf_jax.stages.common import Run
 from safe_rlhf_jax.stages.host_signals import HostSignal, host_scores
+from safe_rlhf_jax.stages.partial import keep_batch, kept_batches
 
 Sampled = dict[str, np.ndarray]  # tokens [B, n, T], length [B, n], a score [B, n] for every scorer
+Response = dict[str, Any]  # its text, and whether it has ended
 
 
 def sampler_of(
-    run: Run, stage: cfg.SampledPrompts | cfg.SampleStage, policy: Any, scorers: dict[str, Any]
+    run: Run,
+    stage: cfg.SampledPrompts | cfg.SampleStage | cfg.RedTeamStage,
+    policy: Any,
+    scorers: dict[str, Any],
+    number: int | None = None,
 ) -> Callable[..., Any]:
-    """Returns the compiled sample(params, scorer variables, prompts, key)."""
+    """Returns the compiled sample(params, scorer variables, prompts, key); `number` of responses, else the stage's."""
     return make_sampler(
         policy,
         scorers,
-        num_responses=stage.responses_per_prompt,
+        num_responses=number or stage.responses_per_prompt,
         response_length=stage.max_response_length,
         eos_id=run.ends,
         pad_id=run.tokenizer.pad_id,
@@ -72,6 +80,65 @@ def sampled(
         bar.write(i + 1, {})
         yield rows, {field: array[: len(rows)] for field, array in out.items()}
     bar.close()
+
+
+def responses_of(
+    run: Run,
+    stage: cfg.SampleStage | cfg.RedTeamStage,
+    policy: str,
+    prompts: Examples,
+    file: storage.Path,
+    key: jax.Array,
+    number: int | None = None,
+) -> list[list[Response]]:
+    """Returns the responses of a policy to each prompt, sampled batch by batch; batches that are done are kept.
+
+    Args:
+        run: The run.
+        stage: The stage.
+        policy: The model.
+        prompts: The prompts.
+        file: Keeps what is done.
+        key: Batch i uses `fold_in(key, i)`.
+        number: Responses to each prompt; None: the stage's.
+    """
+    batches: list[list[tuple[int, list[Response]]]] = kept_batches(file)
+    if sum(map(len, batches)) < len(prompts):
+        module, variables = run.networks.read(policy, "lm")
+        respond = functools.partial(sampler_of(run, stage, module, {}, number), variables["params"], {})
+        name = f"{stage.name}: {policy}"
+        for rows, out in sampled(run, respond, prompts, stage.batch_size, key, name, host={}, start=len(batches)):
+            texts = [
+                [text_of(run, ids[:length]) for ids, length in zip(*of_prompt, strict=True)]
+                for of_prompt in zip(out["tokens"], out["length"], strict=True)
+            ]
+            batches.append(list(zip(map(int, rows), texts, strict=True)))
+            keep_batch(file, batches[-1])
+    found = dict(pair for batch in batches for pair in batch)  # batches are in order of the prompts' lengths
+    return [found[row] for row in range(len(prompts))]
+
+
+def text_of(run: Run, ids: np.ndarray) -> Response:
+    """Returns a sampled response as text, and whether it has an end."""
+    return {"text": run.tokenizer.decode(ids), "ended": run.has_end(ids)}
+
+
+def asked(run: Run, stage: cfg.SampleStage | cfg.RedTeamStage, policy: str, prompts: Sequence[Any]) -> Examples:
+    """Returns conversations that a stage asks a policy of itself, as long as its positions allow.
+
+    The record of each has its place among them, `row`; those that are too long are left out.
+
+    Raises:
+        DataError: If all are too long.
+    """
+    return load_prompts(
+        [{"prompt": list(turns), "row": row} for row, turns in enumerate(prompts)],
+        run.template,
+        run.tokenizer,
+        max_length=run.networks.config(policy).generated_length - stage.max_response_length,
+        where=f"{stage.name}: what {policy} is asked",
+        max_bad=1.0,
+    )
 
 
 def scores_of_several(run: Run, host: Mapping[str, HostSignal], prompts: Examples, rows: Any, out: Sampled) -> Sampled:

@@ -58,6 +58,22 @@ class Served(argparse.Namespace):
             del self.engine.generate
 
 
+@contextlib.contextmanager
+def at_address(engine, before=lambda app: app):
+    """Serves an engine, whose thread runs, on a free port; `before` wraps the application."""
+    bound = socket.create_server(("127.0.0.1", 0))
+    app = before(make_app(engine, "policy", KEY))
+    server = uvicorn.Server(uvicorn.Config(app, lifespan="off", log_level="warning"))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
+    thread.start()
+    try:
+        yield Served(url=f"http://127.0.0.1:{bound.getsockname()[1]}/v1", engine=engine)
+    finally:
+        server.should_exit = True
+        thread.join()
+        engine.close()
+
+
 @pytest.fixture(scope="session")
 def served(models):
     """The server: prompts of up to 80 tokens, responses of up to 24, four answers at once, two requests waiting."""
@@ -65,12 +81,5 @@ def served(models):
     scorers = [f"--scorer={signal}={models / signal}" for signal in ("reward", "cost")]
     engine = load_engine(parse_arguments([*arguments, *scorers]))
     engine.start()
-    bound = socket.create_server(("127.0.0.1", 0))
-    app = make_app(engine, "policy", KEY)
-    server = uvicorn.Server(uvicorn.Config(app, lifespan="off", log_level="warning"))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
-    thread.start()
-    yield Served(url=f"http://127.0.0.1:{bound.getsockname()[1]}/v1", engine=engine)
-    server.should_exit = True
-    thread.join()
-    engine.close()
+    with at_address(engine) as found:
+        yield found

@@ -65,6 +65,15 @@ def test_pair_is_compared_in_both_orders_for_both_questions_and_each_side_classi
     assert (labels[1]["better_response_id"], labels[1]["safer_response_id"]) == (1, 0)
 
 
+def test_single_response_takes_one_request_and_has_a_cost_unless_there_is_no_verdict(judge):
+    endpoint = Endpoint()
+    turns = [PAIRS[0].turns] * 2
+    rows = (turns, PAIRS[0].responses, [True, True], [{}, {}])
+    assert judge(endpoint).costs(*rows) == [1.0, -1.0]
+    assert len(endpoint.asked) == 2
+    assert judge(Endpoint("perhaps"), max_bad=1.0).costs(*rows) == [None, None]
+
+
 def test_judge_that_always_names_the_first_response_prefers_neither():
     labels = of_verdicts([0, 0, 0, 0, 1, 1])
     assert labels["better_votes"] == [0, 1]
