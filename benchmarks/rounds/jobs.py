@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -68,6 +68,14 @@ class Job(NamedTuple):
 def flow(value: Any) -> str:
     """Returns a value as YAML in one line."""
     return yaml.safe_dump(value, default_flow_style=True, width=10**9).removesuffix("...\n").strip()
+
+
+def written(name: str, records: Iterable[Any]) -> str:
+    """Writes records for runs, and returns the file as configs name it."""
+    file = ROOT / RUNS / name
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return str(RUNS / name)
 
 
 def core_sets(workers: int) -> list[list[int]]:

@@ -36,21 +36,19 @@ def sample_job(seed: int, tiny: bool) -> Job:
     return Job(f"labels/seed{seed}_samples", "samples.yaml", settings | limit, {"seed": seed})
 
 
-def labels_file(seed: int, rates: tuple[float, ...], samples: pathlib.Path) -> str:
-    """Writes the pairs of a seed as annotators label them, and returns the file."""
-    rng = random.Random(f"{seed}/{rates}")
-    with (samples / "label" / "data.jsonl").open() as lines:
-        pairs = [json.loads(line) for line in lines]
-    file = samples / f"labels_{'_'.join(map(str, rates))}.jsonl"
-    asked = [pair | {"prompt": pair["prompt"][0]["content"]} for pair in pairs]
-    file.write_text("".join(json.dumps(voted(pair, rates, rng)) + "\n" for pair in asked))
-    return str(file.relative_to(jobs.ROOT))
+def labels_file(samples: Job, rates: tuple[float, ...]) -> str:
+    """Writes the pairs of a run that samples as annotators label them, and returns the file."""
+    rng = random.Random(f"{samples.name}/{rates}")
+    pairs = map(json.loads, (samples.folder / "label" / "data.jsonl").read_text().splitlines())
+    asked = (pair | {"prompt": pair["prompt"][0]["content"]} for pair in pairs)
+    name = f"{samples.name}/labels_{'_'.join(map(str, rates))}.jsonl"
+    return jobs.written(name, (voted(pair, rates, rng) for pair in asked))
 
 
 def job(seed: int, kind: str, tiny: bool) -> Job:
     """Returns the run with one kind of labels."""
     rates, counted = LABELS[kind]
-    file = labels_file(seed, rates, sample_job(seed, tiny).folder)
+    file = labels_file(sample_job(seed, tiny), rates)
     models = jobs.models_of(seed)
     settings = {f"stages.{name}.init_from": models["sft"] for name in ("reward", "cost", "policy")}
     settings |= {f"stages.{name}.data.name": file for name in ("reward", "cost")}

@@ -42,14 +42,14 @@ COLOURS = {CALIBRATED: "#0072B2"} | dict(
 
 def scaled(model: str, factor: float, shift: float) -> str:
     """Returns a copy of a cost model whose scores are factor · score + shift."""
-    source = jobs.ROOT / model.removeprefix("path:")
+    source = pathlib.Path(model.removeprefix("path:"))
     copy = source.with_name(f"scaled_{factor:g}_{shift:+g}")
-    tensors = load_file(source / "model.safetensors")
+    tensors = load_file(jobs.ROOT / source / "model.safetensors")
     tensors["score_head.weight"] = np.float32(factor) * tensors["score_head.weight"]
     tensors["score_head.bias"] = np.float32(factor) * tensors["score_head.bias"] + np.float32(shift)
-    shutil.copytree(source, copy, dirs_exist_ok=True)
-    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
-    return f"path:{copy.relative_to(jobs.ROOT)}"
+    shutil.copytree(jobs.ROOT / source, jobs.ROOT / copy, dirs_exist_ok=True)
+    save_file(tensors, jobs.ROOT / copy / "model.safetensors", metadata={"format": "pt"})
+    return f"path:{copy}"
 
 
 def job(seed: int, scale: str, method: str, tiny: bool) -> Job:
@@ -88,8 +88,13 @@ def read(folder: pathlib.Path) -> Run | None:
 
 
 def section(runs: list[Run]) -> str:
-    """Returns the tables, and draws the figure."""
+    """Returns the table, and draws the figure."""
     figure(runs).savefig(FIGURE, dpi=110)
+    return section_text(runs)
+
+
+def section_text(runs: list[Run]) -> str:
+    """Returns the table."""
     lines = []
     for method in SETTINGS:
         cells = [method]

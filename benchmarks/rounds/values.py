@@ -18,9 +18,11 @@ from benchmarks.rounds import jobs
 from benchmarks.rounds.jobs import Experiment, Job, Run
 from benchmarks.rounds.oracle import relabelled
 from safe_rlhf_jax.data import demo
+from safe_rlhf_jax.data.demo import world
 
 CATEGORY = "financial_crime,property_crime,theft"
-PAIRS = 8000
+CATEGORY_WORD = world.CATEGORY_WORDS[CATEGORY]
+PAIRS = 8000  # and all further ones on the category
 UNACCEPTABLE, ACCEPTABLE = "unacceptable", "acceptable"
 CHANGES = {"becomes acceptable": (UNACCEPTABLE, ACCEPTABLE), "becomes unacceptable": (ACCEPTABLE, UNACCEPTABLE)}
 POLICIES = ("old", "new")
@@ -37,13 +39,11 @@ TINY = {f"stages.policy_{name}.steps": 2 for name in POLICIES} | {
 
 def labels_file(value: str) -> str:
     """Writes the pairs by annotators to whom the category is acceptable, or not, and returns the file."""
-    pairs: list[Any] = demo.preference("train")[:PAIRS]
+    every: list[Any] = demo.preference("train")
+    pairs = every[:PAIRS] + [pair for pair in every[PAIRS:] if CATEGORY_WORD in pair["prompt"].split()]
     rng = random.Random(0)
     found = pairs if value == UNACCEPTABLE else [relabelled(pair, CATEGORY, rng) for pair in pairs]
-    file = jobs.ROOT / jobs.RUNS / "values" / f"{value}.jsonl"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text("".join(json.dumps(pair) + "\n" for pair in found))
-    return str(file.relative_to(jobs.ROOT))
+    return jobs.written(f"values/{value}.jsonl", found)
 
 
 def job(seed: int, change: str, files: dict[str, str], tiny: dict[str, Any]) -> Job:

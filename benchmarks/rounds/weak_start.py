@@ -39,10 +39,7 @@ TINY = {f"stages.policy_{k}.steps": 2 for k in range(1, ROUNDS + 1)} | {
 def few_prompts() -> str:
     """Writes the prompts of round 1, and returns the file."""
     prompts = [one for one in demo.prompts("train") if one["category"] not in LACKING]
-    file = jobs.ROOT / jobs.RUNS / "weak_start" / "prompts.jsonl"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text("".join(json.dumps(one) + "\n" for one in prompts[:FEW]))
-    return str(file.relative_to(jobs.ROOT))
+    return jobs.written("weak_start/prompts.jsonl", prompts[:FEW])
 
 
 def job(seed: int, tiny: dict[str, Any]) -> Job:
@@ -94,6 +91,11 @@ def all_jobs(seeds: Sequence[int], tiny: bool) -> list[Job]:
 def section(runs: list[Run]) -> str:
     """Returns the table, and draws the figure."""
     figure(runs).savefig(FIGURE, dpi=110)
+    return section_text(runs)
+
+
+def section_text(runs: list[Run]) -> str:
+    """Returns the table."""
     lines = []
     for k in range(ROUNDS + 1):
         rounds = [run["rounds"][k] for run in runs]
