@@ -114,7 +114,7 @@ class Running(NamedTuple):
 
 
 class Results:
-    """The results of an experiment by the names of its runs, in a file that is written after each of them.
+    """The results of an experiment by the names of its runs, in a file that is written after each of their stages.
 
     Args:
         file: The JSON file.
@@ -122,7 +122,7 @@ class Results:
     """
 
     def __init__(self, file: pathlib.Path, read: Callable[[pathlib.Path], Run | None]):
-        self.file, self.read = file, read
+        self.file, self.read, self.environment = file, read, environment()
         self.found: dict[str, Run] = json.loads(file.read_text()) if file.exists() else {}
 
     def has(self, job: Job) -> bool:
@@ -134,7 +134,7 @@ class Results:
         """Adds what a run has found so far."""
         if (result := self.read(job.folder)) is None:
             return
-        head = job.about | {"arguments": job.arguments, "environment": environment()}
+        head = job.about | {"arguments": job.arguments, "environment": self.environment}
         self.found[job.name] = head | {"finished": finished, "seconds": spent} | result
         draft = self.file.with_suffix(".draft")
         draft.write_text(json.dumps(dict(sorted(self.found.items())), indent=1) + "\n")
@@ -153,6 +153,7 @@ def run_all(jobs: Sequence[Job], workers: int, until: float, results: Results | 
     waiting = [job for job in jobs if results is None or not results.has(job)]
     free, failed = core_sets(max(1, min(workers, len(waiting)))), 0
     running: dict[str, Running] = {}
+    stages: dict[str, int] = {}  # finished ones, when the results of a run were read last
     print(f"{len(waiting)} of {len(jobs)} runs to do", flush=True)
     try:
         while (waiting or running) and time.time() < until:
@@ -162,6 +163,9 @@ def run_all(jobs: Sequence[Job], workers: int, until: float, results: Results | 
             time.sleep(POLL)
             for one in list(running.values()):
                 if (spent := one.spent(wait=False)) is None:
+                    if results is not None and len(seconds_of(one.job.folder)) > stages.get(one.job.name, 0):
+                        stages[one.job.name] = len(seconds_of(one.job.folder))
+                        results.add(one.job, {"wall": round(time.time() - one.start)}, finished=False)
                     continue
                 del running[one.job.name]
                 free.append(one.cores)

@@ -86,12 +86,14 @@ def section(runs: list[Run]) -> str:
     lines = []
     for kind in LABELS:
         found = [run for run in runs if run["labels"] == kind]
+        if not found:
+            continue
         cells = [jobs.spread([run["metrics"][name] for run in found], name in PERCENT) for name in SHOWN]
         accuracies = [
             jobs.spread([run["models"][model][f"eval/{name}"] for run in found], percent=True)
             for model, name in (("reward", "accuracy"), ("cost", "sign_accuracy"))
         ]
-        lines += [[kind, *cells, *accuracies]] if found else []
+        lines.append([kind, *cells, *accuracies])
     columns = ["labels", *SHOWN.values(), "reward model: ranking, held out", "cost model: sign, held out"]
     return f"{jobs.table(columns, lines)}\n\n{jobs.seeds_of(runs)}"
 

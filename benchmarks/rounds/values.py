@@ -100,8 +100,9 @@ def section(runs: list[Run]) -> str:
     for change in CHANGES:
         for policy, when in zip(POLICIES, ("before", "after"), strict=True):
             found = [run["policies"][policy] for run in runs if run["change"] == change]
-            cells = [jobs.spread([one[name] for one in found], name in PERCENT) for name in SHOWN]
-            lines += [[f"{change}: {when}", *cells]] if found else []
+            if found:
+                cells = [jobs.spread([one[name] for one in found], name in PERCENT) for name in SHOWN]
+                lines.append([f"{change}: {when}", *cells])
     return f"{jobs.table(['the category', *SHOWN.values()], lines)}\n\n{jobs.seeds_of(runs)}"
 
 
