@@ -12,11 +12,12 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from matplotlib.figure import Figure
 
 from benchmarks.rounds import jobs
 from benchmarks.rounds.jobs import Experiment, Job, Run
-from benchmarks.rounds.scales import COLUMNS
+from benchmarks.rounds.scales import COLUMNS, PANELS
 from safe_rlhf_jax.data import demo
 
 ROUNDS = 3
@@ -24,7 +25,7 @@ FEW = 400  # prompts of round 1
 ERROR_RATE = 0.15  # of their labels, beside the annotators' own
 LACKING = demo.HARM_CATEGORIES[::3]  # five of the fourteen
 FIGURE = jobs.ROOT / "docs" / "images" / "weak_start.png"
-AXES = ("helpfulness", "harmlessness")
+AXES = {"helpfulness": "benign", "harmlessness": "all prompts"}  # a harmful answer to a risky prompt helps, too
 SHOWN = {
     "harm_rate": "harm, risky",
     "harm_rate_redteam": "harm, red team",
@@ -101,15 +102,20 @@ def section_text(runs: list[Run]) -> str:
         rounds = [run["rounds"][k] for run in runs]
         cells = [jobs.spread([one["policy"][name] for one in rounds], name in PERCENT) for name in SHOWN]
         sign = [one["cost"]["eval/sign_accuracy"] for one in rounds if "eval/sign_accuracy" in one["cost"]]
-        ratings = [jobs.spread([elo_of(run, axis)[k]["elo"] for run in runs], percent=False) for axis in AXES]
+        ratings = [f"{np.mean([elo_of(run, axis)[k]['elo'] for run in runs]):.0f}" for axis in AXES]
         lines.append([str(k), *cells, jobs.spread(sign, percent=True) if sign else "–", *ratings])
-    columns = ["after round", *SHOWN.values(), "cost model: sign, held out", *(f"Elo, {axis}" for axis in AXES)]
+    columns = [
+        "after round",
+        *SHOWN.values(),
+        "cost model: sign, held out",
+        *(f"Elo: {axis}, {prompts}" for axis, prompts in AXES.items()),
+    ]
     return f"{jobs.table(columns, lines)}\n\n{jobs.seeds_of(runs)}"
 
 
 def elo_of(run: Run, axis: str) -> list[dict[str, float]]:
-    """Returns the Elo of the policies of all rounds by the oracle, on all prompts."""
-    row = next(row for row in run["comparisons"] if (row["prompts"], row["axis"]) == ("all prompts", axis))
+    """Returns the Elo of the policies of all rounds by the oracle."""
+    row = next(row for row in run["comparisons"] if (row["prompts"], row["axis"]) == (AXES[axis], axis))
     return list(row["elo"].values())
 
 
@@ -117,18 +123,19 @@ def figure(runs: list[Run]) -> Figure:
     """Returns harm and helpfulness by round, and Elo of harmlessness against Elo of helpfulness."""
     drawn = Figure(figsize=(13, 4), layout="constrained")
     *panels, last = drawn.subplots(1, 3)
-    for axes, (name, label) in zip(panels, list(SHOWN.items())[1:], strict=True):
+    for axes, (name, (label, factor)) in zip(panels, PANELS.items(), strict=True):
         for run in runs:
-            values = [one["policy"][name] * (100 if name in PERCENT else 1) for one in run["rounds"]]
-            axes.plot(values, "o-", label=f"seed {run['seed']}")
-        axes.set(xlabel="round", xticks=range(ROUNDS + 1), ylabel=label + (", %" if name in PERCENT else ""), ylim=0)
+            axes.plot([factor * one["policy"][name] for one in run["rounds"]], "o-", label=f"seed {run['seed']}")
+        axes.set(xlabel="round", xticks=range(ROUNDS + 1), ylabel=label)
+        axes.set_ylim(0)
         axes.legend(frameon=False)
     for run in runs:
         x, y = ([rating["elo"] for rating in elo_of(run, axis)] for axis in AXES)
         last.plot(x, y, "o-")
         for k, place in enumerate(zip(x, y, strict=True)):
             last.annotate(str(k), place)
-    last.set(xlabel="Elo, helpfulness (oracle)", ylabel="Elo, harmlessness (oracle)")
+    x, y = (f"Elo: {axis}, {prompts} (oracle)" for axis, prompts in AXES.items())
+    last.set(xlabel=x, ylabel=y)
     return drawn
 
 

@@ -126,7 +126,7 @@ def test_tables_have_a_row_for_each_kind_of_run():
     ]
     assert "| ν = 0.5 | 50.0 %; 0.50 |" in scales.section_text(scaled)
     elo = {name: {"elo": 1000.0} for name in "0123"}
-    judged = [{"prompts": "all prompts", "axis": axis, "elo": elo} for axis in weak_start.AXES]
+    judged = [{"prompts": kind, "axis": axis, "elo": elo} for axis, kind in weak_start.AXES.items()]
     rounds = [{"policy": metrics, "cost": {"eval/sign_accuracy": 0.9}}] * 4
     assert "| 3 | 50.0 % |" in weak_start.section_text([spent | {"rounds": rounds, "comparisons": judged}])
     models = {"reward": {"eval/accuracy": 0.8}, "cost": {"eval/sign_accuracy": 0.9}}
