@@ -27,6 +27,13 @@ PAGE = ROOT / "docs" / "results.md"
 MODELS = ("sft", "reward", "cost")
 POLL = 0.5  # seconds
 Run = dict[str, Any]  # a result
+# Threads are as many as the cores that JAX finds when it is imported.
+PROGRAM = """
+import os, sys
+os.sched_setaffinity(0, map(int, sys.argv.pop(1).split(",")))
+from safe_rlhf_jax.train import main
+sys.exit(main())
+"""
 
 
 class Job(NamedTuple):
@@ -59,9 +66,8 @@ class Job(NamedTuple):
         shared = {"JAX_COMPILATION_CACHE_DIR": str(ROOT / RUNS / "compiled"), "PYTHONPATH": str(ROOT)}
         with (self.folder / "log.txt").open("ab") as log:
             return subprocess.Popen(
-                [sys.executable, "-m", "safe_rlhf_jax.train", *self.arguments],
+                [sys.executable, "-c", PROGRAM, ",".join(map(str, cores)), *self.arguments],
                 cwd=ROOT, env=os.environ | shared, stdout=log, stderr=subprocess.STDOUT,
-                preexec_fn=lambda: os.sched_setaffinity(0, cores),
             )  # fmt: skip
 
 
