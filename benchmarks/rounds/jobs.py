@@ -63,7 +63,8 @@ class Job(NamedTuple):
     def start(self, cores: Sequence[int]) -> subprocess.Popen[bytes]:
         """Starts the run on some cores."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        shared = {"JAX_COMPILATION_CACHE_DIR": str(ROOT / RUNS / "compiled"), "PYTHONPATH": str(ROOT)}
+        path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+        shared = {"JAX_COMPILATION_CACHE_DIR": str(ROOT / RUNS / "compiled"), "PYTHONPATH": path}
         with (self.folder / "log.txt").open("ab") as log:
             return subprocess.Popen(
                 [sys.executable, "-c", PROGRAM, ",".join(map(str, cores)), *self.arguments],
