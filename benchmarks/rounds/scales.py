@@ -69,9 +69,10 @@ def job(seed: int, scale: str, method: str, tiny: bool) -> Job:
 
 def all_jobs(seeds: Sequence[int], tiny: bool) -> list[Job]:
     """Returns the runs, those that tell most first: λ and every ν on three scales, then shifted scores."""
-    by_scale = [(scale, method) for scale in ("0.1", "1", "10") for method in SETTINGS if method != LIMIT_0]
-    shifted = [(scale, method) for scale in ("+5", "-5") for method in ("λ", LIMIT_0, "ν = 0.5")]
-    return [job(seed, *one, tiny) for one in [*by_scale, *shifted, ("1", LIMIT_0)] for seed in seeds]
+    methods = (CALIBRATED, "ν = 0.5", "ν = 1", "ν = 5", "ν = 0.1")
+    multiplied = [(scale, method) for method in methods for scale in ("0.1", "10", "1")]
+    shifted = [(scale, method) for method in (CALIBRATED, LIMIT_0, "ν = 0.5") for scale in ("+5", "-5")]
+    return [job(seed, *one, tiny) for one in [*multiplied, *shifted, ("1", LIMIT_0)] for seed in seeds]
 
 
 def read(folder: pathlib.Path) -> Run | None:
