@@ -30,7 +30,7 @@ def runs(tmp_path, monkeypatch):
 @pytest.mark.parametrize("tiny", [False, True])
 def test_every_run_of_an_experiment_is_a_config(experiment, tiny, monkeypatch):
     monkeypatch.setattr(scales, "scaled", lambda model, factor, shift: f"{model}_{factor}_{shift}")
-    monkeypatch.setattr(labels, "labels_file", lambda samples, rates: f"{samples.name}/{rates}.jsonl")
+    monkeypatch.setattr(labels, "labels_file", lambda samples, labels: f"{samples.name}/{labels.rates}.jsonl")
     monkeypatch.setattr(values, "labels_file", lambda value: f"{value}.jsonl")
     found = [job for phase in experiment.EXPERIMENT.phases for job in phase([0, 1], tiny)]
     assert len({job.name for job in found}) == len(found)
@@ -94,6 +94,21 @@ def test_votes_are_those_of_annotators_and_their_majority_is_the_label():
     assert len(voted["response_0_safe_votes"]) == 5
     votes = voted["response_1_safe_votes"]
     assert voted["is_response_1_safe"] == (2 * sum(votes) > 5)
+
+
+def test_audited_share_of_labels_is_without_the_error_that_the_others_have(runs):
+    samples = jobs.Job("samples", "samples.yaml", {}, {"seed": 0})
+    pairs = [pair | {"prompt": [{"role": "user", "content": pair["prompt"]}]} for pair in demo.preference("test")]
+    jobs.written("samples/label/data.jsonl", pairs)
+    wrong = {}
+    for share in (0.0, 0.5, 1.0):
+        file = labels.labels_file(samples, labels.Labels((0.4,), share))
+        with open(file) as lines:
+            found = [json.loads(line) for line in lines]
+        wrong[share] = np.mean([
+            bool(one["is_response_0_safe"]) == demo.harm(one["response_0"]).is_harmful for one in found
+        ])  # fmt: skip
+    np.testing.assert_allclose([wrong[0.0], wrong[0.5], wrong[1.0]], [0.4, 0.21, 0.02], atol=0.03)
 
 
 def test_only_the_acceptable_category_is_relabelled():
