@@ -10,7 +10,7 @@ import yaml
 from safe_rlhf_jax import config as cfg
 from safe_rlhf_jax.data import demo
 from safe_rlhf_jax.data.sources import in_test
-from safe_rlhf_jax.metrics import read_jsonl
+from safe_rlhf_jax.metrics import read_jsonl, write_jsonl
 from safe_rlhf_jax.stages import Run, red_team
 from safe_rlhf_jax.stages.attacks import RULES, Archive, Search, Seed, in_world, rewritten, text_of
 from safe_rlhf_jax.stages.labellers import Labeller
@@ -200,6 +200,23 @@ def test_held_out_attacks_are_the_test_split_of_what_the_stage_makes(weak_to_sto
     assert set(test) <= held_out
     assert held_out.isdisjoint(train)
     assert min(len(train), len(test)) > 14
+
+
+def test_chats_are_attacked_in_their_last_turn_and_stay_conversations(weak_to_stories, tmp_path):
+    reply = {"role": "assistant", "content": "hello"}
+    chats = [
+        {"prompt": [*turns(f"hello {i}"), reply, *turns(text)], "category": f"kind {i % 2}"}
+        for i, text in enumerate(CHAT * 5)
+    ]
+    write_jsonl(tmp_path / "chats.jsonl", chats)
+    run = Run(stage_of(tmp_path, seeds={"name": str(tmp_path / "chats.jsonl")}, group_field=None, groups=None,
+                       openings=["in a story, "], max_prompt_length=400))  # fmt: skip
+    result = red_team.run_red_team(run, run.config.stages[0], run.folder("attack"))
+    kept = read_jsonl(run.folder("attack") / "data.jsonl")
+    assert {record["category"] for record in kept if record["unsafe"] == 1.0} == {"kind 0", "kind 1"}
+    assert all([turn["role"] for turn in record["prompt"]] == ["user", "assistant", "user"] for record in kept)
+    assert {record["prompt"][0]["content"] for record in kept} <= {f"hello {i}" for i in range(20)}
+    assert result["rounds"][-1]["success"]["all"]["rate"] > 0.0
 
 
 def test_oracle_of_the_seeds_reads_responses_to_attacks_too(tmp_path):

@@ -375,6 +375,11 @@ def test_one_stage_that_splits_its_data_in_two_ways_is_refused(run, tmp_path, mo
     assert said in str(error.value)
 
 
+def test_share_of_the_training_split_is_no_other_split_than_a_published_one(run):
+    run({"kind": "cost", "data": {"name": "demo/preference", "test_share": 0.2, "limit": 40},
+         "eval_data": {"name": "demo/preference", "split": "test", "limit": 40}})  # fmt: skip
+
+
 def test_shipped_world_measures_nothing_that_it_trains_on(tmp_path):
     config = cfg.load_config(ROOT / "configs" / "quickstart.yaml", [f"workdir={tmp_path}"])
     made = Run(config)
