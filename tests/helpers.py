@@ -39,6 +39,17 @@ def init(module, seed=0):
     return nn.unbox(variables)
 
 
+def drawn(module, seed=0):
+    """Random parameters of a network, weights of norms about 1; `init` takes longer, because it is compiled."""
+    tokens, rng = jnp.zeros((1, 4), jnp.int32), np.random.default_rng(seed)
+    shapes = nn.unbox(jax.eval_shape(module.init, jax.random.key(0), tokens, tokens == 0))["params"]
+
+    def draw(path, leaf):
+        return jnp.asarray((path[-1].key == "weight") + 0.2 * rng.standard_normal(leaf.shape), leaf.dtype)
+
+    return jax.tree.map_with_path(draw, shapes)
+
+
 def make_lm(config, seed=0):
     module = CausalLM(config)
     return module, dict(init(module, seed))

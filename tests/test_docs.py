@@ -229,15 +229,17 @@ def test_kind_of_stage_that_is_added_by_the_diff_runs_after_another_and_is_check
     (tmp_path / "safe_rlhf_jax" / "stages" / "perplexity.py").write_text(file)
     (tmp_path / "config.yaml").write_text(config)
 
-    def train(*overrides):
-        command = [sys.executable, "-m", "safe_rlhf_jax.train", "--config", "config.yaml", "workdir=run", *overrides]
-        environment = os.environ | {"PYTHONPATH": str(tmp_path)}
-        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-
-    wrong = train("stages.measured.policy=stf")
-    assert wrong.returncode == 1
-    assert "policy names 'stf', which is no earlier stage" in wrong.stderr
-    assert train().returncode == 0
+    code = """
+from safe_rlhf_jax.train import main
+command = ["--config", "config.yaml", "workdir=run"]
+print([main([*command, *more]) for more in (["stages.measured.policy=stf"], [], [])])
+"""
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    process = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert process.stdout.endswith("[1, 0, 0]\n"), process.stderr
+    assert "policy names 'stf', which is no earlier stage" in process.stderr
     result = json.loads((tmp_path / "run" / "measured" / "result.json").read_text())
     assert result["metrics"]["eval/perplexity"] > 1
-    assert "measured: finished, config unchanged; skipped" in train().stdout
+    assert process.stdout.count("measured: finished, config unchanged; skipped") == 1

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from scipy import stats
+from scipy import special  # scipy.stats takes most of a second to import, in every run
 
 Costs = np.ndarray  # f64[…, n]
 Values = np.ndarray | np.floating  # f64[…]
@@ -55,7 +55,7 @@ def student_upper(costs: Costs, delta: float) -> Values:
         f64[…].
     """
     mean, error, spread = standard_error(costs)
-    quantile = stats.t.ppf(1.0 - delta, costs.shape[-1] - 1)
+    quantile = special.stdtrit(costs.shape[-1] - 1, 1.0 - delta)
     return np.where(spread, mean + quantile * error, np.inf)
 
 
@@ -63,7 +63,7 @@ def student_p_value(costs: Costs, limit: float) -> Values:
     """P(T ≤ (mean − limit)/(s/√n)), T of Student's t with n − 1 degrees of freedom; 1 without spread."""
     mean, error, spread = standard_error(costs)
     statistic = (mean - limit) / np.where(spread, error, 1.0)
-    return np.where(spread, stats.t.cdf(statistic, costs.shape[-1] - 1), 1.0)
+    return np.where(spread, special.stdtr(costs.shape[-1] - 1, statistic), 1.0)
 
 
 def standard_error(costs: Costs) -> tuple[Values, Values, Any]:
@@ -123,12 +123,12 @@ def clopper_pearson_upper(costs: Costs, delta: float) -> Values:
         f64[…], 1 if all are unsafe.
     """
     k, n = (costs > 0).sum(-1), costs.shape[-1]
-    return np.where(k < n, stats.beta.ppf(1.0 - delta, k + 1, np.maximum(n - k, 1)), 1.0)
+    return np.where(k < n, special.betaincinv(k + 1, np.maximum(n - k, 1), 1.0 - delta), 1.0)
 
 
 def clopper_pearson_p_value(costs: Costs, limit: float) -> Values:
     """P(Binomial(n, limit) ≤ k) of k of n costs above 0."""
-    return np.asarray(stats.binom.cdf((costs > 0).sum(-1), costs.shape[-1], limit))
+    return np.asarray(special.bdtr((costs > 0).sum(-1), costs.shape[-1], limit))
 
 
 STUDENT = Bound("Student t", "mean cost", lambda costs: costs.mean(-1), student_upper, student_p_value)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
-from scipy import stats
+from scipy import special
 
 from safe_rlhf_jax.types import CostWindow, Signals
 
@@ -62,7 +62,7 @@ def t_quantiles(delta: float, size: int) -> Float[np.ndarray, " W1"]:
     A table, because the quantile has no jit-safe form.
     """
     n = np.arange(size + 1)
-    return np.where(n < 2, 0.0, stats.t.ppf(1.0 - delta, np.maximum(n - 1, 1))).astype(np.float32)
+    return np.where(n < 2, 0.0, special.stdtrit(np.maximum(n - 1, 1), 1.0 - delta)).astype(np.float32)
 
 
 def window_half_width(window: CostWindow, quantiles: Float[Array, " W1"]) -> Float[Array, ""]:

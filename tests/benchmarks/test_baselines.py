@@ -9,7 +9,7 @@ from safe_rlhf_jax.data.conversations import encode
 from safe_rlhf_jax.data.templates import TEMPLATES
 from safe_rlhf_jax.data.tokenizer import load_tokenizer
 from safe_rlhf_jax.pipeline import Policy
-from tests.helpers import make_lm, perturbed, tiny_config
+from tests.helpers import apply, make_lm, perturbed, tiny_config
 
 
 def test_states_are_the_last_and_the_mean_of_the_response_alone():
@@ -25,5 +25,5 @@ def test_states_are_the_last_and_the_mean_of_the_response_alone():
     for state, side in zip(found, sides, strict=True):
         text = encode(side, policy.template, tokenizer)
         tokens = jnp.array([text.ids])
-        hidden = module.apply(policy.variables, tokens, tokens >= 0, method="hidden")[0][np.array(text.trained)]
+        hidden = np.asarray(apply(module, policy.variables, tokens, tokens >= 0, method="hidden"))[0][text.trained]
         np.testing.assert_allclose(state, np.concatenate([hidden[-1], hidden.mean(0)]), atol=1e-5)

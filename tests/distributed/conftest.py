@@ -47,7 +47,7 @@ def start_processes():
         shared = os.environ | {
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_COORDINATOR_ADDRESS": address,
             "JAX_NUM_PROCESSES": str(count), "PYTHONPATH": str(ROOT),
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0",
+            "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("device_count=8", f"device_count={devices}"),
         }  # fmt: skip
         processes = [
             subprocess.Popen(

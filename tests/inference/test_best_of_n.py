@@ -1,5 +1,6 @@
 """The best of n: who is chosen, and what k of the n samples would have given."""
 
+import functools
 import itertools
 
 import jax
@@ -103,10 +104,11 @@ def test_sampler_gives_what_generation_and_scoring_give_apart():
     sampler = {"response_length": 6, "eos_id": 2, "pad_id": 0, "sampling": Sampling()}
     sample = make_sampler(module, {"reward": scorer}, num_responses=4, **sampler)
     out = sample(policy["params"], {"reward": scores}, prompts, key)
-    rollout = generate(module, policy["params"], prompts, key, num_responses=4, **sampler)
+    again = functools.partial(generate, module, num_responses=4, **sampler)
+    rollout = jax.jit(again)(policy["params"], prompts, key)
     np.testing.assert_array_equal(out["tokens"].reshape(12, 6), rollout.tokens[:, 5:])
     np.testing.assert_array_equal(out["length"].reshape(12), rollout.mask[:, 5:].sum(-1))
-    expected = sequence_scores(scorer, scores, rollout.tokens, rollout.mask)
+    expected = jax.jit(functools.partial(sequence_scores, scorer))(scores, rollout.tokens, rollout.mask)
     np.testing.assert_allclose(out["reward"].reshape(12), expected, rtol=1e-5, atol=1e-6)
     assert out["reward"].shape == (3, 4)
     assert len(np.unique(np.asarray(out["tokens"][0]), axis=0)) > 1

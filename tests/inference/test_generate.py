@@ -105,7 +105,7 @@ def test_rows_without_a_token_are_never_sampled_and_have_no_probability(lm, prom
     assert not without & set(tokens[mask].tolist())
     learned = response_log_probs(*narrow, rollout.tokens, rollout.mask, prompt_length=PROMPT)
     np.testing.assert_allclose(np.asarray(learned)[mask], np.asarray(rollout.sampler_log_probs)[mask], **TOLERANCE)
-    logits = np.asarray(narrow[0].apply({"params": params}, rollout.tokens, rollout.mask), np.float64)
+    logits = np.asarray(apply(narrow[0], {"params": params}, rollout.tokens, rollout.mask), np.float64)
     total = np.exp(logits - logits.max(-1, keepdims=True)).sum(-1)
     kept = [i for i in range(VOCAB) if i not in without]
     np.testing.assert_allclose(np.exp(logits - logits.max(-1, keepdims=True))[..., kept].sum(-1), total, rtol=1e-6)

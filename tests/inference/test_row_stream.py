@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -53,10 +55,11 @@ def test_rows_are_what_generate_gives_for_each_prompt_alone_with_its_own_setting
     tokens, mask = left_padded([PROMPTS[row]])
     batch = PromptBatch(jnp.asarray(tokens), jnp.asarray(mask), jnp.zeros((1,), jnp.int32))
     temperature, top_p = SETTINGS[row]
-    rollout = generate(
-        *lm, batch, jax.random.key(3 + row), response_length=LENGTH, eos_id=EOS, pad_id=0,
+    alone = functools.partial(
+        generate, lm[0], response_length=LENGTH, eos_id=EOS, pad_id=0,
         sampling=Sampling(temperature=temperature, top_p=top_p),
     )  # fmt: skip
+    rollout = jax.jit(alone)(lm[1], batch, jax.random.key(3 + row))
     expected = rollout.tokens[0, WIDTH:][rollout.mask[0, WIDTH:]].tolist()
     assert len(expected) > 1
     assert responses(stream, range(3))[row] == expected

@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,9 +28,10 @@ def test_stream_gives_the_tokens_of_generate(lm, sampling):
     tokens = np.zeros((1, columns), np.int32)
     tokens[0, -len(prompt) :] = prompt
     prompts = PromptBatch(jnp.asarray(tokens), jnp.asarray(tokens > 0), jnp.zeros((1,), jnp.int32))
-    rollout = generate(
-        module, params, prompts, key, response_length=12, eos_id=EOS, pad_id=0, sampling=sampling, early_exit=True
+    whole = functools.partial(
+        generate, module, response_length=12, eos_id=EOS, pad_id=0, sampling=sampling, early_exit=True
     )
+    rollout = jax.jit(whole)(params, prompts, key)
     expected = rollout.tokens[0, columns:][rollout.mask[0, columns:]].tolist()
     assert list(Stream(module, params, eos_id=EOS)(prompt, key, sampling=sampling, max_tokens=12)) == expected
     assert len(expected) > 1

@@ -13,7 +13,7 @@ from safe_rlhf_jax.models.adapters import Adapted, hidden_of_roles, merged, outp
 from safe_rlhf_jax.models.config import TARGETS, Lora, ModelConfig, ScoreConfig
 from safe_rlhf_jax.models.families import FAMILIES
 from safe_rlhf_jax.models.transformer import CausalLM, ScoreModel
-from tests.helpers import apply, init
+from tests.helpers import apply, drawn, init
 
 SIZES = {
     "vocab_size": 61, "hidden_size": 16, "intermediate_size": 24, "num_layers": 3, "num_heads": 4, "num_kv_heads": 2,
@@ -41,12 +41,8 @@ def network(lora, scan=True, score=None, **sizes):
 
 def opened(net, seed=0, moved=True):
     """A base, and parameters of a network on it; `moved` as after training, else as before."""
-    base = init(without_adapters(net.module), seed)["params"]
-    params = dict(init(net, seed + 1)["params"])
-    if moved:
-        rng = np.random.default_rng(seed + 2)
-        params["adapter"] = jax.tree.map(lambda x: x + np.float32(0.1 * rng.normal(size=x.shape)), params["adapter"])
-    return base, params
+    base = drawn(without_adapters(net.module), seed)
+    return base, drawn(net, seed + 1) if moved else init(net, seed + 1)["params"]
 
 
 @functools.partial(jax.jit, static_argnames=("net", "first", "method"))

@@ -11,8 +11,10 @@ from transformers import AutoTokenizer
 
 from safe_rlhf_jax.data.tokenizer import load_tokenizer
 from safe_rlhf_jax.models import hf
+from safe_rlhf_jax.models.config import ScoreConfig
 from safe_rlhf_jax.models.families import family
-from tests.helpers import apply, make_lm, make_scorer, perturbed, right_padded, tiny_config
+from safe_rlhf_jax.models.transformer import CausalLM, ScoreModel
+from tests.helpers import apply, drawn, make_lm, make_scorer, perturbed, right_padded, tiny_config
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "trajectory"
 CONFIGS = {
@@ -64,8 +66,8 @@ def beaver(tmp_path):
 @pytest.mark.parametrize("scan_layers", [True, False], ids=["scanned", "unrolled"])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_language_model_survives_saving_and_loading_bit_for_bit(tmp_path, name, scan_layers):
-    module, variables = make_lm(tiny_config(**CONFIGS[name], scan_layers=scan_layers))
-    variables = perturbed(variables)
+    module = CausalLM(tiny_config(**CONFIGS[name], scan_layers=scan_layers))
+    variables = {"params": drawn(module)}
     hf.save(tmp_path / "first", module, variables)
     again, loaded = hf.load(tmp_path / "first", scan_layers=scan_layers)
     assert again.config == module.config
@@ -81,9 +83,9 @@ def test_a_language_model_survives_saving_and_loading_bit_for_bit(tmp_path, name
 )
 def test_a_score_model_survives_saving_and_loading_bit_for_bit(tmp_path, score_type, options):
     options = {k: v for k, v in options.items() if k != "normalize" or score_type != "critic"}
-    module, variables = make_scorer(score_type, tiny_config(scan_layers=True), **options)
-    variables = perturbed(variables)
-    if "stats" in variables:
+    module = ScoreModel(tiny_config(scan_layers=True), ScoreConfig(score_type, **options))
+    variables = {"params": drawn(module)}
+    if score_type != "critic":
         variables["stats"] = {"mean": jnp.array([-2.5]), "var": jnp.array([0.3]), "count": jnp.array([7], jnp.int32)}
     hf.save(tmp_path / "first", module, variables)
     again, loaded = hf.load(tmp_path / "first", "score")

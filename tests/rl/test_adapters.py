@@ -293,8 +293,8 @@ def test_adapters_stand_on_several_bases(following):
     rollout = make_rollout()
     assert set(world.frozen.bases) == {"base", "safety"}
     for signal, scorer in world.networks.scorers.items():
-        bound = scorer.on(world.frozen.bases)
-        scores = bound.apply(world.frozen.scorers[signal], rollout.tokens, rollout.mask)
+        read = jax.jit(lambda bases, *arguments, scorer=scorer: scorer.on(bases).apply(*arguments))
+        scores = read(world.frozen.bases, world.frozen.scorers[signal], rollout.tokens, rollout.mask)
         np.testing.assert_allclose(metrics[f"train/{signal}"], gather_last(scores, rollout.mask).mean(), rtol=1e-5)
 
 
@@ -336,7 +336,9 @@ def test_evaluation_reads_each_network_on_its_own_base_and_in_its_own_form():
     tokens = jnp.concatenate([prompts.tokens, out["tokens"]], 1)
     text = tokens, jnp.concatenate([prompts.mask, mask], 1)
     for signal, (net, variables) in scorers.items():
-        np.testing.assert_allclose(out[signal], sequence_scores(net, variables, *text), atol=1e-5)
+        scores = jax.jit(functools.partial(sequence_scores, net))(variables, *text)
+        np.testing.assert_allclose(out[signal], scores, atol=1e-5)
     plain = without_adapters(other.module), base_of(other)
-    ours, theirs = (response_log_probs(*of, *text, prompt_length=PROMPT) for of in ((policy, actor), plain))
+    read = jax.jit(response_log_probs, static_argnames=("module", "prompt_length"))
+    ours, theirs = (read(*of, *text, prompt_length=PROMPT) for of in ((policy, actor), plain))
     np.testing.assert_allclose(out["kl"], jnp.where(mask, ours - theirs, 0.0).sum(-1), atol=1e-5)

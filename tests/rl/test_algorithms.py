@@ -102,26 +102,31 @@ def test_cgpo_prefers_any_feasible_response_to_an_infeasible_one_and_the_better_
     np.testing.assert_allclose(advantage[4:], 0.0, atol=1e-6)  # none is feasible
 
 
-def updated(name, cost, multiplier):
-    """The actor after an update in which all responses cost the same, by the critics of the start."""
+@functools.cache
+def fixed_multiplier(name):
+    """A world whose λ = 5 stays, and its compiled update, which takes costs."""
     measure = {"measure": rectified(0.0), "lr": lambda _: 0.0}
-    world = make_world(name, multiplier=multiplier, constraint=measure if name != "ppo" else None)
-    rollout, given = make_rollout(), {"cost": jnp.full(ROWS, cost)}
-    learned = jax.jit(functools.partial(learn, world.networks, world.algorithm, world.hp))
-    return learned(world.state, world.frozen, rollout, None, KEY, given)[0].actor.params
+    world = make_world(name, multiplier=5.0, constraint=measure if name != "ppo" else None)
+    return world, jax.jit(functools.partial(learn, world.networks, world.algorithm, world.hp))
+
+
+def updated(name, cost):
+    """The actor after an update in which all responses cost the same, by the critics of the start."""
+    (world, learned), given = fixed_multiplier(name), {"cost": jnp.full(ROWS, cost)}
+    return learned(world.state, world.frozen, make_rollout(), None, KEY, given)[0].actor.params
 
 
 def test_repo_takes_no_cost_into_account_on_responses_within_the_limit():
     """In one batch with others, λ would weaken the reward of a safe response by 1 + λ."""
-    chex.assert_trees_all_close(updated("repo", -1.0, 5.0), updated("ppo", -1.0, 5.0), atol=1e-6)
+    chex.assert_trees_all_close(updated("repo", -1.0), updated("ppo", -1.0), atol=1e-6)
     with pytest.raises(AssertionError):
-        chex.assert_trees_all_close(updated("ppo_lag", -1.0, 5.0), updated("ppo", -1.0, 5.0), atol=1e-6)
+        chex.assert_trees_all_close(updated("ppo_lag", -1.0), updated("ppo", -1.0), atol=1e-6)
 
 
 def test_repo_updates_on_violations_as_safe_rlhf_does():
-    chex.assert_trees_all_close(updated("repo", 1.0, 5.0), updated("ppo_lag", 1.0, 5.0), atol=1e-6)
+    chex.assert_trees_all_close(updated("repo", 1.0), updated("ppo_lag", 1.0), atol=1e-6)
     with pytest.raises(AssertionError):
-        chex.assert_trees_all_close(updated("repo", 1.0, 5.0), updated("ppo", 1.0, 5.0), atol=1e-6)
+        chex.assert_trees_all_close(updated("repo", 1.0), updated("ppo", 1.0), atol=1e-6)
 
 
 # --- without critics

@@ -50,7 +50,6 @@ def make_world(
     algorithm="ppo_lag",
     *,
     optimizer=None,
-    reference_seed=7,
     multiplier=1.0,
     window=16,
     constraint=None,
@@ -61,7 +60,7 @@ def make_world(
     optimizer = optimizer or optax.sgd(0.1)
     record = ALGORITHMS[algorithm]
     policy, actor = make_lm(CONFIG, 0)
-    _, reference = make_lm(CONFIG, reference_seed)
+    _, reference = make_lm(CONFIG, 7)
     constraints = {signal: Constraint(**(constraint or {})) for signal in costs} if record.constrained else {}
     settings = {"response_length": RESPONSE, "eos_id": 2, "pad_id": 0} | hp
     hp = Hyperparameters(**settings, constraints=constraints)
