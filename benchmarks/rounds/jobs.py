@@ -184,7 +184,7 @@ def run_all(jobs: Sequence[Job], workers: int, until: float, results: Results | 
                     results.add(one.job, spent, finished=status == 0)
     finally:
         for one in running.values():
-            one.process.terminate()
+            os.kill(one.process.pid, signal.SIGTERM)  # Popen.terminate would reap one that has just ended
         for one in running.values():
             spent = one.spent(wait=True)
             if results is not None and spent is not None:
