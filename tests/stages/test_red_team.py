@@ -155,7 +155,7 @@ def weak_to_stories(monkeypatch):
         prompts.append([text_of(turns) for turns in asked])
         return [[{"text": "unsafe" if "story" in text else "no", "ended": True}] for text in prompts[-1]]
 
-    def costs(conversations, responses, ended):
+    def costs(conversations, responses, ended, records):
         return [None if text_of(c).startswith("plan") else 1.0 if r == "unsafe" else -1.0
                 for c, r in zip(conversations, responses, strict=True)]  # fmt: skip
 
