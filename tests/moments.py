@@ -5,6 +5,7 @@ an error before the run starts, which `checked` shows.
 """
 
 import importlib
+import itertools
 import os
 import pathlib
 import resource
@@ -75,6 +76,12 @@ def wait_for_checkpoint(folder, step):
 
 def die(name="SIGKILL"):
     os.kill(os.getpid(), getattr(signal, name))
+
+
+def death_at(call):
+    """Returns an action that kills the process when it is called for the nth time."""
+    calls = itertools.count(1)
+    return lambda *_: die() if next(calls) == call else None
 
 
 def fill_disk(size=1_000_000):

@@ -16,15 +16,7 @@ from safe_rlhf_jax.stages.audit import AUDIT, drawn
 from safe_rlhf_jax.stages.labellers import Pair, of_scores, oracle
 
 CONFIG = Path(__file__).parent.parent / "configs" / "making.yaml"
-KILLED = """
-from tests import moments
-calls = []
-def die(*arguments):
-    calls.append(arguments)
-    if len(calls) == {call}:
-        moments.die()
-moments.before({place!r}, die)
-"""
+KILLED = "from tests import moments; moments.before({place!r}, moments.death_at({call}))\n"
 
 
 def length(conversations, responses, ended):

@@ -260,15 +260,7 @@ def test_share_of_held_out_attacks_is_set_where_they_are_made(tmp_path):
         cfg.RunConfig(workdir="x", stages=[attack, sample])
 
 
-KILLED = """
-from tests import moments
-calls = []
-def die(*arguments):
-    calls.append(arguments)
-    if len(calls) == {call}:
-        moments.die()
-moments.{when}("stages.red_team:keep_batch", die)
-"""
+KILLED = "from tests import moments; moments.after('stages.red_team:keep_batch', moments.death_at({call}))\n"
 
 
 def test_killed_search_continues_without_asking_for_a_response_or_a_label_twice(mini_run, train_process, tmp_path):
@@ -289,7 +281,7 @@ def test_killed_search_continues_without_asking_for_a_response_or_a_label_twice(
 
     whole = started(tmp_path / "whole")
     for call in (1, 3):  # the second time in a round of attacks
-        started(tmp_path / "killed", KILLED.format(call=call, when="after"), status=-9)
+        started(tmp_path / "killed", KILLED.format(call=call), status=-9)
     assert started(tmp_path / "killed") == whole
     asked = [(tmp_path / name / "asked.jsonl").read_text().splitlines() for name in ("whole", "killed")]
     probes = 2  # of the check before the first stage, at every start

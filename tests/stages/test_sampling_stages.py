@@ -20,15 +20,7 @@ from safe_rlhf_jax.stages.rejection import round_rows
 from safe_rlhf_jax.stages.sampling import is_limited, some_of
 
 CONFIG = Path(__file__).parent.parent / "configs" / "sampling.yaml"
-SAMPLING = """
-from tests import moments
-calls = []
-def third(*arguments):
-    calls.append(arguments)
-    if len(calls) == 3:
-        moments.die()
-moments.before("stages.rejection:choose", third)
-"""
+SAMPLING = "from tests import moments; moments.before('stages.rejection:choose', moments.death_at(3))\n"
 TRAINING = """
 from tests import moments
 def stop(stage, step):
