@@ -13,6 +13,7 @@ from safe_rlhf_jax.stages import Run, answers, evaluation
 from tests.helpers import save_models, tiny_config
 
 MINI = Path(__file__).parent / "configs" / "mini.yaml"
+KEEP_BATCH = answers.keep_batch
 TOKENIZER = load_tokenizer("demo")
 CONFIG = tiny_config(vocab_size=TOKENIZER.vocab_size, hidden_size=16, num_layers=1, head_dim=4)
 
@@ -32,6 +33,7 @@ def run_of(tmp_path: Path, models: Path, policies: str = "a", limits=(16,), **se
         "prompts": [{"name": "demo/prompts", "split": "test", "limit": limit} for limit in limits],
         "max_response_length": 3,
     }  # fmt: skip
+    tmp_path.mkdir(exist_ok=True)
     tree = {"workdir": str(tmp_path / "run"), "template": "plain", "stages": [stage | settings]}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree | {"execution": {"dtype": "bfloat16"}}))
     return Run(cfg.load_config(tmp_path / "config.yaml", []))
@@ -50,10 +52,10 @@ def batches(monkeypatch):
     return rows
 
 
-def sample(run: Run) -> None:
+def sample(run: Run) -> answers.Answered:
     with jax.set_mesh(run.mesh):
         stage = run.config.stages[0]
-        answers.sample_policies(run, stage, answers.open_scorers(run, stage.scorers))
+        return answers.sample_policies(run, stage, answers.open_scorers(run, stage.scorers))
 
 
 def test_evaluation_computes_as_many_rows_as_there_are_prompts_in_whole_shards(models, tmp_path, batches):
@@ -90,6 +92,31 @@ def test_evaluation_holds_frozen_networks_once_as_they_are_multiplied_and_polici
     assert [(name, len(times)) for name, times in opened.items()] == [("a", 1), ("b", 1), ("c", 1)]
     assert opened["b"] == opened["c"] == [pytest.approx(held, abs=4096)]  # keys and the like
     assert len(batches) == 3
+
+
+def test_killed_evaluation_answers_no_batch_twice_and_says_the_same(models, tmp_path, monkeypatch):
+    def counting(death: int = 0):
+        kept = []
+
+        def keep_batch(file, batch):
+            KEEP_BATCH(file, batch)
+            kept.append(file.name)
+            if len(kept) == death:
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(answers, "keep_batch", keep_batch)
+        return kept
+
+    settings = {"limits": (16, 3), "batch_size": 8}
+    every = counting()
+    whole = sample(run_of(tmp_path / "whole", models, "ab", **settings))
+    killed = [run_of(tmp_path / "killed", models, "ab", **settings) for _ in range(2)]
+    first = counting(death=6)
+    with pytest.raises(KeyboardInterrupt):
+        sample(killed[0])
+    rest = counting()
+    assert sample(killed[1]).policies == whole.policies
+    assert (len(first), len(rest), len(every)) == (6, 2, 8)
 
 
 def test_report_says_which_prompts_models_and_code_made_it_and_has_the_columns_of_the_prompts_oracle(models, tmp_path):

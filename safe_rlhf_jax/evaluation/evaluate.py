@@ -26,6 +26,7 @@ from safe_rlhf_jax.ops import response_log_probs, sequence_scores
 from safe_rlhf_jax.types import Frozen, Params, PreferenceBatch, PromptBatch, SafetyBatch, Sequences, TokenIds
 
 Sample = dict[str, Any]
+Batch = Sequence[Sequence[Any]]  # pairs of the place of a prompt and its sample
 
 
 def make_respond(
@@ -96,11 +97,28 @@ def collect_samples(
     split: str,
     group_field: str | None,
     oracle: Oracle | None,
+    kept: Sequence[Batch] = (),
+    keep: Callable[[Batch], None] = lambda _: None,
 ) -> list[Sample]:
-    """Returns one sample per prompt: the response, its scores and judges', the oracle's reading if there is one."""
-    samples: dict[int, Sample] = {}
-    for i, (batch, indices) in enumerate(batches):
+    """Returns one sample per prompt: the response, its scores and judges', the oracle's reading if there is one.
+
+    Args:
+        respond: (prompts, key) -> arrays by name.
+        batches: Prompts, and their places among `prompts`.
+        prompts: The prompts.
+        key: Batch i uses `fold_in(key, i)`.
+        ends: Ids that end a response.
+        decode: Token ids -> text.
+        split: Of the prompts.
+        group_field: Field of their records that names a group.
+        oracle: Reads responses, if there is one.
+        kept: The first batches, by an earlier run.
+        keep: Gets each further batch when it is done.
+    """
+    found = list(kept)
+    for i, (batch, indices) in enumerate(batches[len(found) :], start=len(found)):
         out = respond(batch, jax.random.fold_in(key, i))
+        done = []
         for row, index in enumerate(indices.tolist()):
             record, prompt = prompts.records[index], shown(prompts.turns[index])
             ids = out["tokens"][row, : int(out["length"][row])]
@@ -127,7 +145,10 @@ def collect_samples(
             costs = {name: float(out[name][row]) for name in out if name.startswith("cost/")}
             sample |= {"costs": {name.removeprefix("cost/"): cost for name, cost in costs.items()}} if costs else {}
             read = oracle.read(prompt, response, split) if oracle else {}
-            samples[index] = sample | read | ({"refusal_by": ORACLE} if "refusal" in read else {})
+            done.append((index, sample | read | ({"refusal_by": ORACLE} if "refusal" in read else {})))
+        keep(done)
+        found.append(done)
+    samples = {index: sample for batch in found for index, sample in batch}
     return [samples[index] for index in range(len(samples))]
 
 

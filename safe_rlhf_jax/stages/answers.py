@@ -3,8 +3,9 @@
 import contextlib
 import dataclasses
 import functools
+import itertools
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,13 +18,14 @@ from safe_rlhf_jax.evaluation import evaluate
 from safe_rlhf_jax.evaluation.provenance import code_version, machine
 from safe_rlhf_jax.inference.best_of_n import make_sampler
 from safe_rlhf_jax.inference.sampling import Sampling
-from safe_rlhf_jax.metrics import write_jsonl
+from safe_rlhf_jax.metrics import ProgressBar, write_jsonl
 from safe_rlhf_jax.models.adapters import LanguageModel
 from safe_rlhf_jax.models.config import Lora
 from safe_rlhf_jax.stages.common import Run, described, report_data
 from safe_rlhf_jax.stages.datasets import take
 from safe_rlhf_jax.stages.host_signals import Scorers, host_scores, open_scorers
 from safe_rlhf_jax.stages.judges import Assessment, judge_signals
+from safe_rlhf_jax.stages.partial import keep_batch, kept_batches
 from safe_rlhf_jax.stages.sampling import scores_of_several
 from safe_rlhf_jax.types import Frozen, PromptBatch
 
@@ -60,7 +62,7 @@ def sample_policies(
     measure: Measure = lambda *_: {},
     apart: bool = False,
 ) -> Answered:
-    """Samples from every policy on every set of prompts.
+    """Samples from every policy on every set of prompts; batches that a killed run has finished are kept.
 
     Args:
         run: The run.
@@ -104,18 +106,27 @@ def sample_policies(
         out |= scores_of_several(run, scorers.host, prompts, batch.row, out)
         return evaluate.best_responses(out, cost_limit)
 
+    folder = run.folder(stage.name) / "answers"
     attacks = {other.name for other in run.config.stages if isinstance(other, cfg.RedTeamStage)}
     out: dict[str, list[evaluate.Sample]] = {}
     capability: dict[str, dict[str, float]] = {}
     for name in stage.policies:
         module, params = (start, reference) if name == baseline else open_policy(run, name, lora)
-        capability[name] = measure(module, params)
+        file = folder / f"{len(capability)}.jsonl"
+        if not (known := kept_batches(file)):
+            known = [measure(module, params)]
+            keep_batch(file, known[0])
+        (capability[name],) = known
         for row, number in stage.responses(name).items():
             out[row] = []
             for i, (data, prompts) in enumerate(prompt_sets):
+                batches = in_order(prompts, run.rows(prompts, stage.batch_size))
+                file = folder / f"{len(out)}_{i}.jsonl"
+                kept = kept_batches(file)
+                bar = ProgressBar(f"{stage.name}: {row}, prompts {i + 1} of {len(prompt_sets)}", len(batches), keys=())
                 out[row] += evaluate.collect_samples(
                     functools.partial(answer, module, params, number, prompts),
-                    in_order(prompts, run.rows(prompts, stage.batch_size)),
+                    batches,
                     prompts,
                     key=jax.random.fold_in(jax.random.key(seed), i) if apart else jax.random.key(seed),
                     ends=run.ends,
@@ -123,11 +134,20 @@ def sample_policies(
                     split="redteam" if data.split == "redteam" or data.maker in attacks else "test",
                     group_field=stage.group_field,
                     oracle=run.oracle(data),
+                    kept=kept,
+                    keep=functools.partial(keep, file, bar, itertools.count(len(kept) + 1)),
                 )
+                bar.close()
             LOGGER.info(f"{stage.name}: {row}: {len(out[row])} responses")
         del params  # before the next one is opened
     turns = [conversation for _, prompts in prompt_sets for conversation in prompts.turns]
     return Answered(out, capability, scorers, turns)
+
+
+def keep(file: storage.Path, bar: ProgressBar, number: Iterator[int], batch: evaluate.Batch) -> None:
+    """Keeps one more batch of samples, and shows its number."""
+    keep_batch(file, batch)
+    bar.write(next(number), {})
 
 
 def open_policy(run: Run, name: str, lora: Lora | None) -> tuple[Any, Any]:
