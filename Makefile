@@ -33,7 +33,7 @@ quickstart: venv ## train the small pipeline on this machine's CPU (ARGS="dotted
 real: venv ## Safe RLHF of SmolLM2-135M-Instruct on real preferences: hours on two cores, or REAL=one_gpu (docs/real.md; needs ../shared)
 	$(PIP) install --no-build-isolation -e '.[real]'
 	$(BIN)/python -m benchmarks.real.prepare
-	$(BIN)/python -m safe_rlhf_jax.train --config configs/smollm2_135m/judge.yaml
+	$(BIN)/python -m safe_rlhf_jax.train --config configs/smollm2_135m/judge.yaml $(if $(filter one_gpu,$(REAL)),execution.scan_layers=true)
 	$(BIN)/python -m benchmarks.real.judge fit
 	$(BIN)/python -m safe_rlhf_jax.train --config configs/smollm2_135m/$(REAL).yaml $(ARGS)
 

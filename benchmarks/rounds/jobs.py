@@ -223,12 +223,12 @@ def seeds_of(runs: Sequence[Run]) -> str:
     return f"Seeds {seeds}; {len(runs)} runs, {hours:.1f} core-hours."
 
 
-def write_section(name: str, text: str) -> None:
-    """Writes a section of docs/results.md, between its two comments."""
-    page = PAGE.read_text(encoding="utf-8")
+def write_section(name: str, text: str, place: pathlib.Path = PAGE) -> None:
+    """Writes a section of a page of the docs, between its two comments."""
+    page = place.read_text(encoding="utf-8")
     start, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
     before, _, rest = page.partition(start)
-    PAGE.write_text(before + start + text + "\n" + end + rest.partition(end)[2], encoding="utf-8")
+    place.write_text(before + start + text + "\n" + end + rest.partition(end)[2], encoding="utf-8")
     print(text)
 
 
