@@ -13,7 +13,7 @@ MAX_LINES = 400
 READINGS = ("chips", "collectives", "flops", "hlo", "properties", "roofline", "traffic")  # of a compiled program
 LEVELS = (
     {"types", "errors", "log", "storage"},
-    {"ops", "sharding", "metrics", "processes", "endpoints"},
+    {"ops", "sharding", "metrics", "processes", "endpoints", "compile_cache"},
     {"models"},
     {"optim", "inference", *(f"aot.{name}" for name in READINGS)},
     {"objectives", "rl", "evaluation", "data"},
