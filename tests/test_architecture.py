@@ -17,7 +17,7 @@ LEVELS = (
     {"models"},
     {"optim", "inference", *(f"aot.{name}" for name in READINGS)},
     {"objectives", "rl", "evaluation", "data"},
-    {"checkpoint", "loop", "config", "pipeline", "testing"},
+    {"checkpoint", "loop", "performance", "config", "pipeline", "testing"},
     {"stages", "serving"},
     {"aot", "named_models"},
     {"cli", "train", "compile", "chat", "export", "inspect_data", "serve", "data.__main__"},
