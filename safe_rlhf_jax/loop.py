@@ -245,15 +245,20 @@ def resumable(error: UserError, saved: int | None) -> UserError:
 
 
 @jax.jit
-def finite_leaves(state: Any) -> Any:
-    """Returns a bool[] for each numeric array: True if all its numbers are finite."""
-    return jax.tree.map(lambda x: jnp.isfinite(x).all() if jnp.issubdtype(x.dtype, jnp.floating) else True, state)
+def is_finite(array: jax.Array) -> jax.Array:
+    """Returns bool[]: True if all numbers of an array are finite."""
+    return jnp.isfinite(array).all()
 
 
 def not_finite(state: Any) -> str | None:
-    """Returns a description of the non-finite array of a state, or None."""
-    leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(finite_leaves(state)))
-    bad = [jax.tree_util.keystr(path) for path, finite in leaves if not finite]
+    """Returns a description of the non-finite array of a state, or None.
+
+    Arrays of one shape, of all stages, share a program: one for a whole state takes seconds to compile in every stage.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    numbers = [(path, is_finite(leaf)) for path, leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    finite = jax.device_get([found for _, found in numbers])
+    bad = [jax.tree_util.keystr(path) for (path, _), found in zip(numbers, finite, strict=True) if not found]
     return f"state{bad[0]} is not finite" if bad else None
 
 
