@@ -8,9 +8,11 @@ other programs slow only the latter.
 """
 
 import argparse
+import importlib.metadata
 import json
 import os
 import pathlib
+import platform
 import shutil
 import subprocess
 import sys
@@ -75,28 +77,35 @@ def measured(arguments: list[str]) -> dict[str, Any]:
             found[f"{stage} to {end[1]}"] = tuple(b - a for a, b in zip(at[stage, what], at[end], strict=True))
     found["whole run"] = marks[-1][2:]
     times = {name: {"wall": round(wall, 1), "cpu": round(cpu, 1)} for name, (wall, cpu) in found.items()}
-    return {"seconds": times, "compiled": compiled | {"seconds": round(compiled["seconds"], 1)}}
+    compiled["seconds"] = round(compiled["seconds"], 1)
+    return {"device": jax.devices()[0].device_kind, "seconds": times, "compiled": compiled}
 
 
 def run_of(tree: pathlib.Path, workdir: pathlib.Path, config: str, few: list[str]) -> dict[str, Any]:
     """Runs the config of a checkout in a process of its own."""
     out = workdir.with_suffix(".json")
-    command = [
-        sys.executable,
-        __file__,
-        "--measure",
-        str(out),
-        "--config",
-        str(tree / config),
-        f"workdir={workdir}",
-        *few,
-    ]
+    command = [sys.executable, __file__, "--measure", str(out), "--config", str(tree / config)]
     environment = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
     with open(workdir.with_suffix(".log"), "w") as log:
-        environment |= {"PYTHONPATH": str(tree)}
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(tree), environment.get("PYTHONPATH")]))
         subprocess.run([*command, f"workdir={workdir}", *few], env=environment, stdout=log, stderr=log, check=True)
     found: dict[str, Any] = json.loads(out.read_text())
     return found
+
+
+def machine() -> dict[str, Any]:
+    """Returns versions and hardware, without a use of JAX, which would take the device from the runs."""
+    lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+    cpu = next((line.split(":")[1].strip() for line in lines if "model name" in line), platform.machine())
+    return {"jax": importlib.metadata.version("jax"), "cpu": cpu, "cores": len(os.sched_getaffinity(0))}
+
+
+def checkout(given: str) -> tuple[str, bytes]:
+    """Returns the name of a commit, and its files as a tar; on a machine without git, of COMMIT.tar."""
+    if given.endswith(".tar"):
+        return pathlib.Path(given).stem, pathlib.Path(given).read_bytes()
+    name = subprocess.check_output(["git", "rev-parse", given], cwd=ROOT, text=True).strip()
+    return name, subprocess.check_output(["git", "archive", name], cwd=ROOT)
 
 
 def main() -> None:
@@ -105,21 +114,25 @@ def main() -> None:
         pathlib.Path(sys.argv[2]).write_text(json.dumps(measured(sys.argv[3:])))
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--before", required=True, metavar="COMMIT")
-    parser.add_argument("--after", default="HEAD", metavar="COMMIT")
+    parser.add_argument("--before", required=True, metavar="COMMIT", help="or COMMIT.tar")
+    parser.add_argument("--after", default="HEAD", metavar="COMMIT", help="or COMMIT.tar")
     parser.add_argument("--config", default=CONFIG, help="another config, whose stages are as short as it says")
     parser.add_argument("--json", type=pathlib.Path, default=ROOT / "benchmarks/results/startup.json")
     options = parser.parse_args()
     few = list(FEW_STEPS) if options.config == CONFIG else []
-    result: dict[str, Any] = {"config": options.config, "overrides": few, "commits": {}, "runs": {}}
+    result: dict[str, Any] = {
+        "machine": machine(),
+        "config": options.config,
+        "overrides": few,
+        "commits": {},
+        "runs": {},
+    }
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
         for side in ("before", "after"):
-            commit = subprocess.check_output(["git", "rev-parse", getattr(options, side)], cwd=ROOT, text=True).strip()
-            result["commits"][side] = commit
-            archive = subprocess.run(["git", "archive", commit], cwd=ROOT, check=True, capture_output=True)
+            result["commits"][side], tree = checkout(getattr(options, side))
             (folder / side).mkdir()
-            subprocess.run(["tar", "x", "-C", str(folder / side)], input=archive.stdout, check=True)
+            subprocess.run(["tar", "x", "-C", str(folder / side)], input=tree, check=True)
         for turn in ("first", "again"):
             for side in ("before", "after"):
                 workdir = folder / f"run_{side}"
