@@ -1,6 +1,6 @@
 """Times the start of a run: from the command to the first step of each stage of the quickstart, at two commits in turn.
 
-    python benchmarks/startup.py --before COMMIT [--after HEAD] [--json benchmarks/results/startup.json]
+    python benchmarks/startup.py --before COMMIT [--after HEAD] --json build/startup.json
 
 Every stage takes a few steps. Each commit runs the config in an empty workdir, and again in that workdir without the
 results of the stages: what a run costs that starts again with other settings. CPU seconds beside the wall's, since
@@ -117,7 +117,7 @@ def main() -> None:
     parser.add_argument("--before", required=True, metavar="COMMIT", help="or COMMIT.tar")
     parser.add_argument("--after", default="HEAD", metavar="COMMIT", help="or COMMIT.tar")
     parser.add_argument("--config", default=CONFIG, help="another config, whose stages are as short as it says")
-    parser.add_argument("--json", type=pathlib.Path, default=ROOT / "benchmarks/results/startup.json")
+    parser.add_argument("--json", type=pathlib.Path, required=True, metavar="FILE", help="write the figures here")
     options = parser.parse_args()
     few = list(FEW_STEPS) if options.config == CONFIG else []
     result: dict[str, Any] = {

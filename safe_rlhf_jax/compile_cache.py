@@ -10,7 +10,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from safe_rlhf_jax import storage
 
-FOLDER = "compiled"  # in the workdir; may be removed at any time
+FOLDER = ".compiled"  # in the workdir, where no stage has this name; may be removed at any time
 SECONDS = 0.1  # programs that compile faster are not kept; JAX's own default is 1
 
 

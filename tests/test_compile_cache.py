@@ -48,7 +48,7 @@ def test_program_is_compiled_once_in_a_workdir_and_again_in_another(no_cache, tm
     two = jnp.int32(2)
     with kept_programs(tmp_path / "a"):
         assert compiled_anew(program, two) == 1
-    assert list((tmp_path / "a" / "compiled").iterdir())
+    assert list((tmp_path / "a" / ".compiled").iterdir())
     with kept_programs(tmp_path / "a"):
         assert compiled_anew(program, two) == 0
     with kept_programs(tmp_path / "b"):
@@ -76,7 +76,7 @@ def test_no_program_is_kept_where_jax_is_told_to_keep_none(no_cache, tmp_path):
 def test_program_that_cannot_be_read_is_compiled_anew(no_cache, tmp_path):
     with kept_programs(tmp_path):
         compiled_anew(program, jnp.int32(2))
-    for file in (tmp_path / "compiled").glob("*-cache"):
+    for file in (tmp_path / ".compiled").glob("*-cache"):
         file.write_bytes(file.read_bytes()[:100])
     with kept_programs(tmp_path), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -89,4 +89,4 @@ def test_stages_of_a_run_share_the_cache_of_its_workdir(no_cache, tmp_path, monk
     monkeypatch.setattr(stages, "run_stage", lambda *_: found.append(jax.config.jax_compilation_cache_dir))
     monkeypatch.setattr(train, "result_of", lambda *_: None)
     train.run_stages(cfg.load_config(MINI, [f"workdir={tmp_path}"]), "mini")
-    assert set(found) == {str(tmp_path / "compiled")}
+    assert set(found) == {str(tmp_path / ".compiled")}
