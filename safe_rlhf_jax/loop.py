@@ -1,6 +1,7 @@
 """The one training loop: restore, step, log, evaluate, save; stop on non-finite numbers or preemption. Knows no RL."""
 
 import dataclasses
+import functools
 import itertools
 import logging
 import math
@@ -15,7 +16,8 @@ import jax.numpy as jnp
 from safe_rlhf_jax import storage
 from safe_rlhf_jax.checkpoint import Checkpoints
 from safe_rlhf_jax.errors import NonFiniteError, UserError
-from safe_rlhf_jax.metrics import ProgressBar, Throughput, make_writers, read_jsonl
+from safe_rlhf_jax.metrics import ProgressBar, make_writers, read_jsonl
+from safe_rlhf_jax.performance import Performance, Profiler
 from safe_rlhf_jax.processes import any_process, is_main
 
 LOGGER = logging.getLogger(__name__)
@@ -43,6 +45,8 @@ class TrainLoop:
     shown: tuple[str, ...] = ("train/loss",)  # metrics beside the progress bar
     keep_best: str | None = None  # metric whose best checkpoint is kept as well, see `Checkpoints`
     patience: int | None = None  # evaluations without a better `keep_best`, after which the stage ends
+    flops: float | None = None  # model FLOPs of a token
+    profile: range = range(0)  # steps to profile, counted from 1
 
     def is_due(self, done: int) -> bool:
         """Says whether an evaluation after `done` steps is due."""
@@ -76,16 +80,19 @@ def fit(stage: TrainLoop, folder: storage.Path, *, writers: tuple[str, ...] = ("
         LOGGER.info(f"{stage.name}: continuing from step {start}")
     log, patience = Log(stage, folder, checkpoints, start, writers if is_main() else ()), Patience(stage, folder, start)
     key = jax.random.key(stage.seed)
-    with Preemption() as preemption:
+    with Preemption() as preemption, Profiler(folder / "profile", stage.profile, start) as profiler:
         for step in itertools.takewhile(lambda _: not patience.is_over, range(start, stage.total_steps)):
-            batch, asked = stage.batch(step), preemption.agreed()
+            batch, waited = log.performance.waited_for(functools.partial(stage.batch, step), log.is_idle)
+            asked = preemption.agreed()
+            profiler.before(step + 1, state)
             try:
                 state, metrics = stage.step(state, stage.frozen, batch, jax.random.fold_in(key, step))
             except UserError as error:  # a signal from the host failed; the state is as it was
                 log.keep(step, state)
                 raise resumable(error, step) from error
             done = step + 1
-            log.push(done, metrics)
+            profiler.after(done, state)
+            log.push(done, metrics, waited)
             stop = asked()
             save = done % stage.checkpoint_every == 0 or done == stage.total_steps or stop
             if stage.evaluates(done, save):
@@ -95,7 +102,7 @@ def fit(stage: TrainLoop, folder: storage.Path, *, writers: tuple[str, ...] = ("
                 log.flush()  # raises before a state that is not finite is saved
                 log.refuse(done, not_finite(state))
                 checkpoints.save(done, state, log.newest)
-                log.throughput.skip()
+                log.performance.throughput.skip()
             if stop:
                 checkpoints.close()
                 log.close()
@@ -157,27 +164,32 @@ class Log:
         self.stage, self.checkpoints = stage, checkpoints
         self.writers = make_writers(folder, resume_step=start, names=writers)
         self.bar = ProgressBar(stage.name, stage.total_steps, start=start, keys=stage.shown)
-        self.throughput = Throughput()
-        self.pending: tuple[int, dict[str, jax.Array]] | None = None
+        self.performance = Performance(folder, start, stage.flops)
+        self.pending: tuple[int, dict[str, jax.Array], float] | None = None
         self.newest: dict[str, float] = {}  # metrics of the newest reported step
         self.warned = False
 
-    def push(self, step: int, metrics: dict[str, jax.Array]) -> None:
-        """Takes the metrics of a dispatched step and reports the step before it."""
+    def is_idle(self) -> bool:
+        """Says whether the devices are done with all steps; does not wait for them."""
+        newest: Any = {} if self.pending is None else self.pending[1]
+        return all(value.is_ready() for value in newest.values())
+
+    def push(self, step: int, metrics: dict[str, jax.Array], waited: float) -> None:
+        """Takes the metrics of a dispatched step, with the wait for its batch, and reports the step before it."""
         self.flush()
-        self.pending = step, metrics
+        self.pending = step, metrics, waited
 
     def flush(self, evaluate: Callable[[], dict[str, float]] = dict) -> None:
         """Reports the pending step, together with the metrics of `evaluate` after it."""
         if self.pending is None:
             return
-        step, metrics = self.pending
+        step, metrics, waited = self.pending
         self.pending = None
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         fatal = {name: value for name, value in values.items() if name not in MAY_OVERFLOW}
         bad = [f"{name} is {value}" for name, value in fatal.items() if not math.isfinite(value)]
         self.refuse(step, bad[0] if bad else None)
-        values |= self.throughput.update(self.stage.tokens(values))
+        values |= self.performance.update(self.stage.tokens(values), waited)
         message = None if self.warned else self.stage.warning(values)
         if message:
             self.warned = True
@@ -190,7 +202,7 @@ class Log:
             self.close()
             raise resumable(error, last) from error
         if measured:
-            self.throughput.skip()
+            self.performance.throughput.skip()
         self.newest = values | measured
         self.writers.write(step, self.newest)
         self.bar.write(step, self.newest)
@@ -233,15 +245,20 @@ def resumable(error: UserError, saved: int | None) -> UserError:
 
 
 @jax.jit
-def finite_leaves(state: Any) -> Any:
-    """Returns a bool[] for each numeric array: True if all its numbers are finite."""
-    return jax.tree.map(lambda x: jnp.isfinite(x).all() if jnp.issubdtype(x.dtype, jnp.floating) else True, state)
+def is_finite(array: jax.Array) -> jax.Array:
+    """Returns bool[]: True if all numbers of an array are finite."""
+    return jnp.isfinite(array).all()
 
 
 def not_finite(state: Any) -> str | None:
-    """Returns a description of the non-finite array of a state, or None."""
-    leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(finite_leaves(state)))
-    bad = [jax.tree_util.keystr(path) for path, finite in leaves if not finite]
+    """Returns a description of the non-finite array of a state, or None.
+
+    Arrays of one shape, of all stages, share a program: one for a whole state takes seconds to compile in every stage.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    numbers = [(path, is_finite(leaf)) for path, leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    finite = jax.device_get([found for _, found in numbers])
+    bad = [jax.tree_util.keystr(path) for (path, _), found in zip(numbers, finite, strict=True) if not found]
     return f"state{bad[0]} is not finite" if bad else None
 
 

@@ -288,6 +288,7 @@ class Throughput:
         self._steps: deque[tuple[float, float]] = deque(maxlen=window)  # seconds, tokens
         self._clock = clock
         self._last: float | None = None
+        self.total = 0.0  # seconds of all steps that counted
 
     def update(self, tokens: float) -> dict[str, float]:
         """Counts a finished step.
@@ -301,6 +302,7 @@ class Throughput:
         now = self._clock()
         if self._last is not None:
             self._steps.append((now - self._last, float(tokens)))
+            self.total += now - self._last
         self._last = now
         seconds = sum(step[0] for step in self._steps)
         if seconds <= 0:

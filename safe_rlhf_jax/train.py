@@ -140,11 +140,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run_stages(config: "RunConfig", said: str) -> dict[str, StageResult]:
     """Runs the stages of a config, named `said` in messages, and returns their results."""
     from safe_rlhf_jax import processes, stages
+    from safe_rlhf_jax.compile_cache import kept_programs
     from safe_rlhf_jax.stages.common import Run
 
     run = Run(config, said)
     stages.check_run(run)
-    with processes.claimed(config.workdir):
+    with processes.claimed(config.workdir), kept_programs(config.workdir):
         if processes.is_main():
             run.digests.save()
         for stage in config.stages:

@@ -60,12 +60,12 @@ def before_batch(action):
 
 def before_log(action):
     """Calls action(stage's name, step) before the metrics of a step are written."""
-    before("loop:Log.push", lambda log, step, metrics: action(log.stage.name, step))
+    before("loop:Log.push", lambda log, step, *_: action(log.stage.name, step))
 
 
 def after_log(action):
     """Calls action(stage's name, step) after the metrics of a step are written."""
-    after("loop:Log.push", lambda log, step, metrics: action(log.stage.name, step))
+    after("loop:Log.push", lambda log, step, *_: action(log.stage.name, step))
 
 
 def wait_for_checkpoint(folder, step):

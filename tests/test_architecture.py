@@ -13,11 +13,11 @@ MAX_LINES = 400
 READINGS = ("chips", "collectives", "flops", "hlo", "properties", "roofline", "traffic")  # of a compiled program
 LEVELS = (
     {"types", "errors", "log", "storage"},
-    {"ops", "sharding", "metrics", "processes", "endpoints"},
+    {"ops", "sharding", "metrics", "processes", "endpoints", "compile_cache"},
     {"models"},
     {"optim", "inference", *(f"aot.{name}" for name in READINGS)},
     {"objectives", "rl", "evaluation", "data"},
-    {"checkpoint", "loop", "config", "pipeline", "testing"},
+    {"checkpoint", "loop", "performance", "config", "pipeline", "testing"},
     {"stages", "serving"},
     {"aot", "named_models"},
     {"cli", "train", "compile", "chat", "export", "inspect_data", "serve", "data.__main__"},

@@ -56,6 +56,18 @@ class LoraConfig(Schema):
         return Lora(self.rank, self.alpha, self.targets, self.layers, self.dropout, self.rank_stabilized)
 
 
+class Profile(Schema):
+    """Steps of which a profile is written."""
+
+    start: Annotated[int, Field(ge=2)] = 10  # the first one, counted from 1; step 1 compiles
+    steps: PositiveInt = 3
+
+    @property
+    def numbers(self) -> range:
+        """The numbers of the steps."""
+        return range(self.start, self.start + self.steps)
+
+
 class StageBase(Schema):
     """Base of all stages.
 
@@ -207,7 +219,7 @@ class TrainingStage(StageBase):
     """Base of all stages that train."""
 
     unhashed: ClassVar[frozenset[str]] = frozenset(
-        {"microbatches", "checkpoint_every", "keep_checkpoints", "keep_best", "eval_every", "fuse"}
+        {"microbatches", "checkpoint_every", "keep_checkpoints", "keep_best", "eval_every", "fuse", "profile"}
     )
     init_from: str  # "preset:tiny", "path:FOLDER", "hf:OWNER/NAME", or an earlier stage's name
     lora: LoraConfig | None = None  # train adapters on a frozen base, not the whole network
@@ -218,6 +230,7 @@ class TrainingStage(StageBase):
     keep_best: Annotated[str, Field(pattern="^-?(train|eval)/")] | None = None  # by metric: highest; -eval/loss: lowest
     eval_every: PositiveInt | None = None  # steps; None evaluates at the end only
     patience: PositiveInt | None = None  # evaluations without a better `keep_best` after which the run ends
+    profile: Profile | None = None  # write an XLA profile of these steps
     held_out: ClassVar[str]  # the setting of its own evaluation data
 
     @property

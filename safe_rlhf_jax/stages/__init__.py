@@ -14,6 +14,7 @@ import jax
 from safe_rlhf_jax import config as cfg
 from safe_rlhf_jax import storage
 from safe_rlhf_jax.errors import UserError
+from safe_rlhf_jax.performance import began
 from safe_rlhf_jax.processes import any_process, barrier, is_main
 from safe_rlhf_jax.stages.bases import BASES, Bases, bases_now, check_bases
 from safe_rlhf_jax.stages.check import check_data, check_run
@@ -83,6 +84,7 @@ def prepare(run: Run, stage: cfg.StageBase, folder: storage.Path, bases: Bases) 
         check_bases(stage.name, folder, bases)
     elif bases:
         storage.write(folder / BASES, json.dumps(bases, indent=2) + "\n")
+    began(folder, time.time())
     storage.write(mark, run.hashes[stage.name])
     storage.write(folder / "config.yaml", cfg.dump(run.config, stage, idle_settings))
 

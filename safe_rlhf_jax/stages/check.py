@@ -75,8 +75,22 @@ def check_data(run: Run, stage: cfg.StageBase) -> None:
     kind.check(run, stage, loaded)
     if kind.training is not None:
         check_keep_best(run, stage, kind.training, loaded)  # type: ignore[arg-type]
+        check_profile(stage, kind.training.steps(stage, loaded))  # type: ignore[arg-type]
     warn_of_overlap(run, stage)
     run.unchecked.discard(stage.name)
+
+
+def check_profile(stage: cfg.TrainingStage, total: int | None) -> None:
+    """Checks that a stage has the steps whose profile is asked for.
+
+    Raises:
+        ConfigError: With the number of steps.
+    """
+    if stage.profile is not None and total is not None and (last := stage.profile.numbers[-1]) > total:
+        raise ConfigError(
+            f"{stage.name}: profile.start {stage.profile.start} and profile.steps {stage.profile.steps} end at step "
+            f"{last}, and the stage has {total}; lower them"
+        )
 
 
 def load_all(run: Run, stage: cfg.StageBase, kind: Kind) -> dict[str, Examples]:

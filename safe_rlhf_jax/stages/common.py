@@ -259,6 +259,11 @@ def writers(run: Run) -> tuple[str, ...]:
     return ("jsonl", "tensorboard", "wandb") if run.config.wandb else ("jsonl", "tensorboard")
 
 
+def profiled(stage: cfg.TrainingStage) -> range:
+    """Returns the steps of which a profile is written."""
+    return range(0) if stage.profile is None else stage.profile.numbers
+
+
 def flat(evaluation: dict[str, Any]) -> dict[str, float]:
     """Returns the numbers of an evaluation under their metric names."""
     return {f"eval/{name}": value for name, value in evaluation.get("metrics", {}).items()}

@@ -48,6 +48,7 @@ class Training:
             `jax.set_mesh(run.mesh)`.
         flops: (run, stage, factor of the backward pass's recomputation) -> {phase: FLOPs of a step on all devices}.
         tokens: stage -> tokens of a step at their full lengths.
+        steps: (stage, examples by field) -> steps, at most; None if they are not known before it runs.
         measured: (run, stage, examples by field) -> names of its held-out metrics, without "eval/".
         networks: (run, stage) -> the networks that it trains, by name; the first one is what it makes.
         groups: (stage, examples by field) -> groups of prompts for the share of unsafe responses.
@@ -56,6 +57,7 @@ class Training:
     programs: Callable[[Run, Any], Iterator[Program]]
     flops: Callable[[Run, Any, float], dict[str, float]]
     tokens: Callable[[Any], int]
+    steps: Callable[[Any, Mapping[str, Examples]], int | None]
     measured: Callable[[Run, Any, Mapping[str, Examples]], Collection[str]]
     networks: Callable[[Run, Any], dict[str, Trained]] = one_policy
     groups: Callable[[Any, Mapping[str, Examples]], tuple[str, ...]] = lambda *_: ()

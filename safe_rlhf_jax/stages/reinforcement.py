@@ -27,7 +27,7 @@ from safe_rlhf_jax.rl.rollout import Networks
 from safe_rlhf_jax.rl.step import Hyperparameters, collect, learn, make_step
 from safe_rlhf_jax.stages.algorithm import check_rl, idle_beside_algorithm
 from safe_rlhf_jax.stages.asked import open_signals
-from safe_rlhf_jax.stages.common import Run, export, report_data, weights, writers
+from safe_rlhf_jax.stages.common import Run, export, profiled, report_data, weights, writers
 from safe_rlhf_jax.stages.constraints import (
     check_groups,
     compensation_warning,
@@ -75,7 +75,6 @@ def run_reinforcement(run: Run, stage: cfg.RLStage, folder: storage.Path) -> dic
     scorers = Scorers(networks.scorers, readable.scorers, host) | judges
     evaluate_policy = make_evaluate(run, stage, networks.policy, readable.reference, scorers)
     start = evaluate_policy(whole(state.actor.params, base)) if stage.judges else {}
-    rows = stage.batch_size * stage.responses_per_prompt
     prompt_tokens = prompts.mean_tokens
     final: RLState = fit(
         TrainLoop(
@@ -92,9 +91,11 @@ def run_reinforcement(run: Run, stage: cfg.RLStage, folder: storage.Path) -> dic
             eval_every=stage.eval_every,
             patience=stage.patience,
             evaluate=lambda s: evaluate_policy(whole(s.actor.params, base)),
-            tokens=lambda metrics: rows * (prompt_tokens + metrics["train/response_length"]),
+            tokens=lambda metrics: stage.rows * (prompt_tokens + metrics["train/response_length"]),
             warning=compensation_warning(stage, limits),
             shown=("train/reward", "train/cost", "train/multiplier", "train/kl"),
+            flops=sum(reinforcement_flops(run, stage, 1.0).values()) / full_tokens(stage),
+            profile=profiled(stage),
         ),
         folder,
         writers=writers(run),
@@ -107,6 +108,11 @@ def run_reinforcement(run: Run, stage: cfg.RLStage, folder: storage.Path) -> dic
         (limit, *others), source = limits["cost"]
         result |= {} if others else {"cost_limit": limit, "cost_limit_source": source}
     return result
+
+
+def full_tokens(stage: cfg.RLStage) -> int:
+    """Returns the tokens of a step at their full lengths."""
+    return stage.rows * (stage.max_prompt_length + stage.max_response_length)
 
 
 def prompt_batches(run: Run, stage: cfg.RLStage, prompts: examples.Examples, seed: int) -> Callable[[int], PromptBatch]:
@@ -383,7 +389,8 @@ RL = Kind(
     training=Training(
         reinforcement_programs,
         reinforcement_flops,
-        tokens=lambda stage: stage.rows * (stage.max_prompt_length + stage.max_response_length),
+        tokens=full_tokens,
+        steps=lambda stage, _: stage.steps,
         measured=measured_on_prompts,
         networks=policy_and_critics,
         groups=lambda stage, loaded: examples.group_names(loaded["prompts"].records, stage.group_field),

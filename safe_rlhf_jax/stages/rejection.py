@@ -27,7 +27,7 @@ from safe_rlhf_jax.loop import TrainLoop, fit
 from safe_rlhf_jax.metrics import write_jsonl
 from safe_rlhf_jax.models.adapters import bases_of, whole
 from safe_rlhf_jax.processes import any_process, barrier, is_main
-from safe_rlhf_jax.stages.common import Run, export, report_data, weights, writers
+from safe_rlhf_jax.stages.common import Run, export, profiled, report_data, weights, writers
 from safe_rlhf_jax.stages.constraints import check_constraints, cost_limits
 from safe_rlhf_jax.stages.datasets import take
 from safe_rlhf_jax.stages.host_signals import HostSignal, open_scorers
@@ -185,6 +185,7 @@ def fine_tune(
     state, frozen, step = build_fine_tuning(run, stage, module, params, total)
     base = params.get("base")
     tokens_per_step = stage.batch_size * data.mean_tokens
+    full_tokens = stage.batch_size * (stage.max_prompt_length + stage.max_response_length)
     final: TrainState = fit(
         TrainLoop(
             name=f"{stage.name}: round {number}", total_steps=total, init=lambda: state, step=step,
@@ -192,6 +193,7 @@ def fine_tune(
             checkpoint_every=stage.checkpoint_every, keep_checkpoints=stage.keep_checkpoints,
             keep_best=stage.keep_best, eval_every=stage.eval_every, patience=stage.patience,
             evaluate=lambda s: evaluate_policy(whole(s.params, base)), tokens=lambda _: tokens_per_step,
+            flops=rejection_flops(run, stage, 1.0)["step"] / full_tokens, profile=profiled(stage),
         ),
         round_folder(folder, number), writers=writers(run),
     )  # fmt: skip
@@ -246,5 +248,5 @@ REJECTION = Kind(
     cfg.RejectionStage,
     run_rejection,
     check=check_constraints,
-    training=Training(rejection_programs, rejection_flops, rejection_tokens, measured_on_prompts),
+    training=Training(rejection_programs, rejection_flops, rejection_tokens, lambda *_: None, measured_on_prompts),
 )

@@ -22,7 +22,7 @@ from safe_rlhf_jax.loop import TrainLoop, fit
 from safe_rlhf_jax.models.adapters import Adapted, LanguageModel, Scorer, bases_of, on, whole
 from safe_rlhf_jax.optim import gradient_step
 from safe_rlhf_jax.processes import is_main
-from safe_rlhf_jax.stages.common import Run, export, flat, report_data, weights, writers
+from safe_rlhf_jax.stages.common import Run, export, flat, profiled, report_data, weights, writers
 from safe_rlhf_jax.stages.datasets import load_data, take
 from safe_rlhf_jax.stages.health import warn_of_model
 from safe_rlhf_jax.stages.kind import Kind, Training
@@ -81,7 +81,7 @@ def run_supervised(task: Task, run: Run, stage: Any, folder: storage.Path) -> di
 
     data = examples_of("data", stage.name)
     held_out = examples_of("eval_data", f"{stage.name}: eval_data") if stage.eval_data else None
-    total = max(int(stage.epochs * len(data)) // stage.batch_size, 1)
+    total = total_steps(stage, data)
     seed = run.seed(stage)
     module, state, frozen, step = build_supervised(task, run, stage, total)
     no_evaluation: Callable[[TrainState], dict[str, Any]] = lambda _: {}  # noqa: E731
@@ -92,6 +92,7 @@ def run_supervised(task: Task, run: Run, stage: Any, folder: storage.Path) -> di
         return evaluator(dataclasses.replace(state, params=whole(state.params, base)))
 
     tokens_per_step = stage.batch_size * data.mean_tokens
+    flops = supervised_flops(task, run, stage, 1.0)["step"] / full_tokens(task, stage)
     final: TrainState = fit(
         TrainLoop(
             name=stage.name, total_steps=total, init=lambda: state, step=step,
@@ -100,6 +101,7 @@ def run_supervised(task: Task, run: Run, stage: Any, folder: storage.Path) -> di
             checkpoint_every=stage.checkpoint_every, keep_checkpoints=stage.keep_checkpoints,
             keep_best=stage.keep_best, eval_every=stage.eval_every, patience=stage.patience,
             evaluate=lambda s: flat(evaluate_state(s)), tokens=lambda _: tokens_per_step,
+            flops=flops, profile=profiled(stage),
             shown=("train/loss", "train/accuracy", "train/sign_accuracy"),
         ),
         folder, writers=writers(run),
@@ -114,6 +116,16 @@ def run_supervised(task: Task, run: Run, stage: Any, folder: storage.Path) -> di
         result["health"] = evaluation.get("health")
         warn_of_model(stage.name, result["health"])
     return result
+
+
+def total_steps(stage: Any, data: examples.Examples) -> int:
+    """Returns the steps of training on these examples."""
+    return max(int(stage.epochs * len(data)) // stage.batch_size, 1)
+
+
+def full_tokens(task: Task, stage: Any) -> int:
+    """Returns the tokens of a step at their full length."""
+    return int(task.sides * stage.batch_size * stage.max_length)
 
 
 def build_supervised(
@@ -271,7 +283,8 @@ def supervised_kind(schema: type[cfg.SupervisedStage], task: Task) -> Kind:
     training = Training(
         programs=functools.partial(supervised_programs, task),
         flops=functools.partial(supervised_flops, task),
-        tokens=lambda stage: task.sides * stage.batch_size * stage.max_length,
+        tokens=functools.partial(full_tokens, task),
+        steps=lambda stage, loaded: total_steps(stage, loaded["data"]),
         measured=functools.partial(measured_on_held_out, task),
         networks=task.networks,
     )

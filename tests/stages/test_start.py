@@ -529,6 +529,32 @@ def test_folder_that_cannot_be_written_is_refused_before_the_run(run, tmp_path):
         check_run(made)
 
 
+# --- profile
+
+
+@pytest.mark.parametrize("stage", [{"kind": "sft", "batch_size": 16, "epochs": 1}, {"kind": "rl", "steps": 4}])
+def test_profile_of_steps_that_a_stage_does_not_have_is_refused_before_it_trains(run, stage):
+    def stages(start):
+        with_profile = stage | {"profile": {"start": start, "steps": 2}}
+        return [with_profile] if stage["kind"] == "sft" else [REWARD, COST, with_profile]
+
+    check_run(run(*stages(3)))
+    with pytest.raises(cfg.ConfigError, match=r"profile.start 4 and profile.steps 2 end at step 5, .* has 4; lower"):
+        check_run(run(*stages(4)))
+
+
+@pytest.mark.parametrize(("profile", "said"), [({"start": 1}, "profile.start"), ({"steps": 0}, "profile.steps"),
+                                               ({"step": 3}, "did you mean 'stages.0.profile.steps'")])  # fmt: skip
+def test_profile_that_is_none_is_refused(run, profile, said):
+    with pytest.raises(cfg.ConfigError, match=said):
+        run({"kind": "sft", "profile": profile})
+
+
+def test_profile_changes_no_result(run):
+    without, with_ = (run({"kind": "sft"} | more).hashes for more in ({}, {"profile": {"start": 2}}))
+    assert without == with_
+
+
 # --- keep_best
 
 
