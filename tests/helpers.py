@@ -119,3 +119,17 @@ def save_models(folder, policies, config, tokenizer):
     }
     for seed, (name, (module, variables)) in enumerate(made.items()):
         hf.save(folder / name, module, perturbed(variables, seed), tokenizer)
+
+
+def in_two_processes(monkeypatch, first, other):
+    """Returns the results of two calls as if two processes made them: what the first broadcasts, the other receives."""
+    sent, found = [], []
+    monkeypatch.setattr("jax.process_count", lambda: 2)
+    monkeypatch.setattr("safe_rlhf_jax.processes.any_process", bool)
+    for index, (call, broadcast) in enumerate(
+        ((first, lambda value: sent.append(value) or value), (other, lambda _: sent.pop(0)))
+    ):
+        monkeypatch.setattr("jax.process_index", lambda index=index: index)
+        monkeypatch.setattr("jax.experimental.multihost_utils.broadcast_one_to_all", broadcast)
+        found.append(call())
+    return found

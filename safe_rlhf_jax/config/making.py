@@ -74,8 +74,11 @@ class JudgeLabeller(EndpointFields):
 class PeopleLabeller(Schema):
     """People, by Label Studio or a CSV file: the run ends with status 75 until their answers are there."""
 
+    added: ClassVar[frozenset[str]] = frozenset({"aggregation"})
     kind: Literal["people"]
     instruction: str = "Read the conversation and both responses. Helpfulness and harm are asked apart."  # shown above
+    # Of several annotators: most votes, or the more probable answer by the errors of each [Dawid and Skene 1979].
+    aggregation: Literal["majority", "dawid_skene"] = "majority"
 
 
 Labeller = Annotated[OracleLabeller | ModelLabeller | JudgeLabeller | PeopleLabeller, Field(discriminator="kind")]
@@ -86,6 +89,7 @@ class Labelling(StageBase):
 
     lengths: ClassVar[tuple[str, ...]] = ("max_prompt_length", "max_response_length")
     labeller: Labeller
+    by: str = "category"  # field of a record: its category
     batch_size: PositiveInt = 64  # pairs at once
     max_prompt_length: PositiveInt = 256  # tokens
     max_response_length: PositiveInt = 256  # tokens
@@ -118,7 +122,6 @@ class RedTeamStage(Labelling):
     policy: str  # under attack
     attacker: str | None = None  # a policy that rewrites half of the prompts; null: rules change all of them
     seeds: ReadOnce  # prompts of every category
-    by: str = "category"  # field of a record
     group_field: str | None = None
     groups: Annotated[tuple[str, ...], Field(min_length=1)] | None = None  # seeds of these groups only
     rounds: PositiveInt = 4  # after the seeds themselves
@@ -167,10 +170,16 @@ class RedTeamStage(Labelling):
 class LabelStage(Labelling):
     """Labels of pairs of responses, in the fields of PKU-SafeRLHF."""
 
+    added: ClassVar[frozenset[str]] = frozenset({"by"})
     makes_data: ClassVar[tuple[Reads, ...]] = ("reward", "cost", "prompts")
     kind: Literal["label"]
     samples: ReadOnce  # a sample stage, `stage:NAME`, or records with a prompt and `responses`
     pairs_per_prompt: PositiveInt = 1  # of the different responses to a prompt, drawn
+
+    def idle(self) -> dict[str, str]:
+        """Categories of labels by others than people."""
+        reasons = {} if self.labeller.kind == "people" else {"by": "only the agreement of people is given by category"}
+        return super().idle() | reasons
 
     def datasets(self) -> dict[str, DataUse]:
         """Returns the responses, by field."""
@@ -183,9 +192,8 @@ class AuditStage(Labelling):
     unhashed: ClassVar[frozenset[str]] = frozenset({"minimum"})
     kind: Literal["audit"]
     labels: ReadOnce  # a label stage, `stage:NAME`, or labelled pairs
-    share: Annotated[float, Field(gt=0.0, le=1.0)] = 0.1  # of the pairs [paper]
+    share: Annotated[float, Field(gt=0.0, le=1.0)] = 0.1  # of the pairs of every category [paper]
     minimum: Share = 0.7  # agreement, of each question, below which the run ends
-    by: str = "category"  # field of a record: every value of it has its share
 
     def datasets(self) -> dict[str, DataUse]:
         """Returns the labelled pairs, by field."""

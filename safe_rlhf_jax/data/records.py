@@ -172,10 +172,15 @@ def is_true(value: Any) -> bool:
     return TRUTHS.get(str(value).strip().lower()) == 1
 
 
+def majority_of(votes: Sequence[int]) -> int | None:
+    """Returns what most of the votes are, 0 or 1; None in a tie."""
+    return None if 2 * sum(votes) == len(votes) else int(2 * sum(votes) > len(votes))
+
+
 def majority(label: str, votes: Sequence[int]) -> Record:
     """Returns votes with their majority label; without one in a tie."""
-    tied = 2 * sum(votes) == len(votes)
-    return {VOTES[label]: list(votes)} | ({} if tied else {label: int(2 * sum(votes) > len(votes))})
+    most = majority_of(votes)
+    return {VOTES[label]: list(votes)} | ({} if most is None else {label: most})
 
 
 def voted(record: Record) -> Record:

@@ -15,12 +15,8 @@ from safe_rlhf_jax.stages.datasets import load_data, take
 from safe_rlhf_jax.stages.kind import Kind
 from safe_rlhf_jax.stages.labellers import Pair
 from safe_rlhf_jax.stages.making import label_all, write_data
+from safe_rlhf_jax.stages.people import LABELS
 
-QUESTIONS = {  # name -> labels that answer it
-    "helpfulness": ("better_response_id",),
-    "safety": ("safer_response_id",),
-    "safe or not": ("is_response_0_safe", "is_response_1_safe"),
-}
 MARGINS = ("safer_margin", "better_margin")  # of a record, the first that it has
 
 
@@ -35,7 +31,7 @@ def load_labels(run: Run, stage: cfg.AuditStage, field: str) -> Examples:
         ConfigError: If they have no labels.
     """
     found = load_data(run, stage, field)
-    labels = [label for names in QUESTIONS.values() for label in names]
+    labels = [label for names in LABELS.values() for label in names]
     if all(record.keys().isdisjoint(labels) for record in found.records):
         raise ConfigError(f"{stage.name}: labels: no record has one of {', '.join(labels)}")
     return found
@@ -69,7 +65,7 @@ def margin(record: Record) -> float:
 def agreement(pairs: Sequence[tuple[Record, Record]]) -> dict[str, dict[str, Any]]:
     """Returns {question: share of equal labels, with its interval}, of the labels that both records have."""
     found = {}
-    for question, labels in QUESTIONS.items():
+    for question, labels in LABELS.items():
         equal = [
             one[label] == other[label] for one, other in pairs for label in labels if label in one and label in other
         ]
@@ -92,7 +88,7 @@ def run_audit(run: Run, stage: cfg.AuditStage, folder: storage.Path) -> dict[str
         Pair(list(data.turns[row]), record["response_0"], record["response_1"], record)
         for row, record in zip(rows, records, strict=True)
     ]
-    again, said = label_all(run, stage, pairs, folder)
+    again, said, about = label_all(run, stage, pairs, folder)
     both = list(zip(records, again, strict=True))
     write_data(folder, again)
     found = agreement(both)
@@ -101,7 +97,8 @@ def run_audit(run: Run, stage: cfg.AuditStage, folder: storage.Path) -> dict[str
     values = sorted({str(record.get(stage.by, "")) for record in records})
     parts = {v: agreement([pair for pair in both if str(pair[0].get(stage.by, "")) == v]) for v in values}
     metrics = {f"agreement/{question}": share["rate"] for question, share in found.items()}
-    return {"metrics": {"pairs": float(len(pairs))} | metrics | said, "agreement": found, f"by_{stage.by}": parts}
+    result = {"metrics": {"pairs": float(len(pairs))} | metrics | said, "agreement": found, f"by_{stage.by}": parts}
+    return result | ({"people": about} if about else {})
 
 
 def refusal(stage: cfg.AuditStage, result: Mapping[str, Any]) -> AuditError | None:

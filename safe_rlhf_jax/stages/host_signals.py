@@ -22,6 +22,7 @@ from safe_rlhf_jax.evaluation.evaluate import make_score
 from safe_rlhf_jax.evaluation.judges import JUDGE
 from safe_rlhf_jax.inference.stream import columns
 from safe_rlhf_jax.models.config import Lora
+from safe_rlhf_jax.processes import of_first
 from safe_rlhf_jax.stages.common import Run
 from safe_rlhf_jax.types import PromptBatch, Rollout, Sequences, Signals
 
@@ -167,9 +168,18 @@ class Scorers:
         return Scorers(self.modules | other.modules, self.variables | other.variables, self.host | other.host)
 
 
+def called_once(function: HostSignal) -> HostSignal:
+    """Returns a function as a signal that all processes ask together: the first one calls it."""
+    return lambda conversations, responses, ended, records: of_first(
+        lambda: function(conversations, responses, ended, records), np.zeros(len(responses), np.float32)
+    )
+
+
 def host_signal(run: Run, reference: str, kind: Any) -> HostSignal:
     """Opens a function, or a reward or cost model that reads texts."""
-    return FunctionSignal(reference) if reference.startswith("function:") else ScorerSignal(run, reference, kind)
+    if reference.startswith("function:"):
+        return called_once(FunctionSignal(reference))
+    return ScorerSignal(run, reference, kind)
 
 
 def open_scorers(run: Run, scorers: Mapping[str, str], lora: Lora | None = None) -> Scorers:

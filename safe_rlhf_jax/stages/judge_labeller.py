@@ -9,6 +9,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import yaml
 
 from safe_rlhf_jax import config as cfg
@@ -16,6 +17,7 @@ from safe_rlhf_jax import storage
 from safe_rlhf_jax.data.texts import shown
 from safe_rlhf_jax.endpoints import Endpoint
 from safe_rlhf_jax.errors import ConfigError, DataError
+from safe_rlhf_jax.processes import of_first
 from safe_rlhf_jax.stages.common import Run
 
 OWN = storage.path(__file__).parent / "constitution.yaml"
@@ -40,6 +42,7 @@ Response:
 
 Is the response harmful? Answer with one word, harmful or harmless."""
 BETTER = {"helpfulness": "more helpful", "safety": "safer"}
+NO_VERDICT = -1  # among the places of words
 ASKED = {"temperature": 0.0, "max_tokens": 16}
 
 
@@ -136,7 +139,7 @@ class Judge:
             DataError: If too many answers are no verdicts.
         """
         del start
-        found = self.asked([question for pair in pairs for question in self.questions(pair)])
+        found = self.asked_once([question for pair in pairs for question in self.questions(pair)])
         return [of_verdicts(found[i : i + 6]) for i in range(0, len(found), 6)]
 
     def costs(
@@ -146,8 +149,17 @@ class Judge:
         """Returns 1 for each harmful response, −1 for a harmless one, None without a verdict; raises as a call does."""
         del ended, records
         rows = zip(conversations, responses, strict=True)
-        said = self.asked([self.is_harmful(shown(turns), response) for turns, response in rows])
+        said = self.asked_once([self.is_harmful(shown(turns), response) for turns, response in rows])
         return [None if harmless is None else 1.0 - 2.0 * harmless for harmless in said]
+
+    def asked_once(self, questions: Sequence[tuple[str, tuple[str, str]]]) -> list[int | None]:
+        """Returns what `asked` does, in all processes, which call it together; the first one asks."""
+
+        def places() -> np.ndarray:
+            return np.array([NO_VERDICT if place is None else place for place in self.asked(questions)], np.int32)
+
+        found = of_first(places, np.zeros(len(questions), np.int32))
+        return [None if place == NO_VERDICT else place for place in found.tolist()]
 
     def asked(self, questions: Sequence[tuple[str, tuple[str, str]]]) -> list[int | None]:
         """Returns the verdict on each question, the place of its word; raises as a call does."""

@@ -16,7 +16,7 @@ from safe_rlhf_jax.data.texts import shown
 from safe_rlhf_jax.stages.common import Run
 from safe_rlhf_jax.stages.host_signals import host_signal
 from safe_rlhf_jax.stages.judge_labeller import Judge
-from safe_rlhf_jax.stages.people import people_labels
+from safe_rlhf_jax.stages.people import about_annotators, people_labels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +60,7 @@ class Labeller(NamedTuple):
     identity: dict[str, str]  # stands in each record
     costs: Costs = no_costs  # of single responses
     said: Callable[[], dict[str, float]] = dict  # what the labels took
+    about: Callable[[Sequence[Pair]], dict[str, Any]] = lambda _: {}  # of several annotators: how far they agree
 
 
 def consistent(labels: Labels) -> Labels:
@@ -153,7 +154,11 @@ def people(run: Run, stage: cfg.Labelling) -> Labeller:
     """Returns people, who label all pairs of the stage at once, outside of the run."""
     settings: Any = stage.labeller
     folder = run.folder(stage.name)
-    return Labeller(lambda pairs, start: people_labels(folder, pairs, settings.instruction), {"labeller": "people"})
+    return Labeller(
+        lambda pairs, start: people_labels(folder, pairs, settings.instruction, settings.aggregation),
+        {"labeller": "people"},
+        about=lambda pairs: about_annotators(folder, pairs, stage.by),
+    )
 
 
 LABELLERS: dict[str, Callable[[Run, cfg.Labelling], Labeller]] = {

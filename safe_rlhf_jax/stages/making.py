@@ -27,6 +27,7 @@ from safe_rlhf_jax.stages.datasets import load_data, take
 from safe_rlhf_jax.stages.kind import Kind
 from safe_rlhf_jax.stages.labellers import Pair, consistent, labeller_of
 from safe_rlhf_jax.stages.partial import keep_batch, kept_batches
+from safe_rlhf_jax.stages.people import near_chance
 from safe_rlhf_jax.stages.sampling import Response, asked, responses_of
 from safe_rlhf_jax.stages.verbalized import Answer, answers_in, instructed
 
@@ -158,19 +159,22 @@ def run_label(run: Run, stage: cfg.LabelStage, folder: storage.Path) -> dict[str
     samples = take(run, stage, "samples", load_samples)
     report_data(stage.name, samples)
     pairs = list(pairs_of(stage, samples, run.seed(stage)))
-    labelled, said = label_all(run, stage, pairs, folder)
+    labelled, said, about = label_all(run, stage, pairs, folder)
     usable = [record for record in labelled if not record.keys().isdisjoint(LABELLED)]
     if not usable:
         raise UserError(f"{stage.name}: none of {len(pairs)} pairs has a label")
     write_data(folder, usable)
     counts = {"pairs": float(len(usable)), "without_label": float(len(labelled) - len(usable))}
-    return {"metrics": counts | shares(usable) | said}
+    return {"metrics": counts | shares(usable) | said} | ({"people": about} if about else {})
 
 
 def label_all(
     run: Run, stage: cfg.Labelling, pairs: Sequence[Pair], folder: storage.Path
-) -> tuple[list[Record], dict[str, float]]:
-    """Returns pairs as records with their labels, and what the labels took; batches that are done are kept."""
+) -> tuple[list[Record], dict[str, float], dict[str, Any]]:
+    """Returns pairs as records with their labels, what these took, and what there is to say of several annotators.
+
+    Batches that are done are kept.
+    """
     file = folder / "batches.jsonl"
     labelled: list[Record] = [record for batch in kept_batches(file) for record in batch]
     labeller = labeller_of(run, stage)
@@ -187,7 +191,11 @@ def label_all(
         labelled += found
         bar.write(start + len(batch), {})
     bar.close()
-    return labelled, labeller.said()
+    about = labeller.about(pairs)
+    for warning in near_chance(about):
+        run.warn(stage.name, warning)
+    alphas = {f"alpha/{question}": one["alpha"] for question, one in about.get("agreement", {}).items()}
+    return labelled, labeller.said() | alphas, about
 
 
 def as_record(pair: Pair) -> Record:

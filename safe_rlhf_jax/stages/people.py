@@ -9,20 +9,29 @@ import csv
 import hashlib
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 from xml.sax.saxutils import quoteattr
 
+import numpy as np
+
 from safe_rlhf_jax import storage
-from safe_rlhf_jax.data.records import majority
+from safe_rlhf_jax.data.records import VOTES
 from safe_rlhf_jax.data.texts import shown
 from safe_rlhf_jax.errors import DataError, UserError
+from safe_rlhf_jax.evaluation.annotators import AGGREGATIONS, agreement, agreement_with_others, is_near_chance
+from safe_rlhf_jax.processes import of_first
 
 QUESTIONS = {  # name of a question: (what is asked, the answers for 0 and 1, label that it makes)
     "better": ("Which response is more helpful?", ("A", "B"), "better_response_id"),
     "safer": ("Which response is safer?", ("A", "B"), "safer_response_id"),
     "harm_a": ("Is response A harmful?", ("harmful", "harmless"), "is_response_0_safe"),
     "harm_b": ("Is response B harmful?", ("harmful", "harmless"), "is_response_1_safe"),
+}
+LABELS = {  # by the names of questions in results
+    "helpfulness": ("better_response_id",),
+    "safety": ("safer_response_id",),
+    "safe or not": ("is_response_0_safe", "is_response_1_safe"),
 }
 SHOWN = {"prompt": "Conversation", "response_a": "Response A", "response_b": "Response B"}
 
@@ -74,20 +83,23 @@ def write_tasks(folder: storage.Path, pairs: Sequence[Any], instruction: str) ->
 Answers = dict[str, dict[str, dict[str, str]]]  # pair -> annotator -> question -> answer
 
 
-def read_answers(folder: storage.Path) -> Answers | None:
-    """Returns what people answered; None if there is no file of it yet.
+def read_answers(folder: storage.Path) -> Answers:
+    """Returns what people answered.
 
     Raises:
-        DataError: If a file cannot be read.
+        DataError: If the file cannot be read.
     """
-    for name, read in {"labels.json": of_label_studio, "labels.csv": of_csv}.items():
-        file = folder / name
-        if storage.is_file(file):
-            try:
-                return read(storage.read_text(file))
-            except (ValueError, KeyError, TypeError, AttributeError, csv.Error) as error:
-                raise DataError(f"{file}: is no export of the tasks ({type(error).__name__}: {error})") from error
-    return None
+    files = [folder / name for name in READERS if storage.is_file(folder / name)]
+    if not files:
+        raise DataError(f"{folder}: there is no {' or '.join(READERS)} any more; put the answers back")
+    file = files[0]
+    try:
+        return READERS[file.name](storage.read_text(file))
+    except (ValueError, KeyError, TypeError, AttributeError, csv.Error) as error:
+        raise DataError(
+            f"{file}: is no export of the tasks ({type(error).__name__}: {error}); of Label Studio's formats it is "
+            "the one named JSON"
+        ) from error
 
 
 def of_label_studio(text: str) -> Answers:
@@ -118,47 +130,119 @@ def of_csv(text: str) -> Answers:
     return found
 
 
-def labels_of(answers: Mapping[str, Mapping[str, str]]) -> dict[str, Any]:
-    """Returns the labels of a pair from the answers of its annotators: votes, and their majority.
+READERS = {"labels.json": of_label_studio, "labels.csv": of_csv}
+
+Given = dict[str, list[dict[str, int]]]  # {label: [{annotator: 0 or 1} of each pair]}
+
+
+def votes_of(answers: Answers, names: Sequence[str], where: str) -> Given:
+    """Returns the votes on each label of each pair.
 
     Raises:
-        ValueError: If an answer is none of those that a question has.
+        DataError: If an answer is none of those that a question has.
     """
-    labels: dict[str, Any] = {}
-    for question, (_, words, label) in QUESTIONS.items():
-        given = [one[question] for one in answers.values() if question in one]
-        if unknown := [answer for answer in given if answer not in words]:
-            raise ValueError(f"{question} is {unknown[0]!r}, none of {', '.join(words)}")
-        if given:
-            labels |= majority(label, [words.index(answer) for answer in given])
-    return labels | {name: bool(value) for name, value in labels.items() if name.startswith("is_")}
+    votes: Given = {label: [] for _, _, label in QUESTIONS.values()}
+    for name in names:
+        for question, (_, words, label) in QUESTIONS.items():
+            given = {who: said[question] for who, said in answers.get(name, {}).items() if question in said}
+            if unknown := [answer for answer in given.values() if answer not in words]:
+                raise DataError(f"{where}: pair {name}: {question} is {unknown[0]!r}, none of {', '.join(words)}")
+            votes[label].append({who: words.index(answer) for who, answer in given.items()})
+    return votes
 
 
-def people_labels(folder: storage.Path, pairs: Sequence[Any], instruction: str) -> list[dict[str, Any]]:
-    """Returns the labels of each pair by people; none for those that everybody skipped.
+def labels_of(votes: Given, aggregation: str) -> list[dict[str, Any]]:
+    """Returns the labels of each pair: its votes, and what they say together."""
+    labels: list[dict[str, Any]] = [{} for _ in votes["better_response_id"]]
+    for names in LABELS.values():  # a question that is asked of both responses has one set of errors
+        each = [(name, row) for name in names for row in range(len(labels))]
+        said = AGGREGATIONS[aggregation]([votes[name][row] for name, row in each])
+        for (name, row), answer in zip(each, said, strict=True):
+            if votes[name][row]:
+                labels[row][VOTES[name]] = list(votes[name][row].values())
+            if answer is not None:
+                labels[row][name] = bool(answer) if name.startswith("is_") else answer
+    return labels
+
+
+def read_votes(folder: storage.Path, pairs: Sequence[Any]) -> Given:
+    """Returns the votes on each pair, of a folder with answers.
 
     Raises:
-        WaitingForLabelsError: If they have not answered yet: the tasks are written.
         DataError: If the answers are of other tasks, or no answers.
     """
-    answers = read_answers(folder)
-    if answers is None:
-        write_tasks(folder, pairs, instruction)
-        raise WaitingForLabelsError(
-            f"waiting for labels of {len(pairs)} pairs: import {folder / 'tasks.json'} into a Label Studio project "
-            f"with the interface {folder / 'interface.xml'}, and export its JSON as {folder / 'labels.json'} (or fill "
-            f"in {folder / 'tasks.csv'} and save it as labels.csv there); then run the same command again"
-        )
-    names = [identity(pair) for pair in pairs]
+    answers, names = read_answers(folder), [identity(pair) for pair in pairs]
     if foreign := answers.keys() - set(names):
         raise DataError(
             f"{folder}: {len(foreign)} of {len(answers)} answered tasks are not of this stage, such as pair "
             f"{min(foreign)}: export the project that {folder / 'tasks.json'} was imported into"
         )
-    found = []
-    for name in names:
-        try:
-            found.append(labels_of(answers.get(name, {})))
-        except ValueError as error:
-            raise DataError(f"{folder}: pair {name}: {error}") from error
-    return found
+    return votes_of(answers, names, str(folder))
+
+
+def people_labels(
+    folder: storage.Path, pairs: Sequence[Any], instruction: str, aggregation: str = "majority"
+) -> list[dict[str, Any]]:
+    """Returns the labels of each pair by people; none for those that everybody skipped.
+
+    All processes of a run call it; the first one writes the tasks.
+
+    Raises:
+        WaitingForLabelsError: If they have not answered yet: the tasks are written.
+        DataError: If the answers are of other tasks, or no answers.
+        ConfigError: If a package that aggregates them is missing.
+    """
+
+    def answered() -> np.ndarray:
+        found = any(storage.is_file(folder / name) for name in READERS)
+        if not found:
+            write_tasks(folder, pairs, instruction)
+        return np.array(found)
+
+    if not of_first(answered, np.array(False)):
+        raise WaitingForLabelsError(
+            f"waiting for labels of {len(pairs)} pairs: import {folder / 'tasks.json'} into a Label Studio project "
+            f"with the interface {folder / 'interface.xml'}, and export its JSON as {folder / 'labels.json'} (or fill "
+            f"in {folder / 'tasks.csv'} and save it as labels.csv there); then run the same command again"
+        )
+    return labels_of(read_votes(folder, pairs), aggregation)
+
+
+def about_annotators(folder: storage.Path, pairs: Sequence[Any], by: str) -> dict[str, Any]:
+    """Returns how far several annotators agree: all of them, by category, and each with the others.
+
+    Args:
+        folder: With their answers.
+        pairs: That were labelled.
+        by: The field of a record with its category.
+
+    Returns:
+        {"agreement": {question: result of `agreement`}, "by_…": {category: the same}, "annotators": {question:
+        {annotator: the same}}}; without what cannot be said, so that it is empty for a single annotator.
+    """
+    pairs = list({identity(pair): pair for pair in pairs}.values())
+    votes, categories = read_votes(folder, pairs), [str(pair.record.get(by, "")) for pair in pairs]
+
+    def tasks(question: str, category: str | None = None) -> list[dict[str, int]]:
+        rows = [row for row, found in enumerate(categories) if category in (None, found)]
+        return [votes[label][row] for label in LABELS[question] for row in rows]
+
+    def agreed(category: str | None = None) -> dict[str, Any]:
+        found = {question: agreement(tasks(question, category)) for question in LABELS}
+        return {question: one for question, one in found.items() if one is not None}
+
+    parts = {category: found for category in sorted(set(categories)) if (found := agreed(category))}
+    each = {question: found for question in LABELS if (found := agreement_with_others(tasks(question)))}
+    return {"agreement": agreed(), f"by_{by}": parts, "annotators": each} if each else {}
+
+
+def near_chance(about: Mapping[str, Any]) -> Iterator[str]:
+    """Yields a warning of each annotator who answers a question near chance."""
+    for question, each in about.get("annotators", {}).items():
+        for name, one in each.items():
+            if is_near_chance(one):
+                yield (
+                    f"annotator {name} is near chance on {question}: α with the others' majority is {one['alpha']:.2f} "
+                    f"({one['low']:.2f} to {one['high']:.2f}, {one['n']} answers); leave the answers out, or have "
+                    "them given again"
+                )

@@ -16,8 +16,8 @@ from safe_rlhf_jax.models import hf
 from safe_rlhf_jax.pipeline import load_policy, load_scorer
 from safe_rlhf_jax.stages import Run, check_run, reinforcement, run_stage
 from safe_rlhf_jax.stages.datasets import load_data
-from safe_rlhf_jax.stages.host_signals import ScorerSignal, open_scorers
-from tests.helpers import make_lm, make_scorer, perturbed, tiny_config
+from safe_rlhf_jax.stages.host_signals import ScorerSignal, called_once, open_scorers
+from tests.helpers import in_two_processes, make_lm, make_scorer, perturbed, tiny_config
 from tests.tokenizers import make_tokenizer
 
 CHATML = (Path(__file__).parent.parent / "data" / "chat_templates" / "chatml.jinja").read_text()
@@ -253,3 +253,16 @@ def test_policy_of_the_run_talks_as_it_was_trained(finished):
     _, workdir = finished
     policy = load_policy(f"{workdir}/ppo_lag/export", template="tokenizer")
     assert len(policy(["how do i bake"], max_tokens=4)) == 1
+
+
+def test_function_is_called_by_the_first_process_and_all_have_its_scores(monkeypatch):
+    called = []
+
+    def function(conversations, responses, ended, records):
+        called.append(responses)
+        return np.array([float(len(text)) for text in responses], np.float32)
+
+    rows = [[]], ["three"], [True], [{}]
+    one, other = in_two_processes(monkeypatch, *[lambda: called_once(function)(*rows)] * 2)
+    assert one.tolist() == other.tolist() == [5.0]
+    assert called == [["three"]]

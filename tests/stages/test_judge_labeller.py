@@ -8,6 +8,7 @@ from safe_rlhf_jax.errors import DataError
 from safe_rlhf_jax.stages import Run
 from safe_rlhf_jax.stages.judge_labeller import Judge, of_verdicts, read_constitution, verdict
 from safe_rlhf_jax.stages.labellers import Pair
+from tests.helpers import in_two_processes
 
 
 class Endpoint:
@@ -122,3 +123,12 @@ def test_error_of_the_endpoint_is_the_users(judge):
 
     with pytest.raises(EndpointError, match="cannot be reached"):
         judge(Down())(PAIRS, 0)
+
+
+def test_judge_is_asked_by_the_first_process_and_all_have_its_labels(judge, monkeypatch):
+    endpoints = Endpoint(), Endpoint("perhaps")
+    judges = [judge(endpoint) for endpoint in endpoints]
+    one, other = in_two_processes(monkeypatch, *(lambda who=who: who(PAIRS, 0) for who in judges))
+    assert one == other
+    assert other[1]["better_response_id"] == 1
+    assert [len(endpoint.asked) for endpoint in endpoints] == [12, 0]
