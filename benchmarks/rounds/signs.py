@@ -18,7 +18,7 @@ from benchmarks.rounds.jobs import Experiment, Job, Run
 from safe_rlhf_jax.data import demo
 from safe_rlhf_jax.pipeline import load_scorer
 
-SIZES = (500, 2000, 8000)  # pairs
+SIZES = (500, 4000)  # pairs
 RANKING = "ranking"  # Bradley–Terry alone: a reward model of the safer response, whose cost is −reward
 LOSSES = (RANKING, "ranking and signs", "signs")
 COLUMNS = {
