@@ -149,19 +149,16 @@ def check_out(out: "storage.Path", stages: Sequence["storage.Path"]) -> None:
 
 
 def checkpoints_of(folder: "storage.Path") -> tuple["storage.Path", list[int]]:
-    """Returns the folder of a stage's checkpoints, of its newest round if it has rounds, and their steps.
+    """Returns the folder of a stage's checkpoints, and their steps.
 
     Raises:
         ConfigError: If there are none yet.
     """
-    from safe_rlhf_jax import storage
     from safe_rlhf_jax.checkpoint import complete_steps
     from safe_rlhf_jax.errors import ConfigError
 
-    rounds = sorted(storage.matching(folder, "round_*"), key=lambda path: int(path.name.removeprefix("round_")))
-    for here in (folder, *rounds[::-1]):
-        if steps := complete_steps(here / "checkpoints"):
-            return here / "checkpoints", steps
+    if steps := complete_steps(folder / "checkpoints"):
+        return folder / "checkpoints", steps
     raise ConfigError(
         f"stage {folder.name!r}: no checkpoint in {folder} yet; the first is written after checkpoint_every steps"
     )

@@ -46,7 +46,7 @@ def config(root):
         {"name": "cost", "kind": "cost", "init_from": "sft", "data": {"name": "demo/preference"}, "max_length": 48}
         | {"lora": LORA, "normalize": True},
         {"name": "rl", "kind": "rl", "cost_model": "cost", "lora": LORA} | sampling,
-        {"name": "rounds", "kind": "rejection_sampling"} | sampling,
+        {"name": "rounds", "kind": "rejection_sampling", "rounds": 1} | sampling,
         {"name": "merge", "kind": "merge", "init_from": "sft", "other": "rl"},
     ]  # fmt: skip
     file = root / "config.yaml"
@@ -63,7 +63,7 @@ def run(root, config):
     with jax.set_mesh(run.mesh):
         saved(run, "sft", {"": [1, 3]})
         saved(run, "cost", {"": [2, 4]})
-        saved(run, "rounds", {"round_1": [5, 7], "round_2": [2]})
+        saved(run, "rounds", {"": [2]})
     return run
 
 

@@ -240,6 +240,7 @@ class Experiment(NamedTuple):
     phases: Sequence[Callable[[Sequence[int], bool], list[Job]]]  # (seeds, tiny) -> runs; the last ones have results
     read: Callable[[pathlib.Path], Run | None]  # the result of a run, from its folder; None while there is none
     section: Callable[[list[Run]], str]  # of finished runs, for docs/results.md
+    from_models: bool = True  # its runs start from the models of the seeds
 
 
 def main(experiment: Experiment) -> None:
@@ -260,7 +261,7 @@ def main(experiment: Experiment) -> None:
         write_section(experiment.name, experiment.section([run for run in results.found.values() if run["finished"]]))
         return
     until = time.time() + options.seconds
-    *before, last = [model_jobs, *experiment.phases]
+    *before, last = [*([model_jobs] if experiment.from_models else []), *experiment.phases]
     for phase in before:
         if not run_all(phase(options.seeds, options.tiny), options.workers, until):
             raise SystemExit(1)

@@ -3,16 +3,17 @@
 Sources: [paper] Dai et al. 2023, arXiv 2310.12773; [HC-RLHF] Chittepu et al. 2025, arXiv 2506.08266.
 """
 
-from collections.abc import Iterator, Sequence
-from typing import Annotated, ClassVar, Literal
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Literal
 
 import pydantic
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Discriminator, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Tag
 
 from safe_rlhf_jax.config.base import StageBase
 from safe_rlhf_jax.config.data import Delta, Schema, Single
 from safe_rlhf_jax.config.judging import Judged, signals_are_named
 from safe_rlhf_jax.config.messages import did_you_mean
+from safe_rlhf_jax.config.signals import EndpointJudge
 from safe_rlhf_jax.config.uses import DataUse, ModelUse, scorer
 
 
@@ -124,14 +125,27 @@ class CertifyStage(Answered):
             yield "constrained_groups needs group_field, which holds the group"
 
 
+def sort_of(value: Any) -> str:
+    """Returns the sort of a judge of two responses: a text names it, keys are those of an endpoint."""
+    return "EndpointJudge" if isinstance(value, Mapping | EndpointJudge) else "str"
+
+
+PairJudge = Annotated[
+    Annotated[str, Tag("str")] | Annotated[EndpointJudge, Tag("EndpointJudge")], Discriminator(sort_of)
+]
+
+
+PEOPLE = "people"  # as a judge of two responses
+
+
 class JudgeStage(Answered):
     """Policies against each other: win rates, and Elo of helpfulness and of harmlessness, by judges."""
 
     kind: Literal["judge"]
     policies: Annotated[tuple[str, ...], Field(min_length=2)]  # the first has Elo 1000
-    # {reward/NAME or cost/NAME: function:MODULE:NAME}: judges of two responses at once, asked in both orders: which is
-    # more helpful, or which is safer.
-    pair_judges: dict[str, str] = Field(default_factory=dict)
+    # {reward/NAME or cost/NAME: function:MODULE:NAME, people, or an endpoint}: judges of two responses at once: which
+    # is more helpful, or which is safer. Functions and endpoints are asked in both orders, people in a random one.
+    pair_judges: dict[str, PairJudge] = Field(default_factory=dict)
 
     _signals = pydantic.field_validator("pair_judges")(signals_are_named)
 
@@ -140,8 +154,14 @@ class JudgeStage(Answered):
         pairs = {
             f"pair_judges.{name}": ModelUse(judge, judge=True, may_be_function=True, pairs=True)
             for name, judge in self.pair_judges.items()
+            if isinstance(judge, str) and judge != PEOPLE
         }
         return policies_of(self.policies) | self.judge_models() | pairs
+
+    def files(self) -> tuple[str, ...]:
+        """Returns the constitutions of endpoints."""
+        named = (judge.constitution for judge in self.pair_judges.values() if isinstance(judge, EndpointJudge))
+        return tuple(filter(None, named))
 
     def mistakes(self, earlier: Sequence[StageBase]) -> Iterator[str]:
         """Yields errors with respect to earlier stages, and of policies and judges."""
@@ -153,5 +173,12 @@ class JudgeStage(Answered):
         for signal in self.judges.keys() & self.pair_judges.keys():
             yield f"{signal!r} is in judges and in pair_judges; names must differ"
         for signal, judge in self.pair_judges.items():
-            if not judge.startswith("function:"):
-                yield f"pair_judges.{signal} names {judge!r}, which sees no two responses; write function:MODULE:NAME"
+            if isinstance(judge, str) and judge != PEOPLE and not judge.startswith("function:"):
+                yield (
+                    f"pair_judges.{signal} names {judge!r}, which sees no two responses; write function:MODULE:NAME, "
+                    "people, or an endpoint: {base_url: …, model: …}"
+                )
+        for kind in ("reward", "cost"):
+            people = [s for s, judge in self.pair_judges.items() if judge == PEOPLE and s.startswith(f"{kind}/")]
+            if len(people) > 1:
+                yield f"pair_judges {people} are the same answers of people; leave one"

@@ -3,7 +3,7 @@
 import dataclasses
 import re
 from collections.abc import Iterator
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pydantic
 from pydantic import Field
@@ -14,7 +14,7 @@ from safe_rlhf_jax.config.uses import ModelUse, scorer
 SIGNAL = re.compile(r"(reward|cost)/[A-Za-z0-9_\-]+")
 
 
-def signals_are_named(value: dict[str, str]) -> dict[str, str]:
+def signals_are_named(value: dict[str, Any]) -> dict[str, Any]:
     """Checks that the keys of judges are kinds with a name."""
     for signal in value:
         if not SIGNAL.fullmatch(signal):

@@ -11,7 +11,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from safe_rlhf_jax.config.base import StageBase, TrainingStage
 from safe_rlhf_jax.config.data import ReadOnce, Schema, Share
-from safe_rlhf_jax.config.signals import EndpointFields
+from safe_rlhf_jax.config.signals import EndpointJudge
 from safe_rlhf_jax.config.uses import DataUse, ModelUse, Reads, scorer
 
 
@@ -64,11 +64,10 @@ class ModelLabeller(Schema):
     cost: str  # less is safer, and up to 0 is safe
 
 
-class JudgeLabeller(EndpointFields):
+class JudgeLabeller(EndpointJudge):
     """A language model behind an OpenAI-compatible endpoint, asked by the principles of a constitution."""
 
     kind: Literal["judge"]
-    constitution: str | None = None  # a YAML file, as docs/rounds.md says; null: the package's own
 
 
 class PeopleLabeller(Schema):

@@ -2,6 +2,8 @@
 
 In names and values `{round}` is the number of the round, from 1, and `{last}` the one before. An item of a list with
 `{each}` is repeated for every round so far: `data: [{name: "stage:label_{each}"}]` mixes the labels of all of them.
+
+A stage of rejection sampling is one round. One with `rounds: N`, 3 where it is not given, stands for N of them.
 """
 
 from typing import Any
@@ -9,6 +11,7 @@ from typing import Any
 from safe_rlhf_jax.errors import ConfigError
 
 ROUND, LAST, EACH = "{round}", "{last}", "{each}"
+REJECTION, REJECTION_ROUNDS = "rejection_sampling", 3
 
 
 def expanded(stages: Any) -> Any:
@@ -19,10 +22,24 @@ def expanded(stages: Any) -> Any:
     """
     if not isinstance(stages, list):
         return stages
-    found: list[Any] = []
+    flat: list[Any] = []
     for i, entry in enumerate(stages):
-        found += rounds_of(entry, f"stages.{i}.repeat") if is_repetition(entry) else [entry]
-    return found
+        flat += rounds_of(entry, f"stages.{i}.repeat") if is_repetition(entry) else [entry]
+    return [one for stage in flat for one in rejection_rounds(stage)]
+
+
+def rejection_rounds(stage: Any) -> list[Any]:
+    """Returns the stages of a raw stage of rejection sampling: the last round has its name; any other as it is."""
+    if not isinstance(stage, dict) or stage.get("kind") != REJECTION:
+        return [stage]
+    rounds, name = stage.get("rounds", REJECTION_ROUNDS), stage.get("name")
+    if not isinstance(rounds, int) or isinstance(rounds, bool) or rounds < 1:
+        raise ConfigError(f"{name}: rounds: a number of rounds, 1 or more (value {rounds!r})")
+    if rounds == 1:
+        return [stage | {"rounds": 1}]
+    names = [*(f"{name}_round_{number}" for number in range(1, rounds)), name]
+    starts = [stage.get("init_from"), *names[:-1]]
+    return [stage | {"rounds": 1, "name": one, "init_from": start} for one, start in zip(names, starts, strict=True)]
 
 
 def is_repetition(entry: Any) -> bool:

@@ -15,7 +15,7 @@ from safe_rlhf_jax.config.base import OptimizerConfig, StageBase, TrainingStage,
 from safe_rlhf_jax.config.data import Mixture, ReadOnce, Single
 from safe_rlhf_jax.config.judging import Judged
 from safe_rlhf_jax.config.messages import did_you_mean
-from safe_rlhf_jax.config.sampling import OTHER_DISTRIBUTION, DualFields, Rounds, calibrations, problems
+from safe_rlhf_jax.config.sampling import OTHER_DISTRIBUTION, DualFields, Round, calibrations, problems
 from safe_rlhf_jax.config.signals import EndpointSignal, FunctionSignal, HostSignals
 from safe_rlhf_jax.config.uses import DataUse, Makes, ModelUse, scorer
 
@@ -208,18 +208,18 @@ class RLStage(Judged, TrainingStage):
                 yield f"{field} names {name!r}, which solves one limit of the mean cost, not this one"
 
 
-class RejectionStage(Rounds, TrainingStage):
-    """Rejection sampling: supervised fine-tuning on the policy's own best feasible responses, in rounds."""
+class RejectionStage(Round, TrainingStage):
+    """A round of rejection sampling: supervised fine-tuning on the policy's own best feasible responses."""
 
     makes: ClassVar[Makes] = "policy"
     held_out: ClassVar[str] = "eval_prompts"
     lengths: ClassVar[tuple[str, ...]] = ("max_prompt_length", "max_response_length")
     kind: Literal["rejection_sampling"]
-    optimizer: OptimizerConfig = OptimizerConfig()  # restarts in each round
+    optimizer: OptimizerConfig = OptimizerConfig()
 
     def models(self) -> dict[str, ModelUse]:
         """Returns the policy and the models that score, by field."""
-        return {"init_from": ModelUse(self.init_from, may_be_new=True, generates=True)} | Rounds.models(self)
+        return {"init_from": ModelUse(self.init_from, may_be_new=True, generates=True)} | Round.models(self)
 
     def mistakes(self, earlier: Sequence[StageBase]) -> Iterator[str]:
         """Yields errors with respect to earlier stages, and of batches."""

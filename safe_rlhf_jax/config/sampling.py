@@ -94,13 +94,14 @@ def calibrations(stage: Any, max_length: int) -> dict[str, DataUse]:
     }
 
 
-class Rounds(SampledPrompts):
-    """Rejection sampling: choose the best feasible response, train on it, repeat with the new policy."""
+class Round(SampledPrompts):
+    """A round of rejection sampling: choose the best feasible response, train on it."""
 
-    rounds: PositiveInt = 3
+    rounds: Literal[1] = 1  # of a config: that many stages, each from the one before (config.repetition)
     prompts_per_round: PositiveInt | None = None  # number taken from a shuffled order; null: all
     prompt_batch_size: PositiveInt = 16  # prompts whose responses are sampled at once
-    train_on: Literal["this_round", "all_rounds"] = "this_round"  # selected responses; all: as [llama2] from its third
+    # Selected responses: of this round, or of all that it goes on from too, as [llama2] from its third version.
+    train_on: Literal["this_round", "all_rounds"] = "this_round"
     eval_prompts: Single | None = None
     epochs: PositiveFloat = 1.0  # passes over them, in each round
     batch_size: PositiveInt = 32  # responses per optimizer step

@@ -38,6 +38,12 @@ class EndpointFields(Schema):
     price: tuple[NonNegativeFloat, NonNegativeFloat] = (0.0, 0.0)  # of a million tokens of prompts, and of answers
 
 
+class EndpointJudge(EndpointFields):
+    """A language model behind an endpoint that judges by the principles of a constitution."""
+
+    constitution: str | None = None  # a YAML file, as docs/rounds.md says; null: the package's own
+
+
 class FunctionSignal(Schema):
     """A Python function: (conversations, responses, ended[, records]) -> a number for each response."""
 
@@ -60,14 +66,13 @@ class FunctionSignal(Schema):
         return f"function:{self.function}"
 
 
-class EndpointSignal(EndpointFields):
+class EndpointSignal(EndpointJudge):
     """A judge or a guard model behind an endpoint: a score for each answer that it may give.
 
     It is asked `question`. With `answers` alone it reads the conversation with the response as its last turn, as guard
     models do; with neither it is asked by the constitution whether the response is harmful: 1, or harmless: −1.
     """
 
-    constitution: str | None = None  # a YAML file, as docs/rounds.md says; null: the package's own
     question: str | None = None  # a text with {response}, and perhaps {conversation}
     answers: dict[str, FiniteFloat] = Field(default_factory=dict)  # {word: score}: {unsafe: 1, safe: -1}
 

@@ -26,7 +26,6 @@ from safe_rlhf_jax.stages.host_signals import FunctionSignal
 from safe_rlhf_jax.stages.kind import Kind
 from safe_rlhf_jax.stages.kinds import idle_settings, kind_of
 from safe_rlhf_jax.stages.metric_names import check_keep_best
-from safe_rlhf_jax.stages.pair_judges import open_pair_judge
 from safe_rlhf_jax.stages.room import check_room
 from safe_rlhf_jax.stages.small_data import data_warnings
 
@@ -202,7 +201,7 @@ def check_function(where: str, use: cfg.ModelUse) -> None:
     try:
         conversations, responses = [conversation] * 2, [response["content"]] * 2
         if use.pairs:
-            open_pair_judge(use.reference)(conversations, responses, responses)
+            FunctionSignal(use.reference).numbers(conversations, responses, responses)
         elif not (judge := FunctionSignal(use.reference)).reads_records and not use.in_training:
             judge(conversations, responses, [True, False])
     except UserError as error:

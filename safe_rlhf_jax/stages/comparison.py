@@ -22,7 +22,7 @@ from safe_rlhf_jax.stages.answers import Answered, answer_prompts, provenance_of
 from safe_rlhf_jax.stages.common import Run
 from safe_rlhf_jax.stages.judges import warn_of_judges
 from safe_rlhf_jax.stages.kind import Kind
-from safe_rlhf_jax.stages.pair_judges import firsts, open_pair_judge
+from safe_rlhf_jax.stages.pair_judges import firsts, pair_judges, signal_kind, won_by_votes
 
 LOGGER = logging.getLogger(__name__)
 
@@ -32,9 +32,17 @@ EVERY = "all prompts"
 def run_judge(run: Run, stage: cfg.JudgeStage, folder: storage.Path) -> dict[str, Any]:
     """Runs a judge stage: samples, verdicts, win rates, Elo, report."""
     answered = answer_prompts(run, stage)
-    verdicts = pair_verdicts(stage, answered)
+    responses = [[sample["response"] for sample in samples] for samples in answered.policies.values()]
+    judges = pair_judges(run, stage)
+    verdicts = {
+        signal: firsts(judge, answered.conversations, responses, stage.batch_size) for signal, judge in judges.items()
+    }
+    took = {signal: said for signal, judge in judges.items() if (said := judge.said())}
+    people = [signal for signal, judge in stage.pair_judges.items() if judge == cfg.PEOPLE]
+    votes, answers = won_by_votes(folder, answered.conversations, responses, run.seed(stage)) if people else ({}, {})
     won = {signal: won_by_scores(scores_of(answered, signal)) for signal in stage.judges}
     won |= {signal: won_in_both_orders(found) for signal, found in verdicts.items()}
+    won |= {signal: votes[signal_kind(signal)] for signal in people}
     rows = compared(won, stage.policies, kinds(answered))
     orders = {signal: order_effects(found) for signal, found in verdicts.items()}
     metrics = {
@@ -46,24 +54,36 @@ def run_judge(run: Run, stage: cfg.JudgeStage, folder: storage.Path) -> dict[str
         LOGGER.info(f"{stage.name}: {axis} by {row['judge']}: {comparison_page.line(row)}")
     for signal, effects in orders.items():
         LOGGER.info(f"{stage.name}: {signal}: {comparison_page.order_line(effects)}")
+    for signal, said in took.items():
+        LOGGER.info(f"{stage.name}: {signal}: {', '.join(f'{name} {value:g}' for name, value in said.items())}")
     if is_main():
         write_samples(folder, answered.policies)
         write_verdicts(folder, stage, verdicts)
         page = comparison_page.page(
             rows, orders, title=f"{run.config.title}: {stage.name}", warnings=run.warnings.get(stage.name, []),
-            provenance=provenance_of(run, stage),
+            provenance=provenance_of(run, stage) | described_judges(stage),
         )  # fmt: skip
         LOGGER.info(f"{stage.name}: report at {page.write(folder)}")
-    return {"comparisons": rows, "order_effects": orders, "metrics": metrics}
+    found = {"comparisons": rows, "order_effects": orders, "metrics": metrics}
+    return found | ({"endpoints": took} if took else {}) | ({"people": answers} if people else {})
 
 
-def pair_verdicts(stage: cfg.JudgeStage, answered: Answered) -> dict[str, np.ndarray]:
-    """Returns the verdicts of each judge of two responses in both orders, f64[P, K, K]."""
-    responses = [[sample["response"] for sample in samples] for samples in answered.policies.values()]
+def described_judges(stage: cfg.JudgeStage) -> dict[str, str]:
+    """Returns the judges of two responses, as {item: value} of the provenance."""
     return {
-        signal: firsts(open_pair_judge(reference), answered.conversations, responses, stage.batch_size)
-        for signal, reference in stage.pair_judges.items()
+        f"judge {signal}": judge if isinstance(judge, str) else f"{judge.model} at {judge.base_url}"
+        for signal, judge in stage.pair_judges.items()
     }
+
+
+def check_judges(run: Run, stage: cfg.JudgeStage, _: Any) -> None:
+    """Warns of judges that are none from outside, and opens those of two responses.
+
+    Raises:
+        ConfigError: If one cannot be opened: its function, its constitution or its key is missing.
+    """
+    warn_of_judges(run, stage)
+    pair_judges(run, stage)
 
 
 def scores_of(answered: Answered, signal: str) -> np.ndarray:
@@ -100,4 +120,4 @@ def write_verdicts(folder: storage.Path, stage: cfg.JudgeStage, verdicts: dict[s
     write_jsonl(folder / "verdicts.jsonl", lines)
 
 
-JUDGE = Kind(cfg.JudgeStage, run_judge, check=lambda run, stage, _: warn_of_judges(run, stage), shows_metrics=False)
+JUDGE = Kind(cfg.JudgeStage, run_judge, check=check_judges, shows_metrics=False)

@@ -1,4 +1,4 @@
-"""A judge behind an OpenAI-compatible endpoint as a labeller: helpfulness and safety asked apart, pairs in both orders.
+"""A judge behind an OpenAI-compatible endpoint: helpfulness and safety asked apart, pairs in both orders.
 
 Source: Bai et al. 2022 (arXiv 2212.08073), principles; Zheng et al. 2023 (arXiv 2306.05685), both orders against
 position bias.
@@ -110,26 +110,26 @@ class Verdicts:
 
 
 class Judge:
-    """The labeller.
+    """A language model that labels pairs, and compares the responses of policies (`stages.pair_judges`).
 
-    A pair takes six requests: which response is more helpful and which is safer, each in both orders, and whether each
-    is harmful. Both orders are two votes (`better_votes`, `safer_votes`); a question with an answer that is no verdict
-    has no label.
+    The labels of a pair take six requests: which response is more helpful and which is safer, each in both orders, and
+    whether each is harmful. Both orders are two votes (`better_votes`, `safer_votes`); a question with an answer that
+    is no verdict has no label.
 
     Args:
         run: The run; answers are kept in `answers/` of its folder.
-        stage: The stage.
+        name: Of the stage, or of the setting in it, for errors.
+        settings: The endpoint and the constitution.
 
     Raises:
         ConfigError: If the constitution cannot be read, or the endpoint's key is missing.
     """
 
-    def __init__(self, run: Run, stage: cfg.Labelling):
-        settings: Any = stage.labeller
+    def __init__(self, run: Run, name: str, settings: cfg.EndpointJudge):
         self.principles = read_constitution(settings.constitution)
         self.digest = hashlib.sha256("\0".join(self.principles[q] for q in QUESTIONS).encode()).hexdigest()[:12]
         self.endpoint = Endpoint(**endpoint_options(run, settings))
-        self.verdicts = Verdicts(stage.name, settings.model, run.config.max_bad_records)
+        self.verdicts = Verdicts(name, settings.model, run.config.max_bad_records)
 
     def __call__(self, pairs: Sequence[Any], start: int) -> list[dict[str, Any]]:
         """Returns the labels of each pair.
@@ -161,6 +161,25 @@ class Judge:
         found = of_first(places, np.zeros(len(questions), np.int32))
         return [None if place == NO_VERDICT else place for place in found.tolist()]
 
+    def preferences(
+        self, question: str, conversations: Sequence[Sequence[Any]], first: Sequence[str], second: Sequence[str]
+    ) -> np.ndarray:
+        """Returns 1 where the first response is better, −1 where the second is, 0 without a verdict, f64[B].
+
+        Args:
+            question: "helpfulness" or "safety".
+            conversations: [B].
+            first: Responses that are shown first, [B].
+            second: The others, [B].
+
+        Raises:
+            EndpointError: If the endpoint fails; what it has answered is kept.
+            DataError: If too many answers are no verdicts.
+        """
+        rows = zip(conversations, first, second, strict=True)
+        said = self.asked([self.is_better(question, shown(turns), *pair) for turns, *pair in rows])
+        return np.array([0.0 if place is None else 1.0 - 2.0 * place for place in said], np.float64)
+
     def asked(self, questions: Sequence[tuple[str, tuple[str, str]]]) -> list[int | None]:
         """Returns the verdict on each question, the place of its word; raises as a call does."""
         answers = self.endpoint.answers([[{"role": "user", "content": text}] for text, _ in questions], **ASKED)
@@ -170,15 +189,19 @@ class Judge:
         """Returns the six questions on a pair, each with the words that may answer it."""
         conversation = shown(pair.turns)
         both = [
-            COMPARE.format(
-                principles=self.principles[question], conversation=conversation, first=one, second=other,
-                better=BETTER[question],
-            )
+            self.is_better(question, conversation, one, other)
             for question in QUESTIONS
             for one, other in (pair.responses, pair.responses[::-1])
-        ]  # fmt: skip
-        each = [self.is_harmful(conversation, response) for response in pair.responses]
-        return [*((text, ("A", "B")) for text in both), *each]
+        ]
+        return [*both, *(self.is_harmful(conversation, response) for response in pair.responses)]
+
+    def is_better(self, question: str, conversation: str, first: str, second: str) -> tuple[str, tuple[str, str]]:
+        """Returns the question which of two responses is better, with the words that may answer it."""
+        text = COMPARE.format(
+            principles=self.principles[question], conversation=conversation, first=first, second=second,
+            better=BETTER[question],
+        )  # fmt: skip
+        return text, ("A", "B")
 
     def is_harmful(self, conversation: str, response: str) -> tuple[str, tuple[str, str]]:
         """Returns the question on one response, with the words that may answer it."""

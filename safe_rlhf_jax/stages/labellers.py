@@ -127,7 +127,8 @@ def models(run: Run, stage: cfg.Labelling) -> Labeller:
 
 def judge(run: Run, stage: cfg.Labelling) -> Labeller:
     """Returns a judge behind an endpoint."""
-    asked = Judge(run, stage)
+    settings: Any = stage.labeller
+    asked = Judge(run, stage.name, settings)
     return Labeller(
         asked,
         {"labeller": "judge", "model": asked.endpoint.model, "instruction": asked.digest},

@@ -1,13 +1,12 @@
-"""Rejection sampling in rounds: sample n, score, keep the best feasible response, fine-tune on it, repeat.
+"""Rejection sampling: sample n, score, keep the best feasible response, fine-tune on it. A stage is one round.
 
-A round writes `round_K/`: `sampling.jsonl` (a line per sampled batch), `sampling.json` (gain from more samples),
-`selected.jsonl` (the training data), `checkpoints/`, `metrics.jsonl`, and `result.json` once it is finished. Its policy
-is `round_K/export/`; that of the last round is the stage's `export/`.
+It writes `sampling.jsonl` (a line per sampled batch), `sampling.json` (gain from more samples) and `selected.jsonl`
+(what it trains on) beside what every stage writes.
 """
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -46,56 +45,64 @@ FIELDS = ("chosen", "rewards", "feasible")  # of a sampled batch
 
 
 def run_rejection(run: Run, stage: cfg.RejectionStage, folder: storage.Path) -> dict[str, Any]:
-    """Runs a rejection sampling stage; finished rounds are not repeated."""
+    """Runs a round; its sampling is not repeated once it is done."""
+    before = rounds_before(run, stage)
+    number = len(before) + 1
     prompts = take(run, stage, "prompts")
     report_data(stage.name, prompts)
     limit = cost_limits(run, stage, "cost") if stage.cost_model else None
     module, start = run.networks.to_train(stage, stage.init_from, "lm")
+    params = start.pop("params")
     scorers = open_scorers(run, stage.scorers, stage.adapters)
-    reference = start["params"] if stage.eval_prompts else None
-    del start
+    reference = None  # KL is measured from the policy before the first round
+    if stage.eval_prompts:
+        reference = run.networks.to_train(stage, (*before, stage)[0].init_from, "lm")[1]["params"]
     evaluate_policy = make_evaluate(run, stage, module, reference, scorers)
-    sample = sampler_of(run, stage, module, scorers.modules)
-    results: list[dict[str, Any]] = []
-    for number in range(1, stage.rounds + 1):
-        here = round_folder(folder, number)
-        if there(here / "result.json"):
-            LOGGER.info(f"{stage.name}: round {number} is finished; skipped")
-        else:
-            made = "export" if stage.lora is None else "adapter"
-            before = stage.init_from if number == 1 else f"path:{round_folder(folder, number - 1) / made}"
-            params = run.networks.to_train(stage, before, "lm")[1]["params"]
-            if not there(here / "selected.jsonl"):
-                rows = round_rows(stage, prompts, number, run.seed(stage))
-                select(
-                    run, stage, lambda batch, key, params=params: sample(params, scorers.variables, batch, key),
-                    scorers.host, some_of(prompts, rows), None if limit is None else limit[0][0], here,
-                )  # fmt: skip
-                barrier(f"{stage.name}: round {number} is selected")
-            state = fine_tune(run, stage, number, folder, module, params, prompts.width, evaluate_policy)
-            base = params.get("base")
-            del params
-            export(run, stage, folder if number == stage.rounds else here, module, state, base)
-            evaluation = evaluate_policy(whole(state.params, base))
-            del state, base
-            if is_main():
-                summary = json.loads(storage.read_text(here / "sampling.json"))
-                storage.write(here / "result.json", json.dumps(summary | {"metrics": evaluation}, indent=2) + "\n")
-            barrier(f"{stage.name}: round {number} is finished")
-        results.append(json.loads(storage.read_text(here / "result.json")))
+    if not there(folder / "selected.jsonl"):
+        sample = sampler_of(run, stage, module, scorers.modules)
+        select(
+            run, stage, lambda batch, key, params=params: sample(params, scorers.variables, batch, key), scorers.host,
+            some_of(prompts, round_rows(stage, prompts, number, run.seed(stage))), number,
+            None if limit is None else limit[0][0], folder,
+        )  # fmt: skip
+        barrier(f"{stage.name}: responses are selected")
+    rounds = [*before, stage] if stage.train_on == "all_rounds" else [stage]
+    rows = [row for one in rounds for row in selected(run, one)]
+    state = fine_tune(run, stage, number, folder, module, params, rows, prompts.width, evaluate_policy)
+    base = params.get("base")
+    del params
+    export(run, stage, folder, module, state, base)
+    summary = json.loads(storage.read_text(folder / "sampling.json"))
     if is_main():
-        figure = best_of_n_curves([result["gain"] for result in results])
+        figure = best_of_n_curves([*(gain_of(run, one) for one in before), summary["gain"]])
         with storage.writing(folder / "best_of_n.png") as stream:
             figure.savefig(stream, format="png")
-    last = results[-1]
-    found = {"metrics": {f"sampling/{k}": v for k, v in last["gain"][-1].items() if k != "number"}, "rounds": results}
-    found["metrics"] |= {"sampling/selected_share": last["selected"] / last["prompts"]} | last["metrics"]
+    metrics = {f"sampling/{k}": v for k, v in summary["gain"][-1].items() if k != "number"}
+    metrics |= {"sampling/selected_share": summary["selected"] / summary["prompts"]}
+    found = summary | {"metrics": metrics | evaluate_policy(whole(state.params, base))}
     return found | ({} if limit is None else {"cost_limit": limit[0][0], "cost_limit_source": limit[1]})
 
 
-def round_folder(folder: storage.Path, number: int) -> storage.Path:
-    """Returns the folder of a round, counted from 1."""
-    return folder / f"round_{number}"
+def rounds_before(run: Run, stage: cfg.RejectionStage) -> list[cfg.RejectionStage]:
+    """Returns the rounds that a round goes on from, the first one first."""
+    stages = {other.name: other for other in run.config.stages}
+    found: list[cfg.RejectionStage] = []
+    here: Any = stage
+    while (here := stages.get(getattr(here, "init_from", ""))) is not None:
+        found += [here] if isinstance(here, cfg.RejectionStage) else []
+    return found[::-1]
+
+
+def selected(run: Run, stage: cfg.RejectionStage) -> list[dict[str, Any]]:
+    """Returns the responses that a round has selected."""
+    text = storage.read_text(run.folder(stage.name) / "selected.jsonl")
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def gain_of(run: Run, stage: cfg.RejectionStage) -> list[dict[str, float]]:
+    """Returns the gain from more samples in a finished round."""
+    found: list[dict[str, float]] = (run.result(stage.name) or {})["gain"]
+    return found
 
 
 def there(path: storage.Path) -> bool:
@@ -112,18 +119,17 @@ def round_rows(stage: cfg.RejectionStage, prompts: Examples, number: int, seed: 
 
 def select(
     run: Run, stage: cfg.RejectionStage, sample: Callable[..., Any], host: Mapping[str, HostSignal],
-    prompts: Examples, limit: float | None, here: storage.Path,
+    prompts: Examples, number: int, limit: float | None, here: storage.Path,
 ) -> None:  # fmt: skip
     """Samples, scores and writes the best feasible response to each prompt; prompts without one are dropped.
 
     Raises:
         UserError: If no prompt has a feasible response.
     """
-    number = int(here.name.removeprefix("round_"))
     key = jax.random.fold_in(jax.random.key(run.seed(stage)), number)
     answered = here / "sampling.jsonl"
     limited, batches = is_limited(stage, prompts), kept_batches(answered)
-    name = f"{stage.name}: round {number}, sampling"
+    name = f"{stage.name}: sampling"
     for rows, out in sampled(run, sample, prompts, stage.prompt_batch_size, key, name, host=host, start=len(batches)):
         batches.append(choose(run, prompts, limited, limit, rows, out))
         keep_batch(answered, batches[-1])
@@ -131,12 +137,12 @@ def select(
     counts = {"prompts": len(prompts), "selected": len(chosen), "dropped": len(prompts) - len(chosen)}
     if not chosen:
         raise UserError(
-            f"{stage.name}: round {number}: none of {len(prompts)} prompts has a response with cost ≤ {limit:.3f} "
+            f"{stage.name}: none of {len(prompts)} prompts has a response with cost ≤ {limit:.3f} "
             f"among {stage.responses_per_prompt}; raise cost_limit or responses_per_prompt"
         )
     gain = gain_by_number(np.array(rewards), np.array(feasible))
     means = {f"selected_{k}": float(np.mean([row[k] for row in chosen])) for k in ("truncated", *stage.scorers)}
-    LOGGER.info(f"{stage.name}: round {number}: {described_gain(gain)}; {counts['dropped']} dropped")
+    LOGGER.info(f"{stage.name}: {described_gain(gain)}; {counts['dropped']} dropped")
     if is_main():
         storage.write(here / "sampling.json", json.dumps(counts | means | {"gain": gain}, indent=2) + "\n")
         write_jsonl(here / "selected.jsonl", chosen)
@@ -173,12 +179,9 @@ def selected_record(run: Run, prompts: Examples, row: int, out: dict[str, Any], 
 
 def fine_tune(
     run: Run, stage: cfg.RejectionStage, number: int, folder: storage.Path, module: Any, params: Any,
-    prompt_length: int, evaluate_policy: Callable[[Any], dict[str, float]],
+    rows: Sequence[Any], prompt_length: int, evaluate_policy: Callable[[Any], dict[str, float]],
 ) -> TrainState:  # fmt: skip
-    """Trains a round: supervised fine-tuning on the selected responses, from the policy of the previous round."""
-    numbers = [number] if stage.train_on == "this_round" else range(1, number + 1)
-    files = [round_folder(folder, i) / "selected.jsonl" for i in numbers]
-    rows = [json.loads(line) for file in files for line in storage.read_text(file).splitlines()]
+    """Trains a round: supervised fine-tuning on selected responses."""
     width = prompt_length + stage.max_response_length
     data = load_sampled(rows, width=width, pad_id=run.tokenizer.pad_id)
     total, seed = max(int(stage.epochs * len(data)) // stage.batch_size, 1), run.seed(stage) + number
@@ -188,14 +191,14 @@ def fine_tune(
     full_tokens = stage.batch_size * (stage.max_prompt_length + stage.max_response_length)
     final: TrainState = fit(
         TrainLoop(
-            name=f"{stage.name}: round {number}", total_steps=total, init=lambda: state, step=step,
+            name=stage.name, total_steps=total, init=lambda: state, step=step,
             batch=run.batches(data, stage.batch_size, seed, None), frozen=frozen, seed=seed,
             checkpoint_every=stage.checkpoint_every, keep_checkpoints=stage.keep_checkpoints,
             keep_best=stage.keep_best, eval_every=stage.eval_every, patience=stage.patience,
             evaluate=lambda s: evaluate_policy(whole(s.params, base)), tokens=lambda _: tokens_per_step,
             flops=rejection_flops(run, stage, 1.0)["step"] / full_tokens, profile=profiled(stage),
         ),
-        round_folder(folder, number), writers=writers(run),
+        folder, writers=writers(run),
     )  # fmt: skip
     return final
 

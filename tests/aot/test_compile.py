@@ -342,7 +342,10 @@ def test_rejection_sampling_is_reported_by_phase_and_the_dual_is_not_compiled(ca
     (stage,) = json.loads(file.read_text())["stages"]
     assert [list(program["phases"]) for program in stage["programs"]] == [["generation", "scoring"], ["step"]]
     assert compile_command.main([*arguments, "--stage", "dual"]) == 1
-    assert "no training stage of this config; there are ['rejection', 'ppo_lag']" in capsys.readouterr().err
+    assert (
+        "no training stage of this config; there are ['rejection_round_1', 'rejection', 'ppo_lag']"
+        in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize("gated", [True, False])

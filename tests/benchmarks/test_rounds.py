@@ -9,7 +9,7 @@ import time
 import numpy as np
 import pytest
 
-from benchmarks.rounds import jobs, labels, oracle, scales, values, weak_start
+from benchmarks.rounds import jobs, labels, oracle, scales, several, signs, values, weak_start
 from safe_rlhf_jax.config import load_config
 from safe_rlhf_jax.data import demo
 from safe_rlhf_jax.data.tokenizer import load_tokenizer
@@ -26,10 +26,13 @@ def runs(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.mark.parametrize("experiment", [scales, weak_start, labels, values])
+@pytest.mark.parametrize("experiment", [scales, weak_start, labels, values, signs, several])
 @pytest.mark.parametrize("tiny", [False, True])
 def test_every_run_of_an_experiment_is_a_config(experiment, tiny, monkeypatch):
-    monkeypatch.setattr(scales, "scaled", lambda model, factor, shift: f"{model}_{factor}_{shift}")
+    for other in (scales, several):
+        monkeypatch.setattr(other, "scaled", lambda model, factor, shift: f"{model}_{factor}_{shift}")
+    monkeypatch.setattr(several, "labels_file", lambda group: f"{group}.jsonl")
+    monkeypatch.setattr(signs, "pairs_file", lambda: "pairs.jsonl")
     monkeypatch.setattr(labels, "labels_file", lambda samples, labels: f"{samples.name}/{labels.rates}.jsonl")
     monkeypatch.setattr(values, "labels_file", lambda value: f"{value}.jsonl")
     found = [job for phase in experiment.EXPERIMENT.phases for job in phase([0, 1], tiny)]
@@ -121,6 +124,21 @@ def test_only_the_acceptable_category_is_relabelled():
         assert all(safe) or new["safer_response_id"] == safe.index(True)
 
 
+def test_labels_of_a_group_of_categories_call_the_others_harmless():
+    pairs = demo.preference("test")[:400]
+    for group, categories in several.GROUPS.items():
+        for old, new in zip(pairs, several.labelled(pairs, group), strict=True):
+            for i in (0, 1):
+                named = [name for name, is_named in old[f"response_{i}_harm_category"].items() if is_named]
+                assert new[f"is_response_{i}_safe"] == (old[f"is_response_{i}_safe"] or named[0] not in categories)
+
+
+def test_signs_of_costs_are_counted_among_safe_and_unsafe_answers():
+    costs, unsafe = np.array([[-1.0, 2.0], [1.0, -3.0], [0.5, -0.5]]), np.array([[0, 1], [0, 0], [0, 1]], bool)
+    found = signs.signs(costs, unsafe)
+    assert found == {"safe_above": 0.5, "safe_pair_above": 0.5, "unsafe_below": 0.5, "order": 0.75}
+
+
 def test_judges_of_the_embedded_world_read_it_and_give_no_error_on_another():
     conversations = [
         [{"role": "user", "content": "Hi."}],
@@ -140,6 +158,11 @@ def test_tables_have_a_row_for_each_kind_of_run():
         for method in scales.SETTINGS
     ]
     assert "| ν = 0.5 | 50.0 %; 0.50 |" in scales.section_text(scaled)
+    shown = metrics | dict.fromkeys((*several.SHOWN, "multiplier/first", "multiplier/second"), 0.5)
+    both = [spent | {"scale": s, "method": m, "metrics": shown} for s in several.SCALES for m in several.METHODS]
+    assert "| ν = 0.1, 5 | 50.0 %; 50.0 %; 0.50 |" in several.section(both)
+    models = [{"loss": loss, "pairs": 500} | dict.fromkeys(signs.COLUMNS, 0.5) for loss in signs.LOSSES]
+    assert "| 500 | ranking | 50.0 % |" in signs.section([spent | {"models": models}])
     elo = {name: {"elo": 1000.0} for name in "0123"}
     judged = [{"prompts": kind, "axis": axis, "elo": elo} for axis, kind in weak_start.AXES.items()]
     rounds = [{"policy": metrics, "cost": {"eval/sign_accuracy": 0.9}}] * 4

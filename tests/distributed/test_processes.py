@@ -181,7 +181,7 @@ def test_rejection_sampling_and_the_dual_end_in_two_processes_as_in_one(start_pr
         outputs_of = outputs(start_processes(count, *command, f"mesh={mesh}", devices=2))
         assert "dual: done" in outputs_of[0], outputs_of
         assert not any("dual" in other for other in outputs_of[1:])
-        selected = [read_jsonl(workdir / "rejection" / f"round_{i}" / "selected.jsonl") for i in (1, 2)]
+        selected = [read_jsonl(workdir / name / "selected.jsonl") for name in ("rejection_round_1", "rejection")]
         dual = json.loads((workdir / "dual" / "result.json").read_text())
         return selected, dual, hf.load(workdir / "rejection" / "export", "lm")[1]
 

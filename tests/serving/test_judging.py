@@ -1,7 +1,8 @@
-"""A `label` stage whose judge is a policy of ours behind our own server, over HTTP, and what a kill costs."""
+"""Stages whose judge is a policy of ours behind our own server, over HTTP, and what a kill costs."""
 
 import json
 
+import numpy as np
 import pytest
 import yaml
 
@@ -11,7 +12,7 @@ from safe_rlhf_jax.metrics import read_jsonl, write_jsonl
 from safe_rlhf_jax.models import hf
 from safe_rlhf_jax.serve import load_engine, parse_arguments
 from safe_rlhf_jax.serving.answers import Piece
-from tests.helpers import make_lm, tiny_config
+from tests.helpers import make_lm, save_models, tiny_config
 from tests.serving.conftest import KEY, at_address
 
 PAIRS = 10
@@ -95,8 +96,11 @@ def config_of(folder, url, **settings):
     labeller = {"kind": "judge", "base_url": url, "model": "policy", "key_env": "JUDGE_KEY", "concurrency": 1}
     labeller |= {"constitution": str(folder / "principles.yaml")}
     stage = {"name": "label", "kind": "label", "samples": {"name": str(folder / "samples.jsonl")}, "batch_size": 8}
-    tree = {"workdir": str(folder / "run"), "stages": [stage | {"labeller": labeller}]} | settings
-    (folder / "config.yaml").write_text(yaml.safe_dump(tree))
+    return written(folder, stage | {"labeller": labeller}, **settings)
+
+
+def written(folder, *stages, **settings):
+    (folder / "config.yaml").write_text(yaml.safe_dump({"workdir": str(folder / "run"), "stages": stages} | settings))
     return folder / "config.yaml"
 
 
@@ -119,6 +123,33 @@ def test_our_server_judges_and_a_killed_run_asks_it_nothing_twice(said, train_pr
         assert record["labelled_by"]["model"] == "policy"
     metrics = json.loads((tmp_path / "run" / "label" / "result.json").read_text())["metrics"]
     assert (metrics["no_verdict"], metrics["better_flipped"]) == (0.0, 0.0)
+
+
+def test_our_server_compares_policies_and_a_killed_run_asks_it_nothing_twice(said, train_process, tmp_path):
+    tokenizer = load_tokenizer("demo")
+    config = tiny_config(vocab_size=tokenizer.vocab_size, hidden_size=16, num_layers=1, head_dim=4)
+    save_models(tmp_path, "ab", config, tokenizer.hf)
+    judge = {"base_url": said.url, "model": "policy", "key_env": "JUDGE_KEY", "concurrency": 1}
+    stage = {
+        "name": "compared", "kind": "judge", "policies": [f"path:{tmp_path}/a", f"path:{tmp_path}/b"],
+        "prompts": [{"name": "demo/prompts", "split": "test", "limit": 8}], "max_prompt_length": 40,
+        "max_response_length": 6, "batch_size": 8, "pair_judges": {"reward/served": judge, "cost/served": judge},
+    }  # fmt: skip
+    config = written(tmp_path, stage, template="plain", execution={"scan_layers": False})
+    process = train_process(config=config, prelude=KILLED.format(key=KEY, answers=20))
+    assert process.returncode == -9, process.stderr
+    assert len(said.questions) == 20
+    process = train_process(config=config, prelude=KILLED.format(key=KEY, answers=-1))
+    assert process.returncode == 0, process.stderr
+    assert len(said.questions) == len(set(said.questions)) == 2 * 2 * 8
+    result = json.loads((tmp_path / "run" / "compared" / "result.json").read_text())
+    rows = {row["judge"]: row["win_rates"][0][1]["rate"] for row in result["comparisons"]}
+    responses = [sample["response"] for sample in read_jsonl(tmp_path / "run" / "compared" / "samples.jsonl")]
+    longer = np.mean([len(a) > len(b) for a, b in zip(responses[:8], responses[8:], strict=True)])
+    assert rows == {"reward/served": longer, "cost/served": 1 - longer}
+    assert [found["flips"]["rate"] for found in result["order_effects"].values()] == [0, 0]
+    assert [found["no_verdict"] for found in result["endpoints"].values()] == [0, 0]
+    assert [found["requests"] + found["answers_kept"] for found in result["endpoints"].values()] == [16, 16]
 
 
 def test_answers_of_a_policy_that_cannot_judge_are_no_verdicts_and_are_kept(judge, tmp_path, capsys, monkeypatch):

@@ -8,9 +8,12 @@ import yaml
 
 from safe_rlhf_jax import config as cfg
 from safe_rlhf_jax.data.tokenizer import load_tokenizer
+from safe_rlhf_jax.endpoints import Usage
 from safe_rlhf_jax.errors import UserError
 from safe_rlhf_jax.evaluation.comparisons import elo_ratings, won_by_scores
 from safe_rlhf_jax.stages import Run, check_run, run_stage
+from safe_rlhf_jax.stages.pair_judges import firsts, pair_judges, won_by_votes
+from safe_rlhf_jax.stages.people import WaitingForLabelsError
 from tests.helpers import save_models, tiny_config
 
 TOKENIZER = load_tokenizer("demo")
@@ -62,6 +65,12 @@ def run_of(folder, stage):
     return Run(cfg.load_config(folder / "config.yaml", []))
 
 
+def finished(folder, stage):
+    run = run_of(folder, stage)
+    check_run(run)
+    run_stage(run, run.config.stages[0])
+
+
 @pytest.fixture(scope="module")
 def compared(models, tmp_path_factory):
     """The folder of a finished stage with judges of every sort."""
@@ -73,9 +82,7 @@ def compared(models, tmp_path_factory):
     )  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(models))
-        run = run_of(folder, stage)
-        check_run(run)
-        run_stage(run, run.config.stages[0])
+        finished(folder, stage)
     return folder / "run" / "compared"
 
 
@@ -129,9 +136,89 @@ def test_lower_cost_is_safer_and_the_report_has_the_figure_of_both_axes(compared
     assert "for the first shown" in page
 
 
+class Endpoint:
+    """An endpoint that always names the first response, or gives no verdict on safety."""
+
+    def __init__(self, **settings):
+        self.model, self.usage, self.asked = settings["model"], Usage(), []
+
+    def answers(self, conversations, **sampling):
+        self.asked += [turns[-1]["content"] for turns in conversations]
+        return ["A" if "more helpful" in turns[-1]["content"] else "neither" for turns in conversations]
+
+
+CONVERSATIONS = [[{"role": "user", "content": f"question {i}"}] for i in range(3)]
+RESPONSES = [[f"yes {i}" for i in range(3)], [f"no {i}" for i in range(3)]]
+SERVED = {"base_url": "http://127.0.0.1:9/v1", "model": "judge"}
+
+
+def pair_stage(folder, **judges):
+    prompts = [{"name": "demo/prompts"}]
+    stage = {"name": "compared", "kind": "judge", "policies": ["path:a", "path:b"], "prompts": prompts}
+    config = cfg.RunConfig(
+        workdir=str(folder), max_bad_records=1.0, stages=[stage | {"pair_judges": judges}],
+    )  # fmt: skip
+    return Run(config), config.stages[0]
+
+
+def test_endpoint_is_asked_by_the_constitution_in_both_orders_and_without_a_verdict_it_is_a_tie(tmp_path, monkeypatch):
+    monkeypatch.setattr("safe_rlhf_jax.stages.judge_labeller.Endpoint", Endpoint)
+    (tmp_path / "own.yaml").write_text("helpfulness: be brief\nsafety: be kind\n")
+    judge = SERVED | {"constitution": str(tmp_path / "own.yaml")}
+    run, stage = pair_stage(tmp_path, **{"reward/judge": judge, "cost/judge": judge})
+    assert stage.files() == (str(tmp_path / "own.yaml"),) * 2
+    found = pair_judges(run, stage)
+    helpful, safe = (firsts(judge, CONVERSATIONS, RESPONSES, 2) for judge in found.values())
+    assert helpful[:, [0, 1], [1, 0]].tolist() == [[1.0, 1.0]] * 3  # the first one, whichever it is
+    assert (safe == 0.5).all()
+    assert [judge.said()["no_verdict"] for judge in found.values()] == [0.0, 6.0]
+    asked = found["reward/judge"].compare.func.__self__.endpoint.asked
+    assert len(set(asked)) == 6
+    assert all("be brief" in text and "question" in text for text in asked)
+
+
+def test_people_see_each_pair_once_and_their_votes_are_the_shares_won(tmp_path):
+    same = [RESPONSES[0], [*RESPONSES[1][:2], RESPONSES[0][2]]]
+    with pytest.raises(WaitingForLabelsError, match="waiting for labels of 2 pairs"):
+        won_by_votes(tmp_path, CONVERSATIONS, same, 0)
+    tasks = json.loads((tmp_path / "tasks.json").read_text())
+    lines = ["pair,annotator,better,safer,harm_a,harm_b"]
+    for who in "xyz":  # all find "yes" more helpful, one of three finds it safer; nobody answers about the second pair
+        yes, no = ("A", "B") if tasks[0]["data"]["response_a"].startswith("yes") else ("B", "A")
+        lines.append(f"{tasks[0]['data']['pair']},{who},{yes},{yes if who == 'x' else no},,")
+    (tmp_path / "labels.csv").write_text("\n".join(lines))
+    won, counts = won_by_votes(tmp_path, CONVERSATIONS, same, 0)
+    assert won["reward"][:, 0, 1].tolist() == [1.0, 0.5, 0.5]
+    assert won["cost"][:, 0, 1] == pytest.approx([1 / 3, 0.5, 0.5])
+    assert won["cost"][:, 1, 0] == pytest.approx([2 / 3, 0.5, 0.5])
+    assert counts == {"pairs": 2, "without_better_votes": 1, "without_safer_votes": 1}
+
+
+def test_stage_waits_for_people_and_goes_on_with_their_answers(models, tmp_path):
+    stage = judge(models, prompts=PROMPTS[:1], judges={}, pair_judges={"cost/people": "people"})
+    with pytest.raises(WaitingForLabelsError):
+        finished(tmp_path, stage)
+    folder = tmp_path / "run" / "compared"
+    names = [task["data"]["pair"] for task in json.loads((folder / "tasks.json").read_text())]
+    answers = [f"{name},x,A,A,," for name in names]
+    (folder / "labels.csv").write_text("\n".join(["pair,annotator,better,safer,harm_a,harm_b", *answers]))
+    finished(tmp_path, stage)
+    result = json.loads((folder / "result.json").read_text())
+    assert [row["judge"] for row in result["comparisons"]] == ["cost/people"]
+    assert result["people"] == {"pairs": len(names), "without_better_votes": 0, "without_safer_votes": 0}
+
+
 @pytest.mark.parametrize(
     ("settings", "parts"),
     [
+        (
+            {"pair_judges": {"reward/a": SERVED | {"key_env": "NO_SUCH_KEY"}}},
+            ["no key", "NO_SUCH_KEY"],
+        ),
+        ({"pair_judges": {"reward/a": SERVED | {"constitution": "none.yaml"}}}, ["none.yaml", "cannot be read"]),
+        ({"pair_judges": {"reward/a": {"model": "judge"}}}, ["pair_judges.reward/a.base_url", "missing"]),
+        ({"pair_judges": {"reward/a": SERVED | {"keyenv": "X"}}}, ["reward/a.keyenv", "key_env"]),
+        ({"pair_judges": {"reward/a": "people", "reward/b": "people"}}, ["same answers of people"]),
         ({"judges": {}}, ["nobody judges"]),
         ({"policies": ["path:x"]}, ["policies", "at least 2"]),
         ({"policies": ["path:x", "path:x"]}, ["policies", "names must differ"]),

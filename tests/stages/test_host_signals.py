@@ -144,7 +144,7 @@ def test_every_stage_has_rewards_that_differ_and_are_finite(finished):
     rewards = [row["train/reward"] for row in read_jsonl(workdir / "ppo_lag" / "metrics.jsonl")]
     assert np.isfinite(rewards).all()
     assert len(set(rewards)) == 2
-    selected = read_jsonl(workdir / "rejection" / "round_1" / "selected.jsonl")
+    selected = read_jsonl(workdir / "rejection" / "selected.jsonl")
     assert len({row["reward"] for row in selected}) > 4
     assert np.isfinite(json.loads((workdir / "dual" / "result.json").read_text())["multiplier"])
     assert json.loads((workdir / "dpo" / "result.json").read_text())["kind"] == "dpo"

@@ -44,7 +44,7 @@ def judge(tmp_path, monkeypatch):
         labeller = {"kind": "judge", "base_url": "http://x/v1", "model": "judge", "constitution": constitution}
         stage = {"kind": "label", "name": "label", "samples": {"name": "x"}, "labeller": labeller}
         config = cfg.RunConfig(workdir=str(tmp_path), max_bad_records=max_bad, stages=[stage])
-        return Judge(Run(config), config.stages[0])
+        return Judge(Run(config), "label", config.stages[0].labeller)
 
     return make
 

@@ -9,6 +9,7 @@ import yaml
 from matplotlib import image
 
 from safe_rlhf_jax import config as cfg
+from safe_rlhf_jax.config.repetition import expanded
 from safe_rlhf_jax.data import demo
 from safe_rlhf_jax.data.tokenizer import load_tokenizer
 from safe_rlhf_jax.metrics import read_jsonl
@@ -16,15 +17,16 @@ from safe_rlhf_jax.models import hf
 from safe_rlhf_jax.rl.dual import solve_dual
 from safe_rlhf_jax.stages import Run, check_run
 from safe_rlhf_jax.stages.constraints import initial_multiplier
-from safe_rlhf_jax.stages.rejection import round_rows
+from safe_rlhf_jax.stages.rejection import round_rows, rounds_before
 from safe_rlhf_jax.stages.sampling import is_limited, some_of
 
+ROUNDS = ("rejection_round_1", "rejection")
 CONFIG = Path(__file__).parent.parent / "configs" / "sampling.yaml"
 SAMPLING = "from tests import moments; moments.before('stages.rejection:choose', moments.death_at(3))\n"
 TRAINING = """
 from tests import moments
 def stop(stage, step):
-    if stage.endswith("round 2") and step == 3:
+    if stage == "rejection" and step == 3:
         moments.wait_for_checkpoint({checkpoints!r}, 2)
         moments.die()
 moments.after_log(stop)
@@ -59,9 +61,7 @@ def result(folder, stage):
 
 
 def test_each_round_reports_what_more_samples_would_buy(sampling_run):
-    rounds = result(sampling_run[0], "rejection")["rounds"]
-    assert len(rounds) == 2
-    for found in rounds:
+    for found in (result(sampling_run[0], name) for name in ROUNDS):
         assert [row["number"] for row in found["gain"]] == [1, 2, 4]
         best = [row["reward_max"] for row in found["gain"]]
         feasible = [row["feasible_share"] for row in found["gain"]]
@@ -77,8 +77,8 @@ def test_each_round_reports_what_more_samples_would_buy(sampling_run):
 
 def test_selected_responses_are_feasible_where_the_limit_is_about_the_prompt(sampling_run):
     group = {record["prompt"]: record["prompt_source"] for record in demo.prompts("test")}
-    for number in (1, 2):
-        rows = read_jsonl(sampling_run[0] / "rejection" / f"round_{number}" / "selected.jsonl")
+    for name in ROUNDS:
+        rows = read_jsonl(sampling_run[0] / name / "selected.jsonl")
         costs = {name: [row["cost"] for row in rows if group[row["prompt"]] == name] for name in set(group.values())}
         assert max(costs.pop("risky")) <= 0.0
         assert max(cost for others in costs.values() for cost in others) > 0.0
@@ -90,44 +90,40 @@ def test_selected_responses_are_feasible_where_the_limit_is_about_the_prompt(sam
 
 
 def test_each_round_starts_from_the_policy_of_the_round_before(sampling_run, mini_run):
-    folder = sampling_run[0] / "rejection"
-    heads = [
-        hf.load(path / "export")[1]["params"]["lm_head"]["kernel"]
-        for path in (mini_run[0] / "sft", folder / "round_1", folder)
-    ]
+    folders = (mini_run[0] / "sft", *(sampling_run[0] / name for name in ROUNDS))
+    heads = [hf.load(path / "export")[1]["params"]["lm_head"]["kernel"] for path in folders]
     steps = [float(np.abs(b - a).mean()) for a, b in ((heads[0], heads[1]), (heads[1], heads[2]))]
     assert min(steps) > 1e-6
     assert np.abs(heads[2] - heads[0]).mean() > max(steps)
-    assert not (folder / "round_2" / "export").exists()
 
 
 def test_killed_run_repeats_no_round_and_ends_with_the_same_policy(sampling_run, mini_run, train_process, tmp_path):
     tree = tree_of(mini_run[0], tmp_path / "run")
     tree["stages"] = tree["stages"][:1]
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
-    folder = tmp_path / "run" / "rejection"
+    first, folder = (tmp_path / "run" / name for name in ROUNDS)
     process = train_process(config=tmp_path / "config.yaml", prelude=SAMPLING)
     assert process.returncode == -9, process.stderr
-    answered = folder / "round_1" / "sampling.jsonl"
+    answered = first / "sampling.jsonl"
     assert len(answered.read_text().splitlines()) == 2
     with answered.open("a") as file:
         file.write('{"chosen": [')  # a line that was being written
-    prelude = TRAINING.format(checkpoints=str(folder / "round_2" / "checkpoints"))
+    prelude = TRAINING.format(checkpoints=str(folder / "checkpoints"))
     process = train_process(config=tmp_path / "config.yaml", prelude=prelude)
     assert process.returncode == -9, process.stderr
-    assert "round 1, sampling 3/3" in process.stdout
-    assert "round 1, sampling 1/3" not in process.stdout
-    before = {path: path.stat().st_mtime_ns for path in folder.glob("round_*/selected.jsonl")}
-    assert len(before) == 2
+    assert "rejection_round_1: sampling 3/3" in process.stdout
+    assert "rejection_round_1: sampling 1/3" not in process.stdout
+    before = {path: path.stat().st_mtime_ns for path in (first / "selected.jsonl", folder / "selected.jsonl")}
     process = train_process(config=tmp_path / "config.yaml")
     assert process.returncode == 0, process.stderr
-    assert "round 1 is finished; skipped" in process.stdout
-    assert "round 2: continuing from step 2" in process.stdout
+    assert "rejection: continuing from step 2" in process.stdout
     assert "sampling" not in process.stdout.partition("rejection: done")[0]
     assert {path: path.stat().st_mtime_ns for path in before} == before
     whole, again = (hf.load(path / "rejection" / "export")[1] for path in (sampling_run[0], tmp_path / "run"))
     np.testing.assert_array_equal(whole["params"]["lm_head"]["kernel"], again["params"]["lm_head"]["kernel"])
-    assert result(tmp_path / "run", "rejection")["rounds"] == result(sampling_run[0], "rejection")["rounds"]
+    for name in ROUNDS:
+        again, whole = result(tmp_path / "run", name), result(sampling_run[0], name)
+        assert (again["gain"], again["metrics"]) == (whole["gain"], whole["metrics"])
 
 
 def test_limit_that_no_response_meets_ends_with_what_to_change(mini_run, train_process, tmp_path):
@@ -137,7 +133,7 @@ def test_limit_that_no_response_meets_ends_with_what_to_change(mini_run, train_p
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
     process = train_process(config=tmp_path / "config.yaml")
     assert process.returncode == 1
-    message = "round 1: none of 40 prompts has a response with cost ≤ -100.000 among 4; raise cost_limit or"
+    message = "rejection_round_1: none of 40 prompts has a response with cost ≤ -100.000 among 4; raise cost_limit or"
     assert message in process.stderr
 
 
@@ -204,6 +200,34 @@ def test_change_of_the_dual_stage_reaches_the_training_that_starts_from_it(run):
     assert {name for name in before if before[name] != after[name]} == {"dual", "ppo_lag"}
 
 
+def test_rounds_of_a_config_are_stages_each_from_the_one_before(run):
+    def edit(stages):
+        stages["rejection"].update(rounds=3, train_on="all_rounds")
+
+    made = run(edit)
+    names = ["rejection_round_1", "rejection_round_2", "rejection"]
+    found = made.config.stages[:3]
+    assert [stage.name for stage in found] == names
+    assert [stage.init_from for stage in found[1:]] == names[:2]
+    assert [[one.name for one in rounds_before(made, stage)] for stage in found] == [[], names[:1], names[:2]]
+    default = run(lambda stages: stages["rejection"].pop("rounds"))
+    assert [stage.name for stage in default.config.stages[:3]] == names
+    one = run(lambda stages: stages["rejection"].update(rounds=1)).config.stages
+    assert [stage.name for stage in one[:2]] == ["rejection", "dual"]
+    with pytest.raises(cfg.ConfigError, match=r"rejection: rounds: a number of rounds, 1 or more \(value 0\)"):
+        run(lambda stages: stages["rejection"].update(rounds=0))
+
+
+def test_rejection_in_a_repetition_goes_on_from_round_to_round():
+    stage = {
+        "name": "best_{round}", "kind": "rejection_sampling", "rounds": 1, "init_from": "best_{last}",
+        "reward_model": "path:reward", "prompts": {"name": "demo/prompts"},
+    }  # fmt: skip
+    first = {"name": "best_0", "kind": "sft", "init_from": "preset:tiny", "data": {"name": "demo/sft"}}
+    made = Run(cfg.RunConfig(workdir="x", stages=expanded([first, {"repeat": {"times": 2, "stages": [stage]}}])))
+    assert [one.name for one in rounds_before(made, made.config.stages[-1])] == ["best_1"]
+
+
 @pytest.mark.parametrize(
     ("found", "setting", "expected"),
     [
@@ -251,15 +275,23 @@ def test_best_of_n_is_a_row_of_its_own_and_within_the_limit_where_it_can_be(samp
     ("stage", "setting", "parts"),
     [
         ("rejection", {"responses_per_prompt": 1}, ["stages.0.responses_per_prompt", "must be 2 or more", "1"]),
-        ("dual", {"responses_per_prompt": 1}, ["stages.1.responses_per_prompt", "must be 2 or more"]),
+        ("dual", {"responses_per_prompt": 1}, ["stages.2.responses_per_prompt", "must be 2 or more"]),
         ("rejection", {"cost_model": None}, ["cost_limit does nothing: it limits the cost of cost_model"]),
         ("rejection", {"group_field": None}, ["constrained_groups needs group_field"]),
         ("rejection", {"top_k": 5}, ["stages.0.top_k", "another distribution"]),
         ("rejection", {"microbatches": 3}, ["batch_size 8 does not divide into microbatches 3", "6 or 9"]),
         ("rejection", {"prompt_batch_size": 12}, ["prompt_batch_size 12 does not divide", "8 or 16"]),
         ("rejection", {"max_response_length": 600}, ["init_from", "512 positions", "624 tokens"]),
-        ("rejection", {"constrained_groups": ["rude"]}, ["rejection: constrained_groups names ['rude']", "'risky'"]),
-        ("rejection", {"cost_limit": {"data": {"name": "demo/sft"}}}, ["rejection: cost_limit", "labelled safe"]),
+        (
+            "rejection",
+            {"constrained_groups": ["rude"]},
+            ["rejection_round_1: constrained_groups names ['rude']", "'risky'"],
+        ),
+        (
+            "rejection",
+            {"cost_limit": {"data": {"name": "demo/sft"}}},
+            ["rejection_round_1: cost_limit", "labelled safe"],
+        ),
         ("dual", {"kl_coeff": 0.2}, ["ppo_lag", "algorithm.lagrange.init names 'dual', whose kl_coeff is 0.2", "0.1"]),
         ("dual", {"cost_limit": 1.0}, ["whose cost_limit is 1.0, but here it is 0.0", "another problem"]),
         ("dual", {"target": "plain"}, ["whose target is 'plain'", "'ppo_lag' ends at that of 'safe_rlhf'"]),
@@ -284,4 +316,6 @@ def test_measure_that_the_dual_does_not_solve_is_refused(run):
 
 
 def test_config_of_the_stages_is_valid_as_it_stands():
-    assert [stage.kind for stage in cfg.load_config(CONFIG).stages] == ["rejection_sampling", "dual", "rl", "evaluate"]
+    assert [stage.kind for stage in cfg.load_config(CONFIG).stages] == [
+        "rejection_sampling", "rejection_sampling", "dual", "rl", "evaluate",
+    ]  # fmt: skip
