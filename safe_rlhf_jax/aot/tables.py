@@ -61,8 +61,8 @@ def remarks(program: dict[str, Any]) -> list[str]:
     for phase, row in program["phases"].items():
         if token := row.get("decoding"):
             moved, least = token["token_bytes"] / GIGA, token["least_token_bytes"] / GIGA
-            once = f"weights and cache read once are {least:.3f} GB, {token['ratio']:.2f} times less"
-            lines.append(f"a decoded token moves {moved:.3f} GB of HBM; {once}")
+            once = f"{token['ratio']:.2f} times its weights and cache read once ({least:.3f} GB)"
+            lines.append(f"a decoded token moves {moved:.3f} GB of HBM, {once}")
         if factor := row.get("expected_from"):
             share = f"{factor['share']:.0%} of the peak of {factor['need']}"
             lines.append(f"expected {phase}: {share}, measured: {factor['what']} ({factor['source']})")

@@ -1,6 +1,7 @@
 """What a phase cannot go below, on the compiled program: the count is above it, and a broken count is reported."""
 
 import functools
+import json
 import math
 from pathlib import Path
 
@@ -9,15 +10,19 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from safe_rlhf_jax import config as cfg
 from safe_rlhf_jax.aot import hlo, roofline, traffic
 from safe_rlhf_jax.aot.chips import CHIPS
+from safe_rlhf_jax.aot.compile import compile_stage
 from safe_rlhf_jax.aot.expectation import FACTORS, expected_seconds, factors
 from safe_rlhf_jax.aot.floors import Reads, cache_bytes, decoding_reads, program_bytes, weight_bytes
 from safe_rlhf_jax.aot.hlo import Module
 from safe_rlhf_jax.aot.roofline import analyse
 from safe_rlhf_jax.aot.tables import remarks
+from safe_rlhf_jax.compile import topology_devices
 from safe_rlhf_jax.inference.generate import generate
 from safe_rlhf_jax.inference.sampling import Sampling
+from safe_rlhf_jax.models.config import PRESETS
 from safe_rlhf_jax.sharding import make_mesh
 from safe_rlhf_jax.types import PromptBatch
 from tests.helpers import make_lm, tiny_config
@@ -161,3 +166,53 @@ def test_the_expectation_is_the_slowest_need_at_its_measured_share():
     assert found["expected_seconds"] == pytest.approx(0.0053, rel=0.03)
     assert expected_seconds("scoring", row, chip)["expected_from"]["need"] == "hbm"
     assert math.isclose(expected_seconds("scoring", row, chip)["expected_seconds"], token / chip.hbm_rate / 0.86)
+
+
+def read(name):
+    return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+
+
+def test_shares_of_phases_on_an_h100_are_those_of_our_own_run():
+    phases = read("expectation_135m_h100")["phases"]
+    own = {f.phases[0]: f.share for f in FACTORS if f.chips == "NVIDIA" and f.phases}
+    assert own == {phase: round(row["share"], 2) for phase, row in phases.items()}
+    measured = read("device_nvidia_h100_80gb_hbm3")["steps"]["rl_135m"]["found"]["seconds"]
+    assert {phase: row["measured_seconds"] for phase, row in phases.items()}.items() <= measured.items()
+
+
+def test_the_expectation_of_8b_is_near_the_iteration_that_was_measured_and_its_bound_is_below():
+    """It has no part in the factors."""
+    projected = read("scaling_llama_3_8b_ppo_lag_lora_h100_1")["stages"][0]["projected"]
+    measured = read("rl_step_8b_lora_h100")["seconds"]["iteration"]
+    assert projected["step_seconds"] < measured
+    assert projected["expected_seconds"] == pytest.approx(measured, rel=0.1)
+
+
+# --- Compiled for TPUs and GPUs
+
+WIDE = {
+    "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_layers": 8, "num_heads": 32,
+    "num_kv_heads": 32, "head_dim": 128, "max_positions": 1024,
+}  # fmt: skip
+TOPOLOGIES = [  # of docs/scaling.md, and others
+    *(pytest.param(t, marks=pytest.mark.tpu) for t in ("v5e:8x8", "v5e:8x16", "v5p:2x2x4", "v6e:8x8", "v5e:4x4")),
+    *(pytest.param(t, marks=pytest.mark.gpu_aot) for t in ("h100:8", "h100:1", "a100-80:4")),
+]
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_no_phase_of_an_iteration_is_counted_below_what_it_cannot_go_below(topology, monkeypatch):
+    """Of 7B's layers, fewer of them, where weights do not stay in the memory of a core."""
+    monkeypatch.setitem(PRESETS, "wide", WIDE)
+    devices = topology_devices(topology, 1)
+    tensor = math.gcd(len(devices), 8)
+    models = dict.fromkeys(("reward_model", "cost_model"), "path:none")
+    stage = {"name": "rl", "kind": "rl", "init_from": "preset:wide", "prompts": {"name": "none"}, "batch_size": 32}
+    stage |= {"max_prompt_length": 128, "max_response_length": 64} | models
+    execution = {"dtype": "bfloat16", "remat": "full", "gather_to_decode": True}
+    tree = {"workdir": "runs/wide", "assume": "wide", "stages": [stage], "execution": execution}
+    config = cfg.RunConfig.model_validate(tree | {"mesh": {"data": 1, "fsdp": -1, "tensor": tensor}})
+    (program,) = compile_stage(config, config.stages[0], devices)["programs"]
+    assert program["implausible"] == []
+    assert all(row["hbm_bytes"] >= row["least_hbm_bytes"] > 0 for row in program["phases"].values())
+    assert program["phases"]["generation"]["decoding"]["ratio"] >= 1
