@@ -263,8 +263,8 @@ def expectation() -> str:
     projected = figures("scaling", [(LORA_8B, "h100:1")])[0]["stages"][0]["projected"]
     measured = json.loads((RESULTS / "rl_step_8b_lora_h100.json").read_text())["seconds"]["iteration"]
     check = (
-        f"The measured run of 8B below has no part in them. Expected are {projected['expected_seconds']:.1f} s, bound and "
-        f"measurement are {projected['step_seconds']:.1f} s and {measured:.1f} s.\n\n"
+        f"The measured run of 8B below has no part in them. Expected are {projected['expected_seconds']:.1f} s, bound "
+        f"and measurement are {projected['step_seconds']:.1f} s and {measured:.1f} s.\n\n"
     )
     return EXPECTATION + check + table(["chips", "need", "phases", "share of the peak", "measured", "source"], rows)
 
