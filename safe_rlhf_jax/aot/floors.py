@@ -7,6 +7,7 @@ so of a matrix that is split over `fsdp` only the device's own part counts.
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -114,11 +115,12 @@ def iteration_reads(
 
 
 def program_bytes(module: Module) -> float:
-    """Returns the bytes of a program's arguments and results, but those that it returns as they came."""
+    """Returns the bytes of a program's arguments and results, but of embeddings and of what it returns as it came."""
     entry = module.computations[module.entry]
     root = next(i for i in entry if i.is_root)
     used = {name for i in entry if not (i.is_root and i.opcode == "tuple") for name in i.operands}
     arguments = {i.name: i.bytes for i in entry if i.opcode == "parameter"}
     unchanged = sum(size for name, size in arguments.items() if name in root.operands)
-    read = sum(size for name, size in arguments.items() if name in used)
+    looked_up = {i.name for i in entry if LOOKED_UP & set(re.split(r"\W+", i.op_name))}
+    read = sum(size for name, size in arguments.items() if name in used - looked_up)
     return read + root.bytes - unchanged

@@ -61,8 +61,9 @@ def analyse(
     """
     module, reads = Module(compiled.as_text()), reads or {}
     scopes = tuple(flops)
+    inner = (*scopes, *([DECODING] if "generation" in scopes else []))
     collectives = find_collectives(module, mesh_shape, scopes)
-    traffic, kept = hbm_bytes(module, (*scopes, DECODING)), core_bytes(module, (*scopes, DECODING))
+    traffic, kept = dict.fromkeys(inner, 0.0) | hbm_bytes(module, inner), core_bytes(module, inner)
     least = {phase: read.least(chip.fast if chip else 0) for phase, read in reads.items()}
     # The little outside of all scopes is counted with the last of them.
     last = scopes[-1]
@@ -122,8 +123,8 @@ def implausible(traffic: Mapping[str, float], least: Mapping[str, float], argume
     """Returns in words where a count of HBM bytes is below what it cannot go below.
 
     Args:
-        traffic: {phase: bytes counted}.
-        least: {phase: bytes that it cannot go below}; phases of other programs are ignored.
+        traffic: {phase of the program: bytes counted}.
+        least: {phase: bytes that it cannot go below}, also of phases of other programs.
         arguments: Bytes of arguments and results of the program.
     """
     rows = [(phase, traffic[phase], least[phase], "its weights and cache") for phase in least if phase in traffic]
