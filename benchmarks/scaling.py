@@ -242,7 +242,12 @@ def decoding_rows(report: dict) -> list[list[str]]:
         phases = [phase for program in stage["programs"] for phase in program.get("phases", {}).values()]
         for token in (phase["decoding"] for phase in phases if "decoding" in phase):
             settings = [f"`{s}`" for s in report["overrides"] if not s.startswith("mesh.")]
-            cells = [f"`{report['config']}`", ", ".join(settings) or "–", report["topology"], mesh_name(stage["mesh"])]
+            cells = [
+                f"`{report['config']}`",
+                ", ".join(settings) or "–",
+                report["topology"],
+                mesh_name(stage["mesh"]) or "1 device",
+            ]
             cells += [number(token, name, 1e9, 3) for name in ("token_bytes", "least_token_bytes")]
             rows.append([*cells, number(token, "ratio")])
     return rows
