@@ -13,6 +13,8 @@ import subprocess
 import sys
 from collections.abc import Iterable
 
+from safe_rlhf_jax.aot.expectation import FACTORS
+
 ROOT = pathlib.Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "scaling.md"
@@ -59,14 +61,18 @@ Written by `python benchmarks/scaling.py` from `benchmarks/results/scaling_*.jso
 
 **Nothing on this page has run on a TPU.** Memory, collectives and compile times are those of the program that XLA
 compiled for the topology: the compiler's own account. Seconds, tokens/s and MFU are *projected*: for each phase the
-largest of FLOPs, HBM bytes and sent bytes over the chip's peak rates, as if everything overlapped perfectly. They are
-bounds from below on time, and say what a phase is bound by. FLOPs are counted from shapes, every response at its full
-length; HBM bytes and collectives are read from the optimised program, loops as often as they run. MFU counts the
-model's FLOPs only, not what rematerialisation repeats. Compile times are wall-clock, on two cores that had other work
-as well. Capacity is what the compiler leaves of the chip's memory to a program.
+largest of FLOPs, HBM bytes and sent bytes over the chip's peak rates, as if everything overlapped perfectly. They say
+what a phase is bound by, and nothing reaches them; *expected* seconds are those at
+[the shares of the peak rates that have been measured](#where-the-expectation-comes-from). FLOPs are counted from
+shapes, every response at its full length; HBM bytes and collectives are read from the optimised program, loops as often
+as they run. MFU counts the model's FLOPs only, not what rematerialisation repeats. Compile times are wall-clock, on two
+cores that had other work as well. Capacity is what the compiler leaves of the chip's memory to a program.
 
-The first two rows are compiled since gradients are reduced in float32
-([decision 19](decisions/0019-sums-in-float32.md)); the others are from before, and would send up to a sixth more.
+Rows with – where seconds are expected are old: compiled before gradients were reduced in float32
+([decision 19](decisions/0019-sums-in-float32.md)), but for v5p:2x2x4's of `ppo_lag`, so that they would send up to a
+sixth more; and counted when copies that are started, buffers that fusions hand on, and updates in place counted again
+and again, so that their HBM bytes are too many: of the first row, scoring was 403 GB where 84 are counted now, with the
+same collectives. Variants found by search are old too.
 """
 
 ADAPTERS_INTRODUCTION = """\
@@ -115,6 +121,28 @@ most the eight of one host, or by hosts and GPUs on each: `h100:2x8`. What XLA i
   200 Gb/s): a group with k GPUs on each host has k of them, up to the rate of NVLink. Only `data` crosses hosts.
 """
 
+DECODING = """\
+## Decoding: HBM bytes of a token
+
+What a device moves for each decoded token, beside what it cannot go below: the weights and the keys and values of the
+tokens before it, each read once (the mean over a response).
+
+"""
+
+EXPECTATION = """\
+## Where the expectation comes from
+
+The expected seconds of a phase are the largest of its needs over the share of the peak rate that somebody has measured.
+`decoding` is the need of weights and cache read once: with few rows a loop over tokens stays far above it for reasons
+that no count of bytes shows, such as the latency of an all-reduce for each layer. Of the 1.44 ms in the table 1.25 are
+the weights. A second measurement agrees: PaLM
+540B in int8 on 64 TPU v4, whose weights are read in 7.0 ms, took 29 ms a token (arXiv:2211.05102), a share of 0.24.
+Shares of other TPUs than the one named are guesses, and so are those of other GPUs than the H100; no measurement of
+a TPU's decoding with one chip or many rows was found, where the share is likely better. The three phases of an H100 are
+our own run of 135 million parameters ([expectation.py](../benchmarks/expectation.py)): the seconds that the bytes
+counted for h100:1 take at the peak rate, over those measured. `compile` prints the factor that decides each phase.
+"""
+
 NOTES = """\
 ## Reading it
 
@@ -127,6 +155,15 @@ NOTES = """\
   products (collective-permute). Some stay all-reduces, because libtpu 0.0.42 makes an all-reduce and a slice even of an
   explicit `psum_scatter`: where `fsdp` covers both axes of a square torus, and where a device's columns are no multiple
   of 128 (on v5p those of Llama-7B's MLP, 11008/8, a fortieth of what is sent). So do the weights of norms.
+- `at least` is what a phase cannot go below, from shapes alone: its weights read once for each pass (of those split
+  over `fsdp` a device's own part, for the rest arrives over wires), what is trained read and written once for each
+  optimizer step, and of decoding the figures above; 128 MiB of it can stay in the memory of a TPU's core. A program as
+  a whole cannot go below its arguments and results. `compile` says so where its own count is below, and its bound takes
+  the larger.
+- Where the rows of a microbatch on a device are few, the compiler leaves them in the memory of the core from layer to
+  layer (`on core`), and takes the weights of other devices there from the wires: HBM then holds a device's own part of
+  the weights and little else. Scoring of 7B moves 84 GB of HBM with 8 rows of a microbatch on each chip (the first row)
+  and 7 GB with 4 (`--topology v5e:8x16`); the bytes written on the core are nearly the same.
 - `sent` assumes rings: of n devices each sends (n − 1)/n of what is gathered or scattered, twice that of what is
   all-reduced. The rate is that of the torus axes that a group spans; an axis whose ends are not joined counts once.
 - v5p:2x2x4 is what Google Cloud calls v5p-32 (it counts cores): 16 chips.
@@ -170,10 +207,14 @@ def memory_rows(report: dict) -> list[list[str]]:
     return rows
 
 
+def number(row: dict, name: str, unit: float = 1, digits: int = 2) -> str:
+    return f"{row[name] / unit:.{digits}f}" if name in row else "–"
+
+
 def speed_rows(report: dict) -> list[list[str]]:
     return [
-        [f"`{report['config']}`", report["topology"], f"{p['step_seconds']:.2f}", f"{p['tokens_per_second']:.0f}",
-         f"{p['mfu']:.1%}"]
+        [f"`{report['config']}`", report["topology"], f"{p['step_seconds']:.2f}", number(p, "expected_seconds"),
+         f"{p['tokens_per_second']:.0f}", f"{p['mfu']:.1%}"]
         for stage in report["stages"]
         for p in [stage["projected"]]
     ]  # fmt: skip
@@ -188,9 +229,50 @@ def phase_rows(report: dict) -> list[list[str]]:
                 parts = ", ".join(f"{c['kind']} ({c['axes']}) {c['bytes'] / 1e9:.1f}" for c in sent)
                 seconds = phase["projected_seconds"]
                 times = [f"{seconds[key]:.2f}" for key in ("compute", "hbm", "interconnect")]
-                traffic = [f"{phase['flops'] / 1e12:.1f}", f"{phase['hbm_bytes'] / 1e9:.0f}", parts]
-                rows.append([f"`{report['config']}`", report["topology"], name, *traffic, *times, phase["bound"]])
+                traffic = [f"{phase['flops'] / 1e12:.1f}", f"{phase['hbm_bytes'] / 1e9:.0f}"]
+                traffic += [number(phase, key, 1e9, 0) for key in ("least_hbm_bytes", "core_bytes")]
+                cells = [*traffic, parts, *times, phase["bound"], number(phase, "expected_seconds")]
+                rows.append([f"`{report['config']}`", report["topology"], name, *cells])
     return rows
+
+
+def decoding_rows(report: dict) -> list[list[str]]:
+    rows = []
+    for stage in report["stages"]:
+        phases = [phase for program in stage["programs"] for phase in program.get("phases", {}).values()]
+        for token in (phase["decoding"] for phase in phases if "decoding" in phase):
+            settings = [f"`{s}`" for s in report["overrides"] if not s.startswith("mesh.")]
+            cells = [
+                f"`{report['config']}`",
+                ", ".join(settings) or "–",
+                report["topology"],
+                mesh_name(stage["mesh"]) or "1 device",
+            ]
+            cells += [number(token, name, 1e9, 3) for name in ("token_bytes", "least_token_bytes")]
+            rows.append([*cells, number(token, "ratio")])
+    return rows
+
+
+def expectation() -> str:
+    """The section on the factors: all of them, in the order in which they apply."""
+    rows = [
+        [
+            factor.chips,
+            factor.need,
+            ", ".join(factor.phases) or "all",
+            f"{factor.share:.2g}",
+            factor.what,
+            factor.source,
+        ]
+        for factor in FACTORS
+    ]
+    projected = figures("scaling", [(LORA_8B, "h100:1")])[0]["stages"][0]["projected"]
+    measured = json.loads((RESULTS / "rl_step_8b_lora_h100.json").read_text())["seconds"]["iteration"]
+    check = (
+        f"The measured run of 8B below has no part in them. Expected are {projected['expected_seconds']:.1f} s, bound "
+        f"and measurement are {projected['step_seconds']:.1f} s and {measured:.1f} s.\n\n"
+    )
+    return EXPECTATION + check + table(["chips", "need", "phases", "share of the peak", "measured", "source"], rows)
 
 
 def adapters(reports: list[dict]) -> str:
@@ -210,10 +292,10 @@ def adapters(reports: list[dict]) -> str:
                 cells.append(
                     f"{found['projected_seconds']['phase']:.1f} ({found['bound']})" if found else "does not fit"
                 )
-            cells.append(f"{stage['projected']['step_seconds']:.1f}" if "projected" in stage else "–")
-            rows.append(cells)
+            projected = stage.get("projected", {})
+            rows.append(cells + [number(projected, name, digits=1) for name in ("step_seconds", "expected_seconds")])
     header = ["config", "settings", "topology", "mesh", "arguments", "temporary", "total", "capacity", "compile s",
-              "generation s (bound by)", "scoring s", "update s", "step s"]  # fmt: skip
+              "generation s (bound by)", "scoring s", "update s", "step s", "expected s"]  # fmt: skip
     return ADAPTERS_INTRODUCTION + table(header, rows)
 
 
@@ -235,10 +317,21 @@ def page() -> str:
     reports, searches = figures("scaling", RUNS), figures("search", SEARCHES)
     versions = sorted({compiled_with(report["environment"]) for report in reports})
     memory = ["config", "topology", "chips", "mesh", "arguments", "temporary", "code", "total", "capacity", "compile s"]
-    speed = ["config", "topology", "s per step", "tokens/s", "MFU"]
-    search = ["config", "topology", "mesh", "remat", "microbatches", "gathered to decode", "GiB", *speed[2:]]
-    phase = ["config", "topology", "phase", "TFLOP", "HBM GB", "largest collectives, GB sent", "compute s", "HBM s",
-             "wires s", "bound by"]  # fmt: skip
+    speed = ["config", "topology", "s per step", "expected s", "tokens/s", "MFU"]
+    search = [
+        "config",
+        "topology",
+        "mesh",
+        "remat",
+        "microbatches",
+        "gathered to decode",
+        "GiB",
+        "s per step",
+        *speed[4:],
+    ]
+    token = ["config", "settings", "topology", "mesh", "GB", "read once, GB", "ratio"]
+    phase = ["config", "topology", "phase", "TFLOP", "HBM GB", "at least", "on core", "largest collectives, GB sent",
+             "compute s", "HBM s", "wires s", "bound by", "expected s"]  # fmt: skip
     parts = [
         INTRODUCTION,
         f"Compiled with {'; '.join(versions)}.\n",
@@ -246,6 +339,8 @@ def page() -> str:
         "## Projected speed of a step\n\n" + table(speed, [row for r in reports for row in speed_rows(r)]),
         "## Phases, per device and step; seconds are projected\n\n"
         + table(phase, [row for r in reports for row in phase_rows(r)]),
+        DECODING + table(token, [row for r in (*reports, *figures("scaling", ADAPTERS)) for row in decoding_rows(r)]),
+        expectation(),
         adapters(figures("scaling", ADAPTERS)),
         SEARCH_INTRODUCTION + table(search, [row for r in searches for row in search_rows(r)]),
         GPUS,

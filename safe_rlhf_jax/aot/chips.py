@@ -20,6 +20,11 @@ class Chip:
     wraps_from: int  # minimum devices along a torus axis with wraparound links; 0: never
     network_rate: float | None = None  # bytes/s to other hosts in one direction; None: they are on the interconnect
 
+    @property
+    def fast(self) -> int:
+        """Returns the most bytes that a program keeps in the memory of a core, out of HBM; of GPUs XLA keeps none."""
+        return 128 * 2**20 if self.name.startswith("TPU") else 0
+
 
 # Source: cloud.google.com/tpu/docs (v4, v5e, v5p, v6e, tpu7x) as of 2025; link rates are the stated bandwidth per chip
 # over its links (4 in a 2D torus, 6 in a 3D torus) and both directions. HBM of v5e, v5p and v6e is what libtpu 0.0.42

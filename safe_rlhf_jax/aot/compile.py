@@ -64,7 +64,7 @@ def compile_program(run: Run, stage: cfg.StageBase, program: Program) -> dict[st
     seconds = time.monotonic() - started
     executed = step_flops(run, stage, recomputed=True)
     flops = {phase: executed[phase] for phase in PARTS.get(program.name, ("step",))}
-    report = analyse(compiled, mesh_shape=run.mesh.shape, devices=devices, chip=chip, flops=flops)
+    report = analyse(compiled, mesh_shape=run.mesh.shape, devices=devices, chip=chip, flops=flops, reads=program.reads)
     return {"program": program.name, "compile_seconds": seconds} | report
 
 
@@ -90,17 +90,19 @@ def argument_bytes(run: Run, stage: cfg.StageBase) -> int:
 
 
 def projection(run: Run, stage: cfg.StageBase, reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Returns lower bounds of a step's seconds and upper bounds of tokens/s and MFU; nothing is measured.
+    """Returns bounds of a step's seconds, tokens/s and MFU, and the seconds that are expected; nothing is measured.
 
     MFU counts the FLOPs of the model, not those of rematerialisation.
     """
     devices = run.mesh.devices.size
     chip = chip_of(run.mesh.devices.flat[0])
-    seconds = sum(phase["projected_seconds"]["phase"] for report in reports for phase in report["phases"].values())
+    phases = [phase for report in reports for phase in report["phases"].values()]
+    seconds = sum(phase["projected_seconds"]["phase"] for phase in phases)
     flops = sum(step_flops(run, stage, recomputed=False).values())
     return {
         "projected": {
             "step_seconds": seconds,
+            "expected_seconds": sum(phase["expected_seconds"] for phase in phases),
             "tokens_per_second": training_of(stage).tokens(stage) / seconds,
             "mfu": flops / seconds / devices / chip.flops if chip else None,
         }

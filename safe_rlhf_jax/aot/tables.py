@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 GIB, MIB, GIGA = 2**30, 2**20, 1e9
-CONSOLE = Console(highlight=False, width=120)
+CONSOLE = Console(highlight=False, width=132)
 
 
 def show_stage(report: dict[str, Any], topology: str) -> None:
@@ -18,6 +18,7 @@ def show_stage(report: dict[str, Any], topology: str) -> None:
         CONSOLE.print(memory_table(program))
         if "phases" in program:
             CONSOLE.print(phase_table(program))
+            print(*remarks(program), sep="\n")
             CONSOLE.print(collective_table(program))
     if "projected" in report:
         print(projected_line(report["projected"]))
@@ -40,15 +41,32 @@ def memory_table(program: dict[str, Any]) -> Table:
 
 def phase_table(program: dict[str, Any]) -> Table:
     """Needs of each phase on a device, and the least time of each resource."""
-    table = Table(title=f"{program['program']}: per device and step; seconds are projected from peak rates")
-    for name in ("phase", "TFLOP", "HBM GB", "sent GB", "compute s", "HBM s", "wires s", "bound by"):
+    table = Table(title=f"{program['program']}: per device and step; the bound is from peak rates")
+    names = ("phase", "TFLOP", "HBM GB", "at least", "on core", "sent GB", "compute s", "HBM s", "wires s", "bound by")
+    for name in (*names, "expected s"):
         table.add_column(name, justify="left" if name in ("phase", "bound by") else "right")
     for phase, row in program["phases"].items():
-        cells = [f"{row['flops'] / 1e12:.3f}", f"{row['hbm_bytes'] / GIGA:.2f}", f"{row['sent_bytes'] / GIGA:.2f}"]
+        cells = [f"{row['flops'] / 1e12:.3f}"]
+        cells += [f"{row[name] / GIGA:.2f}" for name in ("hbm_bytes", "least_hbm_bytes", "core_bytes", "sent_bytes")]
         seconds = row.get("projected_seconds")
         times = [f"{seconds[n]:.3f}" if seconds else "–" for n in ("compute", "hbm", "interconnect")]
-        table.add_row(phase, *cells, *times, row.get("bound", "–"))
+        expected = f"{row['expected_seconds']:.3f}" if seconds else "–"
+        table.add_row(phase, *cells, *times, row.get("bound", "–"), expected)
     return table
+
+
+def remarks(program: dict[str, Any]) -> list[str]:
+    """What stands below the phases: an implausible count, the traffic of a decoded token, the expectation's factors."""
+    lines = [f"implausible: {line}. The bound takes the larger." for line in program["implausible"]]
+    for phase, row in program["phases"].items():
+        if token := row.get("decoding"):
+            moved, least = token["token_bytes"] / GIGA, token["least_token_bytes"] / GIGA
+            once = f"{token['ratio']:.2f} times its weights and cache read once ({least:.3f} GB)"
+            lines.append(f"a decoded token moves {moved:.3f} GB of HBM, {once}")
+        if factor := row.get("expected_from"):
+            share = f"{factor['share']:.0%} of the peak of {factor['need']}"
+            lines.append(f"expected {phase}: {share}, measured: {factor['what']} ({factor['source']})")
+    return lines
 
 
 def collective_table(program: dict[str, Any]) -> Table:
@@ -65,7 +83,8 @@ def projected_line(projected: dict[str, Any]) -> str:
     """The projection of a whole step in words."""
     return (
         f"projected, not measured (peak rates, perfect overlap): {projected['step_seconds']:.2f} s per step, "
-        f"{projected['tokens_per_second']:.0f} tokens/s, MFU {projected['mfu']:.1%}"
+        f"{projected['tokens_per_second']:.0f} tokens/s, MFU {projected['mfu']:.1%}; "
+        f"expected: {projected['expected_seconds']:.2f} s"
     )
 
 

@@ -1,8 +1,10 @@
 """Bytes that a compiled program moves to and from HBM, counted from its instructions and their executions."""
 
 import math
+import re
 from collections import defaultdict
 
+from safe_rlhf_jax.aot.collectives import KINDS
 from safe_rlhf_jax.aot.hlo import Array, Executed, Instruction, Module
 
 # They name memory, or run other instructions that are counted separately.
@@ -20,6 +22,10 @@ THROUGH = {
     "transpose",
     "broadcast",
 }  # without a size of their own inside a fusion
+NAMES = re.compile(r'custom_call_target="(?:AllocateBuffer|ConcatBitcast)"')  # of TPUs: they only name memory
+STARTS, ENDS = 'custom_call_target="AsyncCollectiveStart"', 'custom_call_target="AsyncCollectiveDone"'
+CARRIED = {"parameter", *KINDS}  # what a fusion beside a collective hands on
+ALIASED = re.compile(r"\{(\d*)\}: \(\d+, \{\}\)")  # a result of a fusion that has the memory of an operand
 
 
 def hbm_bytes(module: Module, scopes: tuple[str, ...] = ()) -> dict[str, float]:
@@ -35,14 +41,25 @@ def hbm_bytes(module: Module, scopes: tuple[str, ...] = ()) -> dict[str, float]:
     return dict(total)
 
 
+def core_bytes(module: Module, scopes: tuple[str, ...] = ()) -> dict[str, float]:
+    """Returns {phase: bytes that its instructions write into the fast memory of the core} in place of HBM."""
+    total: dict[str, float] = defaultdict(float)
+    for executed in module.walk(scopes):
+        instruction = executed.instruction
+        if not is_free(instruction):
+            total[executed.phase] += executed.times * (instruction.bytes - in_hbm(instruction.results))
+    return dict(total)
+
+
 def instruction_bytes(module: Module, executed: Executed) -> float:
     """Returns the bytes that one execution of an instruction moves."""
     instruction = executed.instruction
-    if instruction.opcode in FREE or instruction.opcode.endswith("-done"):
+    if is_free(instruction):
         return 0
     here = module.by_name[executed.computation]
     if instruction.opcode == "dynamic-update-slice":
-        return 2 * in_hbm(here[instruction.operands[1]].arrays)
+        update = here[instruction.operands[1]]
+        return in_hbm(update.arrays) + (update.bytes if in_hbm(instruction.arrays) else 0)
     if instruction.opcode in SLICES:
         read = instruction.bytes if in_hbm(here[instruction.operands[0]].arrays) else 0
         return in_hbm(instruction.results) + read
@@ -50,6 +67,12 @@ def instruction_bytes(module: Module, executed: Executed) -> float:
         return fusion_bytes(module, instruction, here)
     operands = [here[name] for name in instruction.operands if name in here]
     return in_hbm(instruction.results) + sum(in_hbm(operand.arrays) for operand in operands)
+
+
+def is_free(instruction: Instruction) -> bool:
+    """Says whether an instruction moves nothing itself."""
+    free = instruction.opcode in FREE or instruction.opcode.endswith("-done")
+    return free or NAMES.search(instruction.attributes) is not None
 
 
 def in_hbm(arrays: tuple[Array, ...]) -> int:
@@ -60,18 +83,44 @@ def in_hbm(arrays: tuple[Array, ...]) -> int:
 def fusion_bytes(module: Module, fusion: Instruction, here: dict[str, Instruction]) -> float:
     """Returns the bytes that a fusion reads and writes."""
     inner = module.by_name[fusion.called[0]]
+    root = next(i for i in inner.values() if i.is_root)
+    if ENDS in root.attributes:
+        return 0
+    carried = carried_results(fusion, inner, root)
+    handed_on = aliased(fusion) if STARTS in root.attributes else carried.keys()
+    results = [array for n, array in enumerate(fusion.arrays) if n not in handed_on]
     parameters = [i for i in inner.values() if i.opcode == "parameter"]
     updates = {source(inner, i.operands[0]): i for i in inner.values() if i.opcode == "dynamic-update-slice"}
+    passing = {root.name, *carried.values()} if carried else set()
     moved = 0.0
     for parameter in parameters:
         operand = here[fusion.operands[int(parameter.value)]]
-        if parameter.name in updates:  # in place: only the updated part is read and written
-            moved += 2 * in_size(inner, updates[parameter.name], operand)
+        if passing and all(i.name in passing for i in inner.values() if parameter.name in i.operands):
+            continue
+        if parameter.name in updates:  # in place: only the updated part is written, and none of the rest is read
+            moved += in_size(inner, updates[parameter.name], operand)
             continue
         moved += min(read_bytes(module, inner, parameter.name), in_hbm(operand.arrays))
     updated = sum(1 for parameter in parameters if parameter.name in updates)
-    results = sorted(fusion.arrays, key=lambda array: -array.bytes)[updated:]
-    return moved + in_hbm(tuple(results))
+    return moved + in_hbm(tuple(sorted(results, key=lambda array: -array.bytes)[updated:]))
+
+
+def aliased(fusion: Instruction) -> set[int]:
+    """Returns the results, by number, that have the memory of an operand."""
+    _, found, rest = fusion.attributes.partition("output_to_operand_aliasing={")
+    return {int(number or 0) for number in ALIASED.findall(rest.partition(")}")[0] + ")")} if found else set()
+
+
+def carried_results(fusion: Instruction, inner: dict[str, Instruction], root: Instruction) -> dict[int, str]:
+    """Returns {number of a result: what it is inside} of results that a fusion hands on: nothing is moved for them.
+
+    TPUs run a collective beside several fusions. Each of them names the collective again, and takes and returns its
+    buffers; its bytes are those of the fusion that starts it.
+    """
+    if root.opcode != "tuple":
+        return {}
+    named = {n: root.operands[n] for n in aliased(fusion) if n < len(root.operands)}
+    return {n: name for n, name in named.items() if inner[name].opcode in CARRIED}
 
 
 def in_size(inner: dict[str, Instruction], update: Instruction, operand: Instruction) -> int:

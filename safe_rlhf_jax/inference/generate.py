@@ -110,20 +110,18 @@ def generate(
             cache=cache,
         )
 
-    state = jax.lax.while_loop(
-        not_finished,
-        step,
-        DecodeState(
-            t=jnp.int32(0),
-            logits=logits,
-            tokens=jnp.full((rows, response_length), pad_id, jnp.int32),
-            log_probs=jnp.zeros((rows, response_length), jnp.float32),
-            length=jnp.zeros((rows,), jnp.int32),
-            done=jnp.zeros((rows,), bool),
-            seen=seen,
-            cache=cache,
-        ),
+    start = DecodeState(
+        t=jnp.int32(0),
+        logits=logits,
+        tokens=jnp.full((rows, response_length), pad_id, jnp.int32),
+        log_probs=jnp.zeros((rows, response_length), jnp.float32),
+        length=jnp.zeros((rows,), jnp.int32),
+        done=jnp.zeros((rows,), bool),
+        seen=seen,
+        cache=cache,
     )
+    with jax.named_scope("decoding"):  # by this name its traffic is told from that of the prefill
+        state = jax.lax.while_loop(not_finished, step, start)
     response_mask = jnp.arange(response_length, dtype=jnp.int32)[None] < state.length[:, None]
     return Rollout(
         tokens=jnp.concatenate([prompt_tokens, state.tokens], axis=1),

@@ -128,11 +128,12 @@ def require_unquantized(params: Params) -> None:
 
 def stored_bytes(params: Params) -> int:
     """Returns the size of parameters, quantised or not, on all devices together."""
-
-    def bits(dtype: Any) -> int:
-        return (jnp.iinfo if jnp.issubdtype(dtype, jnp.integer) else jnp.finfo)(dtype).bits
-
     return sum(x.size * bits(x.dtype) for x in jax.tree.leaves(params)) // 8
+
+
+def bits(dtype: Any) -> int:
+    """Returns the bits of a number."""
+    return (jnp.iinfo if jnp.issubdtype(dtype, jnp.integer) else jnp.finfo)(dtype).bits
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))

@@ -5,11 +5,13 @@ The builders are those of training; only the arrays have no contents, so the com
 
 import copy
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from safe_rlhf_jax.aot.floors import Reads
 from safe_rlhf_jax.sharding import batch_sharding, with_shardings
 from safe_rlhf_jax.stages.common import Run
 from safe_rlhf_jax.stages.shapes import Shapes
@@ -25,6 +27,7 @@ class Program:
     name: str
     function: Any  # what `jax.jit` returns
     arguments: tuple[Any, ...]  # shapes with shardings
+    reads: Mapping[str, Reads] = dataclasses.field(default_factory=dict)  # what phases, and decoding, cannot go below
 
 
 def of_shapes(run: Run) -> Run:

@@ -10,6 +10,7 @@ import numpy as np
 
 from safe_rlhf_jax import config as cfg
 from safe_rlhf_jax import storage
+from safe_rlhf_jax.aot.floors import iteration_reads
 from safe_rlhf_jax.aot.flops import iteration_flops
 from safe_rlhf_jax.data import examples
 from safe_rlhf_jax.data.loader import in_order
@@ -354,14 +355,15 @@ def reinforcement_programs(run: Run, stage: cfg.RLStage) -> Iterator[Program]:
     group = array(stage.batch_size, dtype=jnp.int32)
     batch = put(run, PromptBatch(**texts(stage.batch_size, stage.max_prompt_length), group=group, row=group, ptx=ptx))
     key = random_key()
+    reads = iteration_reads(networks.policy, hp, state, frozen, rows, stage.max_prompt_length, run.mesh.shape)
     if is_fused(stage, networks):
-        yield Program("iteration", jitted["iteration"], (state, frozen, batch, key))
+        yield Program("iteration", jitted["iteration"], (state, frozen, batch, key), reads)
         return
-    generation = Program("generation", jitted["generation"], (state.actor.params, frozen.bases, batch, key))
+    generation = Program("generation", jitted["generation"], (state.actor.params, frozen.bases, batch, key), reads)
     yield generation
     rollout = put(run, jax.eval_shape(generation.function, *generation.arguments))
     given = {signal: put(run, array(rows, dtype=jnp.float32)) for signal in set(stage.scored) - networks.scorers.keys()}
-    yield Program("learning", jitted["learning"], (state, frozen, rollout, batch.ptx, key, given))
+    yield Program("learning", jitted["learning"], (state, frozen, rollout, batch.ptx, key, given), reads)
 
 
 def reinforcement_flops(run: Run, stage: cfg.RLStage, again: float) -> dict[str, float]:

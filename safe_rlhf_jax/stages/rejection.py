@@ -15,6 +15,7 @@ import numpy as np
 
 from safe_rlhf_jax import config as cfg
 from safe_rlhf_jax import storage
+from safe_rlhf_jax.aot.floors import Reads, decoding_reads, weight_bytes
 from safe_rlhf_jax.aot.flops import iteration_flops, trunk_flops, update_flops
 from safe_rlhf_jax.data.examples import Examples, load_sampled
 from safe_rlhf_jax.data.loader import shuffled
@@ -220,7 +221,14 @@ def rejection_programs(run: Run, stage: cfg.RejectionStage) -> Iterator[Program]
     sample, rows = sampler_of(run, stage, policy, scorers.modules), stage.prompt_batch_size
     group = array(rows, dtype=jnp.int32)
     batch = put(run, PromptBatch(**texts(rows, stage.max_prompt_length), group=group, row=group))
-    yield Program("sampling", sample, (variables["params"], scorers.variables, batch, random_key()))
+    reads = {
+        "decoding": decoding_reads(
+            policy.config, variables, rows=rows * stage.responses_per_prompt, prompt=stage.max_prompt_length,
+            response=stage.max_response_length, mesh=run.mesh.shape,
+        ),
+        "scoring": Reads(weight_bytes(scorers.variables, policy.config.dtype), 1),
+    }  # fmt: skip
+    yield Program("sampling", sample, (variables["params"], scorers.variables, batch, random_key()), reads)
     state, frozen, step = build_fine_tuning(run, stage, policy, variables["params"], TOTAL_STEPS)
     length = stage.max_prompt_length + stage.max_response_length
     selected = SupervisedBatch(**texts(stage.batch_size, length), loss_mask=array(stage.batch_size, length))
