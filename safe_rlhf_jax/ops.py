@@ -53,6 +53,15 @@ def ends_with(tokens: Int[Array, "B T"], mask: Bool[Array, "B T"], ids: TokenIds
     return is_any(jnp.take_along_axis(tokens, last_index(mask)[:, None], axis=-1)[:, 0], ids)
 
 
+def with_ends(
+    tokens: Int[Array, "B L"], mask: Bool[Array, "B L"], eos_id: TokenIds, end_id: int
+) -> tuple[Int[Array, "B L+1"], Bool[Array, "B L+1"]]:
+    """Returns sequences with one more column: `end_id` after those that end with none of `eos_id`, else no token."""
+    truncated = ~ends_with(tokens, mask, eos_id)
+    more = jnp.full((len(tokens), 1), end_id, tokens.dtype)
+    return jnp.concatenate([tokens, more], 1), jnp.concatenate([mask, truncated[:, None]], 1)
+
+
 def token_log_probs(logits: Float[Array, "B T V"], tokens: Int[Array, "B T"]) -> Float[Array, "B T"]:
     """Log-probability of each token under its logits, f32[B, T], nats."""
     logits = logits.astype(jnp.float32)

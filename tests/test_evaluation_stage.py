@@ -10,6 +10,7 @@ import yaml
 from safe_rlhf_jax import config as cfg
 from safe_rlhf_jax.data.tokenizer import load_tokenizer
 from safe_rlhf_jax.stages import Run, answers, evaluation
+from safe_rlhf_jax.stages.sampling import warn_of_truncation
 from tests.helpers import save_models, tiny_config
 
 MINI = Path(__file__).parent / "configs" / "mini.yaml"
@@ -133,3 +134,16 @@ def test_report_says_which_prompts_models_and_code_made_it_and_has_the_columns_o
     (tmp_path / "own.jsonl").write_text('{"prompt": "mine"}\n')
     own = run_of(tmp_path, models, prompts=[{"name": f"{tmp_path}/own.jsonl"}])
     assert evaluation.make_report(own, own.config.stages[0], {}).measures == ()
+
+
+def test_stage_warns_where_scorers_read_many_truncated_responses(models, tmp_path):
+    run = run_of(tmp_path, models)
+    stage = run.config.stages[0]
+    for cut in (1, 3):
+        warn_of_truncation(run, stage, [{"truncated": i < cut} for i in range(4)])
+    (warning,) = run.warnings["evaluate"]
+    assert "75% of the responses are cut at max_response_length 3" in warning
+    assert "end_truncated: true" in warning
+    ended = Run(cfg.load_config(tmp_path / "config.yaml", ["end_truncated=true"]))
+    warn_of_truncation(ended, stage, [{"truncated": True}])
+    assert ended.warnings == {}

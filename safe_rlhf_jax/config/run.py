@@ -85,6 +85,8 @@ class RunConfig(Schema):
     mesh: Mesh = Mesh()
     execution: Execution = Execution()
     assume: str | None = None  # preset with the shape of `path:` and `hf:` models, to compile without them
+    # Scorers read a response that max_response_length has cut as if it had ended: an end token stands after it.
+    end_truncated: bool = False
     max_bad_records: Share = 0.05  # share of unusable records above which a stage refuses its data
     wandb: bool = False
 

@@ -18,7 +18,7 @@ from safe_rlhf_jax.evaluation.health import KINDS_OF_PAIRS, pairs_health, sign_h
 from safe_rlhf_jax.evaluation.judges import JUDGE
 from safe_rlhf_jax.evaluation.refusals import ORACLE, RULE, is_refusal
 from safe_rlhf_jax.evaluation.statistics import expected_calibration_error, reliability_curve, sigmoid
-from safe_rlhf_jax.inference.best_of_n import best_of_n, scores_of
+from safe_rlhf_jax.inference.best_of_n import best_of_n, read_by_scorers, scores_of
 from safe_rlhf_jax.inference.generate import generate
 from safe_rlhf_jax.inference.sampling import Sampling
 from safe_rlhf_jax.models.adapters import LanguageModel, hidden_by_role
@@ -38,11 +38,12 @@ def make_respond(
     eos_id: TokenIds,
     pad_id: int,
     sampling: Sampling,
+    end_id: int | None = None,
 ) -> Callable[[Params, Frozen, PromptBatch, jax.Array], dict[str, jax.Array]]:
     """Returns respond(params, frozen, prompts, key): one response per prompt, with its measurements.
 
     The result holds tokens i32[B, T], length i32[B], a score f32[B] for every scorer, and kl f32[B]
-    (Σ log π − log π_ref over the response, nats).
+    (Σ log π − log π_ref over the response, nats). Scorers read `end_id` after a response without an end.
     """
 
     @jax.jit
@@ -56,7 +57,10 @@ def make_respond(
         roles = {signal: (module, frozen.scorers[signal]) for signal, module in scorers.items()}
         policies = {"of the policy": (policy, params), "of the reference": (reference, frozen.reference)}
         all_roles = roles | {name: (module, {"params": of}) for name, (module, of) in policies.items()}
-        hidden = hidden_by_role(all_roles, rollout.tokens, rollout.mask, prompt_length - 1)
+        text = read_by_scorers(rollout, eos_id, end_id)
+        hidden = hidden_by_role(all_roles, *text, prompt_length - 1)
+        if end_id is not None:  # the policies read none of the ends
+            hidden = {role: states if role in roles else states[:, :-1] for role, states in hidden.items()}
         log_probs = [
             response_log_probs(
                 module, of, rollout.tokens, rollout.mask, prompt_length=prompt_length,
@@ -66,7 +70,7 @@ def make_respond(
         ]  # fmt: skip
         response, mask = rollout.tokens[:, prompt_length:], rollout.mask[:, prompt_length:]
         kl = jnp.where(mask, log_probs[0] - log_probs[1], 0.0).sum(-1)
-        scores = scores_of(roles, rollout, hidden)
+        scores = scores_of(roles, text, prompt_length - 1, hidden)
         return {"tokens": response, "length": mask.sum(-1), "kl": kl} | scores
 
     return respond

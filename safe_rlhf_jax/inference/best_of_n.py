@@ -11,8 +11,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from safe_rlhf_jax.inference.generate import generate
 from safe_rlhf_jax.models.adapters import LanguageModel, hidden_by_role
-from safe_rlhf_jax.ops import sequence_scores
-from safe_rlhf_jax.types import Params, PromptBatch, Rollout, Signals
+from safe_rlhf_jax.ops import sequence_scores, with_ends
+from safe_rlhf_jax.types import Params, PromptBatch, Rollout, Signals, TokenIds
 
 Table = np.ndarray  # [prompts, n]
 
@@ -40,28 +40,37 @@ def best_of_n(
     return jnp.where(possible, best, jnp.argmin(costs, axis=-1)).astype(jnp.int32), possible
 
 
-def scores_of(scorers: Mapping[str, tuple[Any, Any]], rollout: Rollout, hidden: Mapping[str, jax.Array]) -> Signals:
+def scores_of(
+    scorers: Mapping[str, tuple[Any, Any]], text: tuple[jax.Array, jax.Array], first: int,
+    hidden: Mapping[str, jax.Array],
+) -> Signals:  # fmt: skip
     """Returns the scores of responses, f32[B] by signal.
 
     Args:
         scorers: {signal: score model and its variables}.
-        rollout: B prompts with their responses.
-        hidden: Hidden states by signal, where `hidden_by_role` has computed them, from the prompts' last column on.
+        text: Tokens and mask of B prompts with their responses, as `read_by_scorers` returns them.
+        first: The prompts' last column.
+        hidden: Hidden states by signal, where `hidden_by_role` has computed them, from that column on.
     """
-    first = rollout.prompt_length - 1
     return {
-        signal: sequence_scores(*scorer, rollout.tokens, rollout.mask, first=first, hidden=hidden.get(signal))
+        signal: sequence_scores(*scorer, *text, first=first, hidden=hidden.get(signal))
         for signal, scorer in scorers.items()
     }
 
 
+def read_by_scorers(rollout: Rollout, eos_id: TokenIds, end_id: int | None) -> tuple[jax.Array, jax.Array]:
+    """Returns tokens and mask of a rollout, with `end_id`, if there is one, after responses without an end."""
+    text = rollout.tokens, rollout.mask
+    return text if end_id is None else with_ends(*text, eos_id, end_id)
+
+
 def make_sampler(
-    policy: LanguageModel, scorers: Mapping[str, Any], *, num_responses: int, **sampler: Any
+    policy: LanguageModel, scorers: Mapping[str, Any], *, num_responses: int, end_id: int | None = None, **sampler: Any
 ) -> Callable[[Params, Mapping[str, Any], PromptBatch, jax.Array], dict[str, jax.Array]]:
     """Returns sample(params, scorer variables, prompts, key): n scored responses to each prompt, compiled.
 
-    The result holds tokens i32[B, n, T], length i32[B, n] and a score f32[B, n] for every scorer; arguments as in
-    `generate`.
+    The result holds tokens i32[B, n, T], length i32[B, n] and a score f32[B, n] for every scorer, which reads `end_id`
+    after a response without an end; the other arguments are as in `generate`.
     """
 
     @jax.jit
@@ -72,8 +81,8 @@ def make_sampler(
             rollout = generate(policy, params, prompts, key, num_responses=num_responses, **sampler)
         with jax.named_scope("scoring"):
             roles = {signal: (module, variables[signal]) for signal, module in scorers.items()}
-            hidden = hidden_by_role(roles, rollout.tokens, rollout.mask, rollout.prompt_length - 1)
-            scores = scores_of(roles, rollout, hidden)
+            text, first = read_by_scorers(rollout, sampler["eos_id"], end_id), rollout.prompt_length - 1
+            scores = scores_of(roles, text, first, hidden_by_role(roles, *text, first))
         rows, prompt_length = prompts.tokens.shape
         response = {"tokens": rollout.tokens[:, prompt_length:], "length": rollout.mask[:, prompt_length:].sum(-1)}
         return {

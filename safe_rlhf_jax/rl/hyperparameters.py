@@ -16,6 +16,7 @@ class Hyperparameters:
     response_length: int  # T, tokens
     eos_id: TokenIds  # tokens that end a response
     pad_id: int
+    end_id: int | None = None  # read by scorers after a truncated response
     num_responses: int = 1
     temperature: float = 1.0
     recompute_log_probs: bool = True

@@ -7,10 +7,11 @@ from typing import Any
 import jax
 import optax
 
+from safe_rlhf_jax.inference.best_of_n import read_by_scorers
 from safe_rlhf_jax.models.adapters import Adapted, hidden_by_role, on, output_of_trunk
 from safe_rlhf_jax.ops import response_log_probs, response_values, sequence_scores
 from safe_rlhf_jax.optim import split
-from safe_rlhf_jax.types import Frozen, Params, RLState, Rollout, ScoredRollout
+from safe_rlhf_jax.types import Frozen, Params, RLState, Rollout, ScoredRollout, TokenIds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +48,8 @@ def score_rollout(
     temperature: float,
     recompute_log_probs: bool,
     slices: int,
+    eos_id: TokenIds = (),
+    end_id: int | None = None,
 ) -> ScoredRollout:
     """Runs actor, reference, scorers and critics over a rollout.
 
@@ -59,6 +62,8 @@ def score_rollout(
         recompute_log_probs: Compute the actor's log-probs in the learner's own graph, so that the first ratio is
             exactly 1; else take the sampler's, one forward pass fewer.
         slices: Number of parts of the batch to score; with the learner's microbatch size the arithmetic is the same.
+        eos_id: Tokens that end a response.
+        end_id: Scorers read this token after a response that has no end; None: they read such a response as it is.
 
     Networks with adapters that share a base read the rollout in one pass, all but the actor: its log-probs come from
     the graph that the learner differentiates.
@@ -71,12 +76,17 @@ def score_rollout(
     prompt_length = rollout.prompt_length
     first = prompt_length - 1
     roles = {"reference": (networks.policy, {"params": reference})}
-    roles |= {f"score of {s}": (module, frozen.scorers[s]) for s, module in networks.scorers.items()}
+    scores = {f"score of {s}": (module, frozen.scorers[s]) for s, module in networks.scorers.items()}
+    roles |= scores
     roles |= {f"value of {s}": (module, {"params": state.critics[s].params}) for s, module in networks.critics.items()}
 
     def score(part: Rollout) -> ScoredRollout:
-        below = outputs_of_trunks((networks.policy, *networks.critics.values()), part)
-        hidden = hidden_by_role(roles, part.tokens, part.mask, first, below)
+        text = read_by_scorers(part, eos_id, end_id)
+        below = outputs_of_trunks((networks.policy, *networks.critics.values()), *text)
+        hidden = hidden_by_role(roles, *text, first, below)
+        if end_id is not None:  # the others read none of the ends
+            below = {base: states[:, :-1] for base, states in below.items()}
+            hidden = {role: x if role in scores else x[:, :-1] for role, x in hidden.items()}
 
         def log_probs(params: Any, hidden: jax.Array | None = None) -> jax.Array:
             return response_log_probs(
@@ -86,7 +96,7 @@ def score_rollout(
 
         def score_of(signal: str) -> jax.Array:
             role = f"score of {signal}"
-            return sequence_scores(*roles[role], part.tokens, part.mask, first=first, hidden=hidden.get(role))
+            return sequence_scores(*roles[role], *text, first=first, hidden=hidden.get(role))
 
         def values_of(signal: str) -> jax.Array:
             return response_values(
@@ -106,10 +116,10 @@ def score_rollout(
     return map_slices(score, rollout, slices)
 
 
-def outputs_of_trunks(modules: Iterable[Any], part: Rollout) -> dict[str, jax.Array]:
+def outputs_of_trunks(modules: Iterable[Any], tokens: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:
     """Returns the output of the trunk of each base that trained networks stand on, [B, L, D], by its name."""
     adapted = {module.base: module for module in modules if isinstance(module, Adapted) and module.config.trunk}
-    return {base: output_of_trunk(module, part.tokens, part.mask) for base, module in adapted.items()}
+    return {base: output_of_trunk(module, tokens, mask) for base, module in adapted.items()}
 
 
 def below_of(module: Any, below: Mapping[str, jax.Array]) -> jax.Array | None:

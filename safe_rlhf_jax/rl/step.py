@@ -97,6 +97,8 @@ def learn(
         temperature=hp.temperature,
         recompute_log_probs=hp.recompute_log_probs,
         slices=hp.minibatches * hp.microbatches,
+        eos_id=hp.eos_id,
+        end_id=hp.end_id,
     )
     scored = dataclasses.replace(scored, scores=scored.scores | (given or {}))
     state, constraint_metrics = update_constraints(hp, state, scored)
@@ -176,7 +178,7 @@ def estimate_advantages(
 def signal_scores(algorithm: Algorithm, hp: Hyperparameters, state: RLState, scored: ScoredRollout) -> Signals:
     """Score f32[B] of each signal that has an advantage: shaped rewards, measured costs, a penalty for truncation.
 
-    A truncated response is scored as it is; the penalty applies to its reward, never to its cost.
+    The penalty applies to its reward, never to its cost.
     """
     scores = algorithm.shape(scored.scores, hp.cost_weight)
     out = {"reward": scores["reward"] - hp.missing_eos_penalty * is_truncated(hp, scored.rollout)}

@@ -26,7 +26,7 @@ from safe_rlhf_jax.stages.datasets import take
 from safe_rlhf_jax.stages.host_signals import Scorers, host_scores, open_scorers
 from safe_rlhf_jax.stages.judges import Assessment, judge_signals
 from safe_rlhf_jax.stages.partial import keep_batch, kept_batches
-from safe_rlhf_jax.stages.sampling import scores_of_several
+from safe_rlhf_jax.stages.sampling import scores_of_several, warn_of_truncation
 from safe_rlhf_jax.types import Frozen, PromptBatch
 
 LOGGER = logging.getLogger(__name__)
@@ -81,6 +81,7 @@ def sample_policies(
         "response_length": stage.max_response_length,
         "eos_id": run.ends,
         "pad_id": run.tokenizer.pad_id,
+        "end_id": run.end_id,
         "sampling": Sampling(stage.temperature, stage.top_k, stage.top_p, stage.repetition_penalty),
     }
 
@@ -138,6 +139,7 @@ def sample_policies(
                     keep=functools.partial(keep, file, bar, itertools.count(len(kept) + 1)),
                 )
                 bar.close()
+            warn_of_truncation(run, stage, out[row])
             LOGGER.info(f"{stage.name}: {row}: {len(out[row])} responses")
         del params  # before the next one is opened
     turns = [conversation for _, prompts in prompt_sets for conversation in prompts.turns]

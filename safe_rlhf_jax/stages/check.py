@@ -164,6 +164,8 @@ def check_model(run: Run, stage: cfg.StageBase, field: str, use: cfg.ModelUse) -
     config = run.networks.config(reference)
     fields = {name: getattr(stage, name) for name in stage.lengths}
     room = config.generated_length if use.generates else config.max_positions
+    if use.scores and run.end_id is not None and "max_response_length" in fields:
+        fields["end_truncated"] = 1
     if sum(fields.values()) > room:
         terms = " + ".join(f"{name} {value}" for name, value in fields.items())
         beyond = "" if room == config.max_positions else ", beyond which its rope_scaling cannot generate"

@@ -27,7 +27,7 @@ from safe_rlhf_jax.sharding import (
     process_share,
     shard_batch,
 )
-from safe_rlhf_jax.stages.encoding import Encoding, exported_template, open_encodings
+from safe_rlhf_jax.stages.encoding import Encoding, exported_template, open_encodings, taught_end
 from safe_rlhf_jax.stages.hashing import DIGESTS, Digests, stage_hashes
 from safe_rlhf_jax.stages.networks import Weights
 from safe_rlhf_jax.types import Params, TrainState
@@ -99,6 +99,11 @@ class Run:
     def has_end(self, ids: np.ndarray | Sequence[int]) -> bool:
         """Says whether the tokens of a response end with one that ends a response."""
         return len(ids) > 0 and int(ids[-1]) in self.ends
+
+    @property
+    def end_id(self) -> int | None:
+        """The end token that scorers read after a truncated response; None: they read it as it is."""
+        return taught_end(self.tokenizer, self.template) if self.config.end_truncated else None
 
     def warn(self, name: str, text: str) -> None:
         """Warns of a problem of a stage, once; `result.json` keeps the warning."""

@@ -160,6 +160,11 @@ def exported_template(encoding: Encoding) -> str:
     return source if template.opens or not opening else f"{{{{ {opening!r} }}}}{source}"
 
 
+def taught_end(tokenizer: Tokenizer, template: Template) -> int:
+    """Returns the end token that stands after the responses of training texts."""
+    return template.end if template.end in tokenizer.ends else tokenizer.eos_id
+
+
 def described(run: Any) -> list[str]:
     """Returns the messages, shown once, about a run's encoding and end of texts."""
     tokenizer, template, end = run.tokenizer, run.template, run.template.end
@@ -171,7 +176,7 @@ def described(run: Any) -> list[str]:
         parts = [f"the tokenizer's eos_token is {tokenizer.quoted([tokenizer.eos_id])}"]
         parts += [f"the model's generation_config.json names {tokenizer.quoted(others)}"] if others else []
         parts += [f"the template ends a turn with {tokenizer.quoted([end])}"] if end is not None else []
-        taught = end if end in tokenizer.ends else tokenizer.eos_id
+        taught = taught_end(tokenizer, template)
         lines.append(
             f"ends of responses: {'; '.join(parts)}. Generation stops at each, training teaches "
             f"{tokenizer.quoted([taught])}"

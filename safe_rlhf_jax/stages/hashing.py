@@ -43,6 +43,7 @@ def stage_hashes(config: cfg.RunConfig, shared: Sequence[Any], files: "Digests")
             data = {str(path): files.of(path) for path in read}
             data |= {name: files.of(storage.expanded(name)) for name in stage.files()}
             parts = (hashed(stage), config.seed, hashed(config.execution), *shared, data, upstream)
+            parts += ("end_truncated",) if config.end_truncated and hasattr(stage, "max_response_length") else ()
             hashes[stage.name] = config_hash(*parts)
     found = first_says("".join(hashes.values()))
     return {name: found[12 * i : 12 * i + 12] for i, name in enumerate(names)}

@@ -67,10 +67,10 @@ class ScorerSignal:
         return scores
 
     def text(self, conversation: Sequence[Message], response: str, ended: bool) -> Text:
-        """Returns a conversation in the model's encoding; a truncated response has no end token here either."""
+        """Returns a conversation in the model's encoding; a truncated response has an end token if the run says so."""
         turns = [*conversation, {"role": "assistant", "content": response}]
         ids = written(turns, self.encoding.template, self.encoding.tokenizer, False).ids
-        ids = ids if ended else ids[:-1]
+        ids = ids if ended or self.run.config.end_truncated else ids[:-1]
         room = self.module.config.max_positions
         if len(ids) > room and not self.has_cut:
             self.has_cut = True

@@ -43,6 +43,7 @@ from safe_rlhf_jax.stages.judges import judge_signals
 from safe_rlhf_jax.stages.kind import Kind, Training
 from safe_rlhf_jax.stages.networks import jit_step, optimizer_of, with_adapters
 from safe_rlhf_jax.stages.programs import Program, array, put, random_key, texts
+from safe_rlhf_jax.stages.sampling import warn_of_truncation
 from safe_rlhf_jax.stages.trained import critic_starts, policy_and_critics
 from safe_rlhf_jax.types import (
     Frozen,
@@ -214,6 +215,7 @@ def hyperparameters(
         response_length=stage.max_response_length,
         eos_id=run.ends,
         pad_id=run.tokenizer.pad_id,
+        end_id=run.end_id,
         num_responses=stage.responses_per_prompt,
         temperature=stage.temperature,
         recompute_log_probs=a.old_log_probs == "recomputed",
@@ -280,14 +282,9 @@ def make_evaluate(
     prompts, oracle = take(run, stage, "eval_prompts"), run.oracle(stage.eval_prompts)
     report_data(f"{stage.name}: eval_prompts", prompts)
     respond = evaluate.make_respond(
-        policy,
-        scorers.modules,
-        reference=policy,
-        response_length=stage.max_response_length,
-        eos_id=run.ends,
-        pad_id=run.tokenizer.pad_id,
-        sampling=Sampling(temperature=stage.temperature),
-    )
+        policy, scorers.modules, reference=policy, response_length=stage.max_response_length, eos_id=run.ends,
+        pad_id=run.tokenizer.pad_id, sampling=Sampling(temperature=stage.temperature), end_id=run.end_id,
+    )  # fmt: skip
 
     frozen, units = Frozen(reference=reference, scorers=scorers.variables), dict[str, float]()
 
@@ -307,6 +304,7 @@ def make_evaluate(
             group_field=stage.group_field,
             oracle=oracle,
         )
+        warn_of_truncation(run, stage, samples)
         units.update(units or reward_units(samples))
         add_averages(samples, units)
         return {f"eval/{name}": value for name, value in curves(summarize(samples)).items()}

@@ -21,6 +21,7 @@ from safe_rlhf_jax.stages.host_signals import HostSignal, host_scores
 from safe_rlhf_jax.stages.partial import keep_batch, kept_batches
 
 Sampled = dict[str, np.ndarray]  # tokens [B, n, T], length [B, n], a score [B, n] for every scorer
+MANY = 0.5  # share of truncated responses of which a stage warns
 Response = dict[str, Any]  # its text, and whether it has ended
 
 
@@ -39,6 +40,7 @@ def sampler_of(
         response_length=stage.max_response_length,
         eos_id=run.ends,
         pad_id=run.tokenizer.pad_id,
+        end_id=run.end_id,
         sampling=Sampling(temperature=stage.temperature),
     )
 
@@ -121,6 +123,18 @@ def responses_of(
 def text_of(run: Run, ids: np.ndarray) -> Response:
     """Returns a sampled response as text, and whether it has an end."""
     return {"text": run.tokenizer.decode(ids), "ended": run.has_end(ids)}
+
+
+def warn_of_truncation(run: Run, stage: Any, samples: Sequence[Mapping[str, Any]]) -> None:
+    """Warns if scorers have read many responses without an end, as no text that they were trained on."""
+    share = float(np.mean([sample["truncated"] for sample in samples])) if samples else 0.0
+    if share > MANY and stage.scorers and run.end_id is None:
+        run.warn(
+            stage.name,
+            f"{share:.0%} of the responses are cut at max_response_length {stage.max_response_length}; scores of texts "
+            "without an end say little where a model was trained on whole ones: raise max_response_length, or set "
+            "end_truncated: true, so that scorers read an end after them",
+        )
 
 
 def asked(run: Run, stage: cfg.SampleStage | cfg.RedTeamStage, policy: str, prompts: Sequence[Any]) -> Examples:

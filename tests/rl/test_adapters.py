@@ -19,7 +19,7 @@ from safe_rlhf_jax.inference.sampling import Sampling
 from safe_rlhf_jax.models.adapters import Adapted, without_adapters
 from safe_rlhf_jax.models.config import Lora, ScoreConfig
 from safe_rlhf_jax.models.transformer import CausalLM, ScoreModel
-from safe_rlhf_jax.ops import gather_last, response_log_probs, sequence_scores
+from safe_rlhf_jax.ops import ends_with, gather_last, response_log_probs, sequence_scores, with_ends
 from safe_rlhf_jax.optim import init_state
 from safe_rlhf_jax.rl.kl import KLControl, k2, start_reference
 from safe_rlhf_jax.rl.rollout import score_rollout
@@ -117,6 +117,42 @@ def in_a_pass_each(world, state, frozen, rollout):
     }
     values = {s: read(net, state.critics[s].params)[:, :-1] for s, net in networks.critics.items()}
     return log_probs, log_probs, scores, values
+
+
+def check_ends(world):
+    """Scorers read an end after the first row of a rollout, which is truncated; nothing else changes."""
+
+    @functools.partial(jax.jit, static_argnames="end_id")
+    def scored(rollout, end_id=None):
+        networks = world.networks.on(world.frozen.bases)
+        return score_rollout(
+            networks, world.state, world.frozen, rollout, temperature=1.0, recompute_log_probs=True, slices=2,
+            eos_id=2, end_id=end_id,
+        )  # fmt: skip
+
+    rollout = make_rollout()
+    as_is, ended = scored(rollout), scored(rollout, end_id=7)
+    more = jnp.full((len(rollout.tokens), 1), 7), jnp.arange(len(rollout.tokens))[:, None] == 0
+    text = tuple(jnp.concatenate(pair, 1) for pair in zip((rollout.tokens, rollout.mask), more, strict=True))
+    networks = world.networks.on(world.frozen.bases)
+    for signal, scorer in networks.scorers.items():
+        expected = jax.jit(functools.partial(sequence_scores, scorer))(world.frozen.scorers[signal], *text)
+        np.testing.assert_allclose(ended.scores[signal], expected, atol=1e-5)
+        assert abs(float(ended.scores[signal][0] - as_is.scores[signal][0])) > 1e-3
+    real = [
+        dataclasses.replace(one, scores={}, below=jax.tree.map(lambda x: x[rollout.mask], one.below))
+        for one in (as_is, ended)
+    ]
+    chex.assert_trees_all_close(*real, atol=1e-5)
+
+
+@FORMS
+def test_scorers_read_an_end_after_truncated_responses_and_the_other_adapters_none(lora):
+    check_ends(make_world(lora=lora))
+
+
+def test_scorers_read_an_end_after_truncated_responses_and_the_other_networks_none():
+    check_ends(full.make_world())
 
 
 @functools.cache
@@ -326,18 +362,20 @@ def test_evaluation_reads_each_network_on_its_own_base_and_in_its_own_form():
     }
     actor = {**network("lm", ALL, 0)[1]["params"], "base": base_of(policy)}
     frozen = Frozen(reference={"base": base_of(other)}, scorers={s: variables for s, (_, variables) in scorers.items()})
-    respond = make_respond(
-        policy, {s: net for s, (net, _) in scorers.items()}, reference=other, response_length=6, eos_id=2, pad_id=0,
-        sampling=Sampling(),
-    )  # fmt: skip
+    options = {"reference": other, "response_length": 6, "eos_id": 2, "pad_id": 0, "sampling": Sampling()}
+    nets = {s: net for s, (net, _) in scorers.items()}
     prompts = prompt_batch(np.random.default_rng(0), 8, PROMPT, full.VOCAB)
-    out = respond(actor, frozen, prompts, KEY)
+    out, ended = (make_respond(policy, nets, **options, end_id=end)(actor, frozen, prompts, KEY) for end in (None, 7))
     mask = jnp.arange(6)[None] < out["length"][:, None]
     tokens = jnp.concatenate([prompts.tokens, out["tokens"]], 1)
     text = tokens, jnp.concatenate([prompts.mask, mask], 1)
+    assert not ends_with(*text, 2).all()
     for signal, (net, variables) in scorers.items():
         scores = jax.jit(functools.partial(sequence_scores, net))(variables, *text)
         np.testing.assert_allclose(out[signal], scores, atol=1e-5)
+        scores = jax.jit(functools.partial(sequence_scores, net))(variables, *with_ends(*text, 2, 7))
+        np.testing.assert_allclose(ended[signal], scores, atol=1e-5)
+    np.testing.assert_allclose(ended["kl"], out["kl"], atol=1e-5)
     plain = without_adapters(other.module), base_of(other)
     read = jax.jit(response_log_probs, static_argnames=("module", "prompt_length"))
     ours, theirs = (read(*of, *text, prompt_length=PROMPT) for of in ((policy, actor), plain))

@@ -167,6 +167,10 @@ def test_setting_that_changes_every_result_changes_every_hash(tmp_path, folder, 
     assert different(hashes(tmp_path), hashes(tmp_path, other)) == changed
 
 
+def test_end_after_truncated_responses_is_part_of_stages_that_sample_responses(tmp_path):
+    assert different(hashes(tmp_path), hashes(tmp_path, "end_truncated=true")) == {"ppo_lag", "evaluate"}
+
+
 def test_large_files_are_read_once_as_long_as_they_do_not_change(tmp_path, folder, monkeypatch):
     models = f"stages.sft.init_from=path:{folder}/policy"
     before = hashes(tmp_path, models)

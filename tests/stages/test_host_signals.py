@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -114,6 +115,8 @@ def test_response_that_was_cut_off_is_scored_without_an_end_and_an_empty_one_is_
     assert whole[-1] == end
     assert cut == whole[:-1]
     assert empty[-1] == end
+    signal.run = SimpleNamespace(config=SimpleNamespace(end_truncated=True))
+    assert signal.text(turns, "so", False).ids == whole
 
 
 def test_text_longer_than_the_scorer_reads_loses_its_beginning_and_that_is_said_once(finished, folders, capsys):
