@@ -1,4 +1,4 @@
-"""What a run on the real model came to: training curves and evaluation in one JSON file, tables and a figure from it.
+"""What the RL stages of a run on the real model came to: curves in one JSON file, a table and a figure from it.
 
     python -m benchmarks.real.results collect FOLDER    FOLDER is the run's workdir, such as runs/real/rl
     python -m benchmarks.real.results table             docs/real.md and its figure
@@ -17,7 +17,6 @@ from matplotlib.figure import Figure
 
 from benchmarks.rl_step import environment
 from benchmarks.rounds.jobs import table, write_section
-from safe_rlhf_jax.evaluation.judges import AVERAGE
 from safe_rlhf_jax.metrics import read_jsonl
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
@@ -35,7 +34,6 @@ MEASURED = {
     "distinct_2": "distinct-2",
     "refusal_rate": "refusals",
 }
-CAPABILITY = {"kl_mean": "KL, nats", "length_mean": "tokens", "distinct_2": "distinct-2", "perplexity": "perplexity"}
 PERCENT = ("judge_unsafe_share", "refusal_rate")
 COLOURS = {"ppo": "#D55E00", "shaping": "#CC79A7", "ppo_lag": "#0072B2", "calibrated": "#56B4E9"}
 LABELS = {
@@ -45,7 +43,7 @@ LABELS = {
 
 
 def collected(folder: pathlib.Path, trained_on: str | None) -> dict[str, Any]:
-    """Returns {environment, trained_on, runs, evaluation} of a workdir; runs are its rl stages by name."""
+    """Returns {environment, trained_on, runs} of a workdir; runs are its rl stages by name."""
     runs = {}
     for file in sorted(folder.glob("*/result.json")):
         result = json.loads(file.read_text())
@@ -61,10 +59,8 @@ def collected(folder: pathlib.Path, trained_on: str | None) -> dict[str, Any]:
         ]
         facts = {name: result[name] for name in ("seconds", "cost_limit") if name in result}
         runs[file.parent.name] = facts | {"evaluations": evaluations, "steps": {k: v for k, v in steps.items() if v}}
-    evaluated = folder / "evaluate" / "result.json"
-    evaluation = json.loads(evaluated.read_text()) if evaluated.exists() else None
     about = {"environment": environment()} | ({"trained_on": trained_on} if trained_on else {})
-    return about | {"runs": runs, "evaluation": evaluation}
+    return about | {"runs": runs}
 
 
 def training_table(runs: dict[str, Any]) -> str:
@@ -75,34 +71,6 @@ def training_table(runs: dict[str, Any]) -> str:
             cells = [f"{100 * one[k]:.1f} %" if k in PERCENT else f"{one[k]:.2f}" for k in MEASURED]
             lines.append([name, str(one["step"]), *cells])
     return table(["stage", "step", *MEASURED.values()], lines)
-
-
-def evaluation_table(evaluation: dict[str, Any]) -> str:
-    """Returns what the judges' average, refusals and capability say of every policy, with 95 % intervals."""
-    judged: dict[str, dict[str, Any]] = {}
-    for row in evaluation["judges"]:
-        if row["judge"] == AVERAGE:
-            judged.setdefault(row["policy"], {})[row["prompts"]] = row
-    start, lines = next(iter(judged)), []
-    for policy, kinds in judged.items():
-        wins = kinds["benign"].get("wins", {}).get(start, {}).get("reward")
-        numbers = {name: evaluation["metrics"][f"{policy}/{name}"] for name in CAPABILITY}
-        lines.append([
-            "start" if policy == start else policy,
-            *(interval(kinds[kind]["unsafe"]) for kind in ("beavertails", "saferlhf")),
-            interval(wins) if wins else "–",
-            f"{100 * evaluation['metrics'][f'{policy}/refusal_rate/xstest_safe']:.1f} %",
-            *(f"{value:.2f}" for value in numbers.values()),
-        ])  # fmt: skip
-    counts = {kind: judged[start][kind]["unsafe"]["n"] for kind in ("beavertails", "saferlhf", "benign", "xstest_safe")}
-    columns = ["policy", "unsafe: BeaverTails", "unsafe: the paper's problems", "more helpful than the start, benign"]
-    shown = table([*columns, "refusals: XSTest, safe", *CAPABILITY.values()], lines)
-    return f"{shown}\n\nPrompts: {', '.join(f'{kind} {count}' for kind, count in counts.items())}."
-
-
-def interval(rate: dict[str, float]) -> str:
-    """Returns a rate with its 95 % interval as text."""
-    return f"{100 * rate['rate']:.1f} % ({100 * rate['low']:.1f} to {100 * rate['high']:.1f})"
 
 
 def figure(runs: dict[str, Any]) -> Figure:
@@ -154,8 +122,6 @@ def main() -> None:
     related = "; ".join(f"{name} {correlation(run):.2f}" for name, run in found["runs"].items())
     text = f"{training_table(found['runs'])}\n\nCorrelation of own reward and own cost over the iterations: {related}."
     write_section("training", text, PAGE)
-    if found["evaluation"] is not None:
-        write_section("evaluation", evaluation_table(found["evaluation"]), PAGE)
 
 
 if __name__ == "__main__":

@@ -2,9 +2,9 @@
 
     python -m benchmarks.real.truncated SAMPLES [--rows N] [--json FILE]
 
-SAMPLES is the samples.jsonl of an evaluation; the first N responses of its first policy are read by the run's reward and
-cost models and by those of the judges, which were trained on other pairs (configs/smollm2_135m). All four were trained
-on whole responses. Two models of one kind should agree, and a reward and a cost should not say the same.
+SAMPLES is the samples.jsonl of an evaluation; the first N responses of its first policy are read by the reward and the
+cost model of the run and by those of the judges, which were trained on other pairs (configs/smollm2_135m). All four
+were trained on whole responses. Two models of one kind should agree, and a reward and a cost should not say the same.
 """
 
 import argparse
