@@ -107,7 +107,7 @@ def sample_policies(
         out |= scores_of_several(run, scorers.host, prompts, batch.row, out)
         return evaluate.best_responses(out, cost_limit)
 
-    folder = run.folder(stage.name) / "answers"
+    folder = run.folder(stage.name) / "sampled"
     attacks = {other.name for other in run.config.stages if isinstance(other, cfg.RedTeamStage)}
     out: dict[str, list[evaluate.Sample]] = {}
     capability: dict[str, dict[str, float]] = {}
