@@ -8,8 +8,8 @@ from jaxtyping import Array, Bool, Float
 
 from safe_rlhf_jax.models.adapters import LanguageModel, Scorer
 from safe_rlhf_jax.models.config import ScoreConfig
-from safe_rlhf_jax.ops import gather_last, next_token_log_probs, sequence_mean
-from safe_rlhf_jax.types import Metrics, Params, PreferenceBatch, SafetyBatch, Sequences, SupervisedBatch
+from safe_rlhf_jax.ops import gather_last, packed, sequence_mean, text_log_probs, unpacked
+from safe_rlhf_jax.types import Metrics, Packing, Params, PreferenceBatch, SafetyBatch, Sequences, SupervisedBatch
 
 
 def token_weights(loss_mask: Bool[Array, "B L"]) -> Float[Array, "B L"]:
@@ -36,8 +36,7 @@ def lm_loss(
     Returns:
         f32[], nats per token, and no metrics: the exponential of one microbatch's share is not a perplexity.
     """
-    hidden: Any = module.apply({"params": params}, batch.tokens, batch.mask, method="hidden")
-    log_probs = next_token_log_probs(module, params, hidden[:, :-1], batch.tokens[:, 1:])
+    log_probs = text_log_probs(module, params, batch.tokens, batch.mask, batch.packing)
     loss = -(weights[:, 1:] * log_probs).sum(-1).mean()
     return loss, {}
 
@@ -169,11 +168,13 @@ def divergence_mask(first: Sequences, second: Sequences) -> Bool[Array, "B L"]:
 
 
 def pair_scores(
-    module: Scorer, params: Params, stats: Params, first: Sequences, second: Sequences
+    module: Scorer, params: Params, stats: Params, first: Sequences, second: Sequences, packing: Packing | None = None
 ) -> tuple[Float[Array, "B L"], Float[Array, "B L"]]:
     """Scores of every token of both sides, f32[B, L] each, before normalisation."""
     both = stack_pair(first, second)
-    scores: Any = module.apply({"params": params, "stats": stats}, both.tokens, both.mask, method="raw_scores")
+    rows, texts = packed(both.tokens, both.mask, packing)
+    scores: Any = module.apply({"params": params, "stats": stats}, rows, texts, method="raw_scores")
+    scores = unpacked(scores, packing, both.tokens.shape[1])
     size = first.tokens.shape[0]
     return scores[:size], scores[size:]
 
@@ -188,7 +189,7 @@ def reward_loss(
     regularization: float,
 ) -> tuple[jax.Array, Metrics]:
     """Bradley–Terry loss of a batch of pairs, with metrics {accuracy, score_mean} and the `scores` themselves, [2B]."""
-    chosen, rejected = pair_scores(module, params, stats, batch.chosen, batch.rejected)
+    chosen, rejected = pair_scores(module, params, stats, batch.chosen, batch.rejected, batch.packing)
     end_chosen, end_rejected = gather_last(chosen, batch.chosen.mask), gather_last(rejected, batch.rejected.mask)
     options: dict[str, Any] = {"regularization": regularization, "share": batch.share, "weight": batch.weight}
     if token_wise:
@@ -215,7 +216,7 @@ def cost_loss(
     ranking_weight: float = 1.0,
 ) -> tuple[jax.Array, Metrics]:
     """Safety loss of a batch of pairs, with metrics {accuracy, sign_accuracy, score_mean} and `scores`, f32[2B]."""
-    safer, unsafer = pair_scores(module, params, stats, batch.safer, batch.unsafer)
+    safer, unsafer = pair_scores(module, params, stats, batch.safer, batch.unsafer, batch.packing)
     end_safer, end_unsafer = gather_last(safer, batch.safer.mask), gather_last(unsafer, batch.unsafer.mask)
     soft = batch.shares or batch
     labels = (soft.safer_is_safe, soft.unsafer_is_safe)
@@ -281,7 +282,7 @@ def ipo_loss(
 
 
 def pair_log_probs(
-    module: LanguageModel, params: Params, first: Sequences, second: Sequences
+    module: LanguageModel, params: Params, first: Sequences, second: Sequences, packing: Packing | None = None
 ) -> tuple[Float[Array, " B"], Float[Array, " B"]]:
     """Log-probability of each side's response, EOS included, f32[B] each, nats: sums, not means, over its tokens.
 
@@ -289,8 +290,7 @@ def pair_log_probs(
     (REFERENCE Q1); here the mask is shifted too.
     """
     both = stack_pair(first, second)
-    hidden: Any = module.apply({"params": params}, both.tokens, both.mask, method="hidden")
-    log_probs = next_token_log_probs(module, params, hidden[:, :-1], both.tokens[:, 1:])
+    log_probs = text_log_probs(module, params, both.tokens, both.mask, packing)
     sums = jnp.where(both.response_mask[:, 1:], log_probs, 0.0).sum(-1)
     size = first.tokens.shape[0]
     return sums[:size], sums[size:]
@@ -300,8 +300,9 @@ def pair_log_ratios(
     module: LanguageModel, params: Params, reference: Params, batch: PreferenceBatch
 ) -> tuple[Float[Array, " B"], Float[Array, " B"]]:
     """Δ = log π(y|x) − log π_ref(y|x) of chosen and rejected, f32[B] each, nats; π_ref has no gradient."""
-    policy = pair_log_probs(module, params, batch.chosen, batch.rejected)
-    fixed = jax.lax.stop_gradient(pair_log_probs(module, reference, batch.chosen, batch.rejected))
+    pair = batch.chosen, batch.rejected, batch.packing
+    policy = pair_log_probs(module, params, *pair)
+    fixed = jax.lax.stop_gradient(pair_log_probs(module, reference, *pair))
     return policy[0] - fixed[0], policy[1] - fixed[1]
 
 

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from safe_rlhf_jax.types import TokenIds
+from safe_rlhf_jax.sharding import constrain
+from safe_rlhf_jax.types import Packing, TokenIds
 
 LOGITS_CHUNK = 128  # response positions whose logits are in memory at a time
 
@@ -104,6 +105,44 @@ def next_token_log_probs(
     targets = targets.reshape(batch, chunks, LOGITS_CHUNK).swapaxes(0, 1)
     log_probs = jax.lax.map(lambda c: jax.checkpoint(chunk)(*c), (hidden, targets))
     return log_probs.swapaxes(0, 1).reshape(batch, padded)[:, :length]
+
+
+def packed(
+    tokens: Int[Array, "N L"], mask: Bool[Array, "N L"], packing: Packing | None
+) -> tuple[Int[Array, "P W"], Bool[Array, "P W"] | Int[Array, "P W"]]:
+    """Returns rows of several texts each, and the number of each token's text, 0 in padding; without packing, the texts.
+
+    A network that reads these numbers in place of a mask gives every token what it gives it in a row of its own
+    (`models.positions.Mask`).
+    """
+    if packing is None:
+        return tokens, mask
+    sources = constrain(packing.sources, "batch", "length")
+    texts = jnp.where(sources < 0, 0, sources // tokens.shape[1] + 1)
+    return constrain(tokens.reshape(-1)[jnp.maximum(sources, 0)], "batch", "length"), texts
+
+
+def unpacked(values: Float[Array, "P W"], packing: Packing | None, length: int) -> Float[Array, "N l"]:
+    """Returns the values of each text's first tokens from those of its row, f32[N, length]; without packing, `values`.
+
+    What stands after a text's end is of another text.
+    """
+    if packing is None:
+        return values
+    index = packing.starts[:, None] + jnp.arange(length, dtype=jnp.int32)[None]
+    return constrain(values.reshape(-1).at[index].get(mode="clip"), "batch", "length")
+
+
+def text_log_probs(
+    module: Any, params: Any, tokens: Int[Array, "N L"], mask: Bool[Array, "N L"], packing: Packing | None = None
+) -> Float[Array, "N l"]:
+    """Log-probability of every token of texts but the first, f32[N, L − 1], nats; `next_token_log_probs` of a pass."""
+    rows, texts = packed(tokens, mask, packing)
+    hidden = module.apply({"params": params}, rows, texts, method="hidden")
+    log_probs = next_token_log_probs(module, params, hidden[:, :-1], rows[:, 1:])
+    if packing is None:
+        return log_probs
+    return unpacked(jnp.pad(log_probs, ((0, 0), (0, 1))), packing, tokens.shape[1] - 1)
 
 
 def response_log_probs(

@@ -181,12 +181,17 @@ def shard_batch(batch: Any, mesh: Mesh, share: tuple[int, int] = (0, 1)) -> Any:
     return jax.tree.map(one, batch)
 
 
+def row_shards(mesh: Mesh) -> int:
+    """Returns the number of shards that the rows of a batch are split into."""
+    return int(mesh.shape["data"] * mesh.shape["fsdp"])
+
+
 def process_share(mesh: Mesh) -> tuple[int, int]:
     """Returns (i, n): the i-th of n equal slices of a batch holds the rows of this process's devices.
 
     (0, 1), the whole batch, if the mesh scatters the rows of a process.
     """
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    shards = row_shards(mesh)
     indices = batch_sharding(mesh).addressable_devices_indices_map((shards,)).values()
     held = sorted({at[0].indices(shards)[0] for at in indices if at is not None})
     size = len(held)

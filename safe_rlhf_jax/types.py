@@ -23,12 +23,24 @@ Metrics = dict[str, jax.Array]
 
 
 @struct.dataclass
+class Packing:
+    """Where the N texts of a batch, each [L], lie in P rows that several of them share (`ops.packed`).
+
+    N is B, or 2B of pairs: the first sides, then the second.
+    """
+
+    sources: jax.Array  # i32[P, W]  index of each column's token among the N·L; −1 is padding
+    starts: jax.Array  # i32[N]  index of each text's first token among the P·W columns
+
+
+@struct.dataclass
 class SupervisedBatch:
     """Texts for SFT and PTX. Right-padded."""
 
     tokens: jax.Array  # i32[B, L]
     mask: jax.Array  # bool[B, L]  real tokens
     loss_mask: jax.Array  # bool[B, L]  tokens in the loss (responses and their EOS)
+    packing: Packing | None = None  # None: each text is a row
 
 
 @struct.dataclass
@@ -49,6 +61,7 @@ class PreferenceBatch:
     margin: jax.Array | None = None  # f32[B]  target margin of DPO, in units of β·log-ratio
     share: jax.Array | None = None  # f32[B]  of annotators who prefer `chosen`; None: all
     weight: jax.Array | None = None  # f32[B]  in the loss; None: 1
+    packing: Packing | None = None  # None: each text is a row
 
 
 @struct.dataclass
@@ -70,6 +83,7 @@ class SafetyBatch:
     unsafer_is_safe: jax.Array  # bool[B]
     shares: SafetyShares | None = None  # None: all annotators agree with the labels
     weight: jax.Array | None = None  # f32[B]  in the loss; None: 1
+    packing: Packing | None = None  # None: each text is a row
 
 
 @struct.dataclass

@@ -24,6 +24,8 @@ class SupervisedStage(TrainingStage):
     batch_size: PositiveInt = 32  # examples (pairs for reward and cost) per optimizer step
     max_length: PositiveInt = 512  # tokens of prompt + response [ref]; longer texts lose their end
     group_by_length: bool = False  # batches of texts of similar length: less padding, but batches differ more
+    packing: bool = False  # texts share rows: hardly any padding, results as without it beyond rounding
+    unhashed: ClassVar[frozenset[str]] = TrainingStage.unhashed | {"packing"}
     optimizer: OptimizerConfig = OptimizerConfig()
     held_out: ClassVar[str] = "eval_data"
     lengths: ClassVar[tuple[str, ...]] = ("max_length",)
@@ -47,6 +49,8 @@ class SupervisedStage(TrainingStage):
         """Yields errors with respect to earlier stages, and of batches."""
         yield from super().mistakes(earlier)
         yield from indivisible("batch_size", self.batch_size, "microbatches", self.microbatches)
+        if self.packing and self.group_by_length:
+            yield "group_by_length has no use with packing, which leaves hardly any padding; leave it out"
 
 
 class SFTStage(SupervisedStage):

@@ -1,6 +1,8 @@
 """Batches as a function of (seed, step): nothing to save, nothing to fast-forward on resume."""
 
+import dataclasses
 import functools
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,8 +11,11 @@ import jax
 import numpy as np
 
 from safe_rlhf_jax.data.examples import ROUND, Examples, sides_of
+from safe_rlhf_jax.data.packing import SIMULATED, chosen_rows, pack, real_share
 from safe_rlhf_jax.errors import DataError
 from safe_rlhf_jax.types import PromptBatch
+
+LOGGER = logging.getLogger(__name__)
 
 CUTS = 4  # most widths of the batches of a dataset: each is compiled
 NARROWEST = 64  # columns
@@ -30,6 +35,7 @@ class Batches:
         weights: Of the parts of a mixture: shares of the rows drawn, in proportion, whatever the parts' sizes.
         group_by_length: Batches hold texts of similar length: of every 16 batches in random order the rows are sorted
             by length, and the batches shuffled.
+        packed: (shards of the batch, microbatches): texts share rows (`types.Packing`); None: they do not.
         process_index: Index of this process.
         process_count: Number of processes.
 
@@ -45,24 +51,40 @@ class Batches:
         seed: int,
         weights: Sequence[float] | None = None,
         group_by_length: bool = False,
+        packed: tuple[int, int] | None = None,
         process_index: int = 0,
         process_count: int = 1,
     ):
         if batch_size % process_count:
             raise DataError(f"batch_size {batch_size} does not divide into {process_count} processes")
-        self.examples = examples
+        self.examples, self.process_index, self.process_count = examples, process_index, process_count
         self.share = slice(
             process_index * batch_size // process_count, (process_index + 1) * batch_size // process_count
         )
-        self.seed, self.sizes = seed % 2**32, sizes_of(examples.arrays)
+        self.seed, self.sides = seed % 2**32, side_sizes(examples.arrays)
+        self.sizes = self.sides.max(0)
         self.together = GROUPED if group_by_length else 1
         self.order = shuffled(examples, self.seed, weights).batch(batch_size * self.together)
         self.batches = functools.lru_cache(maxsize=1)(self.sorted_by_length)
+        self.rows = None
+        if packed is not None:
+            coming = range(min(-(-len(examples) // batch_size), SIMULATED))
+            sizes = [self.sides[:, self.batches(step)[0]] for step in coming]
+            self.rows = chosen_rows(sizes, int(self.sizes.max()), multiple=packed[0], parts=packed[1])
+            LOGGER.info(
+                f"texts packed into {self.rows.count} rows of {' or '.join(map(str, self.rows.widths))} columns: "
+                f"{real_share(sizes, self.rows):.0%} are real tokens"
+            )
 
     def __call__(self, step: int) -> Any:
         """Returns this process's rows of a step: the examples' batch type, host arrays."""
         group, index = divmod(step, self.together)
         rows = self.batches(group)[index]
+        if self.rows is not None:
+            packing = pack(self.sides[:, rows], self.examples.width, self.rows)
+            mine = jax.tree.map(lambda x: np.split(x, self.process_count)[self.process_index], packing)
+            batch = jax.tree.map(lambda x: x[rows[self.share]], self.examples.arrays)
+            return dataclasses.replace(batch, packing=mine)
         return cut(self.examples.arrays, rows[self.share], int(self.sizes[rows].max()))
 
     def sorted_by_length(self, group: int) -> np.ndarray:
@@ -75,10 +97,14 @@ class Batches:
         return shuffled
 
 
+def side_sizes(arrays: Any) -> np.ndarray:
+    """Returns the tokens of each text, i64[sides, N]."""
+    return np.stack([np.asarray(side.mask).sum(-1) for side in sides_of(arrays)])
+
+
 def sizes_of(arrays: Any) -> np.ndarray:
     """Returns the tokens of each row, of the longer side of a pair: i64[N]."""
-    masks = [np.asarray(side.mask) for side in sides_of(arrays)]
-    return np.max([mask.sum(-1) for mask in masks], axis=0)
+    return side_sizes(arrays).max(0)
 
 
 def width_of(longest: int, whole: int) -> int:

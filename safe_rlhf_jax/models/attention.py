@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 from safe_rlhf_jax.models.config import ModelConfig
 from safe_rlhf_jax.models.fused_attention import attend_fused, kernel_for
 from safe_rlhf_jax.models.layers import Linear, Norm, softcap
-from safe_rlhf_jax.models.positions import Rotary, alibi_slopes, config_rotary, rotate
+from safe_rlhf_jax.models.positions import Mask, Rotary, alibi_slopes, config_rotary, rotate
 from safe_rlhf_jax.models.products import precision_of
 from safe_rlhf_jax.sharding import constrain
 
@@ -38,10 +38,11 @@ def empty_cache(config: ModelConfig, batch: int, length: int) -> KVCache:
     return KVCache(jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype))
 
 
-def causal_mask(mask: Bool[Array, "B L"]) -> Bool[Array, "B L L"]:
-    """Returns the causal mask: query i attends to key j if j ≤ i and j is a real token."""
+def causal_mask(mask: Mask) -> Bool[Array, "B L L"]:
+    """Returns the causal mask: query i attends to key j if j ≤ i and j is a real token, of the same text."""
     length = mask.shape[-1]
-    return jnp.tril(jnp.ones((length, length), bool))[None] & mask[:, None, :]
+    real = mask[:, None, :] if mask.dtype == bool else (mask[:, None, :] == mask[:, :, None]) & (mask > 0)[:, None, :]
+    return jnp.tril(jnp.ones((length, length), bool))[None] & real
 
 
 @struct.dataclass
@@ -52,7 +53,7 @@ class AttentionContext:
     rotary: Rotary | None  # cos and sin at every key position
     bias: jax.Array | None  # f32[H, q, k]  added to the scores
     # Set for a full causal pass only, where a fused kernel rebuilds the mask from padding and window:
-    real: jax.Array | None = None  # bool[B, k]  columns that are not padding
+    real: jax.Array | None = None  # bool[B, k]  columns that are not padding; or i32[B, k], a `Mask`
     window: int | None = struct.field(pytree_node=False, default=None)  # keys per query, its own included
 
     def for_queries_from(self, first: int) -> "AttentionContext":
@@ -72,7 +73,7 @@ def contexts(
     positions: Int[Array, "B l"],
     visible: Bool[Array, "B l k"],
     slot: jax.Array | int,
-    real: Bool[Array, "B l"] | None = None,
+    real: Mask | None = None,
 ) -> tuple[list[AttentionContext], list[int]]:
     """Returns the distinct attention contexts of a model, and the index of each layer's context.
 
@@ -83,7 +84,7 @@ def contexts(
         positions: i32[B, l], counted over real tokens.
         visible: bool[B, l, k], which of the k keys each of the l queries may attend to, before any window.
         slot: Column of the first of the l columns.
-        real: bool[B, l] if `visible` is its causal mask: fused kernels may then replace `attend`.
+        real: bool[B, l] or i32[B, l] if `visible` is its causal mask: fused kernels may then replace `attend`.
     """
     length, columns = visible.shape[1:]
     distance = (slot + jnp.arange(length, dtype=jnp.int32))[:, None] - jnp.arange(columns, dtype=jnp.int32)[None]

@@ -8,8 +8,9 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
+from safe_rlhf_jax.models.positions import Mask
 from safe_rlhf_jax.sharding import partition_spec, platform
 
 Kernel = Literal["splash", "cudnn"]
@@ -52,7 +53,7 @@ def attend_fused(
     queries: Float[Array, "B H L C"],
     keys: Float[Array, "B K L C"],
     values: Float[Array, "B K L C"],
-    real: Bool[Array, "B L"],
+    real: Mask,
     *,
     scale: float,
     window: int | None,
@@ -68,7 +69,7 @@ def attend_fused(
         queries: float[B, H, L, C].
         keys: float[B, K, L, C].
         values: float[B, K, L, C].
-        real: bool[B, L], tokens that are not padding.
+        real: bool[B, L], tokens that are not padding; or i32[B, L], the number of each token's text, 0 in padding.
         scale: Factor of q·k.
         window: Keys per query, its own included; None: all before it.
         cap: Limit of the softcap of q·k.
@@ -95,7 +96,7 @@ def splash(
     queries: Float[Array, "B H L C"],
     keys: Float[Array, "B K L C"],
     values: Float[Array, "B K L C"],
-    real: Bool[Array, "B L"],
+    real: Mask,
     *,
     scale: float,
     window: int | None,
@@ -136,7 +137,7 @@ def cudnn(
     queries: Float[Array, "B H L C"],
     keys: Float[Array, "B K L C"],
     values: Float[Array, "B K L C"],
-    real: Bool[Array, "B L"],
+    real: Mask,
     *,
     scale: float,
     window: int | None,

@@ -5,16 +5,25 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from safe_rlhf_jax.models.config import ModelConfig, RopeScaling
 
 Rotary = tuple[jax.Array, jax.Array]  # cosine and sine, f32[B, 1, L, pairs]
 
 
-def token_positions(mask: jax.Array) -> jax.Array:
-    """Position of each token among the real tokens of its row, i32[B, L]; padding gets 0."""
-    return jnp.maximum(jnp.cumsum(mask.astype(jnp.int32), axis=-1) - 1, 0)
+Mask = (
+    Bool[Array, "B L"] | Int[Array, "B L"]
+)  # real tokens; or the number of each token's text in its row, 0 in padding
+
+
+def token_positions(mask: Mask) -> Int[Array, "B L"]:
+    """Position of each token among the real tokens of its row, or of its text; padding gets 0."""
+    if mask.dtype == bool:
+        return jnp.maximum(jnp.cumsum(mask.astype(jnp.int32), axis=-1) - 1, 0)
+    column = jnp.arange(mask.shape[-1], dtype=jnp.int32)[None]
+    begins = jnp.pad(mask[:, 1:] != mask[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+    return jnp.where(mask > 0, column - jax.lax.cummax(jnp.where(begins, column, 0), axis=1), 0)
 
 
 def rotary_table(

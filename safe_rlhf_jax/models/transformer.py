@@ -13,7 +13,7 @@ from safe_rlhf_jax.errors import ModelError
 from safe_rlhf_jax.models.attention import Attention, AttentionContext, KVCache, causal_mask, contexts, empty_cache
 from safe_rlhf_jax.models.config import ModelConfig, ScoreConfig
 from safe_rlhf_jax.models.layers import MLP, Linear, Norm, logical_param, softcap
-from safe_rlhf_jax.models.positions import token_positions
+from safe_rlhf_jax.models.positions import Mask, token_positions
 from safe_rlhf_jax.models.products import matmul
 from safe_rlhf_jax.sharding import constrain
 
@@ -115,7 +115,7 @@ class Decoder(nn.Module):
         self,
         tokens: Int[Array, "B l"],
         positions: Int[Array, "B l"],
-        visible: Bool[Array, "B l k"] | Bool[Array, "B l"],
+        visible: Bool[Array, "B l k"] | Mask,
         cache: Cache = None,
         slot: jax.Array | int = 0,
         first: int = 0,
@@ -125,7 +125,7 @@ class Decoder(nn.Module):
 
         `below` is the output of `read_trunk` for these tokens, computed before.
 
-        `visible` is the attention mask of each query, or the padding mask of a whole text with causal attention.
+        `visible` is the attention mask of each query, or a `Mask` of whole texts with causal attention.
         Outputs before column `first` are not computed: with unrolled layers, the last layer computes only keys and
         values there.
 
@@ -150,7 +150,7 @@ class Decoder(nn.Module):
         return x, cache
 
     def contexts(
-        self, positions: Int[Array, "B l"], visible: Bool[Array, "B l k"] | Bool[Array, "B l"], slot: jax.Array | int
+        self, positions: Int[Array, "B l"], visible: Bool[Array, "B l k"] | Mask, slot: jax.Array | int
     ) -> tuple[list[AttentionContext], list[int]]:
         """Returns the attention contexts of the layers, and the index of each layer's; `visible` is as in a call.
 
@@ -160,7 +160,8 @@ class Decoder(nn.Module):
         c, real = self.config, None
         if visible.ndim == 2:
             real, visible = visible, causal_mask(visible)
-        if c.positions == "learned" and visible.shape[-1] > c.max_positions:
+        several = real is not None and real.dtype != bool  # texts in a row, none as long as the row
+        if c.positions == "learned" and visible.shape[-1] > c.max_positions and not several:
             raise ModelError(
                 f"{visible.shape[-1]} tokens are more than the model's {c.max_positions} learned positions"
             )
@@ -187,7 +188,7 @@ class Decoder(nn.Module):
             caches.append(layer_cache)
         return x, None if cache is None else caches
 
-    def read_trunk(self, tokens: Int[Array, "B L"], mask: Bool[Array, "B L"]) -> Float[Array, "B L D"]:
+    def read_trunk(self, tokens: Int[Array, "B L"], mask: Mask) -> Float[Array, "B L D"]:
         """Returns the residual stream behind the trunk, which no adapter changes, float[B, L, D]."""
         positions = token_positions(mask)
         x = self.embed(tokens, positions, decoding=False)
@@ -248,12 +249,12 @@ class CausalLM(nn.Module):
         if not c.tie_embeddings:
             self.lm_head = Linear((c.vocab_size,), ("embed", "vocab"), c, c.lm_head_bias, dtype="float32")
 
-    def __call__(self, tokens: Int[Array, "B L"], mask: Bool[Array, "B L"]) -> Float[Array, "B L V"]:
+    def __call__(self, tokens: Int[Array, "B L"], mask: Mask) -> Float[Array, "B L V"]:
         """Returns next-token logits f32[B, L, V]; padding may be on either side."""
         return self.unembed(self.hidden(tokens, mask))
 
     def hidden(
-        self, tokens: Int[Array, "B L"], mask: Bool[Array, "B L"], first: int = 0,
+        self, tokens: Int[Array, "B L"], mask: Mask, first: int = 0,
         below: Float[Array, "B L D"] | None = None,
     ) -> Float[Array, "B l D"]:  # fmt: skip
         """Returns the hidden states after the final norm from column `first` on, float[B, L − first, D].
@@ -339,7 +340,7 @@ class ScoreModel(nn.Module):
             self.count = self.variable("stats", "count", jnp.zeros, (1,), jnp.int32)
 
     def __call__(
-        self, tokens: Int[Array, "B L"], mask: Bool[Array, "B L"], first: int = 0,
+        self, tokens: Int[Array, "B L"], mask: Mask, first: int = 0,
         below: Float[Array, "B L D"] | None = None,
     ) -> Float[Array, "B l"]:  # fmt: skip
         """Returns a score for every prefix that ends at column `first` or later, f32[B, L − first].
@@ -349,7 +350,7 @@ class ScoreModel(nn.Module):
         return self.normalized(self.raw_scores(tokens, mask, first, below))
 
     def scores(
-        self, hidden: Float[Array, "B l D"], tokens: Int[Array, "B L"], mask: Bool[Array, "B L"], first: int
+        self, hidden: Float[Array, "B l D"], tokens: Int[Array, "B L"], mask: Mask, first: int
     ) -> Float[Array, "B l"]:
         """Returns the scores of hidden states from column `first` on, as a call on the tokens does."""
         return self.normalized(self.read_out(hidden, tokens, mask, first))
@@ -363,21 +364,21 @@ class ScoreModel(nn.Module):
         return scores
 
     def raw_scores(
-        self, tokens: Int[Array, "B L"], mask: Bool[Array, "B L"], first: int = 0,
+        self, tokens: Int[Array, "B L"], mask: Mask, first: int = 0,
         below: Float[Array, "B L D"] | None = None,
     ) -> Float[Array, "B l"]:  # fmt: skip
         """Returns the head's output before normalisation, f32[B, L − first]."""
         return self.read_out(self.hidden(tokens, mask, first, below), tokens, mask, first)
 
     def hidden(
-        self, tokens: Int[Array, "B L"], mask: Bool[Array, "B L"], first: int = 0,
+        self, tokens: Int[Array, "B L"], mask: Mask, first: int = 0,
         below: Float[Array, "B L D"] | None = None,
     ) -> Float[Array, "B l D"]:  # fmt: skip
         """Returns the hidden states after the final norm from column `first` on, as `CausalLM.hidden`."""
         return self.decoder(tokens, token_positions(mask), mask, first=first, below=below)[0]
 
     def read_out(
-        self, hidden: Float[Array, "B l D"], tokens: Int[Array, "B L"], mask: Bool[Array, "B L"], first: int
+        self, hidden: Float[Array, "B l D"], tokens: Int[Array, "B L"], mask: Mask, first: int
     ) -> Float[Array, "B l"]:
         """Returns the head's output on hidden states from column `first` on, f32[B, L − first]."""
         scores = in_float32(hidden, self.score_kernel, ("embed", "score"))[..., 0]
@@ -385,7 +386,9 @@ class ScoreModel(nn.Module):
         if self.score.pad_id is None:
             return scores
         # The score of the last token that is not padding is repeated after it: it is read there wherever the mask ends.
-        index = jnp.arange(scores.shape[1])[None]
-        real = mask[:, first:] & (tokens[:, first:] != self.score.pad_id)
+        index, mask = jnp.arange(scores.shape[1])[None], mask[:, first:]
+        real = (mask != 0) & (tokens[:, first:] != self.score.pad_id)
         last = jnp.max(index * real, axis=1, keepdims=True)
+        if mask.dtype != bool:  # of each token's own text
+            last = jnp.max(jnp.where(mask[:, :, None] == mask[:, None], (index * real)[:, None], 0), axis=2)
         return jnp.where(index > last, jnp.take_along_axis(scores, last, axis=1), scores)

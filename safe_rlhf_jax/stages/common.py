@@ -25,6 +25,7 @@ from safe_rlhf_jax.sharding import (
     fetch,
     make_mesh,
     process_share,
+    row_shards,
     shard_batch,
 )
 from safe_rlhf_jax.stages.encoding import Encoding, exported_template, open_encodings, taught_end
@@ -123,8 +124,9 @@ class Run:
         seed: int,
         weights: Sequence[float] | None,
         group_by_length: bool = False,
+        packed: int | None = None,
     ) -> Callable[[int], Any]:
-        """Returns batch(step) on the mesh; each process reads its own share of the rows."""
+        """Returns batch(step) on the mesh; each process reads its own share of the rows. `packed`: microbatches."""
         index, count = process_share(self.mesh)
         batches = Batches(
             data,
@@ -132,6 +134,7 @@ class Run:
             seed=seed,
             weights=weights,
             group_by_length=group_by_length,
+            packed=None if packed is None else (row_shards(self.mesh), packed),
             process_index=index,
             process_count=count,
         )

@@ -25,7 +25,7 @@ from safe_rlhf_jax.optim import gradient_step
 from safe_rlhf_jax.stages.common import Run, export_errors, read_length
 from safe_rlhf_jax.stages.datasets import load_records
 from safe_rlhf_jax.stages.kind import Kind
-from safe_rlhf_jax.stages.programs import array, one_side
+from safe_rlhf_jax.stages.programs import array, one_side, packing
 from safe_rlhf_jax.stages.supervised import Task, supervised_kind
 from safe_rlhf_jax.types import Frozen, Params, PreferenceBatch, TrainState
 
@@ -156,7 +156,7 @@ def direct_batch(stage: cfg.DPOStage) -> PreferenceBatch:
     """Returns a batch at its full length, without contents."""
     margin = array(stage.batch_size, dtype=jnp.float32) if stage.safety_margin else None
     one = one_side(stage.batch_size, stage.max_length)
-    return PreferenceBatch(one, one, margin)
+    return PreferenceBatch(one, one, margin, packing=packing(stage, 2 * stage.batch_size))
 
 
 def loss_options(stage: cfg.DPOStage) -> dict[str, Any]:

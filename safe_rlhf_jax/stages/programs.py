@@ -15,7 +15,7 @@ from safe_rlhf_jax.aot.floors import Reads
 from safe_rlhf_jax.sharding import batch_sharding, with_shardings
 from safe_rlhf_jax.stages.common import Run
 from safe_rlhf_jax.stages.shapes import Shapes
-from safe_rlhf_jax.types import Sequences
+from safe_rlhf_jax.types import Packing, Sequences
 
 TOTAL_STEPS = 1000  # of a supervised stage, whose data is not read: only used in the learning-rate schedule
 
@@ -50,6 +50,13 @@ def texts(rows: int, length: int) -> dict[str, Any]:
 def one_side(rows: int, length: int) -> Sequences:
     """Returns one side of a batch of pairs."""
     return Sequences(**texts(rows, length), response_mask=array(rows, length))
+
+
+def packing(stage: Any, count: int) -> Packing | None:
+    """Returns where so many texts lie in packed rows, at their full length: each fills one."""
+    if not stage.packing:
+        return None
+    return Packing(array(count, stage.max_length, dtype=jnp.int32), array(count, dtype=jnp.int32))
 
 
 def put(run: Run, batch: Any) -> Any:

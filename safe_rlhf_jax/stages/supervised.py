@@ -27,7 +27,7 @@ from safe_rlhf_jax.stages.datasets import load_data, take
 from safe_rlhf_jax.stages.health import warn_of_model
 from safe_rlhf_jax.stages.kind import Kind, Training
 from safe_rlhf_jax.stages.networks import jit_step, optimizer_of, with_adapters
-from safe_rlhf_jax.stages.programs import TOTAL_STEPS, Program, array, one_side, put, random_key, texts
+from safe_rlhf_jax.stages.programs import TOTAL_STEPS, Program, array, one_side, packing, put, random_key, texts
 from safe_rlhf_jax.stages.trained import Trained, one_policy, one_scorer
 from safe_rlhf_jax.types import (
     Frozen,
@@ -96,7 +96,10 @@ def run_supervised(task: Task, run: Run, stage: Any, folder: storage.Path) -> di
     final: TrainState = fit(
         TrainLoop(
             name=stage.name, total_steps=total, init=lambda: state, step=step,
-            batch=run.batches(data, stage.batch_size, seed, weights(stage.data), stage.group_by_length),
+            batch=run.batches(
+                data, stage.batch_size, seed, weights(stage.data), stage.group_by_length,
+                stage.microbatches if stage.packing else None,
+            ),
             frozen=frozen, seed=seed,
             checkpoint_every=stage.checkpoint_every, keep_checkpoints=stage.keep_checkpoints,
             keep_best=stage.keep_best, eval_every=stage.eval_every, patience=stage.patience,
@@ -294,14 +297,14 @@ def supervised_kind(schema: type[cfg.SupervisedStage], task: Task) -> Kind:
 def sft_batch(stage: cfg.SFTStage) -> SupervisedBatch:
     """Returns a batch of demonstrations, without contents."""
     rows, length = stage.batch_size, stage.max_length
-    return SupervisedBatch(**texts(rows, length), loss_mask=array(rows, length))
+    return SupervisedBatch(**texts(rows, length), loss_mask=array(rows, length), packing=packing(stage, rows))
 
 
 def reward_batch(stage: cfg.RewardStage) -> PreferenceBatch:
     """Returns a batch of preferences, without contents."""
     one, number = one_side(stage.batch_size, stage.max_length), array(stage.batch_size, dtype=jnp.float32)
     share, weight = number if stage.labels == "shares" else None, number if stage.weight_field else None
-    return PreferenceBatch(one, one, None, share, weight)
+    return PreferenceBatch(one, one, None, share, weight, packing(stage, 2 * stage.batch_size))
 
 
 def cost_batch(stage: cfg.CostStage) -> SafetyBatch:
@@ -309,7 +312,8 @@ def cost_batch(stage: cfg.CostStage) -> SafetyBatch:
     one, label = one_side(stage.batch_size, stage.max_length), array(stage.batch_size)
     number = array(stage.batch_size, dtype=jnp.float32)
     shares = SafetyShares(number, number, number) if stage.labels == "shares" else None
-    return SafetyBatch(one, one, label, label, shares, number if stage.weight_field else None)
+    weight = number if stage.weight_field else None
+    return SafetyBatch(one, one, label, label, shares, weight, packing(stage, 2 * stage.batch_size))
 
 
 SCORES = ("mean", "std", "accuracy", "calibration_error")

@@ -35,7 +35,10 @@ def texts(length, padding):
     keys = jax.random.split(jax.random.key(0), 3)
     shapes = [(BATCH, heads, length, SIZE) for heads in (HEADS, KV_HEADS, KV_HEADS)]
     arrays = [jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True)]
-    column, absent = np.arange(length)[None], np.array(PADDING[padding])[:, None]
+    column = np.arange(length)[None]
+    if padding == "packed":  # several texts in a row, by number
+        return *arrays, jnp.asarray(np.minimum(column // np.array([[40], [90], [64]]) + 1, 3) * (column < length - 9))
+    absent = np.array(PADDING[padding])[:, None]
     real = column < length - absent if padding == "right" else column >= absent
     return *arrays, jnp.asarray(real)
 
@@ -54,6 +57,8 @@ def visible(real, window):
         ("splash", 128, "none", None, 5.0),
         ("cudnn", 200, "left", None, None),
         ("cudnn", 200, "right", 50, None),
+        ("splash", 256, "packed", 50, None),
+        ("cudnn", 200, "packed", None, None),
     ],
 )
 def test_real_tokens_see_the_same_as_in_plain_attention_forwards_and_backwards(kernel, length, padding, window, cap):
