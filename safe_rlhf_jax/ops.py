@@ -110,7 +110,7 @@ def next_token_log_probs(
 def packed(
     tokens: Int[Array, "N L"], mask: Bool[Array, "N L"], packing: Packing | None
 ) -> tuple[Int[Array, "P W"], Bool[Array, "P W"] | Int[Array, "P W"]]:
-    """Returns rows of several texts each, and the number of each token's text, 0 in padding; without packing, the texts.
+    """Returns rows of several texts each, and the number of each token's text, 0 in padding; unpacked, the texts.
 
     A network that reads these numbers in place of a mask gives every token what it gives it in a row of its own
     (`models.positions.Mask`).

@@ -104,7 +104,7 @@ def pack(sizes: np.ndarray, length: int, rows: Rows) -> Packing:
     sources, starts = (
         np.stack(leaves, axis=1).reshape(-1, *leaves[0].shape[1:]) for leaves in zip(*packings, strict=True)
     )
-    return Packing(sources, starts)
+    return Packing(sources, starts)  # type: ignore[arg-type]
 
 
 def placed(sizes: np.ndarray, texts: Sequence[Sequence[int]], length: int, width: int) -> tuple[np.ndarray, np.ndarray]:

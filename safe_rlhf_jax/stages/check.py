@@ -173,11 +173,11 @@ def check_model(run: Run, stage: cfg.StageBase, field: str, use: cfg.ModelUse) -
             f"{where} has {room} positions{beyond}, fewer than the {sum(fields.values())} tokens of {terms}; "
             "shorten them"
         )
-    if getattr(stage, "packing", False) and config.fixed_length is not None and config.fixed_length < stage.max_length:
+    fixed = config.fixed_length
+    if isinstance(stage, cfg.SupervisedStage) and stage.packing and fixed is not None and fixed < stage.max_length:
         raise ConfigError(
-            f"{where}: with its rope_scaling the encoding of a text of more than {config.fixed_length} tokens depends on "
-            f"its length, and rows of packed texts have one encoding; leave packing out, or make max_length "
-            f"{config.fixed_length}"
+            f"{where}: its rope_scaling encodes a text of more than {fixed} tokens by its length, and texts in one row "
+            f"have one encoding; leave packing out, or make max_length {fixed}"
         )
     tokenizer, name = run.encoding(reference).tokenizer, run.config.tokenizer
     if missing := tokenizer.lacking(config.vocab_size):

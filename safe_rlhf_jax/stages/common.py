@@ -63,7 +63,7 @@ class Run:
 
     def rows(self, data: Examples, most: int = EVAL_BATCH) -> int:
         """Returns the batch size for data that is only read: all rows, up to `most`, in whole shards."""
-        shards = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        shards = row_shards(self.mesh)
         return -(-max(1, min(most, len(data))) // shards) * shards
 
     def folder(self, name: str) -> storage.Path:

@@ -183,6 +183,12 @@ def test_a_policy_whose_encoding_changes_on_the_way_is_refused_before_it_generat
     run = Run(cfg.load_config(MINI, [f"workdir={tmp_path}"]))
     use = cfg.ModelUse(f"path:{folder}")
     check_model(run, stage_of(run.config, "sft"), "init_from", use)  # reading a text needs no cache
+    stage = stage_of(run.config, "sft").model_copy(update={"packing": True})
+    with pytest.raises(
+        cfg.ConfigError, match=r"more than 8 tokens by its length.* leave packing out, or make max_length 8"
+    ):
+        check_model(run, stage, "init_from", use)
+    check_model(run, stage.model_copy(update={"max_length": 8}), "init_from", use)
 
 
 def test_a_model_that_is_only_called_tied_differs_in_architecture_from_one_that_is(stored, tmp_path):

@@ -14,6 +14,8 @@ from safe_rlhf_jax.rl.algorithms import ALGORITHMS
 from safe_rlhf_jax.sharding import replicated
 from safe_rlhf_jax.stages import Run, reinforcement, unused
 from safe_rlhf_jax.stages.datasets import load_data
+from safe_rlhf_jax.stages.kinds import KINDS
+from safe_rlhf_jax.stages.supervised import build_supervised
 from tests.helpers import compilations, stage_of
 
 MINI = Path(__file__).parent.parent / "configs" / "mini.yaml"
@@ -33,6 +35,35 @@ def test_change_of_a_stage_reaches_the_stages_that_use_it_and_no_others():
     assert changed("stages.cost.epochs=2") == {"cost", "ppo_lag", "evaluate"}
     assert changed("stages.evaluate.top_k=3") == {"evaluate"}
     assert changed("seed=1") == {"sft", "reward", "cost", "ppo_lag", "evaluate"}
+
+
+def test_packing_is_no_change_of_a_result_and_has_no_use_for_grouping():
+    assert changed("stages.cost.packing=true") == set()
+    with pytest.raises(cfg.ConfigError, match="group_by_length has no use with packing"):
+        cfg.load_config(MINI, ["stages.cost.packing=true", "stages.cost.group_by_length=true"])
+
+
+@pytest.mark.parametrize(("name", "microbatches"), [("sft", 1), ("reward", 1), ("cost", 2)])
+def test_a_stage_takes_the_same_steps_with_packing_in_fewer_columns(tmp_path, name, microbatches):
+    def trained(packing):
+        folder = f"stages.{name}.init_from=preset:tiny"
+        overrides = [f"workdir={tmp_path}", folder, f"stages.{name}.microbatches={microbatches}"]
+        run = Run(cfg.load_config(MINI, [*overrides, f"stages.{name}.packing={packing}"]))
+        stage = stage_of(run.config, name)
+        (task,) = KINDS[stage.kind].run.args
+        data = load_data(run, stage, "data")
+        batches = run.batches(data, stage.batch_size, 0, None, False, microbatches if packing else None)
+        _, state, frozen, step = build_supervised(task, run, stage, 2)
+        for i in range(2):
+            state, metrics = step(state, frozen, batches(i), jax.random.key(0))
+        columns = batches(0).packing.sources.size if packing else data.width * stage.batch_size * task.sides
+        return jax.device_get(metrics), columns
+
+    with jax.set_mesh(Run(cfg.load_config(MINI, [f"workdir={tmp_path}"])).mesh):
+        (plain, columns), (packed, fewer) = trained(False), trained(True)
+    assert fewer < 0.8 * columns
+    for metric, value in plain.items():
+        assert abs(packed[metric] - value) < 1e-3 * (1 + abs(value)), metric
 
 
 def test_change_of_a_data_file_is_a_change_of_its_stage(tmp_path):
