@@ -4,7 +4,6 @@ The batch itself stays what it is: its rows are gathered, and results are put ba
 """
 
 import dataclasses
-import heapq
 from collections.abc import Sequence
 
 import numpy as np
@@ -12,8 +11,9 @@ import numpy as np
 from safe_rlhf_jax.types import Packing
 
 WIDTHS = 4  # of rows: each is compiled
-ROUND = 8  # columns: widths are rounded up to a multiple
-SIMULATED = 128  # batches that the widths are chosen from
+ROUND = 8  # columns: widths are multiples
+SHARES = (1.0, 0.9, 0.8, 0.7, 0.6)  # of the rows that an average batch would fill, each as long as the longest text
+SIMULATED = 64  # batches that the widths are chosen from
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,19 +37,25 @@ class Rows:
         return next((width for width in self.widths if width >= needed), wider)
 
 
-def assigned(sizes: np.ndarray, rows: int) -> tuple[list[list[int]], int]:
-    """Distributes texts over rows, the longest first, each to the emptiest row (Graham 1969).
+def assigned(sizes: np.ndarray, rows: int) -> tuple[np.ndarray, int]:
+    """Distributes texts over rows: the longest first, each to the first row with room (first-fit decreasing).
+
+    Source: Johnson 1973, at the narrowest width, a multiple of 8, at which all texts find room.
 
     Returns:
-        The texts of each row, and the tokens of the fullest.
+        The row of each text, i64[N], and the width.
     """
-    fill = [(0, row) for row in range(rows)]
-    texts: list[list[int]] = [[] for _ in range(rows)]
-    for text in np.argsort(-sizes, kind="stable").tolist():
-        used, row = heapq.heappop(fill)
-        texts[row].append(text)
-        heapq.heappush(fill, (used + int(sizes[text]), row))
-    return texts, max(used for used, _ in fill)
+    order, row_of = np.argsort(-sizes, kind="stable"), np.zeros(len(sizes), np.int64)
+    width = -(-max(int(sizes.max()), -(-int(sizes.sum()) // rows)) // ROUND) * ROUND
+    while True:
+        room = np.full(rows, width)
+        for text in order:
+            row = int(np.argmax(room >= sizes[text]))
+            room[row] -= sizes[text]
+            row_of[text] = row
+        if room.min() >= 0:
+            return row_of, width
+        width += ROUND
 
 
 def by_part(sizes: np.ndarray, parts: int) -> list[np.ndarray]:
@@ -67,11 +73,28 @@ def columns_needed(sizes: np.ndarray, count: int, parts: int) -> int:
     return max(assigned(part, count)[1] for part in by_part(sizes, parts))
 
 
-def chosen_rows(batches: Sequence[np.ndarray], longest: int, *, multiple: int, parts: int) -> Rows:
-    """Chooses the shapes of packed rows.
+def best_widths(needed: Sequence[int]) -> tuple[tuple[int, ...], int]:
+    """Returns at most `WIDTHS` widths, each batch in the narrowest that holds it, with the fewest columns in all.
 
-    Rows are about as long as the longest text, and as many as hold an average batch; the widths are quantiles of what
-    the batches need.
+    Args:
+        needed: Columns that each batch needs.
+
+    Returns:
+        The widths, ascending, and the sum of the batches' columns.
+    """
+    sizes = sorted(needed)
+    found: list[tuple[int, tuple[int, ...]]] = [(0, ())] + [(sum(sizes) * 2 + sizes[-1] * len(sizes), ())] * len(sizes)
+    for _ in range(WIDTHS):  # found[j]: the fewest columns of the j smallest batches, and their widths
+        found = [found[0]] + [
+            min((found[i][0] + (j - i) * sizes[j - 1], (*found[i][1], sizes[j - 1])) for i in range(j))
+            for j in range(1, len(sizes) + 1)
+        ]
+    columns, widths = found[-1]
+    return tuple(sorted(set(widths))), columns
+
+
+def chosen_rows(batches: Sequence[np.ndarray], longest: int, *, multiple: int, parts: int) -> Rows:
+    """Chooses the shapes of packed rows that leave the fewest columns, rows at least as long as the longest text.
 
     Args:
         batches: Tokens of the texts of batches to come, each i64[sides, B].
@@ -79,12 +102,14 @@ def chosen_rows(batches: Sequence[np.ndarray], longest: int, *, multiple: int, p
         multiple: Divides the number of rows of a part: shards of the batch.
         parts: Microbatches.
     """
-    tokens, texts = np.mean([sizes.sum() for sizes in batches]) / parts, batches[0].size // parts
-    count = min(max(int(tokens / longest) // multiple, 1), max(texts // multiple, 1)) * multiple
-    needed = [columns_needed(sizes, count, parts) for sizes in batches]
-    quantiles = np.quantile(needed, np.arange(1, WIDTHS + 1) / WIDTHS, method="higher")
-    widths = sorted({-(-int(width) // ROUND) * ROUND for width in quantiles})
-    return Rows(count * parts, tuple(widths), parts)
+    tokens = float(np.mean([sizes.sum() for sizes in batches])) / parts
+    most = max(min(int(tokens / longest), batches[0].size // parts) // multiple, 1)
+    found = []
+    for count in sorted({max(int(share * most), 1) * multiple for share in SHARES}):
+        widths, columns = best_widths([columns_needed(sizes, count, parts) for sizes in batches])
+        found.append((columns * count, widths, count))
+    _, widths, count = min(found)
+    return Rows(count * parts, widths, parts)
 
 
 def pack(sizes: np.ndarray, length: int, rows: Rows) -> Packing:
@@ -100,23 +125,22 @@ def pack(sizes: np.ndarray, length: int, rows: Rows) -> Packing:
     """
     count = rows.count // rows.parts
     width = rows.width_for(columns_needed(sizes, count, rows.parts))
-    packings = [placed(part, assigned(part, count)[0], length, width) for part in by_part(sizes, rows.parts)]
+    packings = [placed(part, assigned(part, count)[0], count, length, width) for part in by_part(sizes, rows.parts)]
     sources, starts = (
         np.stack(leaves, axis=1).reshape(-1, *leaves[0].shape[1:]) for leaves in zip(*packings, strict=True)
     )
     return Packing(sources, starts)  # type: ignore[arg-type]
 
 
-def placed(sizes: np.ndarray, texts: Sequence[Sequence[int]], length: int, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns `Packing`'s arrays of texts that are assigned to rows."""
-    sources, starts = np.full((len(texts), width), -1, np.int32), np.zeros(len(sizes), np.int32)
-    for row, members in enumerate(texts):
-        column = 0
-        for text in members:
-            size = int(sizes[text])
-            sources[row, column : column + size] = text * length + np.arange(size)
-            starts[text] = row * width + column
-            column += size
+def placed(sizes: np.ndarray, row_of: np.ndarray, rows: int, length: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns `Packing`'s arrays of texts of these sizes that are assigned to rows."""
+    sources, starts = np.full((rows, width), -1, np.int32), np.zeros(len(sizes), np.int32)
+    filled = np.zeros(rows, np.int64)
+    for text, (size, row) in enumerate(zip(sizes.tolist(), row_of.tolist(), strict=True)):
+        column = int(filled[row])
+        sources[row, column : column + size] = text * length + np.arange(size)
+        starts[text] = row * width + column
+        filled[row] += size
     return sources, starts
 
 
