@@ -1,6 +1,7 @@
 """Packed rows against rows of one text and batches of similar lengths: shares of real tokens, tokens per second.
 
     python -m benchmarks.packing [--config benchmarks/configs/packing.yaml] [--steps 3] [--json FILE] [KEY=VALUE ...]
+    python -m benchmarks.packing --table      writes the table of benchmarks/README.md from the file
 
 The share is that of an epoch. The batches that are timed are the first ones of the three ways in turn, in one process,
 after one untimed run of each, which compiles.
@@ -11,7 +12,6 @@ import importlib.metadata
 import json
 import os
 import pathlib
-import statistics
 import subprocess
 import time
 from typing import Any
@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from benchmarks.rounds.jobs import write_section
 from safe_rlhf_jax.config import load_config
 from safe_rlhf_jax.data.examples import Examples, sides_of
 from safe_rlhf_jax.data.loader import Batches
@@ -75,12 +76,29 @@ def measured(run: Run, stage: Any, steps: int) -> dict[str, Any]:
                     seconds[name].append(time.perf_counter() - start)
     for name, batch in batches.items():
         real = [tokens_of(batch(i))[0] for i in range(steps)]
-        rates = [count / spent for count, spent in zip(real, seconds[name], strict=True)]
         found["ways"][name] |= {"seconds": seconds[name], "real_tokens_per_second": sum(real) / sum(seconds[name])}
-        found["ways"][name]["median_of_steps"] = statistics.median(rates)
     rate = {name: way["real_tokens_per_second"] for name, way in found["ways"].items()}
     found["ratio"] = {name: rate["packed"] / rate[name] for name in rate if name != "packed"}
     return found
+
+
+def table(result: dict[str, Any]) -> str:
+    """Returns the table of a result."""
+    lines = [
+        f"SmolLM2-135M with adapters of rank 16 on the last 10 layers, {result['cores']} cores ({result['cpu']}), "
+        f"{result['dtype']}, commit {result['commit']}:\n",
+        "| data | records per step | real tokens: a row each | by length | packed | real tokens/s: a row each "
+        "| by length | packed | packed ÷ a row each | packed ÷ by length |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, found in result["stages"].items():
+        ways, ratio = found["ways"], found["ratio"]
+        cells = [f"{name}, {found['tokens_per_text']:.0f} tokens of at most {found['max_length']}", found["batch_size"]]
+        cells += [f"{100 * way['real_share']:.0f} %" for way in ways.values()]
+        cells += [f"{way['real_tokens_per_second']:.0f}" for way in ways.values()]
+        cells += [f"{ratio[name]:.2f}" for name in ("unpacked", "grouped by length")]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines) + "\n"
 
 
 def main() -> None:
@@ -89,8 +107,12 @@ def main() -> None:
     parser.add_argument("--config", default=CONFIG)
     parser.add_argument("--steps", type=int, default=3, help="batches that are timed")
     parser.add_argument("--json", type=pathlib.Path, default=ROOT / RESULT)
+    parser.add_argument("--table", action="store_true", help="write the table instead of measuring")
     parser.add_argument("overrides", nargs="*", metavar="dotted.key=value")
     options = parser.parse_args()
+    if options.table:
+        write_section("packing", table(json.loads(options.json.read_text())), ROOT / "benchmarks" / "README.md")
+        return
     config = load_config(options.config, options.overrides)
     run = Run(config)
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=ROOT)

@@ -4,6 +4,7 @@ The batch itself stays what it is: its rows are gathered, and results are put ba
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -73,7 +74,7 @@ def columns_needed(sizes: np.ndarray, count: int, parts: int) -> int:
     return max(assigned(part, count)[1] for part in by_part(sizes, parts))
 
 
-def best_widths(needed: Sequence[int]) -> tuple[tuple[int, ...], int]:
+def best_widths(needed: Sequence[int]) -> tuple[tuple[int, ...], float]:
     """Returns at most `WIDTHS` widths, each batch in the narrowest that holds it, with the fewest columns in all.
 
     Args:
@@ -83,7 +84,7 @@ def best_widths(needed: Sequence[int]) -> tuple[tuple[int, ...], int]:
         The widths, ascending, and the sum of the batches' columns.
     """
     sizes = sorted(needed)
-    found: list[tuple[int, tuple[int, ...]]] = [(0, ())] + [(sum(sizes) * 2 + sizes[-1] * len(sizes), ())] * len(sizes)
+    found: list[tuple[float, tuple[int, ...]]] = [(0, ()), *((math.inf, ()) for _ in sizes)]
     for _ in range(WIDTHS):  # found[j]: the fewest columns of the j smallest batches, and their widths
         found = [found[0]] + [
             min((found[i][0] + (j - i) * sizes[j - 1], (*found[i][1], sizes[j - 1])) for i in range(j))
