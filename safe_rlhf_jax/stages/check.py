@@ -6,6 +6,9 @@ An error here costs seconds; later it would cost hours.
 import dataclasses
 import importlib.util
 import logging
+import pathlib
+
+import jax
 
 from safe_rlhf_jax import config as cfg
 from safe_rlhf_jax import storage
@@ -31,7 +34,18 @@ from safe_rlhf_jax.stages.small_data import data_warnings
 
 LOGGER = logging.getLogger(__name__)
 
+PROCESSOR = pathlib.Path("/proc/cpuinfo")
 EXECUTION = (*cfg.Execution.model_fields, "initializer_range", "unused_rows")  # not part of an architecture
+
+
+def slow_dtype(dtype: str, processor: pathlib.Path = PROCESSOR) -> str | None:
+    """Returns a hint where a CPU computes in bfloat16 more slowly than in float32: it cannot multiply tiles of it."""
+    if dtype != "bfloat16" or jax.default_backend() != "cpu" or not processor.exists():
+        return None
+    flags = processor.read_text()
+    if "flags" not in flags or "amx_bf16" in flags:
+        return None
+    return "execution.dtype: without amx_bf16, as on this CPU, bfloat16 is slower than float32 (docs/launching.md)"
 
 
 def check_run(run: Run) -> None:
@@ -43,7 +57,8 @@ def check_run(run: Run) -> None:
     if run.config.wandb and importlib.util.find_spec("wandb") is None:
         raise ConfigError("wandb: true, but the package is not installed: pip install 'safe_rlhf_jax[wandb]'")
     names = [part.name for stage in run.config.stages for part in stage.parts() if part.maker is None]
-    for line in filter(None, (*described(run), demo_tokenizer_warning(run.config.tokenizer, names))):
+    lines = *described(run), demo_tokenizer_warning(run.config.tokenizer, names), slow_dtype(run.config.execution.dtype)
+    for line in filter(None, lines):
         LOGGER.info(line)
     for stage in run.config.stages:
         if run.result(stage.name) is not None:

@@ -14,7 +14,7 @@ from safe_rlhf_jax.data.tokenizer import load_tokenizer
 from safe_rlhf_jax.models import hf
 from safe_rlhf_jax.models.config import ScoreConfig
 from safe_rlhf_jax.stages import Run, check_run
-from safe_rlhf_jax.stages.check import check_model, check_same_architecture, check_stored
+from safe_rlhf_jax.stages.check import check_model, check_same_architecture, check_stored, slow_dtype
 from safe_rlhf_jax.stages.datasets import load_data
 from tests.helpers import make_lm, make_scorer, stage_of, tiny_config
 from tests.tokenizers import make_tokenizer
@@ -39,6 +39,21 @@ def checked(stored, tmp_path, *overrides):
     """Reads the config and checks what can be known before training, without starting to train."""
     models = (f"stages.ppo_lag.reward_model=path:{stored}/reward", f"stages.ppo_lag.cost_model=path:{stored}/cost")
     check_run(Run(cfg.load_config(MINI, [f"workdir={tmp_path}", *models, *overrides])))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "flags", "slow"),
+    [
+        ("bfloat16", "flags\t: fpu avx512_bf16 avx512f", True),
+        ("bfloat16", "flags\t: fpu avx512_bf16 amx_bf16", False),
+        ("float32", "flags\t: fpu", False),
+        ("bfloat16", "Features\t: fp asimd", False),  # another architecture: unknown
+    ],
+)
+def test_a_cpu_that_is_slower_in_bfloat16_is_told(tmp_path, dtype, flags, slow):
+    (tmp_path / "cpuinfo").write_text(flags)
+    assert bool(slow_dtype(dtype, tmp_path / "cpuinfo")) == slow
+    assert slow_dtype(dtype, tmp_path / "none") is None
 
 
 def test_scorers_of_both_layouts_are_accepted_as_what_they_are(stored, tmp_path):
