@@ -24,7 +24,7 @@ class SupervisedStage(TrainingStage):
     batch_size: PositiveInt = 32  # examples (pairs for reward and cost) per optimizer step
     max_length: PositiveInt = 512  # tokens of prompt + response [ref]; longer texts lose their end
     group_by_length: bool = False  # batches of texts of similar length: less padding, but batches differ more
-    packing: bool = False  # texts share rows: hardly any padding, results as without it beyond rounding
+    packing: bool = False  # texts share rows: hardly any padding, the same steps but for rounding and dropout
     unhashed: ClassVar[frozenset[str]] = TrainingStage.unhashed | {"packing"}
     optimizer: OptimizerConfig = OptimizerConfig()
     held_out: ClassVar[str] = "eval_data"

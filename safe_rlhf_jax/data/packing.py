@@ -14,6 +14,7 @@ from safe_rlhf_jax.types import Packing
 WIDTHS = 4  # of rows: each is compiled
 ROUND = 8  # columns: widths are multiples
 SHARES = (1.0, 0.9, 0.8, 0.7, 0.6)  # of the rows that an average batch would fill, each as long as the longest text
+WIDEST = 2  # of a row, in lengths of the longest text
 SIMULATED = 64  # batches that the widths are chosen from
 
 
@@ -95,7 +96,10 @@ def best_widths(needed: Sequence[int]) -> tuple[tuple[int, ...], float]:
 
 
 def chosen_rows(batches: Sequence[np.ndarray], longest: int, *, multiple: int, parts: int) -> Rows:
-    """Chooses the shapes of packed rows that leave the fewest columns, rows at least as long as the longest text.
+    """Chooses the shapes of packed rows that leave the fewest columns, none wider than two of the longest text.
+
+    Wider rows are filled better, but the masks of attention grow with the square of their width. Where a part has few
+    texts, so that one row of it is wider in any case, rows are as narrow as can be.
 
     Args:
         batches: Tokens of the texts of batches to come, each i64[sides, B].
@@ -109,7 +113,8 @@ def chosen_rows(batches: Sequence[np.ndarray], longest: int, *, multiple: int, p
     for count in sorted({max(int(share * most), 1) * multiple for share in SHARES}):
         widths, columns = best_widths([columns_needed(sizes, count, parts) for sizes in batches])
         found.append((columns * count, widths, count))
-    _, widths, count = min(found)
+    narrow = [shape for shape in found if shape[1][-1] <= WIDEST * longest] or found[-1:]
+    _, widths, count = min(narrow)
     return Rows(count * parts, widths, parts)
 
 
@@ -124,9 +129,10 @@ def pack(sizes: np.ndarray, length: int, rows: Rows) -> Packing:
     Returns:
         Host arrays. With microbatches, those of `optim.split` have indices into their own texts and rows.
     """
-    count = rows.count // rows.parts
-    width = rows.width_for(columns_needed(sizes, count, rows.parts))
-    packings = [placed(part, assigned(part, count)[0], count, length, width) for part in by_part(sizes, rows.parts)]
+    count, parts = rows.count // rows.parts, by_part(sizes, rows.parts)
+    found = [assigned(part, count) for part in parts]
+    width = rows.width_for(max(needed for _, needed in found))
+    packings = [placed(part, row_of, count, length, width) for part, (row_of, _) in zip(parts, found, strict=True)]
     sources, starts = (
         np.stack(leaves, axis=1).reshape(-1, *leaves[0].shape[1:]) for leaves in zip(*packings, strict=True)
     )

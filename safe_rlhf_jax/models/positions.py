@@ -12,9 +12,8 @@ from safe_rlhf_jax.models.config import ModelConfig, RopeScaling
 Rotary = tuple[jax.Array, jax.Array]  # cosine and sine, f32[B, 1, L, pairs]
 
 
-Mask = (
-    Bool[Array, "B L"] | Int[Array, "B L"]
-)  # real tokens; or the number of each token's text in its row, 0 in padding
+# Real tokens; or, where several texts share a row, the number of each token's text, 0 in padding.
+Mask = Bool[Array, "B L"] | Int[Array, "B L"]
 
 
 def token_positions(mask: Mask) -> Int[Array, "B L"]:

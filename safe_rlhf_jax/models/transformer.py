@@ -160,7 +160,7 @@ class Decoder(nn.Module):
         c, real = self.config, None
         if visible.ndim == 2:
             real, visible = visible, causal_mask(visible)
-        several = real is not None and real.dtype != bool  # texts in a row, none as long as the row
+        several = real is not None and real.dtype != bool  # texts in a row, which may have more columns than a text
         if c.positions == "learned" and visible.shape[-1] > c.max_positions and not several:
             raise ModelError(
                 f"{visible.shape[-1]} tokens are more than the model's {c.max_positions} learned positions"

@@ -189,7 +189,8 @@ def check_model(run: Run, stage: cfg.StageBase, field: str, use: cfg.ModelUse) -
             "shorten them"
         )
     fixed = config.fixed_length
-    if isinstance(stage, cfg.SupervisedStage) and stage.packing and fixed is not None and fixed < stage.max_length:
+    packs = isinstance(stage, cfg.SupervisedStage) and stage.packing and field in ("init_from", "reference")
+    if packs and fixed is not None and fixed < fields["max_length"]:
         raise ConfigError(
             f"{where}: its rope_scaling encodes a text of more than {fixed} tokens by its length, and texts in one row "
             f"have one encoding; leave packing out, or make max_length {fixed}"
