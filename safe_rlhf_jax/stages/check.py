@@ -6,7 +6,6 @@ An error here costs seconds; later it would cost hours.
 import dataclasses
 import importlib.util
 import logging
-import pathlib
 
 import jax
 
@@ -34,15 +33,15 @@ from safe_rlhf_jax.stages.small_data import data_warnings
 
 LOGGER = logging.getLogger(__name__)
 
-PROCESSOR = pathlib.Path("/proc/cpuinfo")
+PROCESSOR = "/proc/cpuinfo"
 EXECUTION = (*cfg.Execution.model_fields, "initializer_range", "unused_rows")  # not part of an architecture
 
 
-def slow_dtype(dtype: str, processor: pathlib.Path = PROCESSOR) -> str | None:
+def slow_dtype(dtype: str, processor: str = PROCESSOR) -> str | None:
     """Returns a hint where a CPU computes in bfloat16 more slowly than in float32: it cannot multiply tiles of it."""
-    if dtype != "bfloat16" or jax.default_backend() != "cpu" or not processor.exists():
+    if dtype != "bfloat16" or jax.default_backend() != "cpu" or not storage.is_file(storage.path(processor)):
         return None
-    flags = processor.read_text()
+    flags = storage.read_text(storage.path(processor))
     if "flags" not in flags or "amx_bf16" in flags:
         return None
     return "execution.dtype: without amx_bf16, as on this CPU, bfloat16 is slower than float32 (docs/launching.md)"

@@ -52,8 +52,8 @@ def checked(stored, tmp_path, *overrides):
 )
 def test_a_cpu_that_is_slower_in_bfloat16_is_told(tmp_path, dtype, flags, slow):
     (tmp_path / "cpuinfo").write_text(flags)
-    assert bool(slow_dtype(dtype, tmp_path / "cpuinfo")) == slow
-    assert slow_dtype(dtype, tmp_path / "none") is None
+    assert bool(slow_dtype(dtype, str(tmp_path / "cpuinfo"))) == slow
+    assert slow_dtype(dtype, str(tmp_path / "none")) is None
 
 
 def test_scorers_of_both_layouts_are_accepted_as_what_they_are(stored, tmp_path):
