@@ -8,17 +8,15 @@ after one untimed run of each, which compiles.
 """
 
 import argparse
-import importlib.metadata
 import json
-import os
 import pathlib
-import subprocess
 import time
 from typing import Any
 
 import jax
 import numpy as np
 
+from benchmarks.rl_step import environment
 from benchmarks.rounds.jobs import write_section
 from safe_rlhf_jax.config import load_config
 from safe_rlhf_jax.data.examples import Examples, sides_of
@@ -115,13 +113,9 @@ def main() -> None:
         return
     config = load_config(options.config, options.overrides)
     run = Run(config)
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=ROOT)
-    lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
     result: dict[str, Any] = {
-        "commit": commit.stdout.strip(), "config": options.config, "overrides": options.overrides,
-        "jax": importlib.metadata.version("jax"), "cores": len(os.sched_getaffinity(0)),
-        "cpu": next(line.split(":")[1].strip() for line in lines if "model name" in line),
-        "dtype": config.execution.dtype, "stages": {},
+        **environment(), "config": options.config, "overrides": options.overrides, "dtype": config.execution.dtype,
+        "stages": {},
     }  # fmt: skip
     with jax.set_mesh(run.mesh):
         for stage in config.stages:

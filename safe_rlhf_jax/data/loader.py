@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from safe_rlhf_jax.data.examples import ROUND, Examples, sides_of
-from safe_rlhf_jax.data.packing import SIMULATED, chosen_rows, pack, real_share
+from safe_rlhf_jax.data.packing import SIMULATED, chosen_rows, pack
 from safe_rlhf_jax.errors import DataError
 from safe_rlhf_jax.types import PromptBatch
 
@@ -70,10 +70,10 @@ class Batches:
         if packed is not None:
             coming = range(min(-(-len(examples) // batch_size), SIMULATED))
             sizes = [self.sides[:, self.batches(step)[0]] for step in coming]
-            self.rows = chosen_rows(sizes, int(self.sizes.max()), multiple=packed[0], parts=packed[1])
+            self.rows, share = chosen_rows(sizes, int(self.sizes.max()), multiple=packed[0], parts=packed[1])
             LOGGER.info(
                 f"texts packed into {self.rows.count} rows of {' or '.join(map(str, self.rows.widths))} columns: "
-                f"{real_share(sizes, self.rows):.0%} are real tokens"
+                f"{share:.0%} are real tokens"
             )
 
     def __call__(self, step: int) -> Any:

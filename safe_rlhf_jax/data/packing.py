@@ -9,10 +9,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from safe_rlhf_jax.data.examples import ROUND
 from safe_rlhf_jax.types import Packing
 
 WIDTHS = 4  # of rows: each is compiled
-ROUND = 8  # columns: widths are multiples
 SHARES = (1.0, 0.9, 0.8, 0.7, 0.6)  # of the rows that an average batch would fill, each as long as the longest text
 WIDEST = 2  # of a row, in lengths of the longest text
 SIMULATED = 64  # batches that the widths are chosen from
@@ -95,7 +95,7 @@ def best_widths(needed: Sequence[int]) -> tuple[tuple[int, ...], float]:
     return tuple(sorted(set(widths))), columns
 
 
-def chosen_rows(batches: Sequence[np.ndarray], longest: int, *, multiple: int, parts: int) -> Rows:
+def chosen_rows(batches: Sequence[np.ndarray], longest: int, *, multiple: int, parts: int) -> tuple[Rows, float]:
     """Chooses the shapes of packed rows that leave the fewest columns, none wider than two of the longest text.
 
     Wider rows are filled better, but the masks of attention grow with the square of their width. Where a part has few
@@ -106,6 +106,9 @@ def chosen_rows(batches: Sequence[np.ndarray], longest: int, *, multiple: int, p
         longest: Tokens of the longest text of the dataset.
         multiple: Divides the number of rows of a part: shards of the batch.
         parts: Microbatches.
+
+    Returns:
+        The shapes, and the share of real tokens among the columns of these batches.
     """
     tokens = float(np.mean([sizes.sum() for sizes in batches])) / parts
     most = max(min(int(tokens / longest), batches[0].size // parts) // multiple, 1)
@@ -114,8 +117,8 @@ def chosen_rows(batches: Sequence[np.ndarray], longest: int, *, multiple: int, p
         widths, columns = best_widths([columns_needed(sizes, count, parts) for sizes in batches])
         found.append((columns * count, widths, count))
     narrow = [shape for shape in found if shape[1][-1] <= WIDEST * longest] or found[-1:]
-    _, widths, count = min(narrow)
-    return Rows(count * parts, widths, parts)
+    columns, widths, count = min(narrow)
+    return Rows(count * parts, widths, parts), tokens * len(batches) / columns
 
 
 def pack(sizes: np.ndarray, length: int, rows: Rows) -> Packing:
@@ -149,10 +152,3 @@ def placed(sizes: np.ndarray, row_of: np.ndarray, rows: int, length: int, width:
         starts[text] = row * width + column
         filled[row] += size
     return sources, starts
-
-
-def real_share(batches: Sequence[np.ndarray], rows: Rows) -> float:
-    """Returns the share of real tokens among the columns of packed batches, as in `chosen_rows`."""
-    count = rows.count // rows.parts
-    columns = [rows.count * rows.width_for(columns_needed(sizes, count, rows.parts)) for sizes in batches]
-    return float(sum(sizes.sum() for sizes in batches) / sum(columns))

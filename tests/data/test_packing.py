@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from safe_rlhf_jax.data.examples import Examples
+from safe_rlhf_jax.data.examples import Examples, sides_of
 from safe_rlhf_jax.data.loader import Batches
 from safe_rlhf_jax.optim import split
 from safe_rlhf_jax.types import PreferenceBatch, Sequences, SupervisedBatch
@@ -26,10 +26,6 @@ def dataset(n, sides, seed=0):
     else:
         arrays = PreferenceBatch(*(Sequences(*texts(row, 1 + i * n * WIDTH)) for i, row in enumerate(lengths)))
     return Examples(arrays, [{} for _ in range(n)], {}, 0)
-
-
-def sides_of(batch):
-    return [batch] if isinstance(batch, SupervisedBatch) else [batch.chosen, batch.rejected]
 
 
 @pytest.mark.parametrize("sides", [1, 2])

@@ -68,7 +68,7 @@ def sides(seed):
     return Sequences(tokens, mask, mask & (jnp.arange(LENGTH)[None] > 1))
 
 
-SAFE = jnp.arange(len(SIZES)) % 3 > 0  # labels
+SAFE = jnp.arange(len(SIZES)) % 3 > 0
 PAIR = sides(0), sides(1)
 LM, LM_VARIABLES = make_lm(CONFIG)
 SCORER, SCORER_VARIABLES = make_scorer("cost", CONFIG)
