@@ -1,8 +1,10 @@
 """Meshes and shardings: one table from the logical axes of models to the axes of the device mesh."""
 
+import contextlib
+import contextvars
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,24 +15,42 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from safe_rlhf_jax.errors import ConfigError
 
-MESH_AXES = ("data", "fsdp", "tensor")
+MESH_AXES = ("data", "fsdp", "decode", "tensor")
 FETCHED_BYTES = 2**28  # of an array that are replicated on every device while it is fetched
 
-# Logical axis -> mesh axis (or axes). Models name logical axes only.
-LOGICAL_RULES: dict[str, str | tuple[str, ...] | None] = {
-    "batch": ("data", "fsdp"),
-    "batch_without_fsdp": "data",  # where the width has it
-    "length": None,
-    "layers": None,
-    "embed": "fsdp",
-    "vocab": "tensor",
-    "heads": "tensor",
-    "kv_heads": "tensor",
-    "head_dim": None,
-    "mlp": "tensor",
-    "score": None,
-    "rank": None,  # of adapters
+Rules = Mapping[str, tuple[str, ...]]
+
+# Logical axis -> mesh axes. Models name logical axes only.
+LOGICAL_RULES: Rules = {
+    "batch": ("data", "fsdp", "decode"),
+    "batch_without_fsdp": ("data",),  # where the width has it
+    "length": (),
+    "layers": (),
+    "embed": ("fsdp", "decode"),
+    "vocab": ("tensor",),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "head_dim": (),
+    "mlp": ("tensor",),
+    "score": (),
+    "rank": (),  # of adapters
 }
+# While responses are generated from gathered parameters: `decode` splits what `tensor` splits, not what `fsdp` does.
+DECODING_RULES: Rules = {
+    name: ("decode", "tensor") if axes == ("tensor",) else tuple(axis for axis in axes if axis != "decode")
+    for name, axes in LOGICAL_RULES.items()
+}
+RULES: contextvars.ContextVar[Rules] = contextvars.ContextVar("rules", default=LOGICAL_RULES)
+
+
+@contextlib.contextmanager
+def decoding_layout() -> Iterator[None]:
+    """What is traced inside has the shardings of decoding."""
+    token = RULES.set(DECODING_RULES)
+    try:
+        yield
+    finally:
+        RULES.reset(token)
 
 
 def platform() -> str:
@@ -45,26 +65,28 @@ def platform() -> str:
     return "gpu" if name == "cuda" else name
 
 
-def make_mesh(shape: Sequence[int], devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Returns a mesh with the axes `data`, `fsdp`, `tensor`, laid out along the interconnect of the devices.
+def make_mesh(shape: Sequence[int], devices: Sequence[jax.Device] | None = None, decode: int = 1) -> Mesh:
+    """Returns a mesh with the axes `data`, `fsdp`, `decode`, `tensor`, laid out along the interconnect of the devices.
 
     With several slices of devices, only `data` crosses the slower network between them.
 
     Args:
-        shape: Three sizes; at most one of them may be -1, for the remaining devices.
+        shape: The sizes of `data`, `fsdp` and `tensor`; at most one of them may be -1, for the remaining devices.
         devices: The devices to use; all of them by default.
+        decode: Size of `decode`.
 
     Raises:
         ConfigError: If the sizes do not use all devices exactly, or `data` does not divide into the slices.
     """
     devices = list(devices or jax.devices())
-    sizes = list(shape)
+    asked = [*shape[:2], decode, shape[2]]
+    sizes = list(asked)
     if -1 in sizes:
         known = math.prod(size for size in sizes if size != -1)
         sizes[sizes.index(-1)] = len(devices) // known if known else 0
     if math.prod(sizes) != len(devices):
         raise ConfigError(
-            f"mesh: {dict(zip(MESH_AXES, shape, strict=True))} needs {math.prod(sizes)} devices, "
+            f"mesh: {dict(zip(MESH_AXES, asked, strict=True))} needs {math.prod(sizes)} devices, "
             f"{len(devices)} are present. Make the product of the sizes {len(devices)}, or set one size to -1."
         )
     axis_types = (AxisType.Auto,) * len(MESH_AXES)
@@ -78,8 +100,13 @@ def make_mesh(shape: Sequence[int], devices: Sequence[jax.Device] | None = None)
             f"crosses the network between slices. Make it a multiple of {slices}."
         )
     within = (sizes[0] // slices, *sizes[1:])
-    grid = mesh_utils.create_hybrid_device_mesh(within, (slices, 1, 1), devices, allow_split_physical_axes=True)
+    grid = mesh_utils.create_hybrid_device_mesh(within, (slices, 1, 1, 1), devices, allow_split_physical_axes=True)
     return Mesh(grid, MESH_AXES, axis_types=axis_types)
+
+
+def axes_of(name: str) -> tuple[str, ...]:
+    """Returns the mesh axes that split a logical axis."""
+    return RULES.get()[name]
 
 
 def partition_spec(names: Sequence[str | None]) -> PartitionSpec:
@@ -88,36 +115,39 @@ def partition_spec(names: Sequence[str | None]) -> PartitionSpec:
     Raises:
         ValueError: If two dimensions map to one mesh axis.
     """
-    axes = [None if name is None else LOGICAL_RULES[name] for name in names]
-    used = [axis for entry in axes if entry for axis in ((entry,) if isinstance(entry, str) else entry)]
+    axes = [() if name is None else axes_of(name) for name in names]
+    used = [axis for entry in axes for axis in entry]
     if len(used) != len(set(used)):
         raise ValueError(f"logical axes {tuple(names)} use a mesh axis twice: {axes}")
-    return PartitionSpec(*axes)
+    return PartitionSpec(*(entry or None for entry in axes))
 
 
-def constrain(x: jax.Array, *names: str | None, whole: str | None = None) -> jax.Array:
-    """Pins the sharding of an array by the logical names of its dimensions; no effect without a mesh.
+def parts(name: str, mesh: Mapping[str, int]) -> int:
+    """Returns the number of parts that a logical axis is split into on a mesh of these sizes; 1 without a mesh."""
+    return math.prod(mesh.get(axis, 1) for axis in axes_of(name))
 
-    Args:
-        x: The array.
-        names: One for each dimension.
-        whole: Mesh axis over which the array is not split.
-    """
+
+def constrain(x: jax.Array, *names: str | None) -> jax.Array:
+    """Pins the sharding of an array by the logical names of its dimensions; no effect without a mesh."""
     if jax.sharding.get_abstract_mesh().empty:
         return x
-    spec = [None if axes == whole else axes for axes in partition_spec(names)]
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
+    return jax.lax.with_sharding_constraint(x, partition_spec(names))
+
+
+def whole(x: jax.Array, *names: str | None) -> jax.Array:
+    """Gathers a parameter over the devices that split its width: `fsdp`, and `decode` while it is trained."""
+    return constrain(x, *(None if name == "embed" else name for name in names))
 
 
 def scattered(gradient: jax.Array, names: tuple[str, str]) -> jax.Array:
-    """Reduce-scatters the gradient of a matrix over `fsdp`, by the logical names of the matrix.
+    """Reduce-scatters the gradient of a matrix over its width, by the logical names of the matrix.
 
     By default the compiler all-reduces the gradient of a reshaped parameter on every device, and takes a slice.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.shape["fsdp"] == 1:
+    if mesh.empty or parts("embed", mesh.shape) == 1:
         return gradient
-    if LOGICAL_RULES[names[1]] == "fsdp":  # libtpu scatters over columns only where a slice of them fills its lanes
+    if names[1] == "embed":  # libtpu scatters over columns only where a slice of them fills its lanes
         return constrain(gradient.T, *reversed(names)).T
     return constrain(gradient, *names)
 
@@ -183,7 +213,7 @@ def shard_batch(batch: Any, mesh: Mesh, share: tuple[int, int] = (0, 1)) -> Any:
 
 def row_shards(mesh: Mesh) -> int:
     """Returns the number of shards that the rows of a batch are split into."""
-    return int(mesh.shape["data"] * mesh.shape["fsdp"])
+    return parts("batch", mesh.shape)
 
 
 def process_share(mesh: Mesh) -> tuple[int, int]:

@@ -109,8 +109,7 @@ def test_sharding_table_is_the_code():
         re.match(r"`(\w+)`", logical)[1]: tuple(re.findall(r"`(\w+)`", mesh))
         for logical, mesh in rows(between(page("docs/architecture.md"), "logical-rules"))
     }
-    code = {name: (axes,) if isinstance(axes, str) else axes or () for name, axes in LOGICAL_RULES.items()}
-    assert table == code
+    assert table == LOGICAL_RULES
 
 
 def test_defaults_in_algorithms_are_those_of_the_config():

@@ -8,9 +8,11 @@ from jax.sharding import PartitionSpec
 from safe_rlhf_jax.models.transformer import CausalLM
 from safe_rlhf_jax.sharding import (
     constrain,
+    decoding_layout,
     init_sharded,
     make_mesh,
     partition_spec,
+    parts,
     replicated,
     scattered,
     shard_batch,
@@ -19,8 +21,12 @@ from tests.helpers import tiny_config
 
 
 def test_partition_spec_maps_logical_to_mesh_axes():
-    assert partition_spec(("batch", "length", None)) == PartitionSpec(("data", "fsdp"), None, None)
-    assert partition_spec(("embed", "mlp")) == PartitionSpec("fsdp", "tensor")
+    assert partition_spec(("batch", "length", None)) == PartitionSpec(("data", "fsdp", "decode"), None, None)
+    assert partition_spec(("embed", "mlp")) == PartitionSpec(("fsdp", "decode"), "tensor")
+    with decoding_layout():
+        assert partition_spec(("batch", "length", None)) == PartitionSpec(("data", "fsdp"), None, None)
+        assert partition_spec(("embed", "mlp")) == PartitionSpec("fsdp", ("decode", "tensor"))
+    assert partition_spec(("mlp",)) == PartitionSpec("tensor")
 
 
 @pytest.mark.parametrize("names", [("heads", "mlp"), ("batch", "embed"), ("vocab", "vocab")])
@@ -36,8 +42,9 @@ def test_a_mesh_that_does_not_fit_is_refused_with_numbers_and_the_fix(shape):
 
 
 def test_a_mesh_takes_the_devices_that_remain():
-    assert dict(make_mesh((2, -1, 2)).shape) == {"data": 2, "fsdp": 2, "tensor": 2}
-    assert dict(make_mesh((1, 1, 1), jax.devices()[:1]).shape) == {"data": 1, "fsdp": 1, "tensor": 1}
+    assert dict(make_mesh((2, -1, 2)).shape) == {"data": 2, "fsdp": 2, "decode": 1, "tensor": 2}
+    assert dict(make_mesh((1, -1, 1), decode=4).shape) == {"data": 1, "fsdp": 2, "decode": 4, "tensor": 1}
+    assert dict(make_mesh((1, 1, 1), jax.devices()[:1]).shape) == {"data": 1, "fsdp": 1, "decode": 1, "tensor": 1}
 
 
 def test_parameters_are_born_in_their_shards():
@@ -62,15 +69,14 @@ def test_constrain_has_no_effect_without_a_mesh_and_shards_with_one():
 
 
 @pytest.mark.parametrize("names", [("embed", "mlp"), ("mlp", "embed")])
-@pytest.mark.parametrize("mesh", [(1, 4, 2), (2, 4, 1), (8, 1, 1)])
-def test_gradient_is_scattered_as_named(names, mesh):
+@pytest.mark.parametrize(("shape", "decode"), [((1, 4, 2), 1), ((2, 4, 1), 1), ((8, 1, 1), 1), ((1, 2, 2), 2)])
+def test_gradient_is_scattered_as_named(names, shape, decode):
     x = jnp.arange(32, dtype=jnp.float32).reshape(8, 4)
-    with jax.set_mesh(make_mesh(mesh)):
+    with jax.set_mesh(mesh := make_mesh(shape, decode=decode)):
         gradient = jax.jit(lambda x: scattered(2 * x, names))(x)
     np.testing.assert_array_equal(gradient, 2 * x)
-    sizes = dict(zip(("data", "fsdp", "tensor"), mesh, strict=True))
-    parts = [1 if mesh[1] == 1 else sizes[axis] for axis in partition_spec(names)]
-    assert {shard.data.shape for shard in gradient.addressable_shards} == {(8 // parts[0], 4 // parts[1])}
+    split = [1 if parts("embed", mesh.shape) == 1 else parts(name, mesh.shape) for name in names]
+    assert {shard.data.shape for shard in gradient.addressable_shards} == {(8 // split[0], 4 // split[1])}
 
 
 def test_batches_are_split_along_rows():

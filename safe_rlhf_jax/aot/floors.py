@@ -5,6 +5,7 @@ reads the weights and the keys and values of the tokens before it. What arrives 
 so of a matrix that is split over `fsdp` only the device's own part counts.
 """
 
+import contextlib
 import dataclasses
 import math
 import re
@@ -17,6 +18,7 @@ from jax.sharding import NamedSharding
 from safe_rlhf_jax.aot.hlo import Module
 from safe_rlhf_jax.models.config import ModelConfig
 from safe_rlhf_jax.models.quantized import bits
+from safe_rlhf_jax.sharding import decoding_layout, parts
 
 LOOKED_UP = {"embedding", "position_embedding"}  # a pass reads the rows of its tokens only
 
@@ -80,10 +82,11 @@ def decoding_reads(
         response: T, tokens.
         mesh: Sizes of the mesh axes.
     """
-    whole = "fsdp" if config.gather_to_decode else None
+    whole = "fsdp" if config.gather_to_decode else None  # over `decode` the copy is split as the parameters are
     weights = weight_bytes(params, config.dtype, tied=config.tie_embeddings, whole=whole)
-    own = rows / (mesh["data"] * mesh["fsdp"])
-    return Reads(weights + cache_bytes(config, own, prompt, response, mesh["tensor"]), response)
+    with decoding_layout() if config.gather_to_decode else contextlib.nullcontext():
+        own, heads = rows / parts("batch", mesh), parts("kv_heads", mesh)
+    return Reads(weights + cache_bytes(config, own, prompt, response, heads), response)
 
 
 def iteration_reads(

@@ -24,7 +24,7 @@ def mesh_over(sizes: cfg.Mesh, devices: Sequence[Any]) -> Mesh:
         ConfigError: If another axis than `data` would cross the network between hosts of GPUs: present, the GPUs of a
             host are a slice (see `make_mesh`); those of a topology do not say so.
     """
-    mesh = make_mesh((sizes.data, sizes.fsdp, sizes.tensor), devices)
+    mesh = make_mesh((sizes.data, sizes.fsdp, sizes.tensor), devices, sizes.decode)
     hosts = len({device.process_index for device in devices}) if devices[0].platform == "gpu" else 1
     if mesh.shape["data"] % hosts:
         raise ConfigError(

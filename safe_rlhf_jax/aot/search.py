@@ -1,6 +1,7 @@
 """Search for a mesh, rematerialisation and microbatches that fit a stage into memory: by compiling, not by formula."""
 
 import functools
+import itertools
 import math
 import os
 import sys
@@ -51,12 +52,12 @@ def advise(config: cfg.RunConfig, stage: cfg.TrainingStage, devices: Sequence[ja
 def meshes(config: cfg.RunConfig, stage: cfg.TrainingStage, devices: Sequence[jax.Device]) -> list[cfg.Mesh]:
     """Returns the meshes that devices and stage divide into and whose arguments alone fit, the most promising first.
 
-    Most promising is the least gathering in decoding: parameters over `fsdp` are gathered for every token, those over
-    `tensor` stay in place. Ties are broken by the fewest tensor-parallel devices.
+    Most promising is the least tensor parallelism, whose sums over devices grow with the batch, and of that the least
+    gathering. Where parameters are gathered for every decoded token it is the most: over `tensor` they stay in place.
     """
-    chip = chip_of(devices[0])
+    chip, gathers = chip_of(devices[0]), generates(stage) and config.execution.gather_to_decode
     fitting = []
-    for mesh in shapes(len(devices)):
+    for mesh in shapes(len(devices), decode=gathers):
         try:
             run = AbstractRun(config.model_copy(update={"mesh": mesh}), mesh_over(mesh, devices))
             check_divides(run, stage)
@@ -64,16 +65,20 @@ def meshes(config: cfg.RunConfig, stage: cfg.TrainingStage, devices: Sequence[ja
             continue
         if chip is None or held_bytes(run, stage) < chip.hbm:
             fitting.append(mesh)
-    return sorted(fitting, key=lambda mesh: (-mesh.tensor, mesh.fsdp))
+    if generates(stage) and not gathers:
+        return sorted(fitting, key=lambda mesh: (-mesh.tensor, mesh.fsdp))
+    return sorted(fitting, key=lambda mesh: (mesh.tensor, mesh.fsdp * mesh.decode, -mesh.decode))
 
 
-def shapes(devices: int) -> Iterator[cfg.Mesh]:
-    """Yields every mesh of powers of two over that many devices."""
+def shapes(devices: int, *, decode: bool = False) -> Iterator[cfg.Mesh]:
+    """Yields every mesh of powers of two over that many devices, with `decode` in place of `tensor` if asked."""
     powers = [2**i for i in range(devices.bit_length())]
-    for fsdp in powers:
-        for tensor in powers:
-            if devices % (fsdp * tensor) == 0:
-                yield cfg.Mesh(data=devices // (fsdp * tensor), fsdp=fsdp, tensor=tensor)
+    for fsdp, split in itertools.product(powers, powers):
+        if devices % (fsdp * split) == 0:
+            data = devices // (fsdp * split)
+            yield cfg.Mesh(data=data, fsdp=fsdp, tensor=split)
+            if decode and split > 1:
+                yield cfg.Mesh(data=data, fsdp=fsdp, decode=split)
 
 
 def held_bytes(run: AbstractRun, stage: cfg.TrainingStage) -> int:
@@ -126,7 +131,7 @@ def generates(stage: cfg.StageBase) -> bool:
 
 def microbatch_counts(stage: cfg.TrainingStage, mesh: cfg.Mesh) -> list[int]:
     """Returns the microbatches that a batch divides into: the stage's own number, and powers of two times it."""
-    shards = mesh.data * mesh.fsdp * stage.minibatches
+    shards = mesh.data * mesh.fsdp * mesh.decode * stage.minibatches
     return [n for n in (stage.microbatches * 2**i for i in range(20)) if stage.rows % (shards * n) == 0]
 
 

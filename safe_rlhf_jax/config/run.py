@@ -4,7 +4,7 @@ import datetime
 from typing import Annotated, Any, ClassVar, Literal
 
 import pydantic
-from pydantic import Field, NonNegativeInt
+from pydantic import Field, NonNegativeInt, PositiveInt
 
 from safe_rlhf_jax.config.assessing import CertifyStage, JudgeStage
 from safe_rlhf_jax.config.data import TEMPLATE_NAMES, Schema, Share
@@ -16,11 +16,14 @@ from safe_rlhf_jax.models.config import RematPolicy
 
 
 class Mesh(Schema):
-    """Sizes of the device mesh; one of them may be -1 for the remaining devices."""
+    """Sizes of the device mesh; one of `data`, `fsdp`, `tensor` may be -1 for the remaining devices."""
 
     data: int = -1
     fsdp: int = 1
     tensor: int = 1
+    # Devices that split parameters and batch as `fsdp` does, and heads and MLPs as `tensor` does while responses are
+    # generated: training sends fewer bytes without tensor parallelism, and decoding reads fewer with it.
+    decode: PositiveInt = 1
 
 
 class Execution(Schema):
@@ -113,6 +116,11 @@ class RunConfig(Schema):
             raise ValueError(
                 f"execution.base {self.execution.base!r} quantises the frozen bases of adapters, and no stage has "
                 "lora; a base that is trained itself cannot be quantised"
+            )
+        if self.mesh.decode > 1 and not self.execution.gather_to_decode:
+            raise ValueError(
+                f"mesh.decode {self.mesh.decode} splits the copy that execution.gather_to_decode makes; set that to "
+                "true, or leave out mesh.decode"
             )
         used = [use.reference for stage in self.stages for use in stage.models().values()]
         for model in self.templates.keys() - set(used):

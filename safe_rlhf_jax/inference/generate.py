@@ -1,5 +1,7 @@
 """Step 4 of the line: prompts in, rollout out. Prefill once, then decode in a `while_loop`, all on the device."""
 
+import contextlib
+import dataclasses
 from typing import Any
 
 import jax
@@ -11,7 +13,7 @@ from safe_rlhf_jax.models.adapters import LanguageModel, merged
 from safe_rlhf_jax.models.parameters import boxed_variables, cast_matrices
 from safe_rlhf_jax.models.quantized import dequantize
 from safe_rlhf_jax.ops import is_any
-from safe_rlhf_jax.sharding import constrain
+from safe_rlhf_jax.sharding import constrain, decoding_layout, whole
 from safe_rlhf_jax.types import Params, PromptBatch, Rollout, TokenIds
 
 
@@ -66,76 +68,87 @@ def generate(
     rows, length = batch * num_responses, prompt_length + response_length
     repeat = lambda x: jnp.repeat(x, num_responses, axis=0)  # noqa: E731
 
-    if module.config.merge_to_decode:
-        module, params = merged(module, params)
-    if module.config.gather_to_decode:
-        params = gathered(module, dequantize(params, module.config.dtype))
-    logits, cache = module.apply({"params": params}, prompts.tokens, prompts.mask, length, method="prefill")
-    if num_responses > 1:
-        batch_axis = 1 if module.config.scan_layers else 0
-        logits = repeat(logits)
-        cache = jax.tree.map(lambda x: jnp.repeat(x, num_responses, axis=batch_axis), cache)
-    prompt_mask = repeat(prompts.mask)
-    prompt_tokens = repeat(prompts.tokens)
-    prompt_size = prompt_mask.sum(-1, dtype=jnp.int32)
-    column = jnp.arange(length, dtype=jnp.int32)
-    row = jnp.arange(rows)
-    seen = None
-    if sampling.repetition_penalty != 1.0:
-        counts = jnp.zeros((rows, logits.shape[-1]), jnp.int32).at[row[:, None], prompt_tokens].add(prompt_mask)
-        seen = counts > 0
+    with contextlib.ExitStack() as layout:
+        if module.config.merge_to_decode:
+            module, params = merged(module, params)
+        if module.config.gather_to_decode:
+            params = gathered(module, dequantize(params, module.config.dtype))
+            layout.enter_context(decoding_layout())
+        prompts = dataclasses.replace(prompts, tokens=by_rows(prompts.tokens), mask=by_rows(prompts.mask))
+        logits, cache = module.apply({"params": params}, prompts.tokens, prompts.mask, length, method="prefill")
+        if num_responses > 1:
+            batch_axis = 1 if module.config.scan_layers else 0
+            logits = repeat(logits)
+            cache = jax.tree.map(lambda x: jnp.repeat(x, num_responses, axis=batch_axis), cache)
+        prompt_mask = repeat(prompts.mask)
+        prompt_tokens = repeat(prompts.tokens)
+        prompt_size = prompt_mask.sum(-1, dtype=jnp.int32)
+        column = jnp.arange(length, dtype=jnp.int32)
+        row = jnp.arange(rows)
+        seen = None
+        if sampling.repetition_penalty != 1.0:
+            counts = jnp.zeros((rows, logits.shape[-1]), jnp.int32).at[row[:, None], prompt_tokens].add(prompt_mask)
+            seen = counts > 0
 
-    def not_finished(state: DecodeState) -> jax.Array:
-        more = state.t < response_length
-        return more & ~state.done.all() if early_exit else more
+        def not_finished(state: DecodeState) -> jax.Array:
+            more = state.t < response_length
+            return more & ~state.done.all() if early_exit else more
 
-    def step(state: DecodeState) -> DecodeState:
-        token, log_prob = sample_token(jax.random.fold_in(key, state.t), state.logits, state.seen, sampling)
-        alive = ~state.done
-        token = jnp.where(alive, token, pad_id)
-        slot = prompt_length + state.t
-        full_prompt = jnp.pad(prompt_mask, ((0, 0), (0, response_length)))
-        visible = full_prompt | ((column >= prompt_length) & (column <= slot))[None]
-        logits, cache = module.apply(
-            {"params": params}, token, prompt_size + state.t, visible, state.cache, slot, method="decode"
-        )
-        return DecodeState(
-            t=state.t + 1,
+        def step(state: DecodeState) -> DecodeState:
+            token, log_prob = sample_token(jax.random.fold_in(key, state.t), state.logits, state.seen, sampling)
+            alive = ~state.done
+            token = jnp.where(alive, token, pad_id)
+            slot = prompt_length + state.t
+            full_prompt = jnp.pad(prompt_mask, ((0, 0), (0, response_length)))
+            visible = full_prompt | ((column >= prompt_length) & (column <= slot))[None]
+            logits, cache = module.apply(
+                {"params": params}, token, prompt_size + state.t, visible, state.cache, slot, method="decode"
+            )
+            return DecodeState(
+                t=state.t + 1,
+                logits=logits,
+                tokens=state.tokens.at[:, state.t].set(token),
+                log_probs=state.log_probs.at[:, state.t].set(jnp.where(alive, log_prob, 0.0)),
+                length=state.length + alive.astype(jnp.int32),
+                done=state.done | is_any(token, eos_id) & alive,
+                seen=None if state.seen is None else state.seen.at[row, token].max(alive),
+                cache=cache,
+            )
+
+        start = DecodeState(
+            t=jnp.int32(0),
             logits=logits,
-            tokens=state.tokens.at[:, state.t].set(token),
-            log_probs=state.log_probs.at[:, state.t].set(jnp.where(alive, log_prob, 0.0)),
-            length=state.length + alive.astype(jnp.int32),
-            done=state.done | is_any(token, eos_id) & alive,
-            seen=None if state.seen is None else state.seen.at[row, token].max(alive),
+            tokens=jnp.full((rows, response_length), pad_id, jnp.int32),
+            log_probs=jnp.zeros((rows, response_length), jnp.float32),
+            length=jnp.zeros((rows,), jnp.int32),
+            done=jnp.zeros((rows,), bool),
+            seen=seen,
             cache=cache,
         )
-
-    start = DecodeState(
-        t=jnp.int32(0),
-        logits=logits,
-        tokens=jnp.full((rows, response_length), pad_id, jnp.int32),
-        log_probs=jnp.zeros((rows, response_length), jnp.float32),
-        length=jnp.zeros((rows,), jnp.int32),
-        done=jnp.zeros((rows,), bool),
-        seen=seen,
-        cache=cache,
-    )
-    with jax.named_scope("decoding"):  # by this name its traffic is told from that of the prefill
-        state = jax.lax.while_loop(not_finished, step, start)
-    response_mask = jnp.arange(response_length, dtype=jnp.int32)[None] < state.length[:, None]
-    return Rollout(
-        tokens=jnp.concatenate([prompt_tokens, state.tokens], axis=1),
+        with jax.named_scope("decoding"):  # by this name its traffic is told from that of the prefill
+            state = jax.lax.while_loop(not_finished, step, start)
+        tokens, log_probs, size = map(by_rows, (state.tokens, state.log_probs, state.length))
+    response_mask = jnp.arange(response_length, dtype=jnp.int32)[None] < size[:, None]
+    rollout = Rollout(
+        tokens=jnp.concatenate([prompt_tokens, tokens], axis=1),
         mask=jnp.concatenate([prompt_mask, response_mask], axis=1),
-        sampler_log_probs=state.log_probs,
+        sampler_log_probs=log_probs,
         group=repeat(prompts.group),
     )
+    return jax.tree.map(by_rows, rollout)
+
+
+def by_rows(x: jax.Array) -> jax.Array:
+    """Splits an array along its first dimension, the rows of a batch."""
+    return constrain(x, "batch", *(None,) * (x.ndim - 1))
 
 
 def gathered(module: Any, params: Params) -> Params:
-    """Returns a copy of the parameters gathered over `fsdp`, with matrices in the compute dtype."""
+    """Returns a copy of the parameters gathered over `fsdp` and in the layout of decoding, matrices in `dtype`."""
 
     def gather(x: jax.Array, boxed: Any) -> jax.Array:
         split = constrain(x, *boxed.names)  # cast before it is sent
-        return constrain(split, *boxed.names, whole="fsdp")
+        with decoding_layout():
+            return whole(constrain(split, *boxed.names), *boxed.names)
 
     return jax.tree.map(gather, cast_matrices(params, module.config.dtype), boxed_variables(module)["params"])

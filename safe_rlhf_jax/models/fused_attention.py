@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from safe_rlhf_jax.models.positions import Mask
-from safe_rlhf_jax.sharding import partition_spec, platform
+from safe_rlhf_jax.sharding import partition_spec, parts, platform
 
 Kernel = Literal["splash", "cudnn"]
 
@@ -32,10 +32,9 @@ def kernel_for(
     `attend`: on a TPU splash multiplies it in a single pass of bfloat16.
     """
     batch, heads, length, size = queries.shape
-    mesh = jax.sharding.get_abstract_mesh()
-    shards = {} if mesh.empty else mesh.shape
-    rows, columns = (shards.get("data", 1) * shards.get("fsdp", 1), shards.get("tensor", 1))
-    if biased or keys.shape[2] != length or batch % rows or heads % columns or keys.shape[1] % columns:
+    mesh = jax.sharding.get_abstract_mesh().shape
+    split = {"batch": batch, "heads": heads, "kv_heads": keys.shape[1]}
+    if biased or keys.shape[2] != length or any(size % parts(name, mesh) for name, size in split.items()):
         return None
     if queries.dtype.itemsize != ACTIVATION_BYTES:
         return None

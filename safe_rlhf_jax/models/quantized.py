@@ -19,7 +19,7 @@ from qwix import QArray
 
 from safe_rlhf_jax.errors import ModelError
 from safe_rlhf_jax.models.products import product
-from safe_rlhf_jax.sharding import constrain
+from safe_rlhf_jax.sharding import whole
 from safe_rlhf_jax.types import Params
 
 Kind = Literal["int8", "int4"]  # a scale for each output channel; for each block of inputs of an output channel
@@ -167,7 +167,6 @@ def factors(
     With a scale for each output M is exact: integers, which compilers convert while they multiply. With blocks M is W,
     rounded to `dtype`, and s is 1: M is written out, one layer's at a time.
     """
-    whole = functools.partial(constrain, whole="fsdp")
     integers = whole(kernel.qvalue, *axes)  # or the matrix would be gathered, several times as large
     outputs = kernel.qvalue.size // inputs
     if kernel.scale.size == outputs:

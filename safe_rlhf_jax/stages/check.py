@@ -8,6 +8,7 @@ import importlib.util
 import logging
 
 import jax
+from jax.sharding import Mesh
 
 from safe_rlhf_jax import config as cfg
 from safe_rlhf_jax import storage
@@ -20,6 +21,7 @@ from safe_rlhf_jax.data.templates import PROBE
 from safe_rlhf_jax.data.tokenizer import load_tokenizer
 from safe_rlhf_jax.errors import ConfigError, ModelError, UserError
 from safe_rlhf_jax.models import hf
+from safe_rlhf_jax.sharding import axes_of, decoding_layout, parts
 from safe_rlhf_jax.stages.common import Run, weights
 from safe_rlhf_jax.stages.datasets import keep
 from safe_rlhf_jax.stages.encoding import described, has_tokenizer
@@ -136,14 +138,20 @@ def check_parts(stage: cfg.StageBase, field: str, data: cfg.Mixture, loaded: Exa
 
 def check_batch(run: Run, stage: cfg.StageBase) -> None:
     """Checks that a batch divides into the devices that share it."""
-    shards = run.mesh.shape["data"] * run.mesh.shape["fsdp"]
+    axes, shards = split("batch", run.mesh)
     for field in ("batch_size", "prompt_batch_size"):
         rows = getattr(stage, field, shards)
         if rows % shards:
             raise ConfigError(
-                f"{stage.name}: {field} {rows} does not divide into the mesh's data·fsdp = {shards} shards; "
+                f"{stage.name}: {field} {rows} does not divide into the mesh's {axes} = {shards} shards; "
                 f"nearest batches that do: {nearest_multiples(rows, shards)}"
             )
+
+
+def split(name: str, mesh: Mesh) -> tuple[str, int]:
+    """Returns the mesh axes that split a logical axis, as messages name them, and the number of parts."""
+    axes = [axis for axis in axes_of(name) if axis != "decode" or mesh.shape[axis] > 1]
+    return "·".join(axes), parts(name, mesh.shape)
 
 
 def check_divides(run: Run, stage: cfg.StageBase) -> None:
@@ -153,18 +161,18 @@ def check_divides(run: Run, stage: cfg.StageBase) -> None:
         ConfigError: With the numbers and the nearest valid ones.
     """
     check_batch(run, stage)
-    shards, tensor = run.mesh.shape["fsdp"], run.mesh.shape["tensor"]
+    with decoding_layout():  # splits heads the most
+        asked = dict.fromkeys(("num_heads", "num_kv_heads", "intermediate_size", "vocab_size"), split("mlp", run.mesh))
+    asked["hidden_size"] = split("embed", run.mesh)
     networks = {field: use for field, use in stage.models().items() if not use.is_function}
     for field, use in networks.items():
         config = run.networks.config(use.reference)
-        asked = dict.fromkeys(("num_heads", "num_kv_heads", "intermediate_size", "vocab_size"), tensor)
-        asked["hidden_size"] = shards
-        for name, parts in asked.items():
-            value, axis = getattr(config, name), "fsdp" if name == "hidden_size" else "tensor"
-            if value % parts:
+        for name, (axes, count) in asked.items():
+            value = getattr(config, name)
+            if value % count:
                 raise ConfigError(
                     f"{stage.name}: {field} {use.reference!r} has {name} {value}, which does not divide into the "
-                    f"mesh's {axis} = {parts}; nearest {axis} sizes that do: {nearest_divisors(value, parts)}"
+                    f"mesh's {axes} = {count}; nearest {axes} sizes that do: {nearest_divisors(value, count)}"
                 )
 
 

@@ -48,7 +48,8 @@ class Run:
         self.own, encoding = open_encodings(config)
         self.tokenizer, self.template, self.ends = encoding.tokenizer, encoding.template, encoding.ends
         self.tokenizer.hf.chat_template = exported_template(encoding)
-        self.mesh = make_mesh((config.mesh.data, config.mesh.fsdp, config.mesh.tensor))
+        sizes = config.mesh
+        self.mesh = make_mesh((sizes.data, sizes.fsdp, sizes.tensor), decode=sizes.decode)
         self.warnings: dict[str, list[str]] = {}  # by stage, reported before it starts
         self.networks = Weights(self)
         self.loaded: dict[tuple[str, ...], Examples] = {}  # by the check, waiting for their stages

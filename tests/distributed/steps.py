@@ -1,6 +1,6 @@
 """Some steps of PPO-Lagrangian on a mesh: in the process of the tests, or as a process of its own among others.
 
-python tests/distributed/steps.py MESH CHECKPOINTS OUT [override …]      with MESH as in 2,2,2
+python tests/distributed/steps.py MESH CHECKPOINTS OUT [override …]      with MESH as in 2,2,2, or with `decode` 1,2,1,4
 """
 
 import json
@@ -29,8 +29,8 @@ def take_steps(mesh, checkpoints, overrides):
 
     Returns the metrics and sampled tokens of each step.
     """
-    run = Run(cfg.load_config(CONFIG, overrides))
-    run.mesh = make_mesh(mesh, jax.devices() if -1 in mesh or max(mesh) > 1 else jax.devices()[:1])
+    run = Run(cfg.load_config(CONFIG, [*overrides, f"execution.gather_to_decode={str(len(mesh) > 3).lower()}"]))
+    run.mesh = make_mesh(mesh[:3], jax.devices() if -1 in mesh or max(mesh) > 1 else jax.devices()[:1], *mesh[3:])
     stage = run.config.stages[0]
     prompts = load_data(run, stage, "prompts")
     batch, key = reinforcement.prompt_batches(run, stage, prompts, 0), jax.random.key(0)

@@ -34,7 +34,7 @@ def run_on(models, start_processes, tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize("where", [(1, 1, 1), TWO, *elsewhere], ids=str)
+@pytest.mark.parametrize("where", [(1, 1, 1), (1, 2, 1, 4), TWO, *elsewhere], ids=str)
 def test_steps_sample_the_same_tokens_and_measure_the_same(run_on, where):
     ours, theirs = run_on(where), run_on(SAVING)
     assert ours["tokens"][:STEPS] == theirs["tokens"][:STEPS]
@@ -42,7 +42,7 @@ def test_steps_sample_the_same_tokens_and_measure_the_same(run_on, where):
         assert_same(ours["metrics"][i], theirs["metrics"][i])
 
 
-@pytest.mark.parametrize("where", [(1, 1, 1), TWO, *elsewhere], ids=str)
+@pytest.mark.parametrize("where", [(1, 1, 1), (1, 2, 1, 4), TWO, *elsewhere], ids=str)
 def test_checkpoint_continues_on_another_mesh(run_on, where):
     assert_same(run_on(where)["metrics"][STEPS], run_on(SAVING)["metrics"][STEPS])
 
