@@ -1,6 +1,6 @@
 """What large configs need on TPUs and GPUs: compiles them (`--compile`), and writes docs/scaling.md from the figures.
 
-python benchmarks/scaling.py --compile      compiles and searches what has no figures yet in benchmarks/results (needs
+python benchmarks/scaling.py --compile      compiles what has no figures yet in benchmarks/results (needs
                                             the extra tpu, for GPUs gpu-aot; most of an hour for everything, on two
                                             cores)
 python benchmarks/scaling.py                writes docs/scaling.md from the figures that are there
@@ -18,10 +18,12 @@ from safe_rlhf_jax.aot.expectation import FACTORS
 ROOT = pathlib.Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "scaling.md"
-RUNS = (
-    ("configs/beaver_7b/ppo_lag.yaml", "v5e:8x8"),
-    ("configs/beaver_7b/ppo_lag.yaml", "v5p:2x2x4"),
+RUNS: tuple[tuple[str, ...], ...] = (  # config, topology, settings
     ("configs/beaver_7b/ppo_lag.yaml", "v6e:8x8"),
+    ("configs/beaver_7b/ppo_lag.yaml", "v5e:8x8"),
+    ("configs/beaver_7b/ppo_lag.yaml", "v5e:8x8", "stages.ppo_lag.batch_size=512"),
+    ("configs/beaver_7b/ppo_lag.yaml", "v6e:8x8", "stages.ppo_lag.batch_size=512"),
+    ("configs/beaver_7b/ppo_lag.yaml", "v5p:2x2x4"),
     ("configs/beaver_7b/sft.yaml", "v5e:8x8"),
     ("configs/beaver_7b/sft.yaml", "v5p:2x2x4"),
     ("configs/beaver_7b/reward.yaml", "v5e:8x8"),
@@ -45,10 +47,6 @@ ADAPTERS: tuple[tuple[str, ...], ...] = (  # config, topology, settings
     (LORA_70B, "h100:8"),
     (LORA_70B, "v5p:2x2x1", "mesh.tensor=4"),
     ("configs/llama_3_8b/ppo_lag.yaml", "h100:8", *EIGHT, "stages.ppo_lag.batch_size=32"),
-)
-SEARCHES = (  # from one microbatch on
-    ("configs/llama_3_8b/ppo_lag.yaml", "v6e:8x8"),
-    ("configs/llama_3_70b/ppo_lag.yaml", "v5p:4x4x8"),
 )
 GIB = 2**30
 
@@ -84,17 +82,6 @@ PPO-Lagrangian with 32 prompts of 512 tokens and 512 tokens of response; actor, 
 both critics are adapters of rank 16 on one frozen base (the last row: six whole networks). GiB per device; seconds are
 projected. The first row has run on an H100 with random weights ([rl_step.py](../benchmarks/rl_step.py),
 [rl_step_8b_lora_h100.json](../benchmarks/results/rl_step_8b_lora_h100.json)): 33.7 s an iteration, *measured*.
-
-"""
-
-SEARCH_INTRODUCTION = """\
-## What fits, found by search
-
-    python -m safe_rlhf_jax.compile --config FILE --topology NAME --search --meshes 2 stages.ppo_lag.microbatches=1
-
-On the two most promising meshes (the least `fsdp` whose arguments fit), for each rematerialisation the fewest
-microbatches that fit, the fastest projected step first; what is slower and no smaller than another row on the same
-mesh is left out. The configs here have the first row of their search.
 
 """
 
@@ -170,14 +157,19 @@ NOTES = """\
 """
 
 
-def file_of(kind: str, config: str, topology: str, *settings: str) -> pathlib.Path:
+def file_of(config: str, topology: str, *settings: str) -> pathlib.Path:
     path, others = pathlib.Path(config), [s for s in settings if s not in EIGHT]
-    name = "_".join([kind, path.parent.name, path.stem, topology, *(s.rpartition(".")[2] for s in others)])
+    name = "_".join(["scaling", path.parent.name, path.stem, topology, *(s.rpartition(".")[2] for s in others)])
     return RESULTS / f"{name.translate(str.maketrans(':=', '__'))}.json"
 
 
-def figures(kind: str, runs: Iterable[tuple[str, ...]]) -> list[dict]:
-    return [json.loads(file.read_text()) for run in runs if (file := file_of(kind, *run)).exists()]
+def figures(runs: Iterable[tuple[str, ...]]) -> list[dict]:
+    return [json.loads(file.read_text()) for run in runs if (file := file_of(*run)).exists()]
+
+
+def name_of(report: dict) -> str:
+    settings = [f"`{setting}`" for setting in report["overrides"] if not setting.startswith("mesh.")]
+    return " ".join([f"`{report['config']}`", *settings])
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
@@ -202,7 +194,7 @@ def memory_rows(report: dict) -> list[list[str]]:
             kinds = ("argument", "temporary", "code", "total", "capacity")
             cells = [f"{memory[kind] / GIB:.2f}" for kind in kinds]
             chips = f"{report['environment']['devices']} × {report['environment']['chip']}"
-            rows.append([f"`{report['config']}`", report["topology"], chips, mesh_name(stage["mesh"]), *cells,
+            rows.append([name_of(report), report["topology"], chips, mesh_name(stage["mesh"]), *cells,
                          f"{program['compile_seconds']:.0f}"])  # fmt: skip
     return rows
 
@@ -213,7 +205,7 @@ def number(row: dict, name: str, unit: float = 1, digits: int = 2) -> str:
 
 def speed_rows(report: dict) -> list[list[str]]:
     return [
-        [f"`{report['config']}`", report["topology"], f"{p['step_seconds']:.2f}", number(p, "expected_seconds"),
+        [name_of(report), report["topology"], f"{p['step_seconds']:.2f}", number(p, "expected_seconds"),
          f"{p['tokens_per_second']:.0f}", f"{p['mfu']:.1%}"]
         for stage in report["stages"]
         for p in [stage["projected"]]
@@ -232,7 +224,7 @@ def phase_rows(report: dict) -> list[list[str]]:
                 traffic = [f"{phase['flops'] / 1e12:.1f}", f"{phase['hbm_bytes'] / 1e9:.0f}"]
                 traffic += [number(phase, key, 1e9, 0) for key in ("least_hbm_bytes", "core_bytes")]
                 cells = [*traffic, parts, *times, phase["bound"], number(phase, "expected_seconds")]
-                rows.append([f"`{report['config']}`", report["topology"], name, *cells])
+                rows.append([name_of(report), report["topology"], name, *cells])
     return rows
 
 
@@ -266,7 +258,7 @@ def expectation() -> str:
         ]
         for factor in FACTORS
     ]
-    projected = figures("scaling", [(LORA_8B, "h100:1")])[0]["stages"][0]["projected"]
+    projected = figures([(LORA_8B, "h100:1")])[0]["stages"][0]["projected"]
     measured = json.loads((RESULTS / "rl_step_8b_lora_h100.json").read_text())["seconds"]["iteration"]
     check = (
         f"The measured run of 8B below has no part in them. Expected are {projected['expected_seconds']:.1f} s, bound "
@@ -299,36 +291,11 @@ def adapters(reports: list[dict]) -> str:
     return ADAPTERS_INTRODUCTION + table(header, rows)
 
 
-def search_rows(report: dict) -> list[list[str]]:
-    rows = []
-    for stage in report["stages"]:
-        for variant in stage["feasible"]:
-            values = dict(override.split("=") for override in variant["overrides"])
-            mesh = {name.removeprefix("mesh."): int(size) for name, size in values.items() if name.startswith("mesh.")}
-            gather, remat = values["execution.gather_to_decode"], values["execution.remat"]
-            cells = [mesh_name(mesh), remat, str(variant["microbatches"]), {"true": "yes", "false": "no"}[gather]]
-            p = variant["projected"]
-            rows.append([f"`{report['config']}`", report["topology"], *cells, f"{variant['total'] / GIB:.2f}",
-                         f"{p['step_seconds']:.2f}", f"{p['tokens_per_second']:.0f}", f"{p['mfu']:.1%}"])  # fmt: skip
-    return rows
-
-
 def page() -> str:
-    reports, searches = figures("scaling", RUNS), figures("search", SEARCHES)
+    reports = figures(RUNS)
     versions = sorted({compiled_with(report["environment"]) for report in reports})
     memory = ["config", "topology", "chips", "mesh", "arguments", "temporary", "code", "total", "capacity", "compile s"]
     speed = ["config", "topology", "s per step", "expected s", "tokens/s", "MFU"]
-    search = [
-        "config",
-        "topology",
-        "mesh",
-        "remat",
-        "microbatches",
-        "gathered to decode",
-        "GiB",
-        "s per step",
-        *speed[4:],
-    ]
     token = ["config", "settings", "topology", "mesh", "GB", "read once, GB", "ratio"]
     phase = ["config", "topology", "phase", "TFLOP", "HBM GB", "at least", "on core", "largest collectives, GB sent",
              "compute s", "HBM s", "wires s", "bound by", "expected s"]  # fmt: skip
@@ -339,10 +306,9 @@ def page() -> str:
         "## Projected speed of a step\n\n" + table(speed, [row for r in reports for row in speed_rows(r)]),
         "## Phases, per device and step; seconds are projected\n\n"
         + table(phase, [row for r in reports for row in phase_rows(r)]),
-        DECODING + table(token, [row for r in (*reports, *figures("scaling", ADAPTERS)) for row in decoding_rows(r)]),
+        DECODING + table(token, [row for r in (*reports, *figures(ADAPTERS)) for row in decoding_rows(r)]),
         expectation(),
-        adapters(figures("scaling", ADAPTERS)),
-        SEARCH_INTRODUCTION + table(search, [row for r in searches for row in search_rows(r)]),
+        adapters(figures(ADAPTERS)),
         GPUS,
         NOTES,
     ]
@@ -353,13 +319,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--compile", action="store_true", help="first compile what has no figures yet")
     if parser.parse_args().compile:
-        wanted: list[tuple[str, tuple[str, ...], list[str]]] = [("scaling", run, []) for run in (*RUNS, *ADAPTERS)]
-        wanted += [("search", run, ["--search", "--meshes=2", "stages.ppo_lag.microbatches=1"]) for run in SEARCHES]
-        for kind, (config, topology, *settings), options in wanted:
-            file, more = file_of(kind, config, topology, *settings), [*options, *settings]
+        for config, topology, *settings in (*RUNS, *ADAPTERS):
+            file = file_of(config, topology, *settings)
             if not file.exists():
                 command = [sys.executable, "-m", "safe_rlhf_jax.compile", "--config", config, "--topology", topology]
-                subprocess.run([*command, "--json", str(file), *more], check=True, cwd=ROOT)
+                subprocess.run([*command, "--json", str(file), *settings], check=True, cwd=ROOT)
                 commit = subprocess.run(
                     ["git", "rev-parse", "HEAD"], check=True, cwd=ROOT, capture_output=True, text=True
                 )

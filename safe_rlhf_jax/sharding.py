@@ -177,6 +177,17 @@ def with_shardings(shapes: Any, shardings: Any) -> Any:
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
 
 
+def compiler_options(mesh: Mesh) -> dict[str, Any] | None:
+    """Returns XLA's options for a step on a mesh.
+
+    On a TPU: no rings of permutes in place of gathers and scatters of parameters. They send as much as these at best,
+    and beside a `tensor` axis several times as much.
+    """
+    if mesh.devices.flat[0].platform != "tpu":
+        return None
+    return {"xla_jf_spmd_threshold_for_windowed_einsum_mib": 2**20}  # the least size of an operand, in MiB
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """Returns the sharding of a replicated array."""
     return NamedSharding(mesh, PartitionSpec())
