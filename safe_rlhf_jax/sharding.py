@@ -177,8 +177,8 @@ def with_shardings(shapes: Any, shardings: Any) -> Any:
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
 
 
-def compiler_options(mesh: Mesh) -> dict[str, Any] | None:
-    """Returns XLA's options for a step on a mesh.
+def tpu_options(mesh: Mesh) -> dict[str, Any] | None:
+    """Returns the options of XLA for a step on a mesh; none but for TPUs.
 
     On a TPU: no rings of permutes in place of gathers and scatters of parameters. They send as much as these at best,
     and beside a `tensor` axis several times as much.

@@ -35,6 +35,12 @@ def reduced_whole(collectives: Iterable[Collective], axis: str, elements: int) -
     return [c for c in collectives if c.kind == "all-reduce" and axis in c.axes and largest(c) >= elements]
 
 
+def permuted(collectives: Iterable[Collective], axis: str, elements: int) -> list[Collective]:
+    """Returns the permutes over a mesh axis that send at least that many elements: rings in place of a gather."""
+    kinds = [c for c in collectives if c.kind == "collective-permute" and axis in c.axes]
+    return [c for c in kinds if c.times * largest(c) >= elements]
+
+
 def summed_in(collectives: Iterable[Collective], dtype: str, axes: tuple[str, ...], elements: int) -> list[Collective]:
     """Returns the sums over any of these mesh axes of more than that many elements in a dtype, in HLO's spelling.
 

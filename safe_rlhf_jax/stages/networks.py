@@ -29,7 +29,7 @@ from safe_rlhf_jax.models.quantized import is_quantized, quantize
 from safe_rlhf_jax.models.transformer import CausalLM, ScoreModel
 from safe_rlhf_jax.optim import init_state, make_optimizer, schedule
 from safe_rlhf_jax.rl.kl import start_reference
-from safe_rlhf_jax.sharding import compiler_options, init_sharded, named_shardings, replicated
+from safe_rlhf_jax.sharding import init_sharded, named_shardings, replicated, tpu_options
 from safe_rlhf_jax.stages.hashing import base_digest
 from safe_rlhf_jax.types import TrainState
 
@@ -339,7 +339,7 @@ def initializer(module: Any) -> Callable[[jax.Array], Any]:
 def jit_step(step: Callable[..., Any], state: Any, mesh: Any) -> Callable[..., Any]:
     """Jits a step with the state donated and its shardings pinned, so that the second call does not recompile."""
     shardings = (jax.tree.map(lambda x: x.sharding, state), replicated(mesh))
-    return jax.jit(step, donate_argnums=0, out_shardings=shardings, compiler_options=compiler_options(mesh))
+    return jax.jit(step, donate_argnums=0, out_shardings=shardings, compiler_options=tpu_options(mesh))
 
 
 def optimizer_of(config: cfg.OptimizerConfig, total_steps: int) -> optax.GradientTransformation:

@@ -24,6 +24,7 @@ from safe_rlhf_jax.compile import topology_devices
 from safe_rlhf_jax.models import layers, products
 from safe_rlhf_jax.models.config import PRESETS
 from safe_rlhf_jax.sharding import make_mesh, replicated
+from safe_rlhf_jax.stages import networks
 
 VOCAB, WIDTH, MLP, LAYERS, ROWS, PROMPT, RESPONSE = 4096, 256, 640, 12, 8, 128, 256
 PROBE = {
@@ -182,9 +183,26 @@ def gradients_given_whole(compiled):
     ("topology", "mesh"), [("v5e:4x4", (1, 4, 4)), ("v5p:2x2x4", (1, 2, 8)), ("v5e:2x4", (1, 8, 1))]
 )
 def test_gradients_are_scattered_not_all_reduced(compile_for, devices, topology, mesh):
-    """As reduce-scatters or rings of permutes, over one axis of a torus or two; XLA's CPU compiler all-reduces."""
+    """Over one axis of a torus or two; XLA's CPU compiler all-reduces."""
     only_for_tpu(devices)
     assert not gradients_given_whole(compile_for(mesh=mesh, topology=topology, **WIDE))
+
+
+@pytest.mark.tpu
+def test_parameters_are_gathered_not_passed_around_in_rings(compile_for, devices):
+    only_for_tpu(devices)
+    assert not rings(compile_for(mesh=(1, 4, 4), topology="v5e:4x4", **WIDE))
+
+
+@pytest.mark.tpu
+def test_rings_of_the_compiler_would_be_seen(compile_for, devices, monkeypatch):
+    only_for_tpu(devices)
+    monkeypatch.setattr(networks, "tpu_options", lambda mesh: None)
+    assert rings(compile_for(mesh=(1, 4, 4), topology="v5e:4x4", tag="with rings", **WIDE))
+
+
+def rings(compiled):
+    return properties.permuted(compiled.collectives, "fsdp", 1024 * 1024 // 16)
 
 
 @pytest.mark.tpu
@@ -257,7 +275,7 @@ def test_no_collective_has_the_whole_vocabulary(sound):
 
 
 def test_a_collective_with_the_whole_vocabulary_would_be_seen(compile_for, monkeypatch):
-    monkeypatch.setitem(sharding.LOGICAL_RULES, "vocab", None)
+    monkeypatch.setitem(sharding.LOGICAL_RULES, "vocab", ())
     assert properties.with_dimension(compile_for(tag="whole vocabulary").collectives, VOCAB)
 
 
