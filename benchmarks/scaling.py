@@ -66,11 +66,9 @@ shapes, every response at its full length; HBM bytes and collectives are read fr
 as they run. MFU counts the model's FLOPs only, not what rematerialisation repeats. Compile times are wall-clock, on two
 cores that had other work as well. Capacity is what the compiler leaves of the chip's memory to a program.
 
-Rows with – where seconds are expected are old: compiled before gradients were reduced in float32
-([decision 19](decisions/0019-sums-in-float32.md)), but for v5p:2x2x4's of `ppo_lag`, so that they would send up to a
-sixth more; and counted when copies that are started, buffers that fusions hand on, and updates in place counted again
-and again, so that their HBM bytes are too many: of the first row, scoring was 403 GB where 84 are counted now, with the
-same collectives. Variants found by search are old too.
+Rows with – where seconds are expected are old: counted when copies that are started, buffers that fusions hand on, and
+updates in place counted again and again, so that their HBM bytes are too many. Those of adapters on TPUs have rings of
+permutes ([decision 30](decisions/0030-little-tensor-parallelism.md)).
 """
 
 ADAPTERS_INTRODUCTION = """\
@@ -135,13 +133,13 @@ NOTES = """\
 
 - Parameters split over `fsdp` are gathered for every token while responses are generated, which then takes longer than
   all the rest. `execution.gather_to_decode` gathers them once, for the memory of a copy in `execution.dtype` that is
-  split over `tensor` alone; the configs here do. What is left is read from HBM for every token: a large `tensor` axis
-  shares that.
+  split over `decode` and `tensor`; the configs here do. What is left is read from HBM for every token: `decode` shares
+  that, without the sums over devices that `tensor` has in training
+  ([decision 30](decisions/0030-little-tensor-parallelism.md)).
 - Attention in training, scoring and prefill is a Pallas kernel, the steps of decoding are plain.
-- Gradients are reduced and scattered over `fsdp`: as reduce-scatters, or as rings of permutes beside the matrix
-  products (collective-permute). Some stay all-reduces, because libtpu 0.0.42 makes an all-reduce and a slice even of an
-  explicit `psum_scatter`: where `fsdp` covers both axes of a square torus, and where a device's columns are no multiple
-  of 128 (on v5p those of Llama-7B's MLP, 11008/8, a fortieth of what is sent). So do the weights of norms.
+- Gradients are reduced and scattered over `fsdp` and `decode`. Some stay all-reduces, because libtpu 0.0.42 makes an
+  all-reduce and a slice even of an explicit `psum_scatter`: where these cover both axes of a square torus, which
+  `tensor: 2` avoids, and where a device's columns are no multiple of 128. So do the weights of norms.
 - `at least` is what a phase cannot go below, from shapes alone: its weights read once for each pass (of those split
   over `fsdp` a device's own part, for the rest arrives over wires), what is trained read and written once for each
   optimizer step, and of decoding the figures above; 128 MiB of it can stay in the memory of a TPU's core. A program as
@@ -149,8 +147,7 @@ NOTES = """\
   the larger.
 - Where the rows of a microbatch on a device are few, the compiler leaves them in the memory of the core from layer to
   layer (`on core`), and takes the weights of other devices there from the wires: HBM then holds a device's own part of
-  the weights and little else. Scoring of 7B moves 84 GB of HBM with 8 rows of a microbatch on each chip (the first row)
-  and 7 GB with 4 (`--topology v5e:8x16`); the bytes written on the core are nearly the same.
+  the weights and little else.
 - `sent` assumes rings: of n devices each sends (n − 1)/n of what is gathered or scattered, twice that of what is
   all-reduced. The rate is that of the torus axes that a group spans; an axis whose ends are not joined counts once.
 - v5p:2x2x4 is what Google Cloud calls v5p-32 (it counts cores): 16 chips.

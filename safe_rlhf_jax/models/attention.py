@@ -18,18 +18,35 @@ MASKED = -1e30  # finite, so that a fully masked row stays finite
 
 @struct.dataclass
 class KVCache:
-    """Keys and values of one layer; slot i holds the token in column i."""
+    """Keys and values; slot i holds the token in column i.
 
-    keys: jax.Array  # float[B, K, L, C]
-    values: jax.Array  # float[B, K, L, C]
+    Of one layer, or of N scanned ones, which is carried through all of them so that each writes its new columns only.
+    """
+
+    keys: jax.Array  # float[B, K, L, C], of scanned layers float[N, B, K, L, C]
+    values: jax.Array  # the same
+    layer: jax.Array | None = None  # i32[]  within a scan: the layer that reads and writes
 
     def write(self, keys: jax.Array, values: jax.Array, slot: jax.Array | int) -> "KVCache":
-        """Returns the cache with `keys` and `values` float[B, K, l, C] from column `slot` on."""
-        start = (0, 0, slot, 0)
-        return KVCache(
-            keys=jax.lax.dynamic_update_slice(self.keys, keys, start),
-            values=jax.lax.dynamic_update_slice(self.values, values, start),
-        )
+        """Returns the cache with `keys` and `values` float[B, K, l, C] of the layer from column `slot` on."""
+
+        def put(all_columns: jax.Array, new: jax.Array) -> jax.Array:
+            if self.layer is None:
+                return jax.lax.dynamic_update_slice(all_columns, new, (0, 0, slot, 0))
+            return jax.lax.dynamic_update_slice(all_columns, new[None], (self.layer, 0, 0, slot, 0))
+
+        return KVCache(put(self.keys, keys), put(self.values, values), self.layer)
+
+    def read(self) -> tuple[jax.Array, jax.Array]:
+        """Returns keys and values of the layer, float[B, K, L, C] each."""
+        if self.layer is None:
+            return self.keys, self.values
+        keys, values = (jax.lax.dynamic_index_in_dim(x, self.layer, keepdims=False) for x in (self.keys, self.values))
+        return keys, values
+
+    def next_layer(self) -> "KVCache":
+        """Returns the cache for the layer above, within a scan."""
+        return self if self.layer is None else KVCache(self.keys, self.values, self.layer + 1)
 
 
 def empty_cache(config: ModelConfig, batch: int, length: int) -> KVCache:
@@ -185,7 +202,7 @@ class Attention(nn.Module):
         if cache is not None:
             cache = cache.write(keys, values, slot)
             if context.visible.shape[-1] != keys.shape[2]:  # a decode step; prefill attends only to its own keys
-                keys, values = cache.keys, cache.values
+                keys, values = cache.read()
         scale = c.head_dim**-0.5 if c.attention_scale is None else c.attention_scale
         cap, real = c.attention_softcap, context.real
         kernel = None if real is None else kernel_for(queries, keys, cap=cap, biased=context.bias is not None)

@@ -32,17 +32,16 @@ class Layer(nn.Module):
     @nn.compact
     def __call__(
         self,
-        x: jax.Array,
-        cache: KVCache | None,
+        carry: tuple[jax.Array, KVCache | None],
         kind: jax.Array | None,
         context: AttentionContext,
         slot: jax.Array | int,
-    ) -> tuple[jax.Array, KVCache | None]:
-        """Returns the residual stream float[B, q, D] of the last q positions of x, and the layer's cache.
+    ) -> tuple[tuple[jax.Array, KVCache | None], None]:
+        """Takes the residual stream x and the cache; returns both, x of its last q positions, float[B, q, D].
 
         If scanned layers are of several kinds, `context` holds their stacked contexts and `kind` is this layer's index.
         """
-        c = self.config
+        c, (x, cache) = self.config, carry
         if kind is not None:
             context = jax.tree.map(lambda stacked: stacked[kind], context)
         first = x.shape[1] - context.visible.shape[1]
@@ -67,7 +66,7 @@ class Layer(nn.Module):
             case "pre_norm":
                 x = x + attended
                 x = x + mlp(mlp_norm(x))
-        return constrain(x, "batch", "length", None), cache
+        return (constrain(x, "batch", "length", None), None if cache is None else cache.next_layer()), None
 
 
 class Decoder(nn.Module):
@@ -99,7 +98,7 @@ class Decoder(nn.Module):
                 layer,
                 variable_axes={"params": 0, "adapter": 0},
                 split_rngs={"params": True, "dropout": True},
-                in_axes=(0, 0, nn.broadcast, nn.broadcast),
+                in_axes=(0, nn.broadcast, nn.broadcast),
                 metadata_params={nn.PARTITION_NAME: "layers"},
             )
             if c.trunk:
@@ -173,18 +172,19 @@ class Decoder(nn.Module):
     ) -> tuple[jax.Array, Cache]:  # fmt: skip
         """Returns the residual stream from column `first` on, behind consecutive layers, and their cache."""
         if self.config.scan_layers:
+            carry = x, None if cache is None else dataclasses.replace(cache, layer=jnp.int32(0))
             if len(kinds) == 1:
-                x, cache = layers(x, cache, None, kinds[0], slot)
+                (x, cache), _ = layers(carry, None, kinds[0], slot)
             else:
                 stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(kind.dense() for kind in kinds))
-                x, cache = layers(x, cache, jnp.array(index, jnp.int32), stacked, slot)
-            return x[:, first:], cache
+                (x, cache), _ = layers(carry, jnp.array(index, jnp.int32), stacked, slot)
+            return x[:, first:], None if cache is None else dataclasses.replace(cache, layer=None)
         caches = []
         for i, layer in enumerate(layers):
             context = kinds[index[i]]
             if i + 1 == len(layers):
                 context = context.for_queries_from(first)
-            x, layer_cache = layer(x, None if cache is None else cache[i], None, context, slot)
+            (x, layer_cache), _ = layer((x, None if cache is None else cache[i]), None, context, slot)
             caches.append(layer_cache)
         return x, None if cache is None else caches
 
