@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
+from flax import linen as nn
 from jax.sharding import NamedSharding, PartitionSpec
 
 from safe_rlhf_jax import config as cfg
@@ -22,8 +23,10 @@ from safe_rlhf_jax.aot.tables import remarks
 from safe_rlhf_jax.compile import topology_devices
 from safe_rlhf_jax.inference.generate import generate
 from safe_rlhf_jax.inference.sampling import Sampling
-from safe_rlhf_jax.models.config import PRESETS
-from safe_rlhf_jax.sharding import make_mesh
+from safe_rlhf_jax.models.attention import KVCache
+from safe_rlhf_jax.models.config import PRESETS, ModelConfig
+from safe_rlhf_jax.models.transformer import CausalLM
+from safe_rlhf_jax.sharding import batch_sharding, make_mesh, named_shardings, replicated, with_shardings
 from safe_rlhf_jax.types import PromptBatch
 from tests.helpers import make_lm, tiny_config
 
@@ -233,3 +236,45 @@ def test_no_phase_of_an_iteration_is_counted_below_what_it_cannot_go_below(topol
     assert program["implausible"] == []
     assert all(row["hbm_bytes"] >= row["least_hbm_bytes"] > 0 for row in program["phases"].values())
     assert program["phases"]["generation"]["decoding"]["ratio"] >= 1
+
+
+def token_ratio():
+    """Bytes that a decoded token moves on v5e:8x8, over those of weights and cache: a 7B, layers scanned."""
+    prompt = response = 256
+    module = CausalLM(
+        ModelConfig(**WIDE | {"num_layers": 4}, dtype="bfloat16", scan_layers=True, gather_to_decode=True)
+    )
+    tokens, key = jnp.zeros((1, 4), jnp.int32), jax.eval_shape(lambda: jax.random.key(0))
+    boxed = jax.eval_shape(module.init, key, tokens, tokens == 0)
+    mesh = make_mesh((1, -1, 2), topology_devices("v5e:8x8", 1), decode=4)
+    rows, everywhere = batch_sharding(mesh), replicated(mesh)
+    params = with_shardings(nn.unbox(boxed), named_shardings(boxed, mesh))["params"]
+    shaped = lambda dtype, *shape: jax.ShapeDtypeStruct((128, *shape), dtype, sharding=rows)  # noqa: E731
+    prompts = PromptBatch(tokens=shaped(jnp.int32, prompt), mask=shaped(bool, prompt), group=shaped(jnp.int32))
+    make = functools.partial(generate, response_length=response, eos_id=2, pad_id=0, sampling=Sampling())
+    with jax.set_mesh(mesh):
+        key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=everywhere)
+        program = jax.jit(lambda *arguments: make(module, *arguments)).lower(params, prompts, key).compile()
+    moved = traffic.hbm_bytes(Module(program.as_text()), (roofline.DECODING,))[roofline.DECODING]
+    sizes = {"rows": 128, "prompt": prompt, "response": response, "mesh": mesh.shape}
+    return roofline.decoding(moved, decoding_reads(module.config, params, **sizes))["ratio"]
+
+
+@pytest.mark.tpu
+def test_a_decoded_token_reads_weights_and_cache_once():
+    assert 0.9 <= token_ratio() <= 1.15  # a little stays in the memory of the core
+
+
+@pytest.mark.tpu
+def test_a_cache_that_is_copied_would_be_seen(monkeypatch):
+    def write(self, keys, values, slot):
+        old = jax.lax.optimization_barrier(self.read())
+        new = [jax.lax.dynamic_update_slice(x, y, (0, 0, slot, 0)) for x, y in zip(old, (keys, values), strict=True)]
+        every = self.keys, self.values
+        return KVCache(
+            *(jax.lax.dynamic_update_index_in_dim(x, y, self.layer, 0) for x, y in zip(every, new, strict=True)),
+            self.layer,
+        )
+
+    monkeypatch.setattr(KVCache, "write", write)
+    assert token_ratio() > 1.15
