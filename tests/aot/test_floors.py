@@ -242,7 +242,7 @@ def token_ratio():
     """Bytes that a decoded token moves on v5e:8x8, over those of weights and cache: a 7B, layers scanned."""
     prompt = response = 256
     module = CausalLM(
-        ModelConfig(**WIDE | {"num_layers": 4}, dtype="bfloat16", scan_layers=True, gather_to_decode=True)
+        ModelConfig(**WIDE | {"num_layers": 32}, dtype="bfloat16", scan_layers=True, gather_to_decode=True)
     )
     tokens, key = jnp.zeros((1, 4), jnp.int32), jax.eval_shape(lambda: jax.random.key(0))
     boxed = jax.eval_shape(module.init, key, tokens, tokens == 0)
