@@ -196,6 +196,37 @@ def memory_rows(report: dict) -> list[list[str]]:
     return rows
 
 
+BEFORE = """\
+## Before and after decision 30
+
+Little tensor parallelism, one microbatch, no rings of permutes, `decode`, and a cache that is written in place
+([decision 30](decisions/0030-little-tensor-parallelism.md)). Before is what this page said, at the commit of
+`benchmarks/results/scaling_before.json`.
+
+"""
+
+
+def before_rows() -> list[list[str]]:
+    """Rows of what was compiled at a time before and is compiled again."""
+    rows = []
+    before = json.loads((RESULTS / "scaling_before.json").read_text())
+    for report in figures(RUNS):
+        old = before.get(f"{report['config']} {report['topology']}")
+        if old is None or report["overrides"]:
+            continue
+        (stage,) = report["stages"]
+        programs, new = stage["programs"], stage["projected"]
+        sent = sum(c["bytes"] for program in programs for c in program["collectives"])
+        ratios = [phase["decoding"]["ratio"] for p in programs for phase in p["phases"].values() if "decoding" in phase]
+        rows.append([
+            f"`{report['config']}`", report["topology"], f"{mesh_name(old['mesh'])} → {mesh_name(stage['mesh'])}",
+            f"{old['sent_bytes'] / 1e9:.0f} → {sent / 1e9:.0f}",
+            f"{old['step_seconds']:.2f} → {new['step_seconds']:.2f}", f"{old['mfu']:.0%} → {new['mfu']:.0%}",
+            f"{number(old, 'decoding_ratio')} → {ratios[0]:.2f}" if ratios else "–",
+        ])  # fmt: skip
+    return rows
+
+
 def number(row: dict, name: str, unit: float = 1, digits: int = 2) -> str:
     return f"{row[name] / unit:.{digits}f}" if name in row else "–"
 
@@ -303,6 +334,7 @@ def page() -> str:
         "## Projected speed of a step\n\n" + table(speed, [row for r in reports for row in speed_rows(r)]),
         "## Phases, per device and step; seconds are projected\n\n"
         + table(phase, [row for r in reports for row in phase_rows(r)]),
+        BEFORE + table(["config", "topology", "mesh", "GB sent", "s per step", "MFU", "decoded token"], before_rows()),
         DECODING + table(token, [row for r in (*reports, *figures(ADAPTERS)) for row in decoding_rows(r)]),
         expectation(),
         adapters(figures(ADAPTERS)),
