@@ -18,21 +18,16 @@ from safe_rlhf_jax.aot.expectation import FACTORS
 ROOT = pathlib.Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "scaling.md"
+PPO_LAG, FOUR_TIMES = "configs/beaver_7b/ppo_lag.yaml", "stages.ppo_lag.batch_size=512"
 RUNS: tuple[tuple[str, ...], ...] = (  # config, topology, settings
-    ("configs/beaver_7b/ppo_lag.yaml", "v6e:8x8"),
-    ("configs/beaver_7b/ppo_lag.yaml", "v5e:8x8"),
-    ("configs/beaver_7b/ppo_lag.yaml", "v5e:8x8", "stages.ppo_lag.batch_size=512"),
-    ("configs/beaver_7b/ppo_lag.yaml", "v6e:8x8", "stages.ppo_lag.batch_size=512"),
-    ("configs/beaver_7b/ppo_lag.yaml", "v5p:2x2x4"),
-    ("configs/beaver_7b/sft.yaml", "v5e:8x8"),
-    ("configs/beaver_7b/sft.yaml", "v5p:2x2x4"),
-    ("configs/beaver_7b/reward.yaml", "v5e:8x8"),
-    ("configs/beaver_7b/reward.yaml", "v5p:2x2x4"),
-    ("configs/beaver_7b/cost.yaml", "v5e:8x8"),
-    ("configs/beaver_7b/cost.yaml", "v5p:2x2x4"),
-    ("configs/beaver_7b/dpo.yaml", "v5e:8x8"),
-    ("configs/beaver_7b/dpo.yaml", "v5p:2x2x4"),
+    (PPO_LAG, "v5e:8x8"),
+    (PPO_LAG, "v5e:8x8", FOUR_TIMES, "stages.ppo_lag.microbatches=2"),
+    (PPO_LAG, "v6e:8x8"),
+    (PPO_LAG, "v6e:8x8", FOUR_TIMES),
+    *((f"configs/beaver_7b/{stage}.yaml", "v5e:8x8") for stage in ("sft", "reward", "cost", "dpo")),
     ("configs/llama_3_8b/ppo_lag.yaml", "v6e:8x8"),
+    (PPO_LAG, "v5p:2x2x4"),
+    *((f"configs/beaver_7b/{stage}.yaml", "v5p:2x2x4") for stage in ("sft", "reward", "cost", "dpo")),
     ("configs/llama_3_70b/ppo_lag.yaml", "v5p:4x4x8"),
 )
 LORA_8B, LORA_70B = "configs/llama_3_8b/ppo_lag_lora.yaml", "configs/llama_3_70b/ppo_lag_lora.yaml"
