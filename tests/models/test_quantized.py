@@ -34,7 +34,7 @@ from safe_rlhf_jax.models.quantized import (
     stored_bytes,
 )  # fmt: skip
 from safe_rlhf_jax.models.transformer import CausalLM
-from safe_rlhf_jax.sharding import make_mesh, named_shardings, with_shardings
+from safe_rlhf_jax.sharding import make_mesh, named_shardings, partition_spec, with_shardings
 from tests.helpers import apply, make_lm, make_scorer, perturbed, right_padded, tiny_config
 
 KINDS = ("int8", "int4")
@@ -248,15 +248,20 @@ def test_integers_and_scales_are_sharded_as_the_kernel():
     module, params = network(scan_layers=True)
     mesh = make_mesh((1, 2, 2), jax.devices()[:4])
     params = sharded(module, params, mesh)
-    specs = {}
+    scales = {}
     for kind in KINDS:
         for path, leaf in kernels(quantize(params, kind)).items():
             assert leaf.qvalue.sharding == kernels(params)[path].sharding
-            specs[kind, path.split("/")[-2]] = (*leaf.scale.sharding.spec, *(None,) * leaf.ndim)[: leaf.ndim]
-    assert specs["int8", "up_proj"] == (None, None, "tensor")
-    assert specs["int8", "o_proj"] == (None, None, None, "fsdp")
-    assert specs["int4", "up_proj"] == (None, "fsdp", "tensor")
-    assert specs["int4", "o_proj"] == (None, "tensor", None, "fsdp")
+            scales[kind, path.split("/")[-2]] = leaf.scale
+    expected = {
+        ("int8", "up_proj"): (None, None, "mlp"),
+        ("int8", "o_proj"): (None, None, None, "embed"),
+        ("int4", "up_proj"): (None, "embed", "mlp"),
+        ("int4", "o_proj"): (None, "heads", None, "embed"),
+    }
+    for key, names in expected.items():
+        named = NamedSharding(mesh, partition_spec(names))
+        assert scales[key].sharding.is_equivalent_to(named, scales[key].ndim), key
 
 
 def test_the_scale_of_a_block_on_several_devices_is_on_all_of_them():
