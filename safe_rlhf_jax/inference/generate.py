@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+from functools import partial
 from typing import Any
 
 import jax
@@ -15,6 +16,8 @@ from safe_rlhf_jax.models.quantized import dequantize
 from safe_rlhf_jax.ops import is_any
 from safe_rlhf_jax.sharding import constrain, decoding_layout, whole
 from safe_rlhf_jax.types import Params, PromptBatch, Rollout, TokenIds
+
+SEGMENTS, SEGMENT = 4, 64  # loops over the tokens of a response, and the fewest tokens of one
 
 
 @struct.dataclass
@@ -83,23 +86,24 @@ def generate(
         prompt_mask = repeat(prompts.mask)
         prompt_tokens = repeat(prompts.tokens)
         prompt_size = prompt_mask.sum(-1, dtype=jnp.int32)
-        column = jnp.arange(length, dtype=jnp.int32)
         row = jnp.arange(rows)
         seen = None
         if sampling.repetition_penalty != 1.0:
             counts = jnp.zeros((rows, logits.shape[-1]), jnp.int32).at[row[:, None], prompt_tokens].add(prompt_mask)
             seen = counts > 0
 
-        def not_finished(state: DecodeState) -> jax.Array:
-            more = state.t < response_length
+        def not_finished(state: DecodeState, tokens: int) -> jax.Array:
+            more = state.t < tokens
             return more & ~state.done.all() if early_exit else more
 
-        def step(state: DecodeState) -> DecodeState:
+        def step(state: DecodeState, tokens: int) -> DecodeState:
+            """Chooses a token; of the cache, reads the columns of prompts and `tokens` response tokens."""
             token, log_prob = sample_token(jax.random.fold_in(key, state.t), state.logits, state.seen, sampling)
             alive = ~state.done
             token = jnp.where(alive, token, pad_id)
             slot = prompt_length + state.t
-            full_prompt = jnp.pad(prompt_mask, ((0, 0), (0, response_length)))
+            full_prompt = jnp.pad(prompt_mask, ((0, 0), (0, tokens)))
+            column = jnp.arange(prompt_length + tokens, dtype=jnp.int32)
             visible = full_prompt | ((column >= prompt_length) & (column <= slot))[None]
             logits, cache = module.apply(
                 {"params": params}, token, prompt_size + state.t, visible, state.cache, slot, method="decode"
@@ -126,16 +130,27 @@ def generate(
             cache=cache,
         )
         with jax.named_scope("decoding"):  # by this name its traffic is told from that of the prefill
-            state = jax.lax.while_loop(not_finished, step, start)
-        tokens, log_probs, size = map(by_rows, (state.tokens, state.log_probs, state.length))
+            state = start
+            for tokens in segments(response_length):
+                state = jax.lax.while_loop(partial(not_finished, tokens=tokens), partial(step, tokens=tokens), state)
+        responses, log_probs, size = map(by_rows, (state.tokens, state.log_probs, state.length))
     response_mask = jnp.arange(response_length, dtype=jnp.int32)[None] < size[:, None]
     rollout = Rollout(
-        tokens=jnp.concatenate([prompt_tokens, tokens], axis=1),
+        tokens=jnp.concatenate([prompt_tokens, responses], axis=1),
         mask=jnp.concatenate([prompt_mask, response_mask], axis=1),
         sampler_log_probs=log_probs,
         group=repeat(prompts.group),
     )
     return jax.tree.map(by_rows, rollout)
+
+
+def segments(response_length: int) -> list[int]:
+    """Returns the response tokens at the end of each loop: the columns that are not filled yet need not be read.
+
+    At most `SEGMENTS` loops of at least `SEGMENT` tokens, since each is compiled.
+    """
+    count = max(1, min(SEGMENTS, response_length // SEGMENT))
+    return [-(-response_length * (i + 1) // count) for i in range(count)]
 
 
 def by_rows(x: jax.Array) -> jax.Array:

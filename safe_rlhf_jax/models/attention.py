@@ -37,12 +37,16 @@ class KVCache:
 
         return KVCache(put(self.keys, keys), put(self.values, values), self.layer)
 
-    def read(self) -> tuple[jax.Array, jax.Array]:
-        """Returns keys and values of the layer, float[B, K, L, C] each."""
-        if self.layer is None:
-            return self.keys, self.values
-        keys, values = (jax.lax.dynamic_index_in_dim(x, self.layer, keepdims=False) for x in (self.keys, self.values))
-        return keys, values
+    def read(self, columns: int) -> tuple[jax.Array, jax.Array]:
+        """Returns the first columns of keys and values of the layer, float[B, K, columns, C] each."""
+
+        def first(x: jax.Array) -> jax.Array:
+            if self.layer is None:
+                return x[:, :, :columns]
+            rows, heads, _, size = x.shape[1:]
+            return jax.lax.dynamic_slice(x, (self.layer, 0, 0, 0, 0), (1, rows, heads, columns, size))[0]
+
+        return first(self.keys), first(self.values)
 
     def next_layer(self) -> "KVCache":
         """Returns the cache for the layer above, within a scan."""
@@ -202,7 +206,7 @@ class Attention(nn.Module):
         if cache is not None:
             cache = cache.write(keys, values, slot)
             if context.visible.shape[-1] != keys.shape[2]:  # a decode step; prefill attends only to its own keys
-                keys, values = cache.read()
+                keys, values = cache.read(context.visible.shape[-1])
         scale = c.head_dim**-0.5 if c.attention_scale is None else c.attention_scale
         cap, real = c.attention_softcap, context.real
         kernel = None if real is None else kernel_for(queries, keys, cap=cap, biased=context.bias is not None)

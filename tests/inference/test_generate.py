@@ -9,6 +9,7 @@ import pytest
 from safe_rlhf_jax import ops
 from safe_rlhf_jax.aot.collectives import find_collectives
 from safe_rlhf_jax.aot.hlo import Module
+from safe_rlhf_jax.inference import generate as generating
 from safe_rlhf_jax.inference.generate import generate
 from safe_rlhf_jax.inference.sampling import Sampling
 from safe_rlhf_jax.models.transformer import CausalLM
@@ -216,6 +217,27 @@ def test_parameters_gathered_once_give_the_same_responses_and_are_not_gathered_a
         np.testing.assert_allclose(other.sampler_log_probs, rollouts[0].sampler_log_probs, rtol=1e-2, atol=1e-2)
     assert ("fsdp",) in moved[0]
     assert moved[1:] == [{("tensor",)}, {("decode",)}]
+
+
+@pytest.mark.parametrize("scan_layers", [True, False], ids=["scanned", "unrolled"])
+@pytest.mark.parametrize(
+    "changes", [{}, {"windows": (3, None)}, {"positions": "alibi"}], ids=["full", "window", "alibi"]
+)
+def test_a_cache_that_is_read_as_far_as_it_may_be_filled_gives_the_same(prompts, monkeypatch, scan_layers, changes):
+    module, variables = make_lm(tiny_config(vocab_size=VOCAB, scan_layers=scan_layers, num_layers=2, **changes))
+    options = {"response_length": RESPONSE, "eos_id": EOS, "pad_id": PAD, "sampling": Sampling()}
+    arguments = module, perturbed(variables)["params"], prompts, jax.random.key(0)
+    expected = run(*arguments, tuple(options.items()))
+    monkeypatch.setattr(generating, "SEGMENT", 3)
+    assert generating.segments(RESPONSE) == [3, 6, 9, 12]
+    in_segments = jax.jit(lambda params, prompts, key: generate(module, params, prompts, key, **options))
+    assert_same(in_segments(*arguments[1:]), expected)
+
+
+def test_loops_over_a_response_are_few_and_long():
+    assert generating.segments(64) == [64]
+    assert generating.segments(200) == [67, 134, 200]
+    assert generating.segments(2048) == [512, 1024, 1536, 2048]
 
 
 # --- Log-probabilities ------------------------------------------------------------------------------------------------
