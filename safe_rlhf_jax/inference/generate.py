@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-from functools import partial
+import itertools
 from typing import Any
 
 import jax
@@ -11,8 +11,10 @@ from flax import struct
 
 from safe_rlhf_jax.inference.sampling import Sampling, sample_token
 from safe_rlhf_jax.models.adapters import LanguageModel, merged
+from safe_rlhf_jax.models.attention import KVCache
 from safe_rlhf_jax.models.parameters import boxed_variables, cast_matrices
 from safe_rlhf_jax.models.quantized import dequantize
+from safe_rlhf_jax.models.transformer import Cache
 from safe_rlhf_jax.ops import is_any
 from safe_rlhf_jax.sharding import constrain, decoding_layout, whole
 from safe_rlhf_jax.types import Params, PromptBatch, Rollout, TokenIds
@@ -78,7 +80,10 @@ def generate(
             params = gathered(module, dequantize(params, module.config.dtype))
             layout.enter_context(decoding_layout())
         prompts = dataclasses.replace(prompts, tokens=by_rows(prompts.tokens), mask=by_rows(prompts.mask))
-        logits, cache = module.apply({"params": params}, prompts.tokens, prompts.mask, length, method="prefill")
+        ends = segments(response_length)
+        logits, cache = module.apply(
+            {"params": params}, prompts.tokens, prompts.mask, length, prompt_length + ends[0], method="prefill"
+        )
         if num_responses > 1:
             batch_axis = 1 if module.config.scan_layers else 0
             logits = repeat(logits)
@@ -92,12 +97,18 @@ def generate(
             counts = jnp.zeros((rows, logits.shape[-1]), jnp.int32).at[row[:, None], prompt_tokens].add(prompt_mask)
             seen = counts > 0
 
-        def not_finished(state: DecodeState, tokens: int) -> jax.Array:
-            more = state.t < tokens
-            return more & ~state.done.all() if early_exit else more
+        def loop(state: DecodeState, start: int, tokens: int) -> DecodeState:
+            """Chooses tokens from number `start` on; counts its own, so that a program says how many they are."""
+
+            def not_finished(carry: tuple[jax.Array, DecodeState]) -> jax.Array:
+                more = carry[0] < tokens - start
+                return more & ~carry[1].done.all() if early_exit else more
+
+            begun = jnp.int32(0), dataclasses.replace(state, cache=grown(state.cache, prompt_length + tokens))
+            return jax.lax.while_loop(not_finished, lambda carry: (carry[0] + 1, step(carry[1], tokens)), begun)[1]
 
         def step(state: DecodeState, tokens: int) -> DecodeState:
-            """Chooses a token; of the cache, reads the columns of prompts and `tokens` response tokens."""
+            """Chooses a token; the cache has columns for the prompts and `tokens` response tokens."""
             token, log_prob = sample_token(jax.random.fold_in(key, state.t), state.logits, state.seen, sampling)
             alive = ~state.done
             token = jnp.where(alive, token, pad_id)
@@ -119,7 +130,7 @@ def generate(
                 cache=cache,
             )
 
-        start = DecodeState(
+        state = DecodeState(
             t=jnp.int32(0),
             logits=logits,
             tokens=jnp.full((rows, response_length), pad_id, jnp.int32),
@@ -130,9 +141,8 @@ def generate(
             cache=cache,
         )
         with jax.named_scope("decoding"):  # by this name its traffic is told from that of the prefill
-            state = start
-            for tokens in segments(response_length):
-                state = jax.lax.while_loop(partial(not_finished, tokens=tokens), partial(step, tokens=tokens), state)
+            for first, tokens in itertools.pairwise([0, *ends]):
+                state = loop(state, first, tokens)
         responses, log_probs, size = map(by_rows, (state.tokens, state.log_probs, state.length))
     response_mask = jnp.arange(response_length, dtype=jnp.int32)[None] < size[:, None]
     rollout = Rollout(
@@ -145,12 +155,17 @@ def generate(
 
 
 def segments(response_length: int) -> list[int]:
-    """Returns the response tokens at the end of each loop: the columns that are not filled yet need not be read.
+    """Returns the response tokens at the end of each loop, before which the cache grows: a token reads all of it.
 
     At most `SEGMENTS` loops of at least `SEGMENT` tokens, since each is compiled.
     """
     count = max(1, min(SEGMENTS, response_length // SEGMENT))
     return [-(-response_length * (i + 1) // count) for i in range(count)]
+
+
+def grown(cache: Cache, columns: int) -> Cache:
+    """Returns a cache of all layers with that many columns."""
+    return jax.tree.map(lambda kept: kept.grown(columns), cache, is_leaf=lambda x: isinstance(x, KVCache))
 
 
 def by_rows(x: jax.Array) -> jax.Array:

@@ -37,16 +37,21 @@ class KVCache:
 
         return KVCache(put(self.keys, keys), put(self.values, values), self.layer)
 
-    def read(self, columns: int) -> tuple[jax.Array, jax.Array]:
-        """Returns the first columns of keys and values of the layer, float[B, K, columns, C] each."""
+    def read(self) -> tuple[jax.Array, jax.Array]:
+        """Returns keys and values of the layer, float[B, K, L, C] each."""
+        if self.layer is None:
+            return self.keys, self.values
+        keys, values = (jax.lax.dynamic_index_in_dim(x, self.layer, keepdims=False) for x in (self.keys, self.values))
+        return keys, values
 
-        def first(x: jax.Array) -> jax.Array:
-            if self.layer is None:
-                return x[:, :, :columns]
-            rows, heads, _, size = x.shape[1:]
-            return jax.lax.dynamic_slice(x, (self.layer, 0, 0, 0, 0), (1, rows, heads, columns, size))[0]
-
-        return first(self.keys), first(self.values)
+    def grown(self, columns: int) -> "KVCache":
+        """Returns the cache with that many columns."""
+        more = columns - self.keys.shape[-2]
+        keys, values = (
+            jnp.pad(x, [(0, more if axis == x.ndim - 2 else 0) for axis in range(x.ndim)])
+            for x in (self.keys, self.values)
+        )
+        return KVCache(keys, values, self.layer)
 
     def next_layer(self) -> "KVCache":
         """Returns the cache for the layer above, within a scan."""
@@ -206,7 +211,7 @@ class Attention(nn.Module):
         if cache is not None:
             cache = cache.write(keys, values, slot)
             if context.visible.shape[-1] != keys.shape[2]:  # a decode step; prefill attends only to its own keys
-                keys, values = cache.read(context.visible.shape[-1])
+                keys, values = cache.read()
         scale = c.head_dim**-0.5 if c.attention_scale is None else c.attention_scale
         cap, real = c.attention_softcap, context.real
         kernel = None if real is None else kernel_for(queries, keys, cap=cap, biased=context.bias is not None)

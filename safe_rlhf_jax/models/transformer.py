@@ -275,9 +275,15 @@ class CausalLM(nn.Module):
         return constrain(logits, "batch", "length", "vocab")
 
     def prefill(
-        self, tokens: Int[Array, "B S"], mask: Bool[Array, "B S"], length: int
+        self, tokens: Int[Array, "B S"], mask: Bool[Array, "B S"], length: int, columns: int | None = None
     ) -> tuple[Float[Array, "B V"], Cache]:
-        """Reads left-padded prompts; returns the logits of the next token f32[B, V] and a cache of `length` columns.
+        """Reads left-padded prompts; returns the logits of the next token f32[B, V] and a cache.
+
+        Args:
+            tokens: Token ids.
+            mask: Real tokens.
+            length: Columns of prompt and response.
+            columns: Columns of the cache, `length` by default.
 
         Raises:
             ModelError: If the encoding of the first tokens would depend on the number of later tokens.
@@ -290,9 +296,10 @@ class CausalLM(nn.Module):
                 f"{c.fixed_length} earlier tokens are encoded by how many follow, which a cache cannot do. Make them "
                 "shorter."
             )
-        cache: Cache = self.empty(tokens.shape[0], length, c.num_layers - c.trunk)
+        rows, columns = tokens.shape[0], columns or length
+        cache: Cache = self.empty(rows, columns, c.num_layers - c.trunk)
         if c.trunk:
-            cache = self.empty(tokens.shape[0], length, c.trunk), cache
+            cache = self.empty(rows, columns, c.trunk), cache
         last = tokens.shape[1] - 1
         hidden, cache = self.decoder(tokens, token_positions(mask), mask, cache, 0, last)
         return self.unembed(hidden)[:, 0], cache
