@@ -100,7 +100,9 @@ def test_a_ring_is_never_faster_than_nvlink():
 def test_only_data_crosses_hosts(monkeypatch):
     """As where the GPUs are present: each host of them is a slice."""
 
-    grid = lambda shape, devices: Mesh(np.asarray(jax.devices()).reshape(shape), MESH_AXES)  # noqa: E731
+    def grid(shape, devices, decode):
+        return Mesh(np.asarray(jax.devices()).reshape(*shape[:2], decode, shape[2]), MESH_AXES)
+
     monkeypatch.setattr(run, "make_mesh", grid)
     assert run.mesh_over(cfg.Mesh(data=2, fsdp=4), gpu_like(8, 4)).shape["data"] == 2
     with pytest.raises(ConfigError, match=r"mesh: data 1 does not divide into the 2 hosts.*multiple of 2"):

@@ -129,7 +129,7 @@ def arrays(*, batch=8, heads=8, kv_heads=4, length=256, columns=None, size=128, 
 class Chosen:
     """What a program traced for a mesh of some platform chooses, by way of tracing it."""
 
-    def __init__(self, platform, sizes=(1, 2, 4)):
+    def __init__(self, platform, sizes=(1, 2, 1, 4)):
         device = AbstractDevice(device_kind="any", num_cores=1, platform=platform)
         types = (AxisType.Auto,) * len(MESH_AXES)
         self.mesh = AbstractMesh(sizes, MESH_AXES, axis_types=types, abstract_device=device)
