@@ -207,7 +207,7 @@ def before_rows() -> list[list[str]]:
     before = json.loads((RESULTS / "scaling_before.json").read_text())
     for report in figures(RUNS):
         old = before.get(f"{report['config']} {report['topology']}")
-        if old is None or report["overrides"]:
+        if old is None or report["overrides"] or report["commit"] == old["commit"]:
             continue
         (stage,) = report["stages"]
         programs, new = stage["programs"], stage["projected"]
