@@ -279,11 +279,7 @@ class CausalLM(nn.Module):
     ) -> tuple[Float[Array, "B V"], Cache]:
         """Reads left-padded prompts; returns the logits of the next token f32[B, V] and a cache.
 
-        Args:
-            tokens: Token ids.
-            mask: Real tokens.
-            length: Columns of prompt and response.
-            columns: Columns of the cache, `length` by default.
+        `length` are the columns of prompt and response, `columns` those of the cache, which are as many by default.
 
         Raises:
             ModelError: If the encoding of the first tokens would depend on the number of later tokens.
