@@ -159,9 +159,12 @@ def figures(runs: Iterable[tuple[str, ...]]) -> list[dict]:
     return [json.loads(file.read_text()) for run in runs if (file := file_of(*run)).exists()]
 
 
+def settings_of(report: dict) -> list[str]:
+    return [f"`{setting}`" for setting in report["overrides"] if not setting.startswith("mesh.")]
+
+
 def name_of(report: dict) -> str:
-    settings = [f"`{setting}`" for setting in report["overrides"] if not setting.startswith("mesh.")]
-    return " ".join([f"`{report['config']}`", *settings])
+    return " ".join([f"`{report['config']}`", *settings_of(report)])
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
@@ -256,10 +259,9 @@ def decoding_rows(report: dict) -> list[list[str]]:
     for stage in report["stages"]:
         phases = [phase for program in stage["programs"] for phase in program.get("phases", {}).values()]
         for token in (phase["decoding"] for phase in phases if "decoding" in phase):
-            settings = [f"`{s}`" for s in report["overrides"] if not s.startswith("mesh.")]
             cells = [
                 f"`{report['config']}`",
-                ", ".join(settings) or "–",
+                ", ".join(settings_of(report)) or "–",
                 report["topology"],
                 mesh_name(stage["mesh"]) or "1 device",
             ]
@@ -294,11 +296,10 @@ def adapters(reports: list[dict]) -> str:
     """The section on adapters: memory, compile time, projected seconds by phase and what binds each."""
     rows = []
     for report in reports:
-        settings = [s for s in report["overrides"] if not s.startswith("mesh.")]
         for stage in report["stages"]:
             (program,) = stage["programs"]
             memory = program["memory"]
-            cells = [f"`{report['config'].removeprefix('configs/')}`", ", ".join(f"`{s}`" for s in settings) or "–",
+            cells = [f"`{report['config'].removeprefix('configs/')}`", ", ".join(settings_of(report)) or "–",
                      report["topology"], mesh_name(stage["mesh"]) or "1 device"]  # fmt: skip
             cells += [f"{memory[kind] / GIB:.1f}" for kind in ("argument", "temporary", "total", "capacity")]
             cells += [f"{program['compile_seconds']:.0f}"]

@@ -26,7 +26,6 @@ SEGMENTS, SEGMENT = 4, 64  # loops over the tokens of a response, and the fewest
 class DecodeState:
     """The carry of the decode loop."""
 
-    t: jax.Array  # i32[]  response tokens chosen so far
     logits: jax.Array  # f32[B, V]  of the next token
     tokens: jax.Array  # i32[B, T]  responses; pad after the end
     log_probs: jax.Array  # f32[B, T]  of the chosen tokens; 0 after the end
@@ -104,26 +103,28 @@ def generate(
                 more = carry[0] < tokens - start
                 return more & ~carry[1].done.all() if early_exit else more
 
-            begun = jnp.int32(0), dataclasses.replace(state, cache=grown(state.cache, prompt_length + tokens))
-            return jax.lax.while_loop(not_finished, lambda carry: (carry[0] + 1, step(carry[1], tokens)), begun)[1]
+            def choose(carry: tuple[jax.Array, DecodeState]) -> tuple[jax.Array, DecodeState]:
+                return carry[0] + 1, step(start + carry[0], carry[1], tokens)
 
-        def step(state: DecodeState, tokens: int) -> DecodeState:
-            """Chooses a token; the cache has columns for the prompts and `tokens` response tokens."""
-            token, log_prob = sample_token(jax.random.fold_in(key, state.t), state.logits, state.seen, sampling)
+            state = dataclasses.replace(state, cache=grown(state.cache, prompt_length + tokens))
+            return jax.lax.while_loop(not_finished, choose, (jnp.int32(0), state))[1]
+
+        def step(t: jax.Array, state: DecodeState, tokens: int) -> DecodeState:
+            """Chooses token number t; the cache has columns for the prompts and `tokens` response tokens."""
+            token, log_prob = sample_token(jax.random.fold_in(key, t), state.logits, state.seen, sampling)
             alive = ~state.done
             token = jnp.where(alive, token, pad_id)
-            slot = prompt_length + state.t
+            slot = prompt_length + t
             full_prompt = jnp.pad(prompt_mask, ((0, 0), (0, tokens)))
             column = jnp.arange(prompt_length + tokens, dtype=jnp.int32)
             visible = full_prompt | ((column >= prompt_length) & (column <= slot))[None]
             logits, cache = module.apply(
-                {"params": params}, token, prompt_size + state.t, visible, state.cache, slot, method="decode"
+                {"params": params}, token, prompt_size + t, visible, state.cache, slot, method="decode"
             )
             return DecodeState(
-                t=state.t + 1,
                 logits=logits,
-                tokens=state.tokens.at[:, state.t].set(token),
-                log_probs=state.log_probs.at[:, state.t].set(jnp.where(alive, log_prob, 0.0)),
+                tokens=state.tokens.at[:, t].set(token),
+                log_probs=state.log_probs.at[:, t].set(jnp.where(alive, log_prob, 0.0)),
                 length=state.length + alive.astype(jnp.int32),
                 done=state.done | is_any(token, eos_id) & alive,
                 seen=None if state.seen is None else state.seen.at[row, token].max(alive),
@@ -131,7 +132,6 @@ def generate(
             )
 
         state = DecodeState(
-            t=jnp.int32(0),
             logits=logits,
             tokens=jnp.full((rows, response_length), pad_id, jnp.int32),
             log_probs=jnp.zeros((rows, response_length), jnp.float32),
