@@ -7,7 +7,8 @@ STAMP := .venv/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet --quiet # errors only
 UV ?= uv
 REAL ?= safe_rlhf
-PYTEST ?= -n 2 --dist loadfile --no-loadscope-reorder
+# Without restarts: after the crash of a worker xdist would wait for ever.
+PYTEST ?= -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 COMPILE := $(UV) pip compile pyproject.toml --quiet --universal --python-version 3.11 --generate-hashes \
              --no-emit-index-url --no-annotate --custom-compile-command 'make lock'
 

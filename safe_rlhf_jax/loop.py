@@ -251,15 +251,16 @@ def is_finite(array: jax.Array) -> jax.Array:
 
 
 def not_finite(state: Any) -> str | None:
-    """Returns a description of the non-finite array of a state, or None.
+    """Returns a description of the first non-finite array of a state, or None.
 
     Arrays of one shape, of all stages, share a program: one for a whole state takes seconds to compile in every stage.
+    One program at a time: on a CPU that simulates a mesh, several with collectives in flight can each hold threads that
+    another needs, until XLA gives up.
     """
-    leaves = jax.tree_util.tree_leaves_with_path(state)
-    numbers = [(path, is_finite(leaf)) for path, leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.floating)]
-    finite = jax.device_get([found for _, found in numbers])
-    bad = [jax.tree_util.keystr(path) for (path, _), found in zip(numbers, finite, strict=True) if not found]
-    return f"state{bad[0]} is not finite" if bad else None
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+        if jnp.issubdtype(leaf.dtype, jnp.floating) and not bool(is_finite(leaf)):
+            return f"state{jax.tree_util.keystr(path)} is not finite"
+    return None
 
 
 class Preemption:

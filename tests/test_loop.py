@@ -15,6 +15,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+from safe_rlhf_jax import loop
 from safe_rlhf_jax.checkpoint import Checkpoints
 from safe_rlhf_jax.errors import UserError
 from safe_rlhf_jax.loop import PREEMPTED, TrainLoop, fit, not_finite
@@ -449,6 +450,23 @@ def test_warning_is_printed_once(tmp_path, capsys):
     assert [line for line in capsys.readouterr().out.splitlines() if "careful" in line] == [
         "count: warning at step 3: careful"
     ]
+
+
+def test_numbers_that_are_not_finite_are_looked_for_by_one_program_at_a_time(monkeypatch):
+    running = []
+
+    class Found:
+        def __bool__(self):
+            running.clear()
+            return True
+
+    def is_finite(array):
+        assert not running, "two programs with collectives in flight, which a simulated mesh can die of"
+        running.append(array)
+        return Found()
+
+    monkeypatch.setattr(loop, "is_finite", is_finite)
+    assert not_finite({"a": np.zeros(2), "b": np.zeros(3), "steps": np.zeros((), np.int32)}) is None
 
 
 def test_not_finite_names_the_leaf():
