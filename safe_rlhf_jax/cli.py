@@ -1,6 +1,7 @@
 """Command line: `safe-rlhf-jax train|data|chat|serve|export|compile`, and shared parts of the command lines."""
 
 import argparse
+import gc
 import importlib
 import os
 import sys
@@ -57,6 +58,7 @@ def exit_status(work: Callable[[], int]) -> int:
     Any other error leaves its traceback.
     """
     log.show()
+    collect_garbage_rarely()
     for name, value in LIBRARIES.items():
         os.environ.setdefault(name, value)
     try:
@@ -66,6 +68,11 @@ def exit_status(work: Callable[[], int]) -> int:
             raise
         print(f"error: {error}", file=sys.stderr)
         return error.status if isinstance(error, UserError) else 1
+
+
+def collect_garbage_rarely() -> None:
+    """Raises the thresholds of the collector: what JAX traces stays, and walks through it were a tenth of a start."""
+    gc.set_threshold(20_000, 50, 10)
 
 
 def is_told(error: BaseException) -> bool:

@@ -2,7 +2,6 @@
 
 import fcntl
 import functools
-import gc
 import importlib.metadata
 import importlib.util
 import json
@@ -33,7 +32,7 @@ import yaml
 from flax import struct
 from jaxtyping import install_import_hook
 
-from safe_rlhf_jax import log
+from safe_rlhf_jax import cli, log
 from tests import moments
 
 PACKAGE = Path(__file__).parent.parent / "safe_rlhf_jax"
@@ -72,8 +71,7 @@ install_import_hook(hooked_modules(), "beartype.beartype(conf=beartype.BeartypeC
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-# Traces and programs stay as long as the process, and every full collection walks through all of them.
-gc.set_threshold(700, 10, 100)
+cli.collect_garbage_rarely()
 
 # Compiling inside an example takes longer than any deadline, and a failure must come back on the next run.
 hypothesis.settings.register_profile("jax", deadline=None, derandomize=True, database=None)

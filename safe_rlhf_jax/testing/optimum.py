@@ -310,7 +310,9 @@ def train(case: Case, runs: list[tuple[World, Optimum, float, int]], iterations:
     limits = jnp.stack([jnp.asarray(optimum.limits, jnp.float32) for _, optimum, *_ in runs])
     multipliers = jnp.asarray([multiplier for *_, multiplier, _ in runs], jnp.float32)
     seeds = jnp.asarray([seed for *_, seed in runs], jnp.int32)
-    return jax.device_get(jax.jit(jax.vmap(one))(frozen, limits, multipliers, seeds))
+    # Long to run and short to compile, whatever level the tests have.
+    options = {"xla_backend_optimization_level": 2} if jax.default_backend() == "cpu" else None
+    return jax.device_get(jax.jit(jax.vmap(one), compiler_options=options)(frozen, limits, multipliers, seeds))
 
 
 def compare(case: Case, world: World, optimum: Optimum, params: Any, multipliers: Any) -> dict[str, Any]:
