@@ -235,16 +235,18 @@ def facts(side: str) -> dict[str, Any]:
 
 
 def serve(side: str, spec: dict[str, Any], eager: bool, repeats: int, connection: Connection) -> None:
-    """A side's process: warms a phase up when it is asked for the next one, and times it when asked for the time."""
+    """A side's process. Answers `next`: builds the next phase and warms it up; `time`: times it; `end`: facts."""
     keep_freed_memory()
-    for name, call in torch_calls(spec, compiled=not eager) if side == "torch" else our_calls(spec):
-        assert connection.recv() == "next"
+    calls = torch_calls(spec, compiled=not eager) if side == "torch" else our_calls(spec)
+    for request in iter(connection.recv, "end"):
+        if request == "time":
+            connection.send(seconds(call, repeats, has_run=True))
+            continue
+        name, call = next(calls)
         start = time.perf_counter()
         for _ in range(2):
             jax.block_until_ready(call())
         connection.send((name, time.perf_counter() - start))
-        while connection.recv() == "time":
-            connection.send(seconds(call, repeats, has_run=True))
     connection.send(facts(side))
 
 
@@ -258,13 +260,12 @@ class Side:
         self.process.start()
         theirs.close()  # so that a process that dies is noticed
 
-    def ask(self, *requests: str) -> Any:
-        """Sends requests; returns the answer."""
-        for request in requests:
-            self.connection.send(request)
+    def ask(self, request: str) -> Any:
+        """Returns the answer to a request."""
         try:
+            self.connection.send(request)
             return self.connection.recv()
-        except EOFError:
+        except (EOFError, OSError):
             sys.exit(f"the process of {self.name} has died; its messages are above")
 
 
@@ -272,10 +273,10 @@ def compare(spec: dict[str, Any], *, pairs: int, repeats: int, eager: bool) -> I
     """Times both sides in turn, phase by phase; yields what there is of the result after each phase."""
     sides = [Side(name, spec, eager, repeats) for name in ("ours", "torch")]
     result: dict[str, Any] = {name: {} for name in ("warm_up_seconds", "seconds", "medians", "ratios", "least_ratio")}
-    for i, phase in enumerate(PHASES):
+    for phase in PHASES:
         warm_up = {}
         for side in sides:
-            name, warm_up[side.name] = side.ask(*["done"][: i > 0], "next")
+            name, warm_up[side.name] = side.ask("next")
             assert name == phase
         times: dict[str, list[float]] = {side.name: [] for side in sides}
         for _ in range(pairs):
@@ -286,7 +287,7 @@ def compare(spec: dict[str, Any], *, pairs: int, repeats: int, eager: bool) -> I
         result["medians"][phase] = {name: statistics.median(values) for name, values in times.items()}
         result["ratios"][phase], result["least_ratio"][phase] = ratios, min(ratios)
         yield result
-    yield {"environment": {side.name: side.ask("done") for side in sides}} | result
+    yield {"environment": {side.name: side.ask("end") for side in sides}} | result
 
 
 def main() -> None:
@@ -300,6 +301,7 @@ def main() -> None:
     options = parser.parse_args()
     if importlib.util.find_spec("torch") is None:
         sys.exit("torch is not installed: pip install -e '.[torch]'")
+    os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"  # compiling counts in full
     spec = yaml.safe_load(pathlib.Path(options.config).read_text())
     settings = {"pairs": options.pairs, "repeats": options.repeats, "eager": options.eager}
     for part in compare(spec, **settings):
