@@ -65,6 +65,19 @@ def matmul_peak(dtype: str) -> float:
     return 2 * size**3 / seconds(lambda: product(a), 10)
 
 
+def hyperparameters(spec: dict[str, Any], recompute: bool) -> Hyperparameters:
+    """Those of the configuration; no token ends a response."""
+    return Hyperparameters(
+        response_length=spec["response_length"],
+        eos_id=-1,
+        pad_id=0,
+        recompute_log_probs=recompute,
+        minibatches=spec["minibatches"],
+        microbatches=spec.get("microbatches", 1),
+        constraints={"cost": Constraint()},
+    )
+
+
 def build(spec: dict[str, Any], recompute: bool) -> tuple[Networks, Hyperparameters, RLState, Frozen, PromptBatch]:
     """Random networks and prompts; with `lora` adapters on one base, also for scorers and critics."""
     lora = Lora(**spec["lora"]) if "lora" in spec else None
@@ -97,15 +110,7 @@ def build(spec: dict[str, Any], recompute: bool) -> tuple[Networks, Hyperparamet
         return variables | {"params": cast_matrices(variables["params"], config.dtype)}
 
     networks = Networks(policy, scorers, dict.fromkeys(scorers, critic), optimizer, dict.fromkeys(scorers, optimizer))
-    hp = Hyperparameters(
-        response_length=spec["response_length"],
-        eos_id=-1,
-        pad_id=0,
-        recompute_log_probs=recompute,
-        minibatches=spec["minibatches"],
-        microbatches=spec.get("microbatches", 1),
-        constraints={"cost": Constraint()},
-    )
+    hp = hyperparameters(spec, recompute)
     state = RLState(
         step=jnp.zeros((), jnp.int32),
         actor=init_state(variables(policy, 0)["params"], optimizer),
@@ -120,12 +125,42 @@ def build(spec: dict[str, Any], recompute: bool) -> tuple[Networks, Hyperparamet
     return networks, hp, state, frozen, PromptBatch(tokens, tokens > 0, jnp.zeros((batch,), jnp.int32))
 
 
+def phase_calls(
+    networks: Networks, hp: Hyperparameters, box: list[RLState], frozen: Frozen, prompts: PromptBatch, key: jax.Array
+) -> dict[str, Callable[[], Any]]:
+    """Calls of each phase as a program of its own; the box holds the state, which `update` moves."""
+    algorithm = ALGORITHMS["ppo_lag"]
+    options = {"temperature": 1.0, "recompute_log_probs": hp.recompute_log_probs,
+               "slices": hp.minibatches * hp.microbatches}  # fmt: skip
+    # Networks are arguments: as constants they would be compiled into each program.
+    generate = jax.jit(lambda params, bases, prompts: collect(networks.on(bases), hp, params, prompts, key))
+    score = jax.jit(
+        lambda state, frozen, rollout: score_rollout(networks.on(frozen.bases), state, frozen, rollout, **options)
+    )
+    rollout = generate(box[0].actor.params, frozen.bases, prompts)
+    scored = score(box[0], frozen, rollout)
+    update = jax.jit(
+        lambda state, bases, scored: update_networks(
+            networks.on(bases), algorithm, hp, state, estimate_advantages(algorithm, hp, state, scored)[0], None, key
+        ),
+        donate_argnums=0,
+    )
+
+    def run_update() -> Any:
+        box[0], metrics = update(box[0], frozen.bases, scored)
+        return metrics
+
+    return {
+        "generation": lambda: generate(box[0].actor.params, frozen.bases, prompts),
+        "scoring": lambda: score(box[0], frozen, rollout),
+        "update": run_update,
+    }
+
+
 def measure(spec: dict[str, Any], repeats: int, recompute: bool) -> Iterator[dict[str, Any]]:
     """Compiles and times one configuration; yields what there is of the result as soon as it is there."""
     networks, hp, state, frozen, prompts = build(spec, recompute)
     algorithm, key, config = ALGORITHMS["ppo_lag"], jax.random.key(0), networks.policy.config
-    options = {"temperature": 1.0, "recompute_log_probs": recompute,
-               "slices": hp.minibatches * hp.microbatches}  # fmt: skip
     flops = iteration_flops(config, prompts.tokens.shape[0], spec["prompt_length"], hp.response_length, recompute)
     total = sum(flops.values())
     yield {"old_log_probs": "recomputed" if recompute else "sampled", "flops": {**flops, "iteration": total}}
@@ -153,29 +188,8 @@ def measure(spec: dict[str, Any], repeats: int, recompute: bool) -> Iterator[dic
         **({"mfu": total / iteration / chip.flops} if chip and config.dtype == "bfloat16" else {}),
     }
 
-    # Networks are arguments: as constants they would be compiled into each program.
-    generate = jax.jit(lambda params, bases, prompts: collect(networks.on(bases), hp, params, prompts, key))
-    score = jax.jit(
-        lambda state, frozen, rollout: score_rollout(networks.on(frozen.bases), state, frozen, rollout, **options)
-    )
-    rollout = generate(box[0].actor.params, frozen.bases, prompts)
-    scored = score(box[0], frozen, rollout)
-    update = jax.jit(
-        lambda state, bases, scored: update_networks(
-            networks.on(bases), algorithm, hp, state, estimate_advantages(algorithm, hp, state, scored)[0], None, key
-        ),
-        donate_argnums=0,
-    )
-    phases = {
-        "generation": seconds(lambda: generate(box[0].actor.params, frozen.bases, prompts), repeats),
-        "scoring": seconds(lambda: score(box[0], frozen, rollout), repeats),
-    }
-
-    def run_update() -> Any:
-        box[0], metrics = update(box[0], frozen.bases, scored)
-        return metrics
-
-    phases["update"] = seconds(run_update, repeats)
+    calls = phase_calls(networks, hp, box, frozen, prompts, key)
+    phases = {name: seconds(call, repeats) for name, call in calls.items()}
     peak = matmul_peak(config.dtype)
     rows = prompts.tokens.shape[0]
     yield {
