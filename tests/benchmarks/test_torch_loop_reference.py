@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.torch import load_file
 
 from benchmarks import rl_step, torch_loop
 from safe_rlhf_jax.models import hf
@@ -29,6 +28,8 @@ SPEC = {"model": MODEL, "batch_size": ROWS, "prompt_length": PROMPT, "response_l
 
 def carry_over(network, folder, module, variables):
     """Loads our weights into a network of transformers."""
+    from safetensors.torch import load_file  # imports torch
+
     tensors = load_file(hf.save(folder, module, variables) / hf.WEIGHTS)
     network.load_state_dict(
         {k.replace("score_head.", "score."): v for k, v in tensors.items() if not k.startswith("normalizer.")}
