@@ -36,7 +36,7 @@ MEASURED = {
     "refusal_rate": "refusals",
 }
 PERCENT = ("judge_unsafe_share", "refusal_rate")
-STYLES = {  # of runs whose names begin so: colour and label; a second seed has no label
+STYLES = {  # of runs whose names begin so: colour and label
     "ppo_lag_2": ("#0072B2", "PPO-Lagrangian, d = −2"),
     "ppo_lag_1.4": ("#56B4E9", "PPO-Lagrangian, d = −1.4"),
     "ppo_lag": ("#0072B2", "PPO-Lagrangian, d = −1"),
@@ -95,9 +95,10 @@ def figure(runs: dict[str, Any]) -> Figure:
     panels = drawn.subplots(1, 4)
     for run, one in runs.items():
         colour, label = style(run)
+        labelled = label in [line.get_label() for line in panels[0].lines]
         for axes, name in zip(panels, ("reward", "cost"), strict=False):
             smooth = np.convolve(one["steps"][name], np.ones(5) / 5, mode="valid")
-            axes.plot(np.arange(len(smooth)) + 3, smooth, color=colour, label=None if run.endswith("_1") else label)
+            axes.plot(np.arange(len(smooth)) + 3, smooth, color=colour, label=None if labelled else label)
             axes.set(xlabel="iteration", ylabel=f"own {name}, mean of five")
         found = one["evaluations"]
         roots = [max(at["kl_mean"], 0) ** 0.5 for at in found]
