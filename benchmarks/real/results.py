@@ -80,13 +80,13 @@ def curves(rows: list[dict[str, Any]], result_file: pathlib.Path) -> dict[str, A
 
 
 def training_table(runs: dict[str, Any]) -> str:
-    """Returns every evaluation on held-out prompts."""
-    lines = []
+    """Returns every evaluation on held-out prompts; what several runs share is there once."""
+    lines: dict[tuple[str, ...], list[str]] = {}
     for name, run in runs.items():
         for one in run["evaluations"]:
             cells = [f"{100 * one[k]:.1f} %" if k in PERCENT else f"{one[k]:.2f}" for k in MEASURED]
-            lines.append([name, str(one["step"]), *cells])
-    return table(["stage", "step", *MEASURED.values()], lines)
+            lines.setdefault((str(one["step"]), *cells), [name, str(one["step"]), *cells])
+    return table(["stage", "step", *MEASURED.values()], list(lines.values()))
 
 
 def figure(runs: dict[str, Any]) -> Figure:
