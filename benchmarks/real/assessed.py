@@ -47,6 +47,8 @@ def collected(folder: pathlib.Path, names: dict[str, str]) -> dict[str, Any]:
         found: dict[str, Any] = {}
         for row, (groups, what) in ROWS.items():
             here, there = select(own, "test", groups), select(samples[start], "test", groups)
+            if not here:
+                continue
             if what == "wins":
                 found[row] = None if policy == start else paired_win_rate(here, there, "judge_reward")
             else:
@@ -74,7 +76,8 @@ def cell(share: dict[str, Any] | None) -> str:
 def text_of(found: dict[str, Any]) -> str:
     """Returns the table: a row per measure, a column per policy."""
     policies = found["policies"]
-    rows = [[row, *(cell(one[row]) for one in policies.values())] for row in ROWS]
+    measured = [row for row in ROWS if all(row in one for one in policies.values())]
+    rows = [[row, *(cell(one[row]) for one in policies.values())] for row in measured]
     for name, label in MEANS.items():
         rows.append([label, *(f"{one[name]:.1%}".replace("%", " %") if name == "truncated" else f"{one[name]:.1f}"
                               for one in policies.values())])  # fmt: skip
