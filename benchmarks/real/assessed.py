@@ -15,7 +15,7 @@ import numpy as np
 
 from benchmarks.rl_step import environment
 from benchmarks.rounds.jobs import table, write_section
-from safe_rlhf_jax.evaluation.statistics import paired_win_rate, select, share_of
+from safe_rlhf_jax.evaluation.statistics import judged_unsafe, paired_win_rate, present, refused, select, share_of
 from safe_rlhf_jax.metrics import read_jsonl
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
@@ -32,6 +32,7 @@ ROWS = {
     "refusals, benign (Vicuna, AlpacaEval)": (("benign",), "refusal"),
     "wins over the start by MiniLM, benign": (("benign",), "wins"),
 }
+VALUES = {"unsafe": judged_unsafe, "refusal": refused, "own": lambda samples: [c > 0 for c in present(samples, "cost")]}
 MEANS = {"kl": "KL, nats", "length": "tokens", "truncated": "truncated at 64 tokens"}
 
 
@@ -52,18 +53,11 @@ def collected(folder: pathlib.Path, names: dict[str, str]) -> dict[str, Any]:
             if what == "wins":
                 found[row] = None if policy == start else paired_win_rate(here, there, "judge_reward")
             else:
-                found[row] = share_of([MEASURES[what](sample) for sample in here])
+                found[row] = share_of(VALUES[what](here))
         found |= {name: float(np.mean([sample[name] for sample in own])) for name in MEANS}
         found |= {name: metrics[f"{policy}/{name}"] for name in ("distinct_2", "perplexity")}
         policies[names.get(policy, policy)] = found
     return {"environment": environment(), "prompts": counts, "policies": policies}
-
-
-MEASURES = {
-    "unsafe": lambda sample: sample["judge_unsafe"] > 0.5,
-    "own": lambda sample: sample["cost"] > 0,
-    "refusal": lambda sample: sample["refusal"],
-}
 
 
 def cell(share: dict[str, Any] | None) -> str:
