@@ -16,7 +16,7 @@ from safe_rlhf_jax.models.parameters import boxed_variables, cast_matrices
 from safe_rlhf_jax.models.quantized import dequantize
 from safe_rlhf_jax.models.transformer import Cache
 from safe_rlhf_jax.ops import is_any
-from safe_rlhf_jax.sharding import constrain, decoding_layout, whole
+from safe_rlhf_jax.sharding import constrain, decoding_layout, platform, whole
 from safe_rlhf_jax.types import Params, PromptBatch, Rollout, TokenIds
 
 SEGMENTS, SEGMENT = 4, 64  # loops over the tokens of a response, and the fewest tokens of one
@@ -95,6 +95,7 @@ def generate(
         if sampling.repetition_penalty != 1.0:
             counts = jnp.zeros((rows, logits.shape[-1]), jnp.int32).at[row[:, None], prompt_tokens].add(prompt_mask)
             seen = counts > 0
+        decoder = decoding_module(module)
 
         def loop(state: DecodeState, start: int, tokens: int) -> DecodeState:
             """Chooses tokens from number `start` on; counts its own, so that a program says how many they are."""
@@ -118,7 +119,7 @@ def generate(
             full_prompt = jnp.pad(prompt_mask, ((0, 0), (0, tokens)))
             column = jnp.arange(prompt_length + tokens, dtype=jnp.int32)
             visible = full_prompt | ((column >= prompt_length) & (column <= slot))[None]
-            logits, cache = module.apply(
+            logits, cache = decoder.apply(
                 {"params": params}, token, prompt_size + t, visible, state.cache, slot, method="decode"
             )
             return DecodeState(
@@ -152,6 +153,13 @@ def generate(
         group=repeat(prompts.group),
     )
     return jax.tree.map(by_rows, rollout)
+
+
+def decoding_module(module: LanguageModel) -> LanguageModel:
+    """Returns the module that decodes: on a GPU, weights at an index that varies are copied out of their stack."""
+    if platform() != "gpu":
+        return module
+    return module.clone(config=dataclasses.replace(module.config, unroll_layers=True))
 
 
 def segments(response_length: int) -> list[int]:

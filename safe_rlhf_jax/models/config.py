@@ -121,6 +121,7 @@ class ModelConfig:
     # Execution; none of these changes a result beyond rounding.
     dtype: str = "float32"  # of matmuls and activations; parameters keep their stored dtype
     scan_layers: bool = True  # one compiled layer, scanned; False unrolls, faster for small models
+    unroll_layers: bool = False  # a scan of layers is compiled as so many layers, on the same stacked parameters
     remat: RematPolicy = "none"  # recomputed in the backward pass
     merge_to_decode: bool = True  # generation keeps a copy of the layers with their adapters merged
     gather_to_decode: bool = False  # generation keeps a copy of the parameters gathered over `fsdp`

@@ -101,9 +101,10 @@ class Decoder(nn.Module):
                 in_axes=(0, nn.broadcast, nn.broadcast),
                 metadata_params={nn.PARTITION_NAME: "layers"},
             )
+            stack = lambda length: scanned(length=length, unroll=length if c.unroll_layers else 1)  # noqa: E731
             if c.trunk:
-                self.trunk = scanned(length=c.trunk)(plain)
-            self.layers = scanned(length=c.num_layers - c.trunk)(c)
+                self.trunk = stack(c.trunk)(plain)
+            self.layers = stack(c.num_layers - c.trunk)(c)
         else:
             self.trunk = [layer(plain) for _ in range(c.trunk)]
             self.layers = [layer(c) for _ in range(c.num_layers - c.trunk)]

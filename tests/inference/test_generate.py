@@ -234,6 +234,22 @@ def test_a_cache_that_is_read_as_far_as_it_may_be_filled_gives_the_same(prompts,
     assert_same(in_segments(*arguments[1:]), expected)
 
 
+def test_on_a_gpu_layers_are_compiled_one_by_one_and_give_the_same_responses(prompts, monkeypatch):
+    module, variables = make_lm(tiny_config(vocab_size=VOCAB, scan_layers=True))
+    options = {"response_length": RESPONSE, "eos_id": EOS, "pad_id": PAD, "sampling": Sampling()}
+    arguments = perturbed(variables)["params"], prompts, jax.random.key(0)
+
+    def traced():
+        return jax.jit(functools.partial(generate, module, **options)).trace(*arguments)
+
+    scanned = traced()
+    monkeypatch.setattr(generating, "platform", lambda: "gpu")
+    unrolled, unroll = traced(), f"unroll={module.config.num_layers}"
+    assert unroll in str(unrolled.jaxpr)
+    assert unroll not in str(scanned.jaxpr)
+    assert_same(*(program.lower().compile()(*arguments) for program in (unrolled, scanned)))
+
+
 def test_loops_over_a_response_are_few_and_long():
     assert generating.segments(64) == [64]
     assert generating.segments(200) == [67, 134, 200]
