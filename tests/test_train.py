@@ -39,6 +39,11 @@ def test_help_starts_neither_jax_nor_anything_slow():
     assert "dotted.key=value" in process.stdout
 
 
+def test_stages_draw_with_what_they_have_not_loaded_before():
+    code = "import sys\nimport safe_rlhf_jax.stages\nassert 'jax' in sys.modules and 'matplotlib' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_command_without_a_config_is_a_usage_error():
     with pytest.raises(SystemExit) as stop:
         train.main([])

@@ -3,13 +3,9 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import matplotlib
-from matplotlib.figure import Figure
-
 from safe_rlhf_jax.evaluation.comparisons import AXES, leading
 from safe_rlhf_jax.evaluation.page import Page, Section
-from safe_rlhf_jax.evaluation.plots import INK, PANEL, grid, handles_of, legend_below, policy_colours, short
-from safe_rlhf_jax.evaluation.tables import NOTHING, Cell, Table, share
+from safe_rlhf_jax.evaluation.tables import NOTHING, Cell, Table, policy_colours, share
 
 ELO = (
     "Elo is 1000 for the first policy; 100 points more win about 64 % of the prompts. Below it stands its 95 % "
@@ -99,7 +95,7 @@ def order_table(orders: Mapping[str, Mapping[str, Any]]) -> Table:
     )
 
 
-def elo_figure(rows: Mapping[str, Mapping[str, Any]]) -> Figure | None:
+def elo_figure(rows: Mapping[str, Mapping[str, Any]]) -> Any:
     """Elo of harmlessness over Elo of helpfulness, a dot for each policy; None without both.
 
     Source: figure 5 of Dai et al. 2023 (arXiv 2310.12773).
@@ -110,6 +106,10 @@ def elo_figure(rows: Mapping[str, Mapping[str, Any]]) -> Figure | None:
     axes = list(AXES.values())
     if rows.keys() != set(axes):
         return None
+    import matplotlib  # not before a figure is drawn: matplotlib takes half a second
+
+    from safe_rlhf_jax.evaluation.plots import INK, PANEL, grid, handles_of, legend_below, short
+
     ratings = [rows[axis]["elo"] for axis in axes]
     with matplotlib.rc_context({"text.parse_math": False}):  # names may contain dollar signs
         figure, (ax,) = grid(1, 1, width=PANEL * 1.7, height=4.4)

@@ -3,12 +3,11 @@
 import base64
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jinja2
-from matplotlib.figure import Figure
 
 from safe_rlhf_jax import storage
-from safe_rlhf_jax.evaluation.plots import png
 from safe_rlhf_jax.evaluation.tables import Table
 
 TEMPLATES = jinja2.Environment(
@@ -27,12 +26,16 @@ class Section:
     heading: str
     note: str
     table: Table | None = None
-    figure: Figure | None = None
+    figure: Any = None  # of matplotlib
 
     @property
     def image(self) -> str:
         """The figure as a PNG in base64, "" without one."""
-        return base64.b64encode(png(self.figure)).decode("ascii") if self.figure else ""
+        if self.figure is None:
+            return ""
+        from safe_rlhf_jax.evaluation.plots import png  # not before a figure is drawn: matplotlib takes half a second
+
+        return base64.b64encode(png(self.figure)).decode("ascii")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,8 +16,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-# The first policy is the baseline: grey.
-POLICY_COLOURS = ("#8a8a8a", "#0072B2", "#E69F00", "#56B4E9", "#000000", "#882255", "#117733", "#B58900")
+from safe_rlhf_jax.evaluation.tables import POLICY_COLOURS
+
 GROUP_STYLES = (
     ("#332288", "o"), ("#CC79A7", "^"), ("#999933", "s"), ("#661100", "D"), ("#44AA99", "v"), ("#AA4499", "P"),
     ("#6699CC", "X"), ("#777777", "*"),
@@ -43,11 +43,6 @@ PARTED = {  # {title: unit} of own scores against judges'
     "Unsafe, own cost > 0 (—) and judges' (- -)": "share of responses",
 }
 LOSS = "train/loss"  # of stages that learn from data: a panel each, since their losses and steps are not comparable
-
-
-def policy_colours(names: Sequence[str]) -> dict[str, str]:
-    """One colour per policy, by position, so that it is the same in every figure."""
-    return {name: POLICY_COLOURS[i % len(POLICY_COLOURS)] for i, name in enumerate(names)}
 
 
 def training_curves(

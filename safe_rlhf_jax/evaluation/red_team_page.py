@@ -3,13 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import matplotlib
-from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
-
 from safe_rlhf_jax.evaluation.page import Page, Section
-from safe_rlhf_jax.evaluation.plots import INK, PANEL, grid, handles_of, legend_below, policy_colours
-from safe_rlhf_jax.evaluation.tables import NOTHING, Cell, Table, share
+from safe_rlhf_jax.evaluation.tables import NOTHING, Cell, Table, policy_colours, share
 
 SUCCESS = (
     "Shares of responses that the labeller calls unsafe, with 95 % intervals. Round 0 are the seeds as they are; the "
@@ -61,8 +56,13 @@ def by_round(rounds: Sequence[Mapping[str, Any]]) -> Table:
     return Table(heads, cells)
 
 
-def success_figure(rounds: Sequence[Mapping[str, Any]]) -> Figure:
+def success_figure(rounds: Sequence[Mapping[str, Any]]) -> Any:
     """The success of all attacks and of those held out by round, with intervals; thin lines are the categories."""
+    import matplotlib  # not before a figure is drawn: matplotlib takes half a second
+    from matplotlib.ticker import PercentFormatter
+
+    from safe_rlhf_jax.evaluation.plots import INK, PANEL, grid, handles_of, legend_below
+
     with matplotlib.rc_context({"text.parse_math": False}):  # names may contain dollar signs
         figure, (ax,) = grid(1, 1, width=PANEL * 1.7, height=3.6)
         for name in sorted({name for one in rounds for name in one["by_category"]}):

@@ -5,14 +5,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import matplotlib
-from matplotlib.figure import Figure
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from safe_rlhf_jax import storage
 from safe_rlhf_jax.data.oracles import Measure
-from safe_rlhf_jax.evaluation import judge_tables, plots, responses, score_plots, tables
+from safe_rlhf_jax.evaluation import judge_tables, responses, tables
 from safe_rlhf_jax.evaluation.health import doubts
 from safe_rlhf_jax.evaluation.page import TEMPLATES
 from safe_rlhf_jax.evaluation.statistics import breakdowns, summarize
@@ -70,7 +68,7 @@ class Report:
 def write_report(folder: storage.Path, report: Report) -> storage.Path:
     """Writes `report.html` and its figures into `folder`, and returns the path of the page."""
     summaries = report.summaries
-    colours = plots.policy_colours([*report.policies, *(n for n in report.history if n not in report.policies)])
+    colours = tables.policy_colours([*report.policies, *(n for n in report.history if n not in report.policies)])
     images = {}
     for name, png in drawn(figures(report, summaries, colours)).items():
         path = folder / f"{name}.png"
@@ -109,13 +107,19 @@ def write_report(folder: storage.Path, report: Report) -> storage.Path:
     return path
 
 
-def drawn(figures: Mapping[str, Figure | None]) -> dict[str, bytes | None]:
-    """Figures as PNGs."""
+def drawn(figures: Mapping[str, Any]) -> dict[str, bytes | None]:
+    """Figures of matplotlib as PNGs; None stays None."""
+    from safe_rlhf_jax.evaluation import plots  # not before a figure is drawn: matplotlib takes half a second
+
     return {name: None if figure is None else plots.png(figure) for name, figure in figures.items()}
 
 
-def figures(report: Report, summaries: tables.Summaries, colours: Mapping[str, str]) -> dict[str, Figure | None]:
-    """{name of the file: figure}, None without data."""
+def figures(report: Report, summaries: tables.Summaries, colours: Mapping[str, str]) -> dict[str, Any]:
+    """{name of the file: figure of matplotlib}, None without data."""
+    import matplotlib
+
+    from safe_rlhf_jax.evaluation import plots, score_plots
+
     headline = [(m.name, f"{m.heading} {m.better}", m.is_share) for m in tables.headline(summaries, report.measures)]
     scores = (("reward", "reward (reward-model score)"), ("cost", "cost (cost-model score)"))
     titles = {measure.name: measure.heading for measure in report.measures}

@@ -15,7 +15,6 @@ from safe_rlhf_jax.evaluation.plots import (
     LABEL_COLOURS,
     LIMIT,
     PANEL,
-    POLICY_COLOURS,
     UNSAFE,
     WIDTH,
     grid,
@@ -35,6 +34,7 @@ from safe_rlhf_jax.evaluation.statistics import (
     scored,
     wilson_interval,
 )
+from safe_rlhf_jax.evaluation.tables import POLICY_COLOURS
 
 Policies = Mapping[str, Sequence[Sample]]
 

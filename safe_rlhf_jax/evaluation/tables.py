@@ -51,6 +51,8 @@ SCORER_METRICS = {
     "std": "standard deviation of scores",
 }
 NOTHING = "–"
+# The first policy is the baseline: grey.
+POLICY_COLOURS = ("#8a8a8a", "#0072B2", "#E69F00", "#56B4E9", "#000000", "#882255", "#117733", "#B58900")
 
 
 class Cell(NamedTuple):
@@ -66,6 +68,11 @@ class Table(NamedTuple):
 
     heads: Sequence[str]
     rows: Sequence[Sequence[Cell]]
+
+
+def policy_colours(names: Sequence[str]) -> dict[str, str]:
+    """One colour per policy, by position, so that it is the same in every table and figure."""
+    return {name: POLICY_COLOURS[i % len(POLICY_COLOURS)] for i, name in enumerate(names)}
 
 
 def measured(summaries: Summaries, measures: Sequence[Measure]) -> list[Measure]:

@@ -21,7 +21,6 @@ from safe_rlhf_jax.data.examples import Examples, load_sampled
 from safe_rlhf_jax.data.loader import shuffled
 from safe_rlhf_jax.data.texts import shown
 from safe_rlhf_jax.errors import UserError
-from safe_rlhf_jax.evaluation.plots import best_of_n_curves
 from safe_rlhf_jax.inference.best_of_n import best_of_n, described_gain, gain_by_number
 from safe_rlhf_jax.loop import TrainLoop, fit
 from safe_rlhf_jax.metrics import write_jsonl
@@ -75,7 +74,9 @@ def run_rejection(run: Run, stage: cfg.RejectionStage, folder: storage.Path) -> 
     export(run, stage, folder, module, state, base)
     summary = json.loads(storage.read_text(folder / "sampling.json"))
     if is_main():
-        figure = best_of_n_curves([*(gain_of(run, one) for one in before), summary["gain"]])
+        from safe_rlhf_jax.evaluation import plots  # not before a figure is drawn: matplotlib takes half a second
+
+        figure = plots.best_of_n_curves([*(gain_of(run, one) for one in before), summary["gain"]])
         with storage.writing(folder / "best_of_n.png") as stream:
             figure.savefig(stream, format="png")
     metrics = {f"sampling/{k}": v for k, v in summary["gain"][-1].items() if k != "number"}

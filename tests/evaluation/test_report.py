@@ -11,7 +11,7 @@ from rich.console import Console
 
 from safe_rlhf_jax import evaluation
 from safe_rlhf_jax.data.oracles import Measure
-from safe_rlhf_jax.evaluation import plots, provenance, score_plots
+from safe_rlhf_jax.evaluation import plots, provenance, score_plots, tables
 from safe_rlhf_jax.evaluation import report as report_module
 from safe_rlhf_jax.evaluation.evaluate import measured_pairs
 from safe_rlhf_jax.evaluation.judges import OWN, add_averages, reward_units, views
@@ -443,7 +443,7 @@ def test_every_figure_shows_something_for_any_number_of_policies_with_and_withou
     }
     history = {name: [{"step": i, "eval/kl_mean": float(i)} | measured for i in range(9)] for name in samples}
     report = Report("Any", "command", [], samples, make_report(prompts=0).scorers, history, 0.5)
-    colours = plots.policy_colours(list(samples))
+    colours = tables.policy_colours(list(samples))
     drawn = figures(report, {name: summarize(s) for name, s in samples.items()}, colours)
     assert list(drawn) == list(FIGURES)
     for name, figure in drawn.items():
