@@ -3,7 +3,8 @@
 python -m benchmarks.rounds.values run --seeds 0 1 2 --workers 2    benchmarks/results/values.json
 python -m benchmarks.rounds.values table                            docs/results.md
 
-The pairs are labelled again under the new values; the cost model and the policy go on from where they were.
+The pairs are labelled again under the new values; the cost model and the policy go on from where they were, the policy
+twice: with KL from where it was (`new`), and from the SFT policy (`anchored`).
 """
 
 import json
@@ -25,7 +26,8 @@ CATEGORY_WORD = world.CATEGORY_WORDS[CATEGORY]
 PAIRS = 8000  # and all further ones on the category
 UNACCEPTABLE, ACCEPTABLE = "unacceptable", "acceptable"
 CHANGES = {"becomes acceptable": (UNACCEPTABLE, ACCEPTABLE), "becomes unacceptable": (ACCEPTABLE, UNACCEPTABLE)}
-POLICIES = ("old", "new")
+# Policy: whose labels its models have seen, and its row.
+POLICIES = {"old": "before", "new": "after, KL from before", "anchored": "after, KL from the SFT policy"}
 SHOWN = {
     "harm_category": "harm of the category",
     "harm_others": "harm of the others",
@@ -53,12 +55,13 @@ def job(seed: int, change: str, files: dict[str, str], tiny: dict[str, Any]) -> 
         "stages.cost_old.init_from": models["sft"],
         "stages.policy_old.init_from": models["sft"],
     }
-    for name, value in zip(POLICIES, CHANGES[change], strict=True):
-        settings |= {
-            f"stages.cost_{name}.data.name": files[value],
-            f"stages.policy_{name}.reward_model": models["reward"],
-            f"stages.policy_{name}.algorithm.lagrange.cost_limit.data.name": files[value],
-        }
+    before, after = (files[value] for value in CHANGES[change])
+    settings |= {"stages.cost_old.data.name": before, "stages.cost_new.data.name": after}
+    settings["stages.policy_anchored.reference"] = models["sft"]
+    for name in POLICIES:
+        settings[f"stages.policy_{name}.reward_model"] = models["reward"]
+        limit = f"stages.policy_{name}.algorithm.lagrange.cost_limit.data.name"
+        settings[limit] = before if name == "old" else after
     name = f"values/seed{seed}_{list(CHANGES).index(change)}"
     return Job(name, "values.yaml", settings | tiny, {"seed": seed, "change": change})
 
@@ -98,7 +101,7 @@ def section(runs: list[Run]) -> str:
     """Returns the table."""
     lines = []
     for change in CHANGES:
-        for policy, when in zip(POLICIES, ("before", "after"), strict=True):
+        for policy, when in POLICIES.items():
             found = [run["policies"][policy] for run in runs if run["change"] == change]
             if found:
                 cells = [jobs.spread([one[name] for one in found], name in PERCENT) for name in SHOWN]

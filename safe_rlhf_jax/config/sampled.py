@@ -24,12 +24,13 @@ class RLStage(Judged, TrainingStage):
     """On-policy training: PPO, PPO-Lagrangian and their relatives."""
 
     refused: ClassVar[dict[str, str]] = OTHER_DISTRIBUTION
-    added: ClassVar[frozenset[str]] = frozenset({"signals"})
+    added: ClassVar[frozenset[str]] = frozenset({"signals", "reference"})
     makes: ClassVar[Makes] = "policy"
     held_out: ClassVar[str] = "eval_prompts"
     lengths: ClassVar[tuple[str, ...]] = ("max_prompt_length", "max_response_length")
     kind: Literal["rl"]
     algorithm: AlgorithmConfig = AlgorithmConfig()
+    reference: str | None = None  # policy that KL is measured from; `init_from` by default
     reward_model: str | None = None  # required, unless `signals` has a reward
     cost_model: str | None = None  # signal `cost`, limited by algorithm.lagrange; without a constraint only reported
     cost_models: dict[str, str] = Field(
@@ -62,6 +63,8 @@ class RLStage(Judged, TrainingStage):
             reasons["ptx"] = "algorithm.ptx_coeff is 0"
         if "cost" not in self.scored:
             reasons["algorithm.lagrange"] = "it limits the cost of cost_model, which is not given"
+        if self.algorithm.kl.refresh_every or self.algorithm.kl.average:
+            reasons["reference"] = "the actor makes the reference (algorithm.kl.refresh_every or average)"
         if self.eval_prompts is None:
             reasons["judges"] = "they score responses to eval_prompts, which are not given"
         return reasons
@@ -101,7 +104,9 @@ class RLStage(Judged, TrainingStage):
 
     def models(self) -> dict[str, ModelUse]:
         """Returns the policy, the scorers, and the initial models of critics, by field."""
-        found = {"init_from": ModelUse(self.init_from, may_be_new=True, generates=True)}
+        found = {"init_from": ModelUse(self.init_from, may_be_new=True, generates=True, alike=True)}
+        if self.reference is not None:
+            found["reference"] = ModelUse(self.reference, alike=True)
         if self.reward_model is not None:
             found["reward_model"] = scorer(self.reward_model, "reward")
         if self.cost_model is not None:

@@ -17,7 +17,6 @@ from safe_rlhf_jax.data import examples
 from safe_rlhf_jax.data.formats import UNUSABLE, Record, Unusable
 from safe_rlhf_jax.data.loader import in_order, in_rows
 from safe_rlhf_jax.data.texts import safety_labels
-from safe_rlhf_jax.errors import ConfigError
 from safe_rlhf_jax.evaluation import evaluate
 from safe_rlhf_jax.models import hf
 from safe_rlhf_jax.models.adapters import Adapted, LanguageModel, whole
@@ -136,20 +135,9 @@ def direct_step(
 
 
 def reference_of(run: Run, stage: cfg.DPOStage, module: Any, variables: dict[str, Any]) -> Params:
-    """Returns the parameters of the KL reference policy, without its base.
-
-    Raises:
-        ConfigError: If it stands on another base than the policy.
-    """
-    reference = stage.reference or stage.init_from
-    if reference != stage.init_from:
-        other, variables = run.networks.to_train(stage, reference, "lm")
-        if isinstance(module, Adapted) and other.base != module.base:
-            raise ConfigError(
-                f"{stage.name}: reference {reference!r} has another base than init_from {stage.init_from!r}; with lora "
-                "both stand on one. Leave reference out, or train the whole network"
-            )
-    return run.networks.reference_of(reference, variables["params"])
+    """Returns the parameters of the reference, without its base."""
+    out: Params = run.networks.reference_of(stage, module, variables["params"])
+    return out
 
 
 def direct_batch(stage: cfg.DPOStage) -> PreferenceBatch:

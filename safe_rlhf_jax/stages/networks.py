@@ -218,8 +218,26 @@ class Weights:
             return self.open(reference, head, **options)
         return self.adapted(reference, head, stage.adapters, **options)
 
-    def reference_of(self, reference: str, params: Any) -> Any:
-        """Returns the reference of a policy that starts from a model: its parameters there, without the base."""
+    def reference_of(self, stage: cfg.DPOStage | cfg.RLStage, module: Any, params: Any) -> Any:
+        """Returns the parameters of the reference of a stage's policy, without the base.
+
+        Args:
+            stage: The stage.
+            module: Its policy.
+            params: The policy's parameters where it starts.
+
+        Raises:
+            ConfigError: If the reference stands on another base than the policy.
+        """
+        reference = stage.reference or stage.init_from
+        if reference != stage.init_from:
+            other, variables = self.to_train(stage, reference, "lm")
+            params = variables["params"]
+            if isinstance(module, Adapted) and other.base != module.base:
+                raise ConfigError(
+                    f"{stage.name}: reference {reference!r} has another base than init_from {stage.init_from!r}; with "
+                    "lora both stand on one. Leave reference out, or train the whole network"
+                )
         if "base" not in params:
             return self.only_read(params)
         return self.only_read(trained(params)) if self.origin(reference)[1] is not None else {}

@@ -163,7 +163,7 @@ def build_networks(
     )
     networks = Networks(policy, scorers.modules, critics, actor_optimizer, dict.fromkeys(critics, critic_optimizer))
     read = {s: v | {"params": trained(v["params"])} for s, v in scorers.variables.items()}
-    frozen = Frozen(run.networks.reference_of(stage.init_from, variables["params"]), read, bases)
+    frozen = Frozen(run.networks.reference_of(stage, policy, variables["params"]), read, bases)
     return networks, state, frozen, scorers.host
 
 

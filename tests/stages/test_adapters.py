@@ -11,6 +11,7 @@ from flax.traverse_util import flatten_dict
 from safe_rlhf_jax import config as cfg
 from safe_rlhf_jax.aot.run import AbstractRun
 from safe_rlhf_jax.models import hf
+from safe_rlhf_jax.models.adapters import trained
 from safe_rlhf_jax.models.config import Lora
 from safe_rlhf_jax.models.quantized import is_quantized
 from safe_rlhf_jax.models.safetensors_io import Tensors
@@ -99,6 +100,36 @@ def test_six_roles_share_one_base_that_is_found_by_content(lora_run, config, min
     assert state.actor.params.keys() == {"adapter"}
     assert all(critic.params.keys() == {"adapter", "head"} for critic in state.critics.values())
     assert frozen.reference.keys() == {"adapter"}  # that of `sft`
+
+
+@pytest.mark.parametrize(("reference", "kept"), [("sft", "sft"), ("base", None)])
+def test_kl_may_be_measured_from_another_policy_than_the_one_that_goes_on(lora_run, config, mini_run, reference, kept):
+    begin, base = f"path:{lora_run[0] / 'ppo_lag' / 'adapter'}", f"path:{mini_run[0] / 'sft' / 'export'}"
+    reference = base if reference == "base" else reference
+    stage = [f"stages.ppo_lag.init_from={begin}", f"stages.ppo_lag.reference={reference}"]
+    run, _, state, frozen, _ = networks_of(config, f"workdir={lora_run[0]}", *stage)
+    for policy, params in ((kept, frozen.reference), ("ppo_lag", state.actor.params)):
+        expected = {} if policy is None else opened(run, lora_run[0] / policy / "adapter")
+        jax.tree.map(np.testing.assert_array_equal, products(params), products(expected))
+
+
+def opened(run, folder):
+    with jax.set_mesh(run.mesh):
+        form = stage_of(run.config, "ppo_lag").adapters
+        return trained(run.networks.read(f"path:{folder}", "lm", lora=form)[1]["params"])
+
+
+def products(params):
+    """A·B by kernel, of a rank that does not matter."""
+    found = flatten_dict(params)
+    pairs = {path[:-1]: (a, found[(*path[:-1], "lora_b")]) for path, a in found.items() if path[-1] == "lora_a"}
+    return {path: [np.tensordot(a, b, 1) for a, b in zip(*pair, strict=True)] for path, pair in pairs.items()}
+
+
+def test_a_reference_on_another_base_is_refused(lora_run, config, mini_run):
+    other = f"stages.ppo_lag.reference=path:{mini_run[0] / 'ppo_lag' / 'export'}"
+    with pytest.raises(cfg.ConfigError, match="another base than init_from 'sft'; with lora both stand on one"):
+        networks_of(config, f"workdir={lora_run[0]}", other)
 
 
 def test_networks_without_contents_are_those_of_the_run(lora_run, config):

@@ -37,6 +37,26 @@ def test_change_of_a_stage_reaches_the_stages_that_use_it_and_no_others():
     assert changed("seed=1") == {"sft", "reward", "cost", "ppo_lag", "evaluate"}
 
 
+def test_kl_is_measured_from_the_reference_if_one_is_named(mini_run):
+    begin = f"stages.ppo_lag.init_from=path:{mini_run[0] / 'ppo_lag' / 'export'}"
+
+    def networks(*overrides):
+        run = Run(cfg.load_config(MINI, [f"workdir={mini_run[0]}", begin, *overrides]))
+        stage = stage_of(run.config, "ppo_lag")
+        with jax.set_mesh(run.mesh):
+            hp = reinforcement.hyperparameters(run, stage, {"cost": (0.0,)}, ("benign", "risky", "sensitive"))
+            _, state, frozen, _ = reinforcement.build_networks(run, stage, hp)
+            return run.networks.read("sft", "lm")[1]["params"], state.actor.params, frozen.reference
+
+    sft, actor, reference = networks("stages.ppo_lag.reference=sft")
+    chex.assert_trees_all_equal(reference, sft)
+    chex.assert_trees_all_equal(networks()[2], actor)
+    assert any((a != b).any() for a, b in zip(jax.tree.leaves(actor), jax.tree.leaves(sft), strict=True))
+    assert changed("stages.ppo_lag.reference=sft") == {"ppo_lag", "evaluate"}
+    with pytest.raises(cfg.ConfigError, match=r"reference does nothing: the actor makes the reference"):
+        cfg.load_config(MINI, ["stages.ppo_lag.reference=sft", "stages.ppo_lag.algorithm.kl.average=0.1"])
+
+
 def test_packing_is_no_change_of_a_result_and_has_no_use_for_grouping():
     assert changed("stages.cost.packing=true") == set()
     with pytest.raises(cfg.ConfigError, match="group_by_length has no use with packing"):
