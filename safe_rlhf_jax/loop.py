@@ -47,6 +47,7 @@ class TrainLoop:
     patience: int | None = None  # evaluations without a better `keep_best`, after which the stage ends
     flops: float | None = None  # model FLOPs of a token
     profile: range = range(0)  # steps to profile, counted from 1
+    phases: tuple[str, ...] = ()  # named scopes of `step`, a jitted program, whose seconds a profile tells
 
     def is_due(self, done: int) -> bool:
         """Says whether an evaluation after `done` steps is due."""
@@ -91,7 +92,10 @@ def fit(stage: TrainLoop, folder: storage.Path, *, writers: tuple[str, ...] = ("
                 log.keep(step, state)
                 raise resumable(error, step) from error
             done = step + 1
-            profiler.after(done, state)
+            if profiler.after(done, state) and stage.phases:
+                program: Any = stage.step
+                text = program.lower(state, stage.frozen, batch, key).compile().as_text()
+                profiler.tell_phases(text, stage.phases, stage.tokens({k: float(v) for k, v in metrics.items()}))
             log.push(done, metrics, waited)
             stop = asked()
             save = done % stage.checkpoint_every == 0 or done == stage.total_steps or stop

@@ -1,8 +1,10 @@
 """What a stage makes of its devices: `perf/` metrics, and profiles of steps. Only a profile waits for a device."""
 
+import json
 import logging
 import time
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -10,6 +12,7 @@ import jax
 
 from safe_rlhf_jax import storage
 from safe_rlhf_jax.aot.chips import chip_of
+from safe_rlhf_jax.aot.hlo import Module
 from safe_rlhf_jax.metrics import Throughput, read_jsonl
 from safe_rlhf_jax.processes import is_main
 
@@ -103,12 +106,31 @@ class Profiler:
             jax.profiler.start_trace(str(self.folder))
             self.is_on = True
 
-    def after(self, step: int, state: Any) -> None:
-        """Ends the profile if this step, which ends with a state, is its last."""
-        if self.is_on and step == self.steps[-1]:
-            jax.block_until_ready(state)
-            self.end()
-            LOGGER.info(f"profile of steps {said(self.steps)}: {self.folder}")
+    def after(self, step: int, state: Any) -> bool:
+        """Ends the profile if this step, which ends with a state, is its last; says whether it was."""
+        if not self.is_on or step != self.steps[-1]:
+            return False
+        jax.block_until_ready(state)
+        self.end()
+        LOGGER.info(f"profile of steps {said(self.steps)}: {self.folder}")
+        return True
+
+    def tell_phases(self, program: str, phases: Sequence[str], tokens: float) -> None:
+        """Writes `phases.json`, the seconds of each phase of a profiled step, and logs them.
+
+        Args:
+            program: Text of the compiled step.
+            phases: Its named scopes.
+            tokens: Real tokens of a step.
+        """
+        newest = max(one for one in storage.below(self.folder) if one.name.endswith(".xplane.pb"))  # named by its time
+        events = events_of(jax.profiler.ProfileData.from_serialized_xspace(storage.read_bytes(newest)))
+        found = {phase: s / len(self.steps) for phase, s in phase_seconds(events, program, phases).items()}
+        rates = {phase: tokens / seconds for phase, seconds in found.items()}
+        about = {"steps": list(self.steps), "seconds": found, "tokens_per_second": rates}
+        storage.write(self.folder / "phases.json", json.dumps(about, indent=1) + "\n")
+        each = (f"{phase} {seconds:.3g} s ({rates[phase]:,.0f} tokens/s)" for phase, seconds in found.items())
+        LOGGER.info(f"a profiled step: {', '.join(each)}")
 
     def end(self) -> None:
         """Writes what there is of the profile."""
@@ -118,6 +140,48 @@ class Profiler:
 
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
         self.end()
+
+
+Event = tuple[str, str, float, float]  # device, operation, first and last nanosecond
+
+
+def events_of(profile: Any) -> Iterable[Event]:
+    """Yields the operations of a profile: named by `hlo_op`, or where a device has none by the event itself."""
+    for plane in profile.planes:
+        for line in plane.lines:
+            for event in line.events:
+                name = next((value for key, value in event.stats if key == "hlo_op"), event.name)
+                yield plane.name, str(name).lstrip("%").partition(" ")[0], event.start_ns, event.end_ns
+
+
+def phase_seconds(events: Iterable[Event], program: str, phases: Sequence[str]) -> dict[str, float]:
+    """Returns {phase: seconds in which at least one of its operations runs}, on the device where they are most.
+
+    Args:
+        events: Of a profile.
+        program: Text of the compiled program, whose operations know the named scope that they were traced in.
+        phases: The named scopes.
+    """
+    loops = ("while", "call", "conditional")  # last as long as what they run, which is counted itself
+    executed = Module(program).walk(tuple(phases), counts=False)
+    phase_of = {e.instruction.name: e.phase for e in executed if e.phase and e.instruction.opcode not in loops}
+    spans: dict[tuple[str, str], list[tuple[float, float]]] = defaultdict(list)
+    for device, name, first, last in events:
+        if name in phase_of:
+            spans[phase_of[name], device].append((first, last))
+    seconds: dict[str, float] = defaultdict(float)
+    for (phase, _), own in spans.items():
+        seconds[phase] = max(seconds[phase], covered(own) / 1e9)
+    return {phase: seconds[phase] for phase in phases if phase in seconds}
+
+
+def covered(spans: Iterable[tuple[float, float]]) -> float:
+    """Returns the length of the union of intervals."""
+    total, end = 0.0, float("-inf")
+    for first, last in sorted(spans):
+        total += max(0.0, last - max(first, end))
+        end = max(end, last)
+    return total
 
 
 def said(steps: range) -> str:

@@ -1,6 +1,9 @@
 """`perf/` metrics and profiles: what can be known without waiting for a device, and nothing else."""
 
+import json
+
 import jax
+import jax.numpy as jnp
 import pytest
 
 from safe_rlhf_jax import performance
@@ -139,3 +142,59 @@ def test_profile_that_a_resumed_run_is_beyond_is_not_written_and_this_is_said(tm
     Profiler(tmp_path, range(2, 4), start=2).before(3, None)
     assert found == []
     assert "profile of steps 2 to 3: not written; the run continues from step 2" in capsys.readouterr().out
+
+
+PROGRAM = """HloModule jit_step
+
+body {
+  p = f32[4] parameter(0)
+  ROOT inner.1 = f32[4] tanh(p), metadata={op_name="jit(step)/generation/while/body/tanh"}
+}
+
+condition {
+  q = f32[4] parameter(0)
+  bound = s32[] constant(3)
+  ROOT less.1 = pred[] compare(bound, bound), direction=LT
+}
+
+ENTRY main {
+  x = f32[4] parameter(0)
+  while.1 = f32[4] while(x), condition=%condition, body=%body, metadata={op_name="jit(step)/generation/while"}
+  ROOT add.1 = f32[4] add(while.1, x), metadata={op_name="jit(step)/update/add"}
+}
+"""
+
+
+def test_seconds_of_a_phase_are_those_in_which_one_of_its_operations_runs():
+    second = 1e9
+    events = [
+        ("TPU:0", "inner.1", 1 * second, 3 * second),
+        ("TPU:0", "inner.1", 2 * second, 4 * second),  # on another core of the device at the same time
+        ("TPU:1", "inner.1", 1 * second, 2 * second),
+        ("TPU:0", "while.1", 0 * second, 9 * second),  # what it runs is counted
+        ("TPU:0", "add.1", 5 * second, 6 * second),
+        ("TPU:0", "of another program", 6 * second, 9 * second),
+    ]
+    found = performance.phase_seconds(events, PROGRAM, ("generation", "scoring", "update"))
+    assert found == {"generation": 3.0, "update": 1.0}
+
+
+def test_profile_of_a_program_tells_the_seconds_of_its_phases(tmp_path, capsys):
+    plain = counter()
+
+    @jax.jit
+    def step(state, frozen, batch, key):
+        with jax.named_scope("generation"):
+            x = jax.lax.fori_loop(0, 200, lambda _, x: jnp.tanh(x @ x), jnp.ones((64, 64)))
+        with jax.named_scope("update"):
+            total = jnp.sin(x).sum() * 0.0
+        state, metrics = plain.step(state, frozen, batch, key)
+        return state, metrics | {"train/total": total}
+
+    fit(counter(5, step=step, profile=range(2, 4), phases=("generation", "update")), tmp_path, writers=("jsonl",))
+    found = json.loads((tmp_path / "profile" / "phases.json").read_text())
+    assert found["steps"] == [2, 3]
+    assert found["seconds"]["generation"] > found["seconds"]["update"] > 0
+    tokens = {phase: rate * found["seconds"][phase] for phase, rate in found["tokens_per_second"].items()}
+    assert tokens == pytest.approx(dict.fromkeys(("generation", "update"), counter().tokens({})))
+    assert "a profiled step: generation" in capsys.readouterr().out

@@ -122,11 +122,12 @@ class Module:
             raise ValueError(f"loop {loop.name} ({loop.op_name}) has no bound that could be read")
         return max(bounds)
 
-    def walk(self, scopes: tuple[str, ...] = ()) -> Iterator[Executed]:
+    def walk(self, scopes: tuple[str, ...] = (), *, counts: bool = True) -> Iterator[Executed]:
         """Yields every executed instruction, except those inside of fusions.
 
         Args:
             scopes: Names of `jax.named_scope`s: the phases.
+            counts: False where nobody needs the executions, which need the bound of every loop.
         """
         pending = [(self.entry, 1, "")]
         while pending:
@@ -135,7 +136,7 @@ class Module:
                 parts = instruction.op_name.split("/")
                 phase = next((part for part in reversed(parts) if part in scopes), outer)
                 yield Executed(instruction, computation, times, phase)
-                rounds = self.trips(instruction) if instruction.opcode == "while" else 1
+                rounds = self.trips(instruction) if counts and instruction.opcode == "while" else 1
                 if instruction.opcode in ("while", "conditional", "call", "async-start"):
                     pending.extend((name, times * rounds, phase) for name in instruction.called)
 

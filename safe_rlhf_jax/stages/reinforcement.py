@@ -98,6 +98,7 @@ def run_reinforcement(run: Run, stage: cfg.RLStage, folder: storage.Path) -> dic
             shown=("train/reward", "train/cost", "train/multiplier", "train/kl"),
             flops=sum(reinforcement_flops(run, stage, 1.0).values()) / full_tokens(stage),
             profile=profiled(stage),
+            phases=("generation", "scoring", "update") if is_fused(stage, networks) else (),
         ),
         folder,
         writers=writers(run),
