@@ -24,7 +24,7 @@ $(STAMP): requirements-dev.lock pyproject.toml
 	@test -n "$(PYTHON)" || { echo "No Python 3.11 or newer with venv was found; name one: make PYTHON=..." >&2; exit 1; }
 	@echo "Installing requirements-dev.lock into .venv ($(PYTHON))"
 	$(PYTHON) -m venv .venv
-	$(PIP) install --no-compile --require-hashes -r requirements-dev.lock # half the time: what is imported is compiled then
+	$(PIP) install --no-compile --no-deps --require-hashes -r requirements-dev.lock # what is imported is compiled then
 	$(PIP) install --no-deps --no-build-isolation -e .
 	@touch $@
 

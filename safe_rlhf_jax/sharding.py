@@ -40,17 +40,24 @@ DECODING_RULES: Rules = {
     name: ("decode", "tensor") if axes == ("tensor",) else tuple(axis for axis in axes if axis != "decode")
     for name, axes in LOGICAL_RULES.items()
 }
+# A frozen base that is whole on the devices of `decode`, which then send none of it to each other.
+BASE_RULES: Rules = LOGICAL_RULES | {"embed": ("fsdp",)}
 RULES: contextvars.ContextVar[Rules] = contextvars.ContextVar("rules", default=LOGICAL_RULES)
 
 
 @contextlib.contextmanager
-def decoding_layout() -> Iterator[None]:
-    """What is traced inside has the shardings of decoding."""
-    token = RULES.set(DECODING_RULES)
+def layout(rules: Rules) -> Iterator[None]:
+    """What is read or traced inside has the shardings of these rules."""
+    token = RULES.set(rules)
     try:
         yield
     finally:
         RULES.reset(token)
+
+
+def decoding_layout() -> contextlib.AbstractContextManager[None]:
+    """The shardings of decoding."""
+    return layout(DECODING_RULES)
 
 
 def platform() -> str:

@@ -29,7 +29,7 @@ class Mesh(Schema):
 class Execution(Schema):
     """Execution of networks; none of these changes a result beyond rounding."""
 
-    unhashed: ClassVar[frozenset[str]] = frozenset({"remat", "gather_to_decode", "merge_to_decode"})
+    unhashed: ClassVar[frozenset[str]] = frozenset({"remat", "gather_to_decode", "merge_to_decode", "whole_base"})
     dtype: Literal["float32", "bfloat16"] = "float32"  # of matmuls; parameters stay float32
     remat: RematPolicy = "none"  # recomputed in the backward pass: nothing, all but matmuls ("dots"), everything
     scan_layers: bool = True  # False unrolls the layers: longer to compile, faster for small models
@@ -38,6 +38,9 @@ class Execution(Schema):
     gather_to_decode: bool = False
     # Merge adapters into a copy of their layers before decoding: faster, but needs the memory of that copy.
     merge_to_decode: bool = True
+    # Keep the frozen bases of adapters whole on the devices of `mesh.decode`: they send less, for that many times the
+    # memory.
+    whole_base: bool = False
     base: Literal["int8", "int4"] | None = None  # quantisation of the frozen bases of adapters; null: `dtype`
 
     @pydantic.model_validator(mode="after")

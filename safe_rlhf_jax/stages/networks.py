@@ -29,7 +29,7 @@ from safe_rlhf_jax.models.quantized import is_quantized, quantize
 from safe_rlhf_jax.models.transformer import CausalLM, ScoreModel
 from safe_rlhf_jax.optim import init_state, make_optimizer, schedule
 from safe_rlhf_jax.rl.kl import start_reference
-from safe_rlhf_jax.sharding import init_sharded, named_shardings, replicated, tpu_options
+from safe_rlhf_jax.sharding import BASE_RULES, init_sharded, layout, named_shardings, replicated, tpu_options
 from safe_rlhf_jax.stages.hashing import base_digest
 from safe_rlhf_jax.types import TrainState
 
@@ -87,8 +87,9 @@ class Weights:
 
     def as_run(self, config: ModelConfig, lora: Lora | None = None) -> ModelConfig:
         """Returns a model's configuration with the run's execution settings, and without tokens it does not have."""
-        execution, unused = self.run.config.execution.model_dump(exclude={"base"}), self.run.tokenizer.holes
-        return dataclasses.replace(with_adapters(config, lora), **execution, unused_rows=unused(config.vocab_size))
+        unused, execution = self.run.tokenizer.holes, self.run.config.execution
+        settings = execution.model_dump(exclude={"base", "whole_base"})  # which are not of the network
+        return dataclasses.replace(with_adapters(config, lora), **settings, unused_rows=unused(config.vocab_size))
 
     def origin(self, reference: str) -> tuple[str, str | None]:
         """Returns the base of a model, and the folder of its adapter; a model without one is its own base."""
@@ -151,11 +152,17 @@ class Weights:
         )
         cast = None if lora is None else self.cast
         module: Any = found.module
-        variables = hf.read(found, seed=seed, mesh=self.run.mesh, placed=self.placed, finish=cast)
+        with self.layout_of(lora):
+            variables = hf.read(found, seed=seed, mesh=self.run.mesh, placed=self.placed, finish=cast)
         module = module.clone(config=self.as_run(module.config, lora))
         if score is not None:
             module = module.clone(score=dataclasses.replace(score, bias=module.score.bias))
         return module, variables
+
+    def layout_of(self, lora: Lora | None) -> contextlib.AbstractContextManager[None]:
+        """The shardings of a model that is read, with `lora` as a frozen base."""
+        whole = lora is not None and self.run.config.execution.whole_base
+        return layout(BASE_RULES) if whole else contextlib.nullcontext()
 
     def adapted(
         self, reference: str, head: Literal["lm", "score"], lora: Lora, *, score: ScoreConfig | None = None,

@@ -50,7 +50,8 @@ class Shapes(Weights):
         network = Adapted(module, name)
         plain = without_adapters(module)
         boxed = boxed_variables(plain)
-        variables = with_shardings(nn.unbox(boxed), named_shardings(boxed, self.run.mesh))
+        with self.layout_of(lora):
+            variables = with_shardings(nn.unbox(boxed), named_shardings(boxed, self.run.mesh))
         params = {"base": self.only_read({k: v for k, v in variables["params"].items() if k not in HEAD})}
         if (kind := self.run.config.execution.base) is not None:
             params["base"] = quantize(params["base"], kind)

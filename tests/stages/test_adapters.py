@@ -132,8 +132,10 @@ def test_a_reference_on_another_base_is_refused(lora_run, config, mini_run):
         networks_of(config, f"workdir={lora_run[0]}", other)
 
 
-def test_networks_without_contents_are_those_of_the_run(lora_run, config):
-    overrides = [f"workdir={lora_run[0]}", "mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2"]
+@pytest.mark.parametrize("whole", [False, True])
+def test_networks_without_contents_are_those_of_the_run(lora_run, config, whole):
+    overrides = [f"workdir={lora_run[0]}", "mesh.data=1", "mesh.fsdp=2", "mesh.decode=2", "mesh.tensor=2"]
+    overrides += ["execution.gather_to_decode=true", f"execution.whole_base={str(whole).lower()}"]
     run, _, state, frozen, _ = networks_of(config, *overrides)
     abstract = AbstractRun(run.config, run.mesh)
     stage = stage_of(run.config, "ppo_lag")
@@ -147,6 +149,9 @@ def test_networks_without_contents_are_those_of_the_run(lora_run, config):
     assert described(theirs) == described(state)
     assert described(kept.scorers) == described(frozen.scorers)
     assert described(list(kept.bases.values())) == described(list(frozen.bases.values()))
+    split = [str([leaf.sharding.spec for leaf in jax.tree.leaves(tree)]) for tree in (frozen.bases, state.actor.params)]
+    assert ["decode" in axes for axes in split] == [not whole, True]
+    assert all("fsdp" in axes and "tensor" in axes for axes in split)
 
 
 def test_a_base_is_quantised_once_for_all_roles_and_what_it_loses_is_said(lora_run, config, caplog):
@@ -199,7 +204,8 @@ def test_a_checkpoint_is_continued_on_another_mesh(lora_run, config, tmp_path):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     for name in ("best", "merged", "dual", "evaluate"):  # finished: their folders stay
         assert (again / name / "result.json").exists()
-    mesh = ("mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2")
+    mesh = ("mesh.data=2", "mesh.fsdp=2", "mesh.decode=2", "mesh.tensor=1")
+    mesh += ("execution.gather_to_decode=true", "execution.whole_base=true")
     assert main(["--config", str(config), f"workdir={again}", *mesh]) in (None, 0)
     ours, theirs = tensors(lora_run[0] / "ppo_lag" / "adapter"), tensors(again / "ppo_lag" / "adapter")
     assert ours.keys() == theirs.keys()
