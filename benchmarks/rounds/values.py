@@ -4,7 +4,7 @@ python -m benchmarks.rounds.values run --seeds 0 1 2 --workers 2    benchmarks/r
 python -m benchmarks.rounds.values table                            docs/results.md
 
 The pairs are labelled again under the new values; the cost model and the policy go on from where they were, the policy
-twice: with KL from where it was (`new`), and from the SFT policy (`anchored`).
+twice: as it is (`new`), and from halfway back to the SFT policy (`rewound`).
 """
 
 import json
@@ -27,7 +27,7 @@ PAIRS = 8000  # and all further ones on the category
 UNACCEPTABLE, ACCEPTABLE = "unacceptable", "acceptable"
 CHANGES = {"becomes acceptable": (UNACCEPTABLE, ACCEPTABLE), "becomes unacceptable": (ACCEPTABLE, UNACCEPTABLE)}
 # Policy: whose labels its models have seen, and its row.
-POLICIES = {"old": "before", "new": "after, KL from before", "anchored": "after, KL from the SFT policy"}
+POLICIES = {"old": "before", "new": "after", "rewound": "after, from halfway back"}
 SHOWN = {
     "harm_category": "harm of the category",
     "harm_others": "harm of the others",
@@ -57,7 +57,7 @@ def job(seed: int, change: str, files: dict[str, str], tiny: dict[str, Any]) -> 
     }
     before, after = (files[value] for value in CHANGES[change])
     settings |= {"stages.cost_old.data.name": before, "stages.cost_new.data.name": after}
-    settings["stages.policy_anchored.reference"] = models["sft"]
+    settings |= {"stages.halfway.other": models["sft"], "stages.policy_rewound.reference": models["sft"]}
     for name in POLICIES:
         settings[f"stages.policy_{name}.reward_model"] = models["reward"]
         limit = f"stages.policy_{name}.algorithm.lagrange.cost_limit.data.name"

@@ -172,6 +172,6 @@ def test_tables_have_a_row_for_each_kind_of_run():
         [spent | {"labels": "10% wrong", "metrics": metrics, "models": models}]
     )
     policies = dict.fromkeys(values.POLICIES, dict.fromkeys(values.SHOWN, 0.25))
-    assert "| becomes acceptable: after, KL from before | 25.0 % |" in values.section(
+    assert "| becomes acceptable: after, from halfway back | 25.0 % |" in values.section(
         [spent | {"change": "becomes acceptable", "policies": policies}]
     )
