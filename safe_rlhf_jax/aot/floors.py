@@ -35,29 +35,31 @@ class Reads:
         return self.times * max(0.0, self.bytes - fast)
 
 
-def weight_bytes(params: Any, dtype: Any, *, tied: bool = False, whole: str | None = None) -> float:
+def weight_bytes(params: Any, dtype: Any, *, tied: bool = False, copied: bool = False) -> float:
     """Returns the bytes per device of the weights that a pass reads.
 
     Args:
         params: Arrays or shapes with shardings.
         dtype: That the pass computes in; what is wider may be read from a copy in it.
         tied: The embedding is the matrix of the logits as well.
-        whole: Axis of the mesh that the weights have been gathered over.
+        copied: As decoding reads them, from a copy that is gathered over `fsdp` and split over `decode`.
     """
     total = 0.0
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         names = {str(getattr(key, "key", getattr(key, "name", key))) for key in path}
         if tied or not names & LOOKED_UP:
-            total += elements(leaf, whole) * min(bits(leaf.dtype), bits(dtype)) / 8
+            total += elements(leaf, copied) * min(bits(leaf.dtype), bits(dtype)) / 8
     return total
 
 
-def elements(leaf: Any, whole: str | None = None) -> float:
-    """Returns the elements per device of an array, as if it were not split over the axis `whole`."""
+def elements(leaf: Any, copied: bool = False) -> float:
+    """Returns the elements per device of an array, or of its copy for decoding."""
     if not isinstance(leaf.sharding, NamedSharding):
         return math.prod(leaf.shape)
-    axes = [axis for part in leaf.sharding.spec for axis in (part if isinstance(part, tuple) else (part,))]
-    return math.prod(leaf.shape) / math.prod(leaf.sharding.mesh.shape[a] for a in axes if a not in (None, whole))
+    axes = {axis for part in leaf.sharding.spec for axis in (part if isinstance(part, tuple) else (part,))} - {None}
+    if copied:
+        axes = axes - {"fsdp"} | ({"decode"} if "tensor" in axes else set())
+    return math.prod(leaf.shape) / math.prod(leaf.sharding.mesh.shape[axis] for axis in axes)
 
 
 def cache_bytes(config: ModelConfig, rows: float, prompt: int, response: int, tensor: int) -> float:
@@ -82,8 +84,7 @@ def decoding_reads(
         response: T, tokens.
         mesh: Sizes of the mesh axes.
     """
-    whole = "fsdp" if config.gather_to_decode else None  # over `decode` the copy is split as the parameters are
-    weights = weight_bytes(params, config.dtype, tied=config.tie_embeddings, whole=whole)
+    weights = weight_bytes(params, config.dtype, tied=config.tie_embeddings, copied=config.gather_to_decode)
     with decoding_layout() if config.gather_to_decode else contextlib.nullcontext():
         own, heads = rows / parts("batch", mesh), parts("kv_heads", mesh)
     return Reads(weights + cache_bytes(config, own, prompt, response, heads), response)

@@ -131,12 +131,13 @@ def test_weights_of_a_pass_are_all_but_the_embedding_in_the_dtype_that_it_comput
     assert weight_bytes(params, "float32", tied=True) == 4 * (sizes[False] + sizes[True])
 
 
-def test_weights_that_were_gathered_are_split_over_the_other_axes_alone():
-    mesh = make_mesh((1, 4, 2))
-    place = NamedSharding(mesh, PartitionSpec("fsdp", ("tensor",)))
+@pytest.mark.parametrize(("embed", "parts"), [(("fsdp", "decode"), 8), ("fsdp", 4)])  # the latter: a whole base
+def test_weights_that_were_gathered_are_split_over_the_other_axes_alone(embed, parts):
+    mesh = make_mesh((1, 2, 2), decode=2)
+    place = NamedSharding(mesh, PartitionSpec(embed, ("tensor",)))
     params = {"kernel": jax.ShapeDtypeStruct((64, 32), jnp.float32, sharding=place)}
-    assert weight_bytes(params, "float32") == 64 * 32 * 4 / 8
-    assert weight_bytes(params, "float32", whole="fsdp") == 64 * 32 * 4 / 2
+    assert weight_bytes(params, "float32") == 64 * 32 * 4 / parts
+    assert weight_bytes(params, "float32", copied=True) == 64 * 32 * 4 / 4
 
 
 def test_the_cache_of_a_token_has_the_tokens_before_it_as_far_as_its_window_reaches():
