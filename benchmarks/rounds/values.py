@@ -4,7 +4,8 @@ python -m benchmarks.rounds.values run --seeds 0 1 2 --workers 2    benchmarks/r
 python -m benchmarks.rounds.values table                            docs/results.md
 
 The pairs are labelled again under the new values; the cost model and the policy go on from where they were, the policy
-twice: as it is (`new`), and from halfway back to the SFT policy (`rewound`).
+twice: as it is (`new`), and from halfway back to the SFT policy (`rewound`). A third of the prompts of training are of the
+category: of one in fourteen risky prompts a policy learns what it learns of the thirteen others.
 """
 
 import json
@@ -48,6 +49,11 @@ def labels_file(value: str) -> str:
     return jobs.written(f"values/{value}.jsonl", found)
 
 
+def prompts_file() -> str:
+    """Writes the prompts of training of the category, and returns the file."""
+    return jobs.written("values/prompts.jsonl", [one for one in demo.prompts("train") if one["category"] == CATEGORY])
+
+
 def job(seed: int, change: str, files: dict[str, str], tiny: dict[str, Any]) -> Job:
     """Returns the run of a change."""
     models = jobs.models_of(seed)
@@ -59,6 +65,7 @@ def job(seed: int, change: str, files: dict[str, str], tiny: dict[str, Any]) -> 
     settings |= {"stages.cost_old.data.name": before, "stages.cost_new.data.name": after}
     settings |= {"stages.halfway.other": models["sft"], "stages.policy_rewound.reference": models["sft"]}
     for name in POLICIES:
+        settings[f"stages.policy_{name}.prompts.1.name"] = files["prompts"]
         settings[f"stages.policy_{name}.reward_model"] = models["reward"]
         limit = f"stages.policy_{name}.algorithm.lagrange.cost_limit.data.name"
         settings[limit] = before if name == "old" else after
@@ -93,7 +100,7 @@ def read(folder: pathlib.Path) -> Run | None:
 
 def all_jobs(seeds: Sequence[int], tiny: bool) -> list[Job]:
     """Returns the runs."""
-    files = {value: labels_file(value) for value in (ACCEPTABLE, UNACCEPTABLE)}
+    files = {value: labels_file(value) for value in (ACCEPTABLE, UNACCEPTABLE)} | {"prompts": prompts_file()}
     return [job(seed, change, files, TINY if tiny else {}) for change in CHANGES for seed in seeds]
 
 

@@ -35,6 +35,7 @@ def test_every_run_of_an_experiment_is_a_config(experiment, tiny, monkeypatch):
     monkeypatch.setattr(signs, "pairs_file", lambda: "pairs.jsonl")
     monkeypatch.setattr(labels, "labels_file", lambda samples, labels: f"{samples.name}/{labels.rates}.jsonl")
     monkeypatch.setattr(values, "labels_file", lambda value: f"{value}.jsonl")
+    monkeypatch.setattr(values, "prompts_file", lambda: "prompts.jsonl")
     found = [job for phase in experiment.EXPERIMENT.phases for job in phase([0, 1], tiny)]
     assert len({job.name for job in found}) == len(found)
     for job in found:
