@@ -4,8 +4,8 @@ python -m benchmarks.rounds.values run --seeds 0 1 2 --workers 2    benchmarks/r
 python -m benchmarks.rounds.values table                            docs/results.md
 
 The pairs are labelled again under the new values; the cost model and the policy go on from where they were, the policy
-twice: as it is (`new`), and from halfway back to the SFT policy (`rewound`). A third of the prompts of training are of the
-category: of one in fourteen risky prompts a policy learns what it learns of the thirteen others.
+twice: as it is (`new`), and from halfway back to the SFT policy (`rewound`). A third of the prompts of training are of
+the category: of one in fourteen risky prompts a policy learns what it learns of the thirteen others.
 """
 
 import json
