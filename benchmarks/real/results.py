@@ -37,6 +37,7 @@ MEASURED = {
 }
 PERCENT = ("judge_unsafe_share", "refusal_rate")
 STYLES = {  # of runs whose names begin so: colour and label
+    "ppo_lag_64": ("#009E73", "PPO-Lagrangian, d = −1.4, window 64"),
     "ppo_lag_2": ("#0072B2", "PPO-Lagrangian, d = −2"),
     "ppo_lag_1.4": ("#56B4E9", "PPO-Lagrangian, d = −1.4"),
     "ppo_lag": ("#0072B2", "PPO-Lagrangian, d = −1"),
