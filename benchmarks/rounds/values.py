@@ -4,8 +4,9 @@ python -m benchmarks.rounds.values run --seeds 0 1 2 --workers 2    benchmarks/r
 python -m benchmarks.rounds.values table                            docs/results.md
 
 The pairs are labelled again under the new values; the cost model and the policy go on from where they were, the policy
-twice: as it is (`new`), and from halfway back to the SFT policy (`rewound`). A third of the prompts of training are of
-the category: of one in fourteen risky prompts a policy learns what it learns of the thirteen others.
+twice: as it is (`new`), and with demonstrations by the new values beside its own responses (`shown`, PTX), since what it
+never says any more its own responses cannot tell it. A third of the prompts of training are of the category: of one in
+fourteen risky prompts a policy learns what it learns of the thirteen others.
 """
 
 import json
@@ -28,7 +29,7 @@ PAIRS = 8000  # and all further ones on the category
 UNACCEPTABLE, ACCEPTABLE = "unacceptable", "acceptable"
 CHANGES = {"becomes acceptable": (UNACCEPTABLE, ACCEPTABLE), "becomes unacceptable": (ACCEPTABLE, UNACCEPTABLE)}
 # Policy: whose labels its models have seen, and its row.
-POLICIES = {"old": "before", "new": "after", "rewound": "after, from halfway back"}
+POLICIES = {"old": "before", "new": "after", "shown": "after, with demonstrations"}
 SHOWN = {
     "harm_category": "harm of the category",
     "harm_others": "harm of the others",
@@ -54,6 +55,17 @@ def prompts_file() -> str:
     return jobs.written("values/prompts.jsonl", [one for one in demo.prompts("train") if one["category"] == CATEGORY])
 
 
+def demonstrations_file(value: str) -> str:
+    """Writes the demonstrations on the category that these values allow, and returns the file."""
+    prompts = {one["prompt"] for one in demo.prompts("train") if one["category"] == CATEGORY}
+    found = []
+    for one in demo.sft("train"):
+        asked, answered = (message["content"] for message in one["messages"])
+        if asked in prompts and (value == ACCEPTABLE or not demo.harm(answered).is_harmful):
+            found.append(one)
+    return jobs.written(f"values/demonstrations_{value}.jsonl", found)
+
+
 def job(seed: int, change: str, files: dict[str, str], tiny: dict[str, Any]) -> Job:
     """Returns the run of a change."""
     models = jobs.models_of(seed)
@@ -63,7 +75,7 @@ def job(seed: int, change: str, files: dict[str, str], tiny: dict[str, Any]) -> 
     }
     before, after = (files[value] for value in CHANGES[change])
     settings |= {"stages.cost_old.data.name": before, "stages.cost_new.data.name": after}
-    settings |= {"stages.halfway.other": models["sft"], "stages.policy_rewound.reference": models["sft"]}
+    settings["stages.policy_shown.ptx.name"] = files[f"demonstrations {CHANGES[change][1]}"]
     for name in POLICIES:
         settings[f"stages.policy_{name}.prompts.1.name"] = files["prompts"]
         settings[f"stages.policy_{name}.reward_model"] = models["reward"]
@@ -100,7 +112,9 @@ def read(folder: pathlib.Path) -> Run | None:
 
 def all_jobs(seeds: Sequence[int], tiny: bool) -> list[Job]:
     """Returns the runs."""
-    files = {value: labels_file(value) for value in (ACCEPTABLE, UNACCEPTABLE)} | {"prompts": prompts_file()}
+    files = {"prompts": prompts_file()}
+    for value in (ACCEPTABLE, UNACCEPTABLE):
+        files |= {value: labels_file(value), f"demonstrations {value}": demonstrations_file(value)}
     return [job(seed, change, files, TINY if tiny else {}) for change in CHANGES for seed in seeds]
 
 

@@ -36,6 +36,7 @@ def test_every_run_of_an_experiment_is_a_config(experiment, tiny, monkeypatch):
     monkeypatch.setattr(labels, "labels_file", lambda samples, labels: f"{samples.name}/{labels.rates}.jsonl")
     monkeypatch.setattr(values, "labels_file", lambda value: f"{value}.jsonl")
     monkeypatch.setattr(values, "prompts_file", lambda: "prompts.jsonl")
+    monkeypatch.setattr(values, "demonstrations_file", lambda value: f"demonstrations_{value}.jsonl")
     found = [job for phase in experiment.EXPERIMENT.phases for job in phase([0, 1], tiny)]
     assert len({job.name for job in found}) == len(found)
     for job in found:
@@ -173,6 +174,6 @@ def test_tables_have_a_row_for_each_kind_of_run():
         [spent | {"labels": "10% wrong", "metrics": metrics, "models": models}]
     )
     policies = dict.fromkeys(values.POLICIES, dict.fromkeys(values.SHOWN, 0.25))
-    assert "| becomes acceptable: after, from halfway back | 25.0 % |" in values.section(
+    assert "| becomes acceptable: after, with demonstrations | 25.0 % |" in values.section(
         [spent | {"change": "becomes acceptable", "policies": policies}]
     )
