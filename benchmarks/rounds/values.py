@@ -3,10 +3,10 @@
 python -m benchmarks.rounds.values run --seeds 0 1 2 --workers 2    benchmarks/results/values.json
 python -m benchmarks.rounds.values table                            docs/results.md
 
-The pairs are labelled again under the new values; the cost model and the policy go on from where they were, the policy
-twice: as it is (`new`), and with demonstrations by the new values beside its own responses (`shown`, PTX), since what it
-never says any more its own responses cannot tell it. A third of the prompts of training are of the category: of one in
-fourteen risky prompts a policy learns what it learns of the thirteen others.
+The pairs are labelled again under the new values; the cost model and the policy go on from where they were, the
+policy twice: as it is (`new`), and with demonstrations by the new values beside its own responses (`shown`, PTX),
+since what it never says any more its own responses cannot tell it. A third of the prompts of training are of the
+category: of one in fourteen risky prompts a policy learns what it learns of the thirteen others.
 """
 
 import json
