@@ -324,7 +324,7 @@ def adapters(reports: list[dict]) -> str:
     gained = [
         [report["topology"], ", ".join(settings_of(report)) or "all layers", *rates(report)]
         for report in reports
-        if report["config"] == LORA_7B
+        if report["config"] == LORA_7B and "projected" in report["stages"][0]
     ]
     header = ["config", "settings", "topology", "mesh", "arguments", "temporary", "total", "capacity", "compile s",
               "generation s (bound by)", "scoring s", "update s", "step s", "expected s"]  # fmt: skip

@@ -96,6 +96,7 @@ def fit(stage: TrainLoop, folder: storage.Path, *, writers: tuple[str, ...] = ("
                 program: Any = stage.step
                 text = program.lower(state, stage.frozen, batch, key).compile().as_text()
                 profiler.tell_phases(text, stage.phases, stage.tokens({k: float(v) for k, v in metrics.items()}))
+                log.performance.throughput.skip()
             log.push(done, metrics, waited)
             stop = asked()
             save = done % stage.checkpoint_every == 0 or done == stage.total_steps or stop

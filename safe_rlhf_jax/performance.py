@@ -4,9 +4,9 @@ import json
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 
@@ -121,11 +121,18 @@ class Profiler:
         Args:
             program: Text of the compiled step.
             phases: Its named scopes.
-            tokens: Real tokens of a step.
+            tokens: Real tokens of the last of these steps.
         """
-        newest = max(one for one in storage.below(self.folder) if one.name.endswith(".xplane.pb"))  # named by its time
-        events = events_of(jax.profiler.ProfileData.from_serialized_xspace(storage.read_bytes(newest)))
-        found = {phase: s / len(self.steps) for phase, s in phase_seconds(events, program, phases).items()}
+        try:
+            newest = max(one for one in storage.below(self.folder) if one.name.endswith(".xplane.pb"))  # by its time
+            events = events_of(jax.profiler.ProfileData.from_serialized_xspace(storage.read_bytes(newest)))
+            found = {phase: s / len(self.steps) for phase, s in phase_seconds(events, program, phases).items()}
+        except (ValueError, RuntimeError, KeyError) as error:
+            LOGGER.warning(f"the phases of the profile cannot be told: {error}")
+            return
+        if not found:
+            LOGGER.warning("the phases of the profile cannot be told: it names no operation of the step's program")
+            return
         rates = {phase: tokens / seconds for phase, seconds in found.items()}
         about = {"steps": list(self.steps), "seconds": found, "tokens_per_second": rates}
         storage.write(self.folder / "phases.json", json.dumps(about, indent=1) + "\n")
@@ -142,16 +149,25 @@ class Profiler:
         self.end()
 
 
-Event = tuple[str, str, float, float]  # device, operation, first and last nanosecond
+class Event(NamedTuple):
+    """An operation that ran on a device."""
+
+    device: str
+    name: str
+    program: str | None  # None where the profile does not say it
+    first: float  # nanoseconds
+    last: float
 
 
-def events_of(profile: Any) -> Iterable[Event]:
-    """Yields the operations of a profile: named by `hlo_op`, or where a device has none by the event itself."""
+def events_of(profile: Any) -> Iterator[Event]:
+    """Yields the operations of a profile; on a TPU or GPU those that have no `hlo_op` are named by the event itself."""
     for plane in profile.planes:
         for line in plane.lines:
             for event in line.events:
-                name = next((value for key, value in event.stats if key == "hlo_op"), event.name)
-                yield plane.name, str(name).lstrip("%").partition(" ")[0], event.start_ns, event.end_ns
+                stats = dict(event.stats)
+                if "hlo_op" in stats or plane.name.startswith("/device:"):
+                    name = str(stats.get("hlo_op", event.name)).lstrip("%").partition(" ")[0]
+                    yield Event(plane.name, name, stats.get("hlo_module"), event.start_ns, event.end_ns)
 
 
 def phase_seconds(events: Iterable[Event], program: str, phases: Sequence[str]) -> dict[str, float]:
@@ -163,16 +179,17 @@ def phase_seconds(events: Iterable[Event], program: str, phases: Sequence[str]) 
         phases: The named scopes.
     """
     loops = ("while", "call", "conditional")  # last as long as what they run, which is counted itself
+    name = program.partition(",")[0].split()[1]
     executed = Module(program).walk(tuple(phases), counts=False)
     phase_of = {e.instruction.name: e.phase for e in executed if e.phase and e.instruction.opcode not in loops}
     spans: dict[tuple[str, str], list[tuple[float, float]]] = defaultdict(list)
-    for device, name, first, last in events:
-        if name in phase_of:
-            spans[phase_of[name], device].append((first, last))
+    for event in events:
+        if event.name in phase_of and event.program in (None, name):
+            spans[phase_of[event.name], event.device].append((event.first, event.last))
     seconds: dict[str, float] = defaultdict(float)
     for (phase, _), own in spans.items():
         seconds[phase] = max(seconds[phase], covered(own) / 1e9)
-    return {phase: seconds[phase] for phase in phases if phase in seconds}
+    return {phase: seconds[phase] for phase in phases if seconds.get(phase)}
 
 
 def covered(spans: Iterable[tuple[float, float]]) -> float:

@@ -40,8 +40,8 @@ DECODING_RULES: Rules = {
     name: ("decode", "tensor") if axes == ("tensor",) else tuple(axis for axis in axes if axis != "decode")
     for name, axes in LOGICAL_RULES.items()
 }
-# A frozen base that is whole on the devices of `decode`, which then send none of it to each other.
-BASE_RULES: Rules = LOGICAL_RULES | {"embed": ("fsdp",)}
+# A frozen base that is whole on the devices of `decode`: scoring and updates gather nothing over them.
+BASE_RULES: Rules = {**LOGICAL_RULES, "embed": ("fsdp",)}
 RULES: contextvars.ContextVar[Rules] = contextvars.ContextVar("rules", default=LOGICAL_RULES)
 
 

@@ -11,7 +11,7 @@ from safe_rlhf_jax.aot.chips import CHIPS
 from safe_rlhf_jax.errors import UserError
 from safe_rlhf_jax.loop import fit
 from safe_rlhf_jax.metrics import JsonlWriter, read_jsonl
-from safe_rlhf_jax.performance import Performance, Profiler
+from safe_rlhf_jax.performance import Event, Performance, Profiler
 from tests.test_loop import counter
 from tests.test_metrics import Clock
 
@@ -144,7 +144,7 @@ def test_profile_that_a_resumed_run_is_beyond_is_not_written_and_this_is_said(tm
     assert "profile of steps 2 to 3: not written; the run continues from step 2" in capsys.readouterr().out
 
 
-PROGRAM = """HloModule jit_step
+PROGRAM = """HloModule jit_step, is_scheduled=true
 
 body {
   p = f32[4] parameter(0)
@@ -168,13 +168,15 @@ ENTRY main {
 def test_seconds_of_a_phase_are_those_in_which_one_of_its_operations_runs():
     second = 1e9
     events = [
-        ("TPU:0", "inner.1", 1 * second, 3 * second),
-        ("TPU:0", "inner.1", 2 * second, 4 * second),  # on another core of the device at the same time
-        ("TPU:1", "inner.1", 1 * second, 2 * second),
-        ("TPU:0", "while.1", 0 * second, 9 * second),  # what it runs is counted
-        ("TPU:0", "add.1", 5 * second, 6 * second),
-        ("TPU:0", "of another program", 6 * second, 9 * second),
+        ("TPU:0", "inner.1", "jit_step", 1, 3),
+        ("TPU:0", "inner.1", "jit_step", 2, 4),  # on another core of the device at the same time
+        ("TPU:1", "inner.1", "jit_step", 1, 2),
+        ("TPU:0", "while.1", "jit_step", 0, 9),  # what it runs is counted
+        ("TPU:0", "add.1", None, 5, 6),
+        ("TPU:0", "inner.1", "jit_evaluate", 6, 9),
+        ("TPU:0", "elsewhere.1", "jit_step", 6, 9),
     ]
+    events = [Event(*named, first * second, last * second) for *named, first, last in events]
     found = performance.phase_seconds(events, PROGRAM, ("generation", "scoring", "update"))
     assert found == {"generation": 3.0, "update": 1.0}
 
@@ -198,3 +200,10 @@ def test_profile_of_a_program_tells_the_seconds_of_its_phases(tmp_path, capsys):
     tokens = {phase: rate * found["seconds"][phase] for phase, rate in found["tokens_per_second"].items()}
     assert tokens == pytest.approx(dict.fromkeys(("generation", "update"), counter().tokens({})))
     assert "a profiled step: generation" in capsys.readouterr().out
+
+
+def test_profile_whose_operations_have_other_names_is_a_warning(tmp_path, caplog):
+    profiler = Profiler(tmp_path, range(2, 4), start=0)
+    profiler.tell_phases(PROGRAM, ("generation",), 1.0)
+    assert "the phases of the profile cannot be told" in caplog.text
+    assert not (tmp_path / "phases.json").exists()

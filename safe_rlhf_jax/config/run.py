@@ -125,6 +125,8 @@ class RunConfig(Schema):
                 f"mesh.decode {self.mesh.decode} splits the copy that execution.gather_to_decode makes; set that to "
                 "true, or leave out mesh.decode"
             )
+        if self.execution.whole_base and self.mesh.decode == 1:
+            raise ValueError("execution.whole_base does nothing: mesh.decode is 1; leave it out")
         used = [use.reference for stage in self.stages for use in stage.models().values()]
         for model in self.templates.keys() - set(used):
             raise ValueError(f"templates names {model!r}, which no stage uses{did_you_mean(model, used)}")

@@ -138,7 +138,7 @@ def problems(dual: Any, stage: Any, cost_model: str | None, lagrange: Lagrange) 
     """
     same = ("reward_model", "temperature", "max_prompt_length", "max_response_length", "long_prompts")
     found = {name: (getattr(dual, name), getattr(stage, name)) for name in same}
-    found["init_from"] = dual.init_from, stage.reference or stage.init_from
+    found["init_from" if stage.reference is None else "reference"] = dual.init_from, stage.reference or stage.init_from
     found |= {name: (getattr(dual, name), getattr(lagrange, name)) for name in ("cost_limit", "constrained_groups")}
     found |= {"cost_model": (dual.cost_model, cost_model), "kl_coeff": (dual.kl_coeff, stage.algorithm.kl_coeff)}
     found |= {"prompts": (prompt_sources(dual), prompt_sources(stage))}

@@ -209,7 +209,8 @@ class Weights:
             start = None if fresh is None else self.run.get(fresh)
             params["adapter"] = place_all(stored.params(module.config, lora, start), shardings["params"]["adapter"])
         if head == "score":
-            params["head"] = place_all(stored_head, shardings["params"]["head"]) if scores else own_head
+            split = shardings["params"]["head"]
+            params["head"] = place_all(stored_head, split) if scores else jax.device_put(own_head, split)
         out = {"params": params}
         if "stats" in boxed:
             out["stats"] = place_all(stored_stats, shardings["stats"]) if scores else variables["stats"]
@@ -240,7 +241,7 @@ class Weights:
         if reference != stage.init_from:
             other, variables = self.to_train(stage, reference, "lm")
             params = variables["params"]
-            if isinstance(module, Adapted) and other.base != module.base:
+            if isinstance(module, Adapted) and self.on_another_base(other, module):
                 raise ConfigError(
                     f"{stage.name}: reference {reference!r} has another base than init_from {stage.init_from!r}; with "
                     "lora both stand on one. Leave reference out, or train the whole network"
@@ -248,6 +249,10 @@ class Weights:
         if "base" not in params:
             return self.only_read(params)
         return self.only_read(trained(params)) if self.origin(reference)[1] is not None else {}
+
+    def on_another_base(self, one: Adapted, other: Adapted) -> bool:
+        """Says whether two networks stand on bases of different contents."""
+        return one.base != other.base
 
     def read(
         self, reference: str, head: Literal["lm", "score"], *, score_type: ScoreType | None = None,

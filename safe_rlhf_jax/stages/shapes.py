@@ -72,6 +72,10 @@ class Shapes(Weights):
         """Returns the name of a base, which need not exist."""
         return reference
 
+    def on_another_base(self, one: Adapted, other: Adapted) -> bool:
+        """Never says so: names of bases are as they are spelled here."""
+        return False
+
     def start(self, module: Any, variables: dict[str, Any], optimizer: optax.GradientTransformation) -> TrainState:
         """Returns the shapes of a state."""
         del variables

@@ -1,5 +1,6 @@
 """Stages that train adapters: what they write, what they share, how they go on after a kill, and what is refused."""
 
+import os
 import shutil
 from pathlib import Path
 
@@ -104,13 +105,20 @@ def test_six_roles_share_one_base_that_is_found_by_content(lora_run, config, min
 
 @pytest.mark.parametrize(("reference", "kept"), [("sft", "sft"), ("base", None)])
 def test_kl_may_be_measured_from_another_policy_than_the_one_that_goes_on(lora_run, config, mini_run, reference, kept):
-    begin, base = f"path:{lora_run[0] / 'ppo_lag' / 'adapter'}", f"path:{mini_run[0] / 'sft' / 'export'}"
+    begin, base = (
+        f"path:{lora_run[0] / 'ppo_lag' / 'adapter'}",
+        f"path:{os.path.relpath(mini_run[0] / 'sft' / 'export')}",
+    )
     reference = base if reference == "base" else reference
     stage = [f"stages.ppo_lag.init_from={begin}", f"stages.ppo_lag.reference={reference}"]
     run, _, state, frozen, _ = networks_of(config, f"workdir={lora_run[0]}", *stage)
     for policy, params in ((kept, frozen.reference), ("ppo_lag", state.actor.params)):
         expected = {} if policy is None else opened(run, lora_run[0] / policy / "adapter")
         jax.tree.map(np.testing.assert_array_equal, products(params), products(expected))
+    abstract, stage = AbstractRun(run.config, run.mesh), stage_of(run.config, "ppo_lag")
+    with jax.set_mesh(run.mesh):
+        _, _, shapes, _ = build_networks(abstract, stage, hyperparameters(abstract, stage, {"cost": (0.0,)}, ("all",)))
+    assert jax.tree.structure(shapes.reference) == jax.tree.structure(frozen.reference)
 
 
 def opened(run, folder):
@@ -162,6 +170,11 @@ def test_a_base_is_quantised_once_for_all_roles_and_what_it_loses_is_said(lora_r
     assert kernels
     assert all(kernel.qvalue.dtype == np.int8 for kernel in kernels)
     assert len([line for line in caplog.messages if "base int8: relative error of the" in line]) == 1
+
+
+def test_a_whole_base_on_a_mesh_without_decode_is_refused(config):
+    with pytest.raises(cfg.ConfigError, match=r"execution.whole_base does nothing: mesh.decode is 1"):
+        cfg.load_config(config, ["execution.whole_base=true"])
 
 
 def test_a_quantised_base_without_adapters_is_refused():
