@@ -203,7 +203,7 @@ def test_shares_of_phases_on_an_h100_are_those_of_our_own_run():
 
 def test_the_expectation_of_8b_is_near_the_iteration_that_was_measured_and_its_bound_is_below():
     """It has no part in the factors."""
-    projected = read("scaling_llama_3_8b_ppo_lag_lora_h100_1")["stages"][0]["projected"]
+    projected = read("expectation_8b_h100")["stages"][0]["projected"]
     measured = read("rl_step_8b_lora_h100")["seconds"]["iteration"]
     assert projected["step_seconds"] < measured
     assert projected["expected_seconds"] == pytest.approx(measured, rel=0.1)
