@@ -99,7 +99,8 @@ def headline_bars(
     shown = [m for m in metrics if any(m[0] in summary for summary in summaries.values())]
     if not shown:
         return None
-    crowded = len(summaries) > 3
+    names = [short(name, 24) for name in summaries]
+    crowded = len(names) > 3 or sum(map(len, names)) > 40  # letters that stand below a panel side by side
     columns = min(3 if crowded or len(shown) > 4 else 4, len(shown))
     rows = math.ceil(len(shown) / columns)
     width = min(WIDTH, PANEL * columns)
@@ -119,7 +120,7 @@ def headline_bars(
             end, offset = (high, (0, 3)) if value >= 0 else (low, (0, -12))
             ax.annotate(text, (i, end), offset, textcoords="offset points", ha="center", fontsize=9, fontweight="bold")
         slanted: dict[str, Any] = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"} if crowded else {}
-        ax.set_xticks(range(len(summaries)), [short(name) for name in summaries], **slanted)
+        ax.set_xticks(range(len(names)), names, **slanted)
         ax.set_title(title, fontsize=10)
         ax.axhline(0, color=INK, lw=0.8)
         ax.grid(visible=False, axis="x")

@@ -453,6 +453,13 @@ def test_every_figure_shows_something_for_any_number_of_policies_with_and_withou
         assert figure.get_figwidth() <= plots.WIDTH, name
 
 
+@pytest.mark.parametrize(("names", "slanted"), [(("sft", "ppo"), False), (("path:runs/real/model", "path:a/b"), True)])
+def test_names_of_policies_below_a_panel_do_not_overlap(names, slanted):
+    summaries = {name + "x" * 12 * slanted: {"harm_rate": 0.5} for name in names}
+    (axes,) = plots.headline_bars(summaries, tables.policy_colours(list(summaries)), [("harm_rate", "harm", True)]).axes
+    assert all((label.get_rotation() != 0) is slanted for label in axes.get_xticklabels())
+
+
 def test_rewriting_removes_figures_that_no_longer_apply(tmp_path):
     (tmp_path / "training.png").write_bytes(b"of an earlier run")
     write_report(tmp_path, Report("No history", "command", [], {"SFT": []}))
