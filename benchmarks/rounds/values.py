@@ -50,18 +50,23 @@ def labels_file(value: str) -> str:
     return jobs.written(f"values/{value}.jsonl", found)
 
 
+def prompts() -> list[Any]:
+    """Returns the prompts of training of the category."""
+    return [one for one in demo.prompts("train") if one["category"] == CATEGORY]
+
+
 def prompts_file() -> str:
     """Writes the prompts of training of the category, and returns the file."""
-    return jobs.written("values/prompts.jsonl", [one for one in demo.prompts("train") if one["category"] == CATEGORY])
+    return jobs.written("values/prompts.jsonl", prompts())
 
 
 def demonstrations_file(value: str) -> str:
     """Writes the demonstrations on the category that these values allow, and returns the file."""
-    prompts = {one["prompt"] for one in demo.prompts("train") if one["category"] == CATEGORY}
+    of_category = {one["prompt"] for one in prompts()}
     found = []
     for one in demo.sft("train"):
         asked, answered = (message["content"] for message in one["messages"])
-        if asked in prompts and (value == ACCEPTABLE or not demo.harm(answered).is_harmful):
+        if asked in of_category and (value == ACCEPTABLE or not demo.harm(answered).is_harmful):
             found.append(one)
     return jobs.written(f"values/demonstrations_{value}.jsonl", found)
 

@@ -16,14 +16,7 @@ from safe_rlhf_jax.stages.check import check_divides
 from safe_rlhf_jax.stages.common import Run
 from safe_rlhf_jax.stages.kind import Training
 from safe_rlhf_jax.stages.kinds import kind_of
-from safe_rlhf_jax.stages.programs import Program
-
-PARTS = {
-    "iteration": ("generation", "scoring", "update"),
-    "generation": ("generation",),
-    "learning": ("scoring", "update"),
-    "sampling": ("generation", "scoring"),
-}
+from safe_rlhf_jax.stages.programs import PHASES, Program
 
 
 def compile_stage(config: cfg.RunConfig, stage: cfg.StageBase, devices: Sequence[jax.Device]) -> dict[str, Any]:
@@ -63,7 +56,7 @@ def compile_program(run: Run, stage: cfg.StageBase, program: Program) -> dict[st
         return {"program": program.name, "compile_seconds": time.monotonic() - started, "memory": memory}
     seconds = time.monotonic() - started
     executed = step_flops(run, stage, recomputed=True)
-    flops = {phase: executed[phase] for phase in PARTS.get(program.name, ("step",))}
+    flops = {phase: executed[phase] for phase in PHASES.get(program.name, ("step",))}
     report = analyse(compiled, mesh_shape=run.mesh.shape, devices=devices, chip=chip, flops=flops, reads=program.reads)
     return {"program": program.name, "compile_seconds": seconds} | report
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
+from safe_rlhf_jax.inference.generate import decoding_module
 from safe_rlhf_jax.inference.sampling import sample_rows
 from safe_rlhf_jax.models.transformer import CausalLM
 from safe_rlhf_jax.ops import is_any
@@ -81,7 +82,7 @@ class RowStream:
                 token = sample_rows(step_keys, state.logits, settings.temperature, settings.top_p)
                 slot = width + state.t
                 visible = full_prompt | ((column >= width) & (column <= slot))[None]
-                logits, cache = module.apply(
+                logits, cache = decoding_module(module).apply(
                     {"params": params}, token, prompt_size + state.t, visible, state.cache, slot, method="decode"
                 )
                 state = dataclasses.replace(

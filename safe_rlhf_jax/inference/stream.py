@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from safe_rlhf_jax.errors import UserError
+from safe_rlhf_jax.inference.generate import decoding_module
 from safe_rlhf_jax.inference.sampling import Sampling, sample_token
 from safe_rlhf_jax.models.transformer import CausalLM
 from safe_rlhf_jax.types import Params, TokenIds
@@ -47,7 +48,8 @@ class Stream:
         @partial(jax.jit, donate_argnums=4)
         def decode(params: Params, token: jax.Array, position: jax.Array, visible: jax.Array, cache: Any,
                    slot: jax.Array) -> Any:  # fmt: skip
-            return module.apply({"params": params}, token, position, visible, cache, slot, method="decode")
+            decoder = decoding_module(module)
+            return decoder.apply({"params": params}, token, position, visible, cache, slot, method="decode")
 
         self.prefill, self.decode = prefill, decode
         self.sample = jax.jit(partial(sample_token, seen=None), static_argnames="sampling")

@@ -17,6 +17,13 @@ from safe_rlhf_jax.stages.common import Run
 from safe_rlhf_jax.stages.shapes import Shapes
 from safe_rlhf_jax.types import Packing, Sequences
 
+# Named scopes of the programs of a stage that samples, by the name of the program.
+PHASES = {
+    "iteration": ("generation", "scoring", "update"),
+    "generation": ("generation",),
+    "learning": ("scoring", "update"),
+    "sampling": ("generation", "scoring"),
+}
 TOTAL_STEPS = 1000  # of a supervised stage, whose data is not read: only used in the learning-rate schedule
 
 

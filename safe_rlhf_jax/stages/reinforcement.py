@@ -42,7 +42,7 @@ from safe_rlhf_jax.stages.host_signals import HostSignal, Scorers, given_scores,
 from safe_rlhf_jax.stages.judges import judge_signals
 from safe_rlhf_jax.stages.kind import Kind, Training
 from safe_rlhf_jax.stages.networks import jit_step, optimizer_of, with_adapters
-from safe_rlhf_jax.stages.programs import Program, array, put, random_key, texts
+from safe_rlhf_jax.stages.programs import PHASES, Program, array, put, random_key, texts
 from safe_rlhf_jax.stages.sampling import warn_of_truncation
 from safe_rlhf_jax.stages.trained import critic_starts, policy_and_critics
 from safe_rlhf_jax.types import (
@@ -98,7 +98,7 @@ def run_reinforcement(run: Run, stage: cfg.RLStage, folder: storage.Path) -> dic
             shown=("train/reward", "train/cost", "train/multiplier", "train/kl"),
             flops=sum(reinforcement_flops(run, stage, 1.0).values()) / full_tokens(stage),
             profile=profiled(stage),
-            phases=("generation", "scoring", "update") if is_fused(stage, networks) else (),
+            phases=PHASES["iteration"] if is_fused(stage, networks) else (),
         ),
         folder,
         writers=writers(run),
