@@ -158,6 +158,7 @@ class KLConfig(Schema):
 class AlgorithmConfig(Schema):
     """The on-policy algorithm and its scalars."""
 
+    added: ClassVar[frozenset[str]] = frozenset({"max_sampler_weight"})
     name: Literal[
         "ppo",
         "ppo_lag",
@@ -188,6 +189,7 @@ class AlgorithmConfig(Schema):
     stop_kl: PositiveFloat | None = None  # early stopping of a rollout's updates: nats per token from the sampler
     critic_warmup: NonNegativeInt = 0  # iterations in which only the critics (and λ) move
     old_log_probs: Literal["recomputed", "sampled"] = "recomputed"  # by the learner's graph, or the sampler's own
+    max_sampler_weight: Annotated[float, Field(ge=1.0)] | None = None  # importance weights of tokens for the rounding
     missing_eos_penalty: NonNegativeFloat = 0.0  # subtracted from the reward of a truncated response
     ptx_coeff: NonNegativeFloat = 0.0  # weight of the language-modelling loss on `ptx` [ref scripts: 16]
     cost_weight: NonNegativeFloat = 1.0  # ν of `reward_shaping` [ref]
@@ -197,4 +199,7 @@ class AlgorithmConfig(Schema):
     def idle(self) -> dict[str, str]:
         """Settings that move a coefficient fixed at 0; `stages.algorithm` has those that an algorithm ignores."""
         moves = ["kl.target"] + (["kl.schedule"] if self.kl.schedule != "constant" else [])
-        return dict.fromkeys(moves if self.kl_coeff == 0 else (), "it moves kl_coeff, which is 0 and stays 0")
+        idle = dict.fromkeys(moves if self.kl_coeff == 0 else (), "it moves kl_coeff, which is 0 and stays 0")
+        if self.old_log_probs == "sampled":
+            idle["max_sampler_weight"] = "old_log_probs 'sampled' has the sampler's log-probs in the ratio itself"
+        return idle

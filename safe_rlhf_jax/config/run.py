@@ -29,6 +29,7 @@ class Mesh(Schema):
 class Execution(Schema):
     """Execution of networks; none of these changes a result beyond rounding."""
 
+    added: ClassVar[frozenset[str]] = frozenset({"decode_weights", "decode_cache"})
     unhashed: ClassVar[frozenset[str]] = frozenset({"remat", "gather_to_decode", "merge_to_decode", "whole_base"})
     dtype: Literal["float32", "bfloat16"] = "float32"  # of matmuls; parameters stay float32
     remat: RematPolicy = "none"  # recomputed in the backward pass: nothing, all but matmuls ("dots"), everything
@@ -41,6 +42,10 @@ class Execution(Schema):
     # Keep the frozen bases of adapters whole on the devices of `mesh.decode`: they send less, for that many times the
     # memory.
     whole_base: bool = False
+    # Numbers that decoding reads: the kernels of the layers in a copy, and keys and values. Responses are then those of
+    # the rounded policy; `train/sampler_gap` is what it costs, `max_sampler_weight` of the algorithm corrects for it.
+    decode_weights: Literal["int8"] | None = None
+    decode_cache: Literal["int8"] | None = None
     base: Literal["int8", "int4"] | None = None  # quantisation of the frozen bases of adapters; null: `dtype`
 
     @pydantic.model_validator(mode="after")
@@ -48,6 +53,10 @@ class Execution(Schema):
         """Checks that the copy that decoding gathers exists."""
         if self.gather_to_decode and not self.merge_to_decode:
             raise ValueError("gather_to_decode gathers the copy that merge_to_decode: false does not make; set one")
+        if self.decode_weights is not None and not self.merge_to_decode:
+            raise ValueError(
+                "decode_weights is of the copy that merge_to_decode: false does not make; set base, which is read then"
+            )
         return self
 
 

@@ -13,7 +13,7 @@ from safe_rlhf_jax.inference.sampling import Sampling, sample_token
 from safe_rlhf_jax.models.adapters import LanguageModel, merged
 from safe_rlhf_jax.models.attention import KVCache
 from safe_rlhf_jax.models.parameters import boxed_variables, cast_matrices
-from safe_rlhf_jax.models.quantized import dequantize
+from safe_rlhf_jax.models.quantized import dequantize, quantize
 from safe_rlhf_jax.models.transformer import Cache
 from safe_rlhf_jax.ops import is_any
 from safe_rlhf_jax.sharding import constrain, decoding_layout, platform, whole
@@ -78,6 +78,8 @@ def generate(
         if module.config.gather_to_decode:
             params = gathered(module, dequantize(params, module.config.dtype))
             layout.enter_context(decoding_layout())
+        if module.config.decode_weights is not None:
+            params = quantize(params, module.config.decode_weights)
         prompts = dataclasses.replace(prompts, tokens=by_rows(prompts.tokens), mask=by_rows(prompts.mask))
         ends = segments(response_length)
         logits, cache = module.apply(

@@ -1,19 +1,24 @@
 """Grouped-query attention and its key/value cache."""
 
+from typing import Any, TypeAlias
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
+from qwix import QArray
 
 from safe_rlhf_jax.models.config import ModelConfig
 from safe_rlhf_jax.models.fused_attention import attend_fused, kernel_for
 from safe_rlhf_jax.models.layers import Linear, Norm, softcap
 from safe_rlhf_jax.models.positions import Mask, Rotary, alibi_slopes, config_rotary, rotate
 from safe_rlhf_jax.models.products import precision_of
+from safe_rlhf_jax.models.quantized import is_quantized, rounded_vectors
 from safe_rlhf_jax.sharding import constrain
 
 MASKED = -1e30  # finite, so that a fully masked row stays finite
+Cached: TypeAlias = jax.Array | QArray
 
 
 @struct.dataclass
@@ -21,35 +26,38 @@ class KVCache:
     """Keys and values; slot i holds the token in column i.
 
     Of one layer, or of N scanned ones, which is carried through all of them so that each writes its new columns only.
+    With `decode_cache` both are integers with a scale for each vector, f32[B, K, L, 1].
     """
 
-    keys: jax.Array  # float[B, K, L, C], of scanned layers float[N, B, K, L, C]
-    values: jax.Array  # the same
+    keys: Cached  # float[B, K, L, C], of scanned layers float[N, B, K, L, C]
+    values: Cached  # the same
     layer: jax.Array | None = None  # i32[]  within a scan: the layer that reads and writes
 
     def write(self, keys: jax.Array, values: jax.Array, slot: jax.Array | int) -> "KVCache":
         """Returns the cache with `keys` and `values` float[B, K, l, C] of the layer from column `slot` on."""
 
-        def put(all_columns: jax.Array, new: jax.Array) -> jax.Array:
+        def put(all_columns: Cached, new: jax.Array) -> Cached:
+            return jax.tree.map(put_leaf, all_columns, rounded_vectors(new) if is_quantized(all_columns) else new)
+
+        def put_leaf(all_columns: jax.Array, new: jax.Array) -> jax.Array:
             if self.layer is None:
                 return jax.lax.dynamic_update_slice(all_columns, new, (0, 0, slot, 0))
             return jax.lax.dynamic_update_slice(all_columns, new[None], (self.layer, 0, 0, slot, 0))
 
         return KVCache(put(self.keys, keys), put(self.values, values), self.layer)
 
-    def read(self) -> tuple[jax.Array, jax.Array]:
-        """Returns keys and values of the layer, float[B, K, L, C] each."""
-        if self.layer is None:
+    def read(self) -> tuple[Cached, Cached]:
+        """Returns keys and values of the layer, [B, K, L, C] each."""
+        layer = self.layer
+        if layer is None:
             return self.keys, self.values
-        keys, values = (jax.lax.dynamic_index_in_dim(x, self.layer, keepdims=False) for x in (self.keys, self.values))
-        return keys, values
+        return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, layer, keepdims=False), (self.keys, self.values))
 
     def grown(self, columns: int) -> "KVCache":
         """Returns the cache with that many columns."""
-        more = columns - self.keys.shape[-2]
-        keys, values = (
-            jnp.pad(x, [(0, more if axis == x.ndim - 2 else 0) for axis in range(x.ndim)])
-            for x in (self.keys, self.values)
+        keys, values = jax.tree.map(
+            lambda x: jnp.pad(x, [(0, columns - x.shape[-2] if axis == x.ndim - 2 else 0) for axis in range(x.ndim)]),
+            (self.keys, self.values),
         )
         return KVCache(keys, values, self.layer)
 
@@ -60,8 +68,9 @@ class KVCache:
 
 def empty_cache(config: ModelConfig, batch: int, length: int) -> KVCache:
     """Returns an empty cache for `batch` sequences of at most `length` tokens."""
-    shape = (batch, config.num_kv_heads, length, config.head_dim)
-    return KVCache(jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype))
+    empty = jnp.zeros((batch, config.num_kv_heads, length, config.head_dim), config.dtype)
+    cached = empty if config.decode_cache is None else rounded_vectors(empty)
+    return KVCache(cached, cached)
 
 
 def causal_mask(mask: Mask) -> Bool[Array, "B L L"]:
@@ -136,8 +145,8 @@ def contexts(
 
 def attend(
     queries: Float[Array, "B H q C"],
-    keys: Float[Array, "B K k C"],
-    values: Float[Array, "B K k C"],
+    keys: Float[Array, "B K k C"] | QArray,
+    values: Float[Array, "B K k C"] | QArray,
     visible: Bool[Array, "B q k"],
     *,
     scale: float,
@@ -148,8 +157,8 @@ def attend(
 
     Args:
         queries: float[B, H, q, C]; H is a multiple of K, and K consecutive groups of H/K heads share keys.
-        keys: float[B, K, k, C].
-        values: float[B, K, k, C].
+        keys: float[B, K, k, C], or integers with a scale for each vector.
+        values: As the keys.
         visible: bool[B, q, k].
         scale: s.
         cap: Limit of the softcap.
@@ -162,14 +171,28 @@ def attend(
     kv_heads = keys.shape[1]
     grouped = queries.reshape(batch, kv_heads, heads // kv_heads * length, size) * scale
     precision = precision_of(queries)
+    # Integers are multiplied as they are, and the product is scaled: keys and values in `dtype` are never written.
+    keys, key_scale = factors_of_vectors(keys, queries.dtype)
+    values, value_scale = factors_of_vectors(values, queries.dtype)
     logits = jnp.einsum("bkqc,bklc->bkql", grouped, keys, precision=precision, preferred_element_type=jnp.float32)
+    logits = logits if key_scale is None else logits * key_scale
     logits = softcap(logits.reshape(batch, heads, length, -1), cap)
     if bias is not None:
         logits = logits + bias[None]
-    weights = jax.nn.softmax(jnp.where(visible[:, None], logits, MASKED), axis=-1).astype(values.dtype)
+    weights = jax.nn.softmax(jnp.where(visible[:, None], logits, MASKED), axis=-1)
     weights = weights.reshape(batch, kv_heads, heads // kv_heads * length, -1)
+    weights = (weights if value_scale is None else weights * value_scale).astype(values.dtype)
     out = jnp.einsum("bkql,bklc->bkqc", weights, values, precision=precision)
     return out.reshape(batch, heads, length, size)
+
+
+def factors_of_vectors(
+    vectors: Float[Array, "B K k C"] | QArray, dtype: Any
+) -> tuple[Float[Array, "B K k C"], Float[Array, "B K 1 k"] | None]:
+    """Returns cached keys or values without their scales, exactly, and the scales, by which columns are multiplied."""
+    if not isinstance(vectors, QArray):
+        return vectors, None
+    return vectors.qvalue.astype(dtype), vectors.scale.swapaxes(-1, -2)
 
 
 class Attention(nn.Module):

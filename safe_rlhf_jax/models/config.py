@@ -125,6 +125,8 @@ class ModelConfig:
     remat: RematPolicy = "none"  # recomputed in the backward pass
     merge_to_decode: bool = True  # generation keeps a copy of the layers with their adapters merged
     gather_to_decode: bool = False  # generation keeps a copy of the parameters gathered over `fsdp`
+    decode_weights: Literal["int8"] | None = None  # generation keeps a copy of the layers' kernels in 8 bits
+    decode_cache: Literal["int8"] | None = None  # keys and values are kept in 8 bits
     lora: Lora | None = None  # adapters: a collection of variables beside the parameters, which are a frozen base then
     vmapped: bool = False  # runs under `jax.vmap`, over the adapters of several networks
     trunk: int = 0  # leading layers that never have an adapter, a stack of their own where layers are scanned

@@ -47,7 +47,7 @@ def quantize(params: Params, kind: Kind) -> Params:
     spans devices has its scale on all of them.
 
     Args:
-        params: Parameters of a network, scanned or not, or their shapes and shardings.
+        params: Parameters of a network, scanned or not, or their shapes and shardings; within a program too.
         kind: The format.
     """
 
@@ -56,6 +56,8 @@ def quantize(params: Params, kind: Kind) -> Params:
         if names[-1] != "kernel" or names[-2] not in INPUT_AXES:
             return leaf
         inputs = INPUT_AXES[names[-2]]
+        if isinstance(leaf, jax.core.Tracer):
+            return quantized(leaf, kind, inputs, None)
         if not isinstance(leaf, jax.ShapeDtypeStruct):
             return jax.block_until_ready(quantized(leaf, kind, inputs, leaf.sharding))
         shapes = jax.eval_shape(lambda kernel: quantized(kernel, kind, inputs, None), leaf)
@@ -77,6 +79,11 @@ def quantized(kernel: Float[Array, "..."], kind: Kind, inputs: tuple[int, ...], 
     if not isinstance(sharding, NamedSharding):
         return array
     return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, fitted(x.shape, sharding)), array)
+
+
+def rounded_vectors(x: Float[Array, "... C"]) -> QArray:
+    """Returns int8[…, C] with a scale for each vector, f32[…, 1]: how a cache keeps keys and values."""
+    return qwix.quantize(x.astype(jnp.float32), "int8", channelwise_axes=range(x.ndim - 1))
 
 
 def block_size(inputs: int) -> int:

@@ -20,6 +20,7 @@ class Hyperparameters:
     num_responses: int = 1
     temperature: float = 1.0
     recompute_log_probs: bool = True
+    max_sampler_weight: float | None = None  # above which an importance weight of a sampled token is cut
     kl_coeff: float = 0.01
     kl: KLControl = IN_SIGNALS
     gamma: float = 1.0

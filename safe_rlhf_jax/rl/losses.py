@@ -145,6 +145,25 @@ def policy_ratio(
     return jnp.exp(jnp.clip(difference, -20.0, 20.0))
 
 
+def sampler_weights(
+    log_probs: Float[Array, "B T"], sampler_log_probs: Float[Array, "B T"], mask: Bool[Array, "B T"], *, maximum: float
+) -> Float[Array, "B T"]:
+    """min(π_old(y_t) / μ(y_t), C): weights of tokens sampled by μ, a rounded copy of the policy; 1 outside the mask.
+
+    The mean of w·x over μ is that of x over π_old where no weight is cut; the cut bounds its variance.
+
+    Source: truncated importance sampling, Ionides 2008, doi 10.1198/106186008X320456; of a sampler that rounds, Yao et
+    al. 2025, "Your efficient RL framework secretly brings you off-policy RL training".
+
+    Args:
+        log_probs: f32[B, T], log π_old, recomputed by the learner.
+        sampler_log_probs: f32[B, T], log μ.
+        mask: bool[B, T], response tokens.
+        maximum: C ≥ 1.
+    """
+    return jnp.minimum(policy_ratio(log_probs, sampler_log_probs, mask), maximum)
+
+
 def explained_variance(
     values: Float[Array, "B T"], returns: Float[Array, "B T"], mask: Bool[Array, "B T"]
 ) -> jax.Array:

@@ -15,7 +15,7 @@ from safe_rlhf_jax.rl.algorithms import Algorithm
 from safe_rlhf_jax.rl.constraints import move_multiplier, row_multipliers
 from safe_rlhf_jax.rl.hyperparameters import Hyperparameters
 from safe_rlhf_jax.rl.kl import kl_loss
-from safe_rlhf_jax.rl.losses import clip_fraction, clipped_value_loss, negative_entropy, policy_ratio
+from safe_rlhf_jax.rl.losses import clip_fraction, clipped_value_loss, negative_entropy, policy_ratio, sampler_weights
 from safe_rlhf_jax.rl.rollout import Networks, below_of, map_slices
 from safe_rlhf_jax.types import Experience, Metrics, RLState, Rollout, SupervisedBatch
 
@@ -171,12 +171,17 @@ def update_minibatch(
         mask = response_mask(part_experience.rollout)
         log_probs = rollout_log_probs(networks, hp, params, part_experience.rollout, part_experience.below)
         ratio = policy_ratio(log_probs, part_experience.log_probs, mask)
+        metrics: Metrics = {"advantage": masked_mean(advantages, mask)}
+        if hp.max_sampler_weight is not None:
+            sampled = part_experience.rollout.sampler_log_probs
+            correction = sampler_weights(part_experience.log_probs, sampled, mask, maximum=hp.max_sampler_weight)
+            metrics["sampler_weight"] = masked_mean(correction, mask)
+            advantages = correction * advantages  # the surrogate is linear in them
         loss = algorithm.policy_loss(
             ratio, advantages, mask, clip_range_ratio=hp.clip_range_ratio, dual_clip=hp.dual_clip
         )
-        metrics = {
+        metrics |= {
             "actor_loss": loss,
-            "advantage": masked_mean(advantages, mask),
             "clip_fraction": clip_fraction(ratio, mask, clip_range_ratio=hp.clip_range_ratio),
             "approx_kl": distance_terms(ratio, mask).mean(),
             "ratio_gap": jnp.abs(ratio - 1.0).max(-1),

@@ -36,7 +36,7 @@ def idle_beside_algorithm(stage: cfg.RLStage) -> dict[str, str]:
     if algorithm.shape is not shaped_reward:
         unused["takes no fixed weight of the cost off the reward"] = ("algorithm.cost_weight",)
     if algorithm.paired:
-        unused["clips pairs"] = ("algorithm.dual_clip",)
+        unused["clips pairs"] = ("algorithm.dual_clip", "algorithm.max_sampler_weight")
     return {field: f"algorithm {name!r} {reason}" for reason, fields in unused.items() for field in fields}
 
 

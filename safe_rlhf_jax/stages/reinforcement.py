@@ -210,7 +210,7 @@ def hyperparameters(
     same = (
         "kl_coeff", "gamma", "gae_lambda", "clip_range_ratio", "clip_range_score", "clip_range_value", "dual_clip",
         "whiten", "entropy_coeff", "missing_eos_penalty", "cost_weight", "ptx_coeff", "epochs", "minibatches",
-        "stop_kl", "critic_warmup",
+        "stop_kl", "critic_warmup", "max_sampler_weight",
     )  # fmt: skip
     return Hyperparameters(
         response_length=stage.max_response_length,

@@ -93,6 +93,7 @@ class Case:
     policy: Callable[[], Any] = TablePolicy
     lr: float = 0.1  # Adam's, of the policy
     window: int = BATCH
+    rounding: float | None = None  # the sampler's parameters are multiples of this
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)
     regret: float = 0.002
     violation: float = 0.02
@@ -110,6 +111,8 @@ CASES: dict[str, Case] = {
         multiplier_error=0.1,
         oscillation=0.05,
     ),
+    # Rounded by up to an eighth of a nat: an 8-bit cache moves a token's log-probability by a hundredth.
+    "ppo_lag, rounded sampler": Case("ppo_lag", mean_cost, rounding=0.25, settings={"max_sampler_weight": 2.0}),
     "ppo_lag, MLP policy": Case("ppo_lag", mean_cost, policy=MLPPolicy, lr=0.01, regret=0.006),
     "ppo_lag, MLP policy with adapters": Case(
         "ppo_lag", mean_cost, policy=functools.partial(adapted_mlp, 8, 16.0), lr=0.02, regret=0.006
@@ -211,6 +214,12 @@ def respond(policy: Any, params: Any, case: Case, key: jax.Array) -> Rollout:
     return Rollout(tokens, jnp.ones_like(tokens, dtype=bool), jnp.stack(log_probs, 1), group)
 
 
+def of_sampler(case: Case, params: Any) -> Any:
+    """Returns the parameters that responses are sampled with."""
+    step = case.rounding
+    return params if step is None else jax.tree.map(lambda x: step * jnp.round(x / step), params)
+
+
 def first_actor(policy: Any, frozen: Frozen, key: jax.Array) -> Any:
     """Parameters of the actor before training: the reference's, or an adapter on it that changes nothing yet."""
     if not isinstance(policy, Adapted):
@@ -297,7 +306,7 @@ def train(case: Case, runs: list[tuple[World, Optimum, float, int]], iterations:
         algorithm, policy = ALGORITHMS[case.algorithm], on(networks.policy, frozen.bases)
 
         def iterate(state: RLState, key: jax.Array) -> tuple[RLState, Any]:
-            rollout = respond(policy, state.actor.params, case, key)
+            rollout = respond(policy, of_sampler(case, state.actor.params), case, key)
             state, metrics = step.learn(networks, algorithm, hp, state, frozen, rollout, None, key)
             multipliers = [c.multiplier.read(state.constraints[s].multiplier) for s, c in hp.constraints.items()]
             return state, (multipliers, [metrics[f"train/{signal}"] for signal in hp.constraints])

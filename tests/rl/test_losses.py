@@ -9,6 +9,7 @@ from safe_rlhf_jax.rl.losses import (
     clipped_value_loss,
     explained_variance,
     policy_ratio,
+    sampler_weights,
 )
 
 ONE = jnp.ones((1, 1), bool)
@@ -84,6 +85,16 @@ def test_policy_ratio_is_unchanged_in_the_normal_range_and_one_outside_the_mask(
     old = jnp.array([[-1.5, -0.5, 0.0]])
     ratio = policy_ratio(log_probs, old, jnp.array([[True, True, False]]))
     np.testing.assert_allclose(ratio[0], [np.exp(0.5), np.exp(-1.5), 1.0], rtol=1e-6)
+
+
+def test_sampler_weights_make_means_over_the_sampler_those_over_the_policy_until_they_are_cut():
+    policy, sampler = (jax.nn.log_softmax(jnp.array([logits])) for logits in ([0.0, 1.0, 3.0], [0.5, 1.0, 1.0]))
+    mask, x = jnp.ones((1, 3), bool), jnp.array([[4.0, -1.0, 2.0]])
+    weights = sampler_weights(policy, sampler, mask, maximum=10.0)
+    np.testing.assert_allclose((jnp.exp(sampler) * weights * x).sum(), (jnp.exp(policy) * x).sum(), rtol=1e-6)
+    cut = sampler_weights(policy, sampler, mask.at[0, 0].set(False), maximum=1.5)
+    np.testing.assert_allclose(cut, [[1.0, float(weights[0, 1]), 1.5]], rtol=1e-6)
+    assert float(weights.max()) > 1.5
 
 
 def test_clip_fraction_counts_response_tokens_outside_the_range():

@@ -11,7 +11,7 @@ from flax import linen as nn
 from jax.sharding import NamedSharding
 
 from safe_rlhf_jax.objectives import lm_loss, token_weights
-from safe_rlhf_jax.ops import masked_mean
+from safe_rlhf_jax.ops import masked_mean, response_log_probs
 from safe_rlhf_jax.rl import update as update_module
 from safe_rlhf_jax.rl.constraints import named_rows
 from safe_rlhf_jax.rl.kl import KLControl, k2
@@ -68,6 +68,20 @@ def test_first_ratio_is_exactly_one(settings):
 def test_first_ratio_differs_from_one_with_the_samplers_log_probs():
     _, metrics = run_learn(make_world(recompute_log_probs=False))
     assert float(metrics["train/first_ratio_gap"]) > 1e-3
+
+
+def test_tokens_are_weighted_by_how_much_likelier_the_policy_finds_them_than_the_sampler():
+    (world, _, plain), rollout = one_update(), make_rollout()
+    weighted = make_world(max_sampler_weight=1e6)
+    texts = rollout.tokens, rollout.mask
+    ours = response_log_probs(world.networks.policy, world.state.actor.params, *texts, prompt_length=PROMPT)
+    likelier = dataclasses.replace(rollout, sampler_log_probs=ours - np.log(2.0))
+    _, metrics = run_learn(weighted, likelier)
+    np.testing.assert_allclose(metrics["train/sampler_weight"], 2.0, rtol=1e-4)
+    np.testing.assert_allclose(metrics["train/actor_loss"], 2 * plain["train/actor_loss"], rtol=1e-4)
+    assert float(metrics["train/first_ratio_gap"]) == 0.0
+    _, cut = run_learn(make_world(max_sampler_weight=1.5), likelier)
+    np.testing.assert_allclose(cut["train/sampler_weight"], 1.5, rtol=1e-5)
 
 
 def test_metrics_are_those_of_the_whole_minibatch_however_it_is_cut():

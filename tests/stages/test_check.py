@@ -221,7 +221,7 @@ def test_settings_of_execution_are_no_part_of_an_architecture(tmp_path):
     config = Run(cfg.load_config(MINI, [f"workdir={tmp_path}"])).networks.config("preset:tiny")
     folder = hf.save(tmp_path / "policy", *make_lm(config))
     execution = {"dtype": "bfloat16", "remat": "full", "scan_layers": True, "gather_to_decode": True}
-    execution |= {"merge_to_decode": False}
+    execution |= {"merge_to_decode": False, "decode_weights": "int8", "decode_cache": "int8"}
     # Bases belong to adapters: these settings are of no network's configuration.
     assert execution.keys() | {"base", "whole_base"} == cfg.Execution.model_fields.keys()
     for setting in ({}, *({name: value} for name, value in execution.items())):

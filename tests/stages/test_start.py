@@ -183,6 +183,8 @@ def test_groups_are_those_of_the_prompts_that_are_left(run, tmp_path, kind):
         ({"algorithm": {"name": "rloo_lag", "gamma": 0.9}, "responses_per_prompt": 2}, "algorithm.gamma does nothing"),
         ({"algorithm": {"name": "rloo_lag"}, "responses_per_prompt": 2, "critic": {"lr": 1e-5}}, "critic does nothing"),
         ({"algorithm": {"name": "p3o_lag", "dual_clip": 3.0}, "responses_per_prompt": 2}, "algorithm.dual_clip does"),
+        ({"algorithm": {"name": "p3o_lag", "max_sampler_weight": 2.0}, "responses_per_prompt": 2}, "sampler_weight"),
+        ({"algorithm": {"old_log_probs": "sampled", "max_sampler_weight": 2.0}}, "max_sampler_weight does nothing"),
         ({"ptx": {"name": "demo/sft"}}, "ptx does nothing: algorithm.ptx_coeff is 0"),
         ({"eval_every": 5}, "eval_every does nothing: there is no eval_prompts"),
         ({"eval_prompts": {"name": "demo/prompts", "split": "test", "weight": 2.0}}, "weight does nothing: every"),
