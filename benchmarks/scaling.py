@@ -22,6 +22,7 @@ PPO_LAG, FOUR_TIMES = "configs/beaver_7b/ppo_lag.yaml", "stages.ppo_lag.batch_si
 RUNS: tuple[tuple[str, ...], ...] = (  # config, topology, settings
     (PPO_LAG, "v5e:8x8"),
     (PPO_LAG, "v5e:8x8", FOUR_TIMES, "stages.ppo_lag.microbatches=2"),
+    (PPO_LAG, "v5e:8x8", "execution.decode_weights=int8", "execution.decode_cache=int8"),
     (PPO_LAG, "v6e:8x8"),
     (PPO_LAG, "v6e:8x8", FOUR_TIMES),
     *((f"configs/beaver_7b/{stage}.yaml", "v5e:8x8") for stage in ("sft", "reward", "cost", "dpo")),
@@ -118,7 +119,8 @@ DECODING = """\
 ## Decoding: HBM bytes of a token
 
 What a device moves for each decoded token, beside what it cannot go below: the weights and the keys and values of the
-tokens before it, each read once (the mean over a response).
+tokens before it, each read once (the mean over a response). `execution.decode_weights` and `execution.decode_cache` keep
+both in 8 bits while responses are generated ([algorithms.md](algorithms.md)).
 
 """
 
