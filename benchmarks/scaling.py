@@ -119,8 +119,8 @@ DECODING = """\
 ## Decoding: HBM bytes of a token
 
 What a device moves for each decoded token, beside what it cannot go below: the weights and the keys and values of the
-tokens before it, each read once (the mean over a response). `execution.decode_weights` and `execution.decode_cache` keep
-both in 8 bits while responses are generated ([algorithms.md](algorithms.md)).
+tokens before it, each read once (the mean over a response). `execution.decode_weights` and `execution.decode_cache`
+keep both in 8 bits while responses are generated ([algorithms.md](algorithms.md)).
 
 """
 

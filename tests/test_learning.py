@@ -10,14 +10,7 @@ from safe_rlhf_jax.data import demo
 from safe_rlhf_jax.metrics import read_jsonl
 
 QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
-# Two thirds of its time.
-FEWER_STEPS = (
-    "stages.sft.epochs=2",
-    "stages.reward.data.limit=15000",
-    "stages.cost.data.limit=6000",
-    "stages.ppo_lag.steps=80",
-    "stages.ppo.steps=25",
-)
+FEWER_STEPS = ("stages.cost.data.limit=6000", "stages.ppo_lag.steps=80", "stages.ppo.steps=25")
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
 
