@@ -16,8 +16,9 @@ import jax
 from jax.sharding import NamedSharding
 
 from safe_rlhf_jax.aot.hlo import Module
+from safe_rlhf_jax.models.attention import empty_cache
 from safe_rlhf_jax.models.config import ModelConfig
-from safe_rlhf_jax.models.quantized import INPUT_AXES, bits
+from safe_rlhf_jax.models.quantized import bits, quantize, stored_bytes
 from safe_rlhf_jax.sharding import decoding_layout, parts
 
 LOOKED_UP = {"embedding", "position_embedding"}  # a pass reads the rows of its tokens only
@@ -35,7 +36,7 @@ class Reads:
         return self.times * max(0.0, self.bytes - fast)
 
 
-def weight_bytes(params: Any, dtype: Any, *, tied: bool = False, copied: bool = False, rounded: bool = False) -> float:
+def weight_bytes(params: Any, dtype: Any, *, tied: bool = False, copied: bool = False) -> float:
     """Returns the bytes per device of the weights that a pass reads.
 
     Args:
@@ -43,14 +44,12 @@ def weight_bytes(params: Any, dtype: Any, *, tied: bool = False, copied: bool = 
         dtype: That the pass computes in; what is wider may be read from a copy in it.
         tied: The embedding is the matrix of the logits as well.
         copied: As decoding reads them, from a copy that is gathered over `fsdp` and split over `decode`.
-        rounded: The kernels of the layers are read in 8 bits.
     """
     total = 0.0
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         names = {str(getattr(key, "key", getattr(key, "name", key))) for key in path}
         if tied or not names & LOOKED_UP:
-            eighth = rounded and "kernel" in names and names & INPUT_AXES.keys()
-            total += elements(leaf, copied) * (8 if eighth else min(bits(leaf.dtype), bits(dtype))) / 8
+            total += elements(leaf, copied) * min(bits(leaf.dtype), bits(dtype)) / 8
     return total
 
 
@@ -69,9 +68,8 @@ def cache_bytes(config: ModelConfig, rows: float, prompt: int, response: int, te
     windows = config.windows or (None,) * config.num_layers
     filled = range(prompt + 1, prompt + response + 1)  # the token's own included
     seen = sum(min(n, window or n) for n in filled for window in windows) / response
-    heads = config.num_kv_heads / math.gcd(config.num_kv_heads, tensor)
-    vector = config.head_dim * bits(config.dtype) if config.decode_cache is None else config.head_dim * 8 + 32
-    return 2 * rows * heads * vector * seen / 8
+    token = stored_bytes(jax.eval_shape(lambda: empty_cache(config, 1, 1)))  # of one layer, all of its heads
+    return rows * seen * token / math.gcd(config.num_kv_heads, tensor)
 
 
 def decoding_reads(
@@ -87,10 +85,9 @@ def decoding_reads(
         response: T, tokens.
         mesh: Sizes of the mesh axes.
     """
-    weights = weight_bytes(
-        params, config.dtype, tied=config.tie_embeddings, copied=config.gather_to_decode,
-        rounded=config.decode_weights is not None,
-    )  # fmt: skip
+    if config.decode_weights is not None:
+        params = quantize(params, config.decode_weights)
+    weights = weight_bytes(params, config.dtype, tied=config.tie_embeddings, copied=config.gather_to_decode)
     with decoding_layout() if config.gather_to_decode else contextlib.nullcontext():
         own, heads = rows / parts("batch", mesh), parts("kv_heads", mesh)
     return Reads(weights + cache_bytes(config, own, prompt, response, heads), response)
