@@ -10,7 +10,7 @@ REAL ?= safe_rlhf
 # Without restarts: after the crash of a worker xdist would wait for ever.
 PYTEST ?= -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 COMPILE := $(UV) pip compile pyproject.toml --quiet --universal --python-version 3.11 --generate-hashes \
-             --no-emit-index-url --no-annotate --custom-compile-command 'make lock'
+             --no-annotate --custom-compile-command 'make lock'
 
 .DEFAULT_GOAL := help
 .PHONY: help venv quickstart real test test-fast test-distributed test-real test-reference test-tpu test-gpu-aot lint format types dist wheels lock clean
