@@ -13,6 +13,7 @@ COMPILE := $(UV) pip compile pyproject.toml --quiet --universal --python-version
              --no-annotate --custom-compile-command 'make lock'
 
 .DEFAULT_GOAL := help
+unexport PYTHONDONTWRITEBYTECODE # where it is set, every process would compile all that it imports anew
 .PHONY: help venv quickstart real test test-fast test-distributed test-real test-reference test-tpu test-gpu-aot lint format types dist wheels lock clean
 
 help: ## list the targets
