@@ -25,7 +25,9 @@ FEW = 400  # prompts of round 1
 ERROR_RATE = 0.15  # of their labels, beside the annotators' own
 LACKING = demo.HARM_CATEGORIES[::3]  # five of the fourteen
 FIGURE = jobs.ROOT / "docs" / "images" / "weak_start.png"
-AXES = {"helpfulness": "benign", "harmlessness": "all prompts"}  # a harmful answer to a risky prompt helps, too
+# Axis: its prompts (a harmful answer to a risky prompt helps, too), and the kind of signal that judges it.
+AXES = {"helpfulness": ("benign", "reward"), "harmlessness": ("all prompts", "cost")}
+JUDGES = ("oracle", "models")  # the models were trained on clean pairs, and train no policy
 SHOWN = {
     "harm_rate": "harm, risky",
     "harm_rate_redteam": "harm, red team",
@@ -61,6 +63,7 @@ def job(seed: int, tiny: dict[str, Any]) -> Job:
         "stages.judge.policies": [models["sft"], *(f"policy_{k}" for k in range(1, ROUNDS + 1))],
     }
     start |= {f"stages.cost_{k}.init_from": models["sft"] for k in range(1, ROUNDS + 1)}
+    start |= {f"stages.judge.judges.{kind}/models": models[kind] for kind in ("reward", "cost")}
     gauges = {
         f"stages.evaluate_{k}.{kind}_model": models[kind] for k in range(ROUNDS + 1) for kind in ("reward", "cost")
     }
@@ -102,40 +105,46 @@ def section_text(runs: list[Run]) -> str:
         rounds = [run["rounds"][k] for run in runs]
         cells = [jobs.spread([one["policy"][name] for one in rounds], name in PERCENT) for name in SHOWN]
         sign = [one["cost"]["eval/sign_accuracy"] for one in rounds if "eval/sign_accuracy" in one["cost"]]
-        ratings = [f"{np.mean([elo_of(run, axis)[k]['elo'] for run in runs]):.0f}" for axis in AXES]
+        ratings = [
+            ", ".join(f"{np.mean([elo_of(run, axis, judge)[k] for run in runs]):.0f}" for judge in JUDGES)
+            for axis in AXES
+        ]
         lines.append([str(k), *cells, jobs.spread(sign, percent=True) if sign else "–", *ratings])
     columns = [
         "after round",
         *SHOWN.values(),
         "cost model: sign, held out",
-        *(f"Elo: {axis}, {prompts}" for axis, prompts in AXES.items()),
+        *(f"Elo by {', '.join(JUDGES)}: {axis}, {prompts}" for axis, (prompts, _) in AXES.items()),
     ]
     return f"{jobs.table(columns, lines)}\n\n{jobs.seeds_of(runs)}"
 
 
-def elo_of(run: Run, axis: str) -> list[dict[str, float]]:
-    """Returns the Elo of the policies of all rounds by the oracle."""
-    row = next(row for row in run["comparisons"] if (row["prompts"], row["axis"]) == (AXES[axis], axis))
-    return list(row["elo"].values())
+def elo_of(run: Run, axis: str, judge: str) -> list[float]:
+    """Returns the Elo of the policies of all rounds by one judge."""
+    prompts, kind = AXES[axis]
+    wanted = prompts, axis, f"{kind}/{judge}"
+    row = next(row for row in run["comparisons"] if (row["prompts"], row["axis"], row["judge"]) == wanted)
+    return [rating["elo"] for rating in row["elo"].values()]
 
 
 def figure(runs: list[Run]) -> Figure:
-    """Returns harm and helpfulness by round, and Elo of harmlessness against Elo of helpfulness."""
-    drawn = Figure(figsize=(13, 4), layout="constrained")
-    *panels, last = drawn.subplots(1, 3)
-    for axes, (name, (label, factor)) in zip(panels, PANELS.items(), strict=True):
+    """Returns harm and helpfulness by round, and Elo of harmlessness against Elo of helpfulness by each judge."""
+    drawn = Figure(figsize=(16, 4), layout="constrained")
+    panels = drawn.subplots(1, len(PANELS) + len(JUDGES))
+    for axes, (name, (label, factor)) in zip(panels, PANELS.items(), strict=False):
         for run in runs:
             axes.plot([factor * one["policy"][name] for one in run["rounds"]], "o-", label=f"seed {run['seed']}")
         axes.set(xlabel="round", xticks=range(ROUNDS + 1), ylabel=label)
         axes.set_ylim(0)
         axes.legend(frameon=False)
-    for run in runs:
-        x, y = ([rating["elo"] for rating in elo_of(run, axis)] for axis in AXES)
-        last.plot(x, y, "o-")
-        for k, place in enumerate(zip(x, y, strict=True)):
-            last.annotate(str(k), place)
-    x, y = (f"Elo: {axis}, {prompts} (oracle)" for axis, prompts in AXES.items())
-    last.set(xlabel=x, ylabel=y)
+    for axes, judge in zip(panels[len(PANELS) :], JUDGES, strict=True):
+        for run in runs:
+            x, y = (elo_of(run, axis, judge) for axis in AXES)
+            axes.plot(x, y, "o-")
+            for k, place in enumerate(zip(x, y, strict=True)):
+                axes.annotate(str(k), place)
+        x_label, y_label = (f"Elo: {axis}, {prompts} ({judge})" for axis, (prompts, _) in AXES.items())
+        axes.set(xlabel=x_label, ylabel=y_label)
     return drawn
 
 

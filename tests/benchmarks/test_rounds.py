@@ -166,7 +166,11 @@ def test_tables_have_a_row_for_each_kind_of_run():
     models = [{"loss": loss, "pairs": 500} | dict.fromkeys(signs.COLUMNS, 0.5) for loss in signs.LOSSES]
     assert "| 500 | ranking | 50.0 % |" in signs.section([spent | {"models": models}])
     elo = {name: {"elo": 1000.0} for name in "0123"}
-    judged = [{"prompts": kind, "axis": axis, "elo": elo} for axis, kind in weak_start.AXES.items()]
+    judged = [
+        {"prompts": prompts, "axis": axis, "judge": f"{kind}/{judge}", "elo": elo}
+        for axis, (prompts, kind) in weak_start.AXES.items()
+        for judge in weak_start.JUDGES
+    ]
     rounds = [{"policy": metrics, "cost": {"eval/sign_accuracy": 0.9}}] * 4
     assert "| 3 | 50.0 % |" in weak_start.section_text([spent | {"rounds": rounds, "comparisons": judged}])
     models = {"reward": {"eval/accuracy": 0.8}, "cost": {"eval/sign_accuracy": 0.9}}
