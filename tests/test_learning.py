@@ -12,8 +12,10 @@ from safe_rlhf_jax.metrics import read_jsonl
 QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
 LESS = (
     "stages.cost.data.limit=6000",
-    *("stages.ppo_lag.batch_size=64", "stages.ppo_lag.steps=80"),
-    *("stages.ppo.batch_size=64", "stages.ppo.steps=25"),
+    "stages.ppo_lag.batch_size=64",
+    "stages.ppo_lag.steps=80",
+    "stages.ppo.batch_size=64",
+    "stages.ppo.steps=25",
 )
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]

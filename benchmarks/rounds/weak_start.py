@@ -27,7 +27,7 @@ LACKING = demo.HARM_CATEGORIES[::3]  # five of the fourteen
 FIGURE = jobs.ROOT / "docs" / "images" / "weak_start.png"
 # Axis: its prompts (a harmful answer to a risky prompt helps, too), and the kind of signal that judges it.
 AXES = {"helpfulness": ("benign", "reward"), "harmlessness": ("all prompts", "cost")}
-JUDGES = ("oracle", "models")  # the models were trained on clean pairs, and train no policy
+JUDGES = ("oracle", "models")  # trained on clean pairs; the reward models of the rounds go on from this one
 SHOWN = {
     "harm_rate": "harm, risky",
     "harm_rate_redteam": "harm, red team",
@@ -130,14 +130,14 @@ def elo_of(run: Run, axis: str, judge: str) -> list[float]:
 def figure(runs: list[Run]) -> Figure:
     """Returns harm and helpfulness by round, and Elo of harmlessness against Elo of helpfulness by each judge."""
     drawn = Figure(figsize=(16, 4), layout="constrained")
-    panels = drawn.subplots(1, len(PANELS) + len(JUDGES))
-    for axes, (name, (label, factor)) in zip(panels, PANELS.items(), strict=False):
+    panels, rated = np.split(drawn.subplots(1, len(PANELS) + len(JUDGES)), [len(PANELS)])
+    for axes, (name, (label, factor)) in zip(panels, PANELS.items(), strict=True):
         for run in runs:
             axes.plot([factor * one["policy"][name] for one in run["rounds"]], "o-", label=f"seed {run['seed']}")
         axes.set(xlabel="round", xticks=range(ROUNDS + 1), ylabel=label)
         axes.set_ylim(0)
         axes.legend(frameon=False)
-    for axes, judge in zip(panels[len(PANELS) :], JUDGES, strict=True):
+    for axes, judge in zip(rated, JUDGES, strict=True):
         for run in runs:
             x, y = (elo_of(run, axis, judge) for axis in AXES)
             axes.plot(x, y, "o-")
