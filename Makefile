@@ -7,6 +7,9 @@ STAMP := .venv/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet --quiet # errors only
 UV ?= uv
 REAL ?= safe_rlhf
+# Processors without amx_bf16 multiply bfloat16 at half the rate of float32 (docs/launching.md).
+REAL_ARGS = $(if $(filter one_gpu,$(REAL)),execution.scan_layers=true,$(shell \
+              grep -qm1 amx_bf16 /proc/cpuinfo 2>/dev/null || echo execution.dtype=float32))
 # Without restarts: after the crash of a worker xdist would wait for ever.
 PYTEST ?= -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 COMPILE := $(UV) pip compile pyproject.toml --quiet --universal --python-version 3.11 --generate-hashes \
@@ -35,9 +38,9 @@ quickstart: venv ## train the small pipeline on this machine's CPU (ARGS="dotted
 real: venv ## Safe RLHF of SmolLM2-135M-Instruct on real preferences: hours on two cores, or REAL=one_gpu (docs/real.md; needs ../shared)
 	$(PIP) install --no-build-isolation -e '.[real]'
 	$(BIN)/python -m benchmarks.real.prepare
-	$(BIN)/python -m safe_rlhf_jax.train --config configs/smollm2_135m/judge.yaml $(if $(filter one_gpu,$(REAL)),execution.scan_layers=true)
+	$(BIN)/python -m safe_rlhf_jax.train --config configs/smollm2_135m/judge.yaml $(REAL_ARGS)
 	$(BIN)/python -m benchmarks.real.judge fit
-	$(BIN)/python -m safe_rlhf_jax.train --config configs/smollm2_135m/$(REAL).yaml $(ARGS)
+	$(BIN)/python -m safe_rlhf_jax.train --config configs/smollm2_135m/$(REAL).yaml $(REAL_ARGS) $(ARGS)
 
 test: venv ## all tests that need neither TPU, GPU nor torch, the slow ones too (ARGS="-k name ...")
 	$(BIN)/python -m pytest -m "not tpu and not gpu_aot and not reference and not distributed and not real" $(PYTEST) $(ARGS)
