@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from safe_rlhf_jax.inference.sampling import Sampling, sample_token
-from safe_rlhf_jax.models.adapters import LanguageModel, merged
+from safe_rlhf_jax.models.adapters import LanguageModel, merged, unstacked
 from safe_rlhf_jax.models.attention import KVCache
 from safe_rlhf_jax.models.parameters import boxed_variables, cast_matrices
 from safe_rlhf_jax.models.quantized import dequantize, quantize
@@ -74,7 +74,11 @@ def generate(
 
     with contextlib.ExitStack() as layout:
         if module.config.merge_to_decode:
-            module, params = merged(module, params)
+            if platform() == "gpu" and module.config.scan_layers:  # there each token would copy them out of their stack
+                module, params = merged(*unstacked(module, params))
+                params = cast_matrices(params, module.config.dtype)
+            else:
+                module, params = merged(module, params)
         if module.config.gather_to_decode:
             params = gathered(module, dequantize(params, module.config.dtype))
             layout.enter_context(decoding_layout())

@@ -17,6 +17,7 @@ from safe_rlhf_jax.models.quantized import dequantize, is_quantized
 from safe_rlhf_jax.models.transformer import CausalLM, Decoder, ScoreModel
 from safe_rlhf_jax.types import Params
 
+STACKS = {"layers", "trunk"}  # scanned
 HEAD = ("score_kernel", "score_bias")  # parameters of a score model that are trained beside its adapter
 
 
@@ -194,6 +195,24 @@ def output_of_trunk(module: Adapted, tokens: Int[Array, "B L"], mask: Bool[Array
     decoder: Any = module.decoder(without_adapters(module.module).config)
     out: Any = decoder.apply({"params": module.decoder_params}, tokens, mask, method="read_trunk")
     return out  # type: ignore[no-any-return]
+
+
+def unstacked(module: Any, params: Params) -> tuple[Any, Params]:
+    """Returns a network whose layers are parameters of their own, not scanned, and its parameters."""
+
+    def apart(part: Any) -> Any:
+        if not isinstance(part, Mapping):
+            return part
+        out = {name: apart(inner) for name, inner in part.items() if name not in STACKS}
+        for name in STACKS & part.keys():
+            layers = len(jax.tree.leaves(part[name])[0])
+            out |= {f"{name}_{i}": jax.tree.map(lambda x, i=i: x[i], part[name]) for i in range(layers)}
+        return out
+
+    module = module.clone(config=dataclasses.replace(module.config, scan_layers=False))
+    if isinstance(module, Adapted):
+        module = dataclasses.replace(module, bound=apart(module.bound))
+    return module, apart(params)
 
 
 def merged(module: Any, params: Params, *, lazily: bool = False) -> tuple[Any, Params]:

@@ -234,8 +234,11 @@ def test_a_cache_that_is_read_as_far_as_it_may_be_filled_gives_the_same(prompts,
     assert_same(in_segments(*arguments[1:]), expected)
 
 
-def test_on_a_gpu_layers_are_compiled_one_by_one_and_give_the_same_responses(prompts, monkeypatch):
-    module, variables = make_lm(tiny_config(vocab_size=VOCAB, scan_layers=True))
+@pytest.mark.parametrize("kept", [True, False], ids=["a copy", "no copy"])
+@pytest.mark.parametrize("trunk", [0, 1])
+def test_on_a_gpu_layers_are_compiled_one_by_one_and_give_the_same_responses(prompts, monkeypatch, trunk, kept):
+    config = tiny_config(vocab_size=VOCAB, scan_layers=True, num_layers=3 + trunk, merge_to_decode=kept, trunk=trunk)
+    module, variables = make_lm(config)
     options = {"response_length": RESPONSE, "eos_id": EOS, "pad_id": PAD, "sampling": Sampling()}
     arguments = perturbed(variables)["params"], prompts, jax.random.key(0)
 
@@ -244,10 +247,11 @@ def test_on_a_gpu_layers_are_compiled_one_by_one_and_give_the_same_responses(pro
 
     scanned = traced()
     monkeypatch.setattr(generating, "platform", lambda: "gpu")
-    unrolled, unroll = traced(), f"unroll={module.config.num_layers}"
-    assert unroll in str(unrolled.jaxpr)
+    one_by_one, unroll = traced(), "unroll=3"
     assert unroll not in str(scanned.jaxpr)
-    assert_same(*(program.lower().compile()(*arguments) for program in (unrolled, scanned)))
+    assert (unroll in str(one_by_one.jaxpr)) != kept
+    assert ("length=" in str(one_by_one.jaxpr)) != kept  # a scan
+    assert_same(*(program.lower().compile()(*arguments) for program in (one_by_one, scanned)))
 
 
 def test_loops_over_a_response_are_few_and_long():

@@ -9,7 +9,14 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from safe_rlhf_jax.models.adapters import Adapted, hidden_of_roles, merged, output_of_trunk, without_adapters
+from safe_rlhf_jax.models.adapters import (
+    Adapted,
+    hidden_of_roles,
+    merged,
+    output_of_trunk,
+    unstacked,
+    without_adapters,
+)
 from safe_rlhf_jax.models.config import TARGETS, Lora, ModelConfig, ScoreConfig
 from safe_rlhf_jax.models.families import FAMILIES
 from safe_rlhf_jax.models.transformer import CausalLM, ScoreModel
@@ -78,6 +85,9 @@ def test_merged_is_applied(shape, form, scan):
     assert plain.config.lora is None
     np.testing.assert_allclose(apply(plain, {"params": whole}, TOKENS, MASK), ours, atol=1e-5, rtol=1e-5)
     assert jnp.abs(ours - apply(plain, {"params": base}, TOKENS, MASK)).max() > 1e-3
+    plain, apart = merged(*unstacked(net.on({"base": base}), params))
+    assert not plain.config.scan_layers
+    np.testing.assert_allclose(apply(plain, {"params": apart}, TOKENS, MASK), ours, atol=1e-5, rtol=1e-5)
     for path, leaf in flatten_dict(merged(net.on({"base": base}), params, lazily=True)[1]).items():
         rows = jnp.stack([leaf[i] for i in range(leaf.shape[0])])
         assert rows.dtype == leaf.dtype
