@@ -1,5 +1,6 @@
 """Grouped-query attention and its key/value cache."""
 
+import dataclasses
 from typing import Any, TypeAlias
 
 import jax
@@ -23,7 +24,7 @@ Cached: TypeAlias = jax.Array | QArray
 
 @struct.dataclass
 class KVCache:
-    """Keys and values; slot i holds the token in column i.
+    """Keys and values; slot i holds the token in column i, of a ring of L slots the last token in a column i + n·L.
 
     Of one layer, or of N scanned ones, which is carried through all of them so that each writes its new columns only.
     With `decode_cache` both are integers with a scale for each vector, f32[B, K, L, 1].
@@ -32,6 +33,7 @@ class KVCache:
     keys: Cached  # float[B, K, L, C], of scanned layers float[N, B, K, L, C]
     values: Cached  # the same
     layer: jax.Array | None = None  # i32[]  within a scan: the layer that reads and writes
+    window: int | None = struct.field(pytree_node=False, default=None)  # a ring that never has more slots
 
     def write(self, keys: jax.Array, values: jax.Array, slot: jax.Array | int) -> "KVCache":
         """Returns the cache with `keys` and `values` float[B, K, l, C] of the layer from column `slot` on."""
@@ -40,11 +42,16 @@ class KVCache:
             return jax.tree.map(put_leaf, all_columns, rounded_vectors(new) if is_quantized(all_columns) else new)
 
         def put_leaf(all_columns: jax.Array, new: jax.Array) -> jax.Array:
+            slots, length, start = all_columns.shape[-2], new.shape[-2], slot
+            if length > slots:  # a prompt, from column 0 on, of which the ring keeps the end
+                new, start = jnp.roll(new[..., -slots:, :], length, axis=-2), 0
+            elif self.window is not None:
+                start = slot % slots
             if self.layer is None:
-                return jax.lax.dynamic_update_slice(all_columns, new, (0, 0, slot, 0))
-            return jax.lax.dynamic_update_slice(all_columns, new[None], (self.layer, 0, 0, slot, 0))
+                return jax.lax.dynamic_update_slice(all_columns, new, (0, 0, start, 0))
+            return jax.lax.dynamic_update_slice(all_columns, new[None], (self.layer, 0, 0, start, 0))
 
-        return KVCache(put(self.keys, keys), put(self.values, values), self.layer)
+        return dataclasses.replace(self, keys=put(self.keys, keys), values=put(self.values, values))
 
     def read(self) -> tuple[Cached, Cached]:
         """Returns keys and values of the layer, [B, K, L, C] each."""
@@ -54,23 +61,30 @@ class KVCache:
         return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, layer, keepdims=False), (self.keys, self.values))
 
     def grown(self, columns: int) -> "KVCache":
-        """Returns the cache with that many columns."""
+        """Returns the cache with that many columns, of which a ring has no more than its window."""
+        columns = min(columns, self.window or columns)
         keys, values = jax.tree.map(
             lambda x: jnp.pad(x, [(0, columns - x.shape[-2] if axis == x.ndim - 2 else 0) for axis in range(x.ndim)]),
             (self.keys, self.values),
         )
-        return KVCache(keys, values, self.layer)
+        return dataclasses.replace(self, keys=keys, values=values)
 
     def next_layer(self) -> "KVCache":
         """Returns the cache for the layer above, within a scan."""
-        return self if self.layer is None else KVCache(self.keys, self.values, self.layer + 1)
+        return self if self.layer is None else dataclasses.replace(self, layer=self.layer + 1)
 
 
-def empty_cache(config: ModelConfig, batch: int, length: int) -> KVCache:
-    """Returns an empty cache for `batch` sequences of at most `length` tokens."""
-    empty = jnp.zeros((batch, config.num_kv_heads, length, config.head_dim), config.dtype)
+def empty_cache(config: ModelConfig, batch: int, length: int, window: int | None = None) -> KVCache:
+    """Returns an empty cache of a layer for `batch` sequences of at most `length` tokens; with a window, a ring."""
+    empty = jnp.zeros((batch, config.num_kv_heads, min(length, window or length), config.head_dim), config.dtype)
     cached = empty if config.decode_cache is None else rounded_vectors(empty)
-    return KVCache(cached, cached)
+    return KVCache(cached, cached, window=window)
+
+
+def ring_windows(config: ModelConfig) -> tuple[int | None, ...]:
+    """Returns the window of each layer whose cache is a ring. Those of scanned layers lie in a stack, and are alike."""
+    windows = config.windows or (None,) * config.num_layers
+    return windows if not config.scan_layers or len(set(windows)) == 1 else (None,) * config.num_layers
 
 
 def causal_mask(mask: Mask) -> Bool[Array, "B L L"]:
@@ -109,6 +123,8 @@ def contexts(
     visible: Bool[Array, "B l k"],
     slot: jax.Array | int,
     real: Mask | None = None,
+    *,
+    cached: bool = False,
 ) -> tuple[list[AttentionContext], list[int]]:
     """Returns the distinct attention contexts of a model, and the index of each layer's context.
 
@@ -120,12 +136,11 @@ def contexts(
         visible: bool[B, l, k], which of the k keys each of the l queries may attend to, before any window.
         slot: Column of the first of the l columns.
         real: bool[B, l] or i32[B, l] if `visible` is its causal mask: fused kernels may then replace `attend`.
+        cached: The one query reads a cache: of layers with a ring, the context is that of its slots.
     """
     length, columns = visible.shape[1:]
     distance = (slot + jnp.arange(length, dtype=jnp.int32))[:, None] - jnp.arange(columns, dtype=jnp.int32)[None]
-    bias = None
-    if config.positions == "alibi":
-        bias = -jnp.asarray(alibi_slopes(config.num_heads))[:, None, None] * distance.astype(jnp.float32)[None]
+    rings = ring_windows(config) if cached else ()
     kinds: dict[tuple[int | None, bool], int] = {}
     found: list[AttentionContext] = []
     index: list[int] = []
@@ -137,7 +152,16 @@ def contexts(
             kinds[kind] = len(found)
             if config.positions == "rotary" and local not in rotaries:
                 rotaries[local] = config_rotary(config, positions, local=local)
-            near = visible if kind[0] is None else visible & (distance < kind[0])[None]
+            near, back = visible, distance
+            if kind[0] is not None and kind[0] in rings:
+                back = distance[:, : kind[0]] % kind[0]  # the columns that the slots hold are so far back
+                column = slot - back[0]
+                near = jnp.take(visible, jnp.maximum(column, 0), axis=-1) & (column >= 0)[None, None]
+            elif kind[0] is not None:
+                near = visible & (distance < kind[0])[None]
+            bias = None
+            if config.positions == "alibi":
+                bias = -jnp.asarray(alibi_slopes(config.num_heads))[:, None, None] * back.astype(jnp.float32)[None]
             found.append(AttentionContext(near, rotaries.get(local), bias, real, kind[0]))
         index.append(kinds[kind])
     return found, index

@@ -10,7 +10,15 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
 from safe_rlhf_jax.errors import ModelError
-from safe_rlhf_jax.models.attention import Attention, AttentionContext, KVCache, causal_mask, contexts, empty_cache
+from safe_rlhf_jax.models.attention import (
+    Attention,
+    AttentionContext,
+    KVCache,
+    causal_mask,
+    contexts,
+    empty_cache,
+    ring_windows,
+)
 from safe_rlhf_jax.models.config import ModelConfig, ScoreConfig
 from safe_rlhf_jax.models.layers import MLP, Linear, Norm, logical_param, softcap
 from safe_rlhf_jax.models.positions import Mask, token_positions
@@ -133,7 +141,7 @@ class Decoder(nn.Module):
             ModelError: If there are more columns than a table of learned positions has rows.
         """
         c = self.config
-        kinds, index = self.contexts(positions, visible, slot)
+        kinds, index = self.contexts(positions, visible, slot, cached=cache is not None)
         lower, upper = (None, cache) if cache is None or not c.trunk else (cache[0], cache[1])
         if below is None:
             x = self.embed(tokens, positions, decoding=cache is not None)
@@ -150,8 +158,9 @@ class Decoder(nn.Module):
         return x, cache
 
     def contexts(
-        self, positions: Int[Array, "B l"], visible: Bool[Array, "B l k"] | Mask, slot: jax.Array | int
-    ) -> tuple[list[AttentionContext], list[int]]:
+        self, positions: Int[Array, "B l"], visible: Bool[Array, "B l k"] | Mask, slot: jax.Array | int,
+        *, cached: bool = False,
+    ) -> tuple[list[AttentionContext], list[int]]:  # fmt: skip
         """Returns the attention contexts of the layers, and the index of each layer's; `visible` is as in a call.
 
         Raises:
@@ -165,7 +174,7 @@ class Decoder(nn.Module):
             raise ModelError(
                 f"{visible.shape[-1]} tokens are more than the model's {c.max_positions} learned positions"
             )
-        return contexts(c, positions, visible, slot, real)
+        return contexts(c, positions, visible, slot, real, cached=cached and real is None)
 
     def through(
         self, layers: Any, x: jax.Array, cache: Cache, kinds: list[AttentionContext], index: list[int],
@@ -294,16 +303,17 @@ class CausalLM(nn.Module):
                 "shorter."
             )
         rows, columns = tokens.shape[0], columns or length
-        cache: Cache = self.empty(rows, columns, c.num_layers - c.trunk)
+        rings = ring_windows(c)
+        cache: Cache = self.empty(rows, columns, rings[c.trunk :])
         if c.trunk:
-            cache = self.empty(rows, columns, c.trunk), cache
+            cache = self.empty(rows, columns, rings[: c.trunk]), cache
         last = tokens.shape[1] - 1
         hidden, cache = self.decoder(tokens, token_positions(mask), mask, cache, 0, last)
         return self.unembed(hidden)[:, 0], cache
 
-    def empty(self, rows: int, length: int, layers: int) -> Cache:
-        """Returns the empty cache of consecutive layers."""
-        cache: Cache = [empty_cache(self.config, rows, length) for _ in range(layers)]
+    def empty(self, rows: int, length: int, windows: tuple[int | None, ...]) -> Cache:
+        """Returns the empty cache of consecutive layers with these windows."""
+        cache: Cache = [empty_cache(self.config, rows, length, window) for window in windows]
         return jax.tree.map(lambda *layers: jnp.stack(layers), *cache) if self.config.scan_layers else cache
 
     def decode(

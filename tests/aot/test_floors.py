@@ -239,31 +239,32 @@ def test_no_phase_of_an_iteration_is_counted_below_what_it_cannot_go_below(topol
     assert program["phases"]["generation"]["decoding"]["ratio"] >= 1
 
 
-def token_ratio():
-    """Bytes that a decoded token moves on v5e:8x8, over those of weights and cache: a 7B, layers scanned."""
+def token_ratio(topology="v5e:8x8", batch=128):
+    """Bytes that a decoded token moves on TPUs, over those of weights and cache: a 7B, layers scanned."""
     prompt = response = 256
     module = CausalLM(
         ModelConfig(**WIDE | {"num_layers": 32}, dtype="bfloat16", scan_layers=True, gather_to_decode=True)
     )
     tokens, key = jnp.zeros((1, 4), jnp.int32), jax.eval_shape(lambda: jax.random.key(0))
     boxed = jax.eval_shape(module.init, key, tokens, tokens == 0)
-    mesh = make_mesh((1, -1, 2), topology_devices("v5e:8x8", 1), decode=4)
+    mesh = make_mesh((1, -1, 2), topology_devices(topology, 1), decode=4)
     rows, everywhere = batch_sharding(mesh), replicated(mesh)
     params = with_shardings(nn.unbox(boxed), named_shardings(boxed, mesh))["params"]
-    shaped = lambda dtype, *shape: jax.ShapeDtypeStruct((128, *shape), dtype, sharding=rows)  # noqa: E731
+    shaped = lambda dtype, *shape: jax.ShapeDtypeStruct((batch, *shape), dtype, sharding=rows)  # noqa: E731
     prompts = PromptBatch(tokens=shaped(jnp.int32, prompt), mask=shaped(bool, prompt), group=shaped(jnp.int32))
     make = functools.partial(generate, response_length=response, eos_id=2, pad_id=0, sampling=Sampling())
     with jax.set_mesh(mesh):
         key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=everywhere)
         program = jax.jit(lambda *arguments: make(module, *arguments)).lower(params, prompts, key).compile()
     moved = traffic.hbm_bytes(Module(program.as_text()), (roofline.DECODING,))[roofline.DECODING]
-    sizes = {"rows": 128, "prompt": prompt, "response": response, "mesh": mesh.shape}
+    sizes = {"rows": batch, "prompt": prompt, "response": response, "mesh": mesh.shape}
     return roofline.decoding(moved, decoding_reads(module.config, params, **sizes))["ratio"]
 
 
 @pytest.mark.tpu
-def test_a_decoded_token_reads_weights_and_cache_once():
-    assert 0.9 <= token_ratio() <= 1.15  # a little stays in the memory of the core
+@pytest.mark.parametrize(("topology", "batch"), [("v5e:8x8", 128), ("v5e:8x8", 512), ("v5p:2x2x4", 128)])
+def test_a_decoded_token_reads_weights_and_cache_once(topology, batch):
+    assert 0.9 <= token_ratio(topology, batch) <= 1.15  # a little stays in the memory of the core
 
 
 @pytest.mark.tpu

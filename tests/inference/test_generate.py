@@ -234,6 +234,31 @@ def test_a_cache_that_is_read_as_far_as_it_may_be_filled_gives_the_same(prompts,
     assert_same(in_segments(*arguments[1:]), expected)
 
 
+@pytest.mark.parametrize(
+    ("scan_layers", "windows", "slots"),
+    [(False, (3, None), [3, PROMPT + RESPONSE]), (False, (9, 4), [9, 4]), (True, (3, 3), [3]), (True, (3, None), [18])],
+)
+def test_a_window_keeps_its_own_columns_only(prompts, monkeypatch, scan_layers, windows, slots):
+    config = tiny_config(vocab_size=VOCAB, scan_layers=scan_layers, num_layers=2, windows=windows, positions="alibi")
+    module, variables = make_lm(config)
+    monkeypatch.setattr(generating, "SEGMENT", 3)
+    kept = []
+
+    def grown(*arguments):
+        kept.append(growing(*arguments))
+        return kept[-1]
+
+    growing = generating.grown
+    monkeypatch.setattr(generating, "grown", grown)
+    options = {"response_length": RESPONSE, "eos_id": EOS, "pad_id": PAD, "sampling": Sampling()}
+    arguments = module, perturbed(variables)["params"], prompts, jax.random.key(0)
+    in_rings = generate(*arguments, **options)
+    assert {x.shape[-2] for x in jax.tree.leaves(kept[-1])} == set(slots)
+    log_probs = response_log_probs(*arguments[:2], in_rings.tokens, in_rings.mask, prompt_length=PROMPT)
+    mask = response(in_rings)[1]
+    np.testing.assert_allclose(np.asarray(in_rings.sampler_log_probs)[mask], np.asarray(log_probs)[mask], **TOLERANCE)
+
+
 @pytest.mark.parametrize("kept", [True, False], ids=["a copy", "no copy"])
 @pytest.mark.parametrize("trunk", [0, 1])
 def test_on_a_gpu_layers_are_compiled_one_by_one_and_give_the_same_responses(prompts, monkeypatch, trunk, kept):
