@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -54,10 +54,58 @@ def make_optimizer(
     b2: float = 0.95,
     eps: float = 1e-8,
     max_grad_norm: float | None = 1.0,
+    moments: Literal["float32", "bfloat16"] = "float32",
 ) -> optax.GradientTransformation:
-    """Returns AdamW with clipping of the global gradient norm."""
+    """Returns AdamW with clipping of the global gradient norm; `moments` is the dtype of the two that it keeps."""
     adamw = optax.adamw(learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=is_matrix)
+    if moments == "bfloat16":
+        adamw = with_rounded_moments(adamw)
     return adamw if max_grad_norm is None else optax.chain(optax.clip_by_global_norm(max_grad_norm), adamw)
+
+
+class RoundedState(NamedTuple):
+    """The state of an optimizer that is kept in bfloat16."""
+
+    count: jax.Array  # i32[]  steps, each with random numbers of its own
+    inner: Any
+
+
+def with_rounded_moments(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Returns an optimizer that computes in float32, and keeps every float of its state in bfloat16.
+
+    Rounded up or down at random, so that the mean is the number itself: a moment to which a step adds less than half of
+    a bfloat16's last digit would never move otherwise. Parameters are the caller's, and stay in float32.
+    """
+
+    def init(params: Params) -> RoundedState:
+        return RoundedState(jnp.zeros((), jnp.int32), cast_floats(optimizer.init(params), jnp.bfloat16))
+
+    def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, RoundedState]:
+        updates, inner = optimizer.update(grads, cast_floats(state.inner, jnp.float32), params)
+        leaves, tree = jax.tree.flatten(inner)
+        key = jax.random.fold_in(jax.random.key(0), state.count)
+        rounded = [round_at_random(x, jax.random.fold_in(key, i)) if is_float(x) else x for i, x in enumerate(leaves)]
+        return updates, RoundedState(state.count + 1, jax.tree.unflatten(tree, rounded))
+
+    return optax.GradientTransformation(init, update)
+
+
+def is_float(x: jax.Array) -> bool:
+    """Says whether an array holds floating-point numbers."""
+    return jnp.issubdtype(x.dtype, jnp.floating)
+
+
+def cast_floats(tree: Any, dtype: Any) -> Any:
+    """Casts the floating-point arrays of a tree."""
+    return jax.tree.map(lambda x: x.astype(dtype) if is_float(x) else x, tree)
+
+
+def round_at_random(x: jax.Array, key: jax.Array) -> jax.Array:
+    """Returns float32 numbers as bfloat16: one of the two next to each, the nearer one more often, x on average."""
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    noise = jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)  # below the last bit that is kept
+    kept = jnp.where(jnp.isfinite(x), bits + noise, bits) >> 16
+    return jax.lax.bitcast_convert_type(kept.astype(jnp.uint16), jnp.bfloat16)
 
 
 def init_state(params: Params, optimizer: optax.GradientTransformation, stats: Any = None) -> TrainState:

@@ -377,5 +377,5 @@ def optimizer_of(config: cfg.OptimizerConfig, total_steps: int) -> optax.Gradien
     rate = schedule(config.schedule, lr=config.lr, warmup_ratio=config.warmup_ratio, total_steps=total_steps)
     return make_optimizer(
         rate, weight_decay=config.weight_decay, b1=config.b1, b2=config.b2, eps=config.eps,
-        max_grad_norm=config.max_grad_norm,
+        max_grad_norm=config.max_grad_norm, moments=config.moments,
     )  # fmt: skip

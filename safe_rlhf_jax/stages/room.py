@@ -17,7 +17,7 @@ from safe_rlhf_jax.stages.kinds import kind_of, networks_of
 from safe_rlhf_jax.stages.networks import with_adapters
 
 PARAMETER = 4  # bytes
-TRAINED = 3 * PARAMETER  # with the two moments of AdamW
+TRAINED = 3 * PARAMETER  # with the two moments of AdamW, at most
 
 
 def check_room(run: Run) -> None:
