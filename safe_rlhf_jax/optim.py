@@ -66,7 +66,7 @@ def make_optimizer(
 class RoundedState(NamedTuple):
     """The state of an optimizer that is kept in bfloat16."""
 
-    count: jax.Array  # i32[]  steps, each with random numbers of its own
+    step: jax.Array  # i32[]  each has random numbers of its own
     inner: Any
 
 
@@ -83,9 +83,9 @@ def with_rounded_moments(optimizer: optax.GradientTransformation) -> optax.Gradi
     def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, RoundedState]:
         updates, inner = optimizer.update(grads, cast_floats(state.inner, jnp.float32), params)
         leaves, tree = jax.tree.flatten(inner)
-        key = jax.random.fold_in(jax.random.key(0), state.count)
+        key = jax.random.fold_in(jax.random.key(0), state.step)
         rounded = [round_at_random(x, jax.random.fold_in(key, i)) if is_float(x) else x for i, x in enumerate(leaves)]
-        return updates, RoundedState(state.count + 1, jax.tree.unflatten(tree, rounded))
+        return updates, RoundedState(state.step + 1, jax.tree.unflatten(tree, rounded))
 
     return optax.GradientTransformation(init, update)
 
