@@ -251,17 +251,16 @@ def test_a_window_keeps_its_own_columns_only(prompts, monkeypatch, scan_layers, 
     growing = generating.grown
     monkeypatch.setattr(generating, "grown", grown)
     options = {"response_length": RESPONSE, "eos_id": EOS, "pad_id": PAD, "sampling": Sampling()}
-    arguments = module, perturbed(variables)["params"], prompts, jax.random.key(0)
-    in_rings = generate(*arguments, **options)
+    params = perturbed(variables)["params"]
+    in_rings = jax.jit(functools.partial(generate, module, **options))(params, prompts, jax.random.key(0))
     assert {x.shape[-2] for x in jax.tree.leaves(kept[-1])} == set(slots)
-    log_probs = response_log_probs(*arguments[:2], in_rings.tokens, in_rings.mask, prompt_length=PROMPT)
+    log_probs = response_log_probs(module, params, in_rings.tokens, in_rings.mask, prompt_length=PROMPT)
     mask = response(in_rings)[1]
     np.testing.assert_allclose(np.asarray(in_rings.sampler_log_probs)[mask], np.asarray(log_probs)[mask], **TOLERANCE)
 
 
-@pytest.mark.parametrize("kept", [True, False], ids=["a copy", "no copy"])
-@pytest.mark.parametrize("trunk", [0, 1])
-def test_on_a_gpu_layers_are_compiled_one_by_one_and_give_the_same_responses(prompts, monkeypatch, trunk, kept):
+@pytest.mark.parametrize(("kept", "trunk"), [(True, 1), (False, 0)], ids=["a copy", "no copy"])
+def test_on_a_gpu_layers_are_compiled_one_by_one_and_give_the_same_responses(prompts, monkeypatch, kept, trunk):
     config = tiny_config(vocab_size=VOCAB, scan_layers=True, num_layers=3 + trunk, merge_to_decode=kept, trunk=trunk)
     module, variables = make_lm(config)
     options = {"response_length": RESPONSE, "eos_id": EOS, "pad_id": PAD, "sampling": Sampling()}
