@@ -20,7 +20,11 @@ from safe_rlhf_jax.metrics import read_jsonl
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "real_two_cores_assessed.json"
-PAGES = (ROOT / "docs" / "real.md", ROOT / "README.md")
+# Page: the policies that it shows, None for all.
+PAGES = {
+    ROOT / "docs" / "real.md": None,
+    ROOT / "README.md": ("start", "60, seed 0", "60, seed 1", "100, seed 0", "100, seed 1"),
+}
 RISKY = ("beavertails", "saferlhf")
 # Row: the groups of its prompts and what is measured on them.
 ROWS = {
@@ -67,9 +71,9 @@ def cell(share: dict[str, Any] | None) -> str:
     return f"{100 * share['rate']:.1f} % ({100 * share['low']:.0f} to {100 * share['high']:.0f})"
 
 
-def text_of(found: dict[str, Any]) -> str:
-    """Returns the table: a row per measure, a column per policy."""
-    policies = found["policies"]
+def text_of(found: dict[str, Any], shown: tuple[str, ...] | None = None) -> str:
+    """Returns the table: a row per measure, a column per policy that is shown, by default all of them."""
+    policies = {name: found["policies"][name] for name in shown or found["policies"]}
     measured = [row for row in ROWS if all(row in one for one in policies.values())]
     rows = [[row, *(cell(one[row]) for one in policies.values())] for row in measured]
     for name, label in MEANS.items():
@@ -94,8 +98,8 @@ def main() -> None:
         names = {policy: name for name, _, policy in (given.partition("=") for given in options.names)}
         RESULTS.write_text(json.dumps(collected(options.folder, names), indent=1) + "\n")
         return
-    for page in PAGES:
-        write_section("assessed", text_of(json.loads(RESULTS.read_text())), page)
+    for page, shown in PAGES.items():
+        write_section("assessed", text_of(json.loads(RESULTS.read_text()), shown), page)
 
 
 if __name__ == "__main__":
