@@ -157,6 +157,19 @@ def phase_calls(
     }
 
 
+def runner(
+    compiled: Callable[..., Any], state: RLState, frozen: Frozen, prompts: PromptBatch, key: jax.Array
+) -> tuple[list[RLState], Callable[[], Any]]:
+    """Returns a box with the state, and a call of the compiled step, which moves it and returns the metrics."""
+    box = [state]
+
+    def run_step() -> Any:
+        box[0], metrics = compiled(box[0], frozen, prompts, key)
+        return metrics
+
+    return box, run_step
+
+
 def measure(spec: dict[str, Any], repeats: int, recompute: bool) -> Iterator[dict[str, Any]]:
     """Compiles and times one configuration; yields what there is of the result as soon as it is there."""
     networks, hp, state, frozen, prompts = build(spec, recompute)
@@ -171,13 +184,8 @@ def measure(spec: dict[str, Any], repeats: int, recompute: bool) -> Iterator[dic
     chip = chip_of(jax.devices()[0])
     memory = memory_of(compiled, chip.hbm if chip else None)
     yield {"compile_seconds": time.perf_counter() - start, "compiler": {"memory": memory}}
-    box = [state]
+    box, run_step = runner(compiled, state, frozen, prompts, key)
     del state  # donated
-
-    def run_step() -> Any:
-        box[0], metrics = compiled(box[0], frozen, prompts, key)
-        return metrics
-
     first = {name: float(value) for name, value in run_step().items()}
     iteration = seconds(run_step, repeats, has_run=True)
     yield {

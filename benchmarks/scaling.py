@@ -32,13 +32,15 @@ RUNS: tuple[tuple[str, ...], ...] = (  # config, topology, settings
     ("configs/llama_3_70b/ppo_lag.yaml", "v5p:4x4x8"),
 )
 LORA_8B, LORA_70B = "configs/llama_3_8b/ppo_lag_lora.yaml", "configs/llama_3_70b/ppo_lag_lora.yaml"
+MERGED = "execution.merge_to_decode=true"
 LORA_7B, UPPER_HALF = "configs/beaver_7b/ppo_lag_lora.yaml", "stages.ppo_lag.lora.layers=16"
 EIGHT = ("mesh.data=1", "mesh.fsdp=8", "mesh.tensor=1", "stages.ppo_lag.microbatches=4")
 ADAPTERS: tuple[tuple[str, ...], ...] = (  # config, topology, settings
     *((LORA_7B, topology, *settings) for topology in ("v5e:8x8", "v6e:8x8") for settings in ((), (UPPER_HALF,))),
     (LORA_8B, "h100:1"),
+    (LORA_8B, "h100:1", MERGED),
+    (LORA_8B, "h100:1", MERGED, "stages.ppo_lag.lora.layers=8"),
     (LORA_8B, "h100:1", "execution.base=int8"),
-    (LORA_8B, "h100:1", "stages.ppo_lag.lora.layers=8"),
     (LORA_8B, "v6e:1x1"),
     (LORA_8B, "v6e:1x1", "execution.base=int8"),
     (LORA_8B, "v5e:2x4", "mesh.tensor=8"),
@@ -80,7 +82,8 @@ networks). GiB per device; seconds are projected. The first row of 8B has run on
 ([rl_step.py](../benchmarks/rl_step.py),
 [rl_step_8b_lora_h100.json](../benchmarks/results/rl_step_8b_lora_h100.json)): 33.7 s an iteration, *measured*, when
 decoding still copied each layer's weights and cache out of their stacks (83 GB of HBM a token by our count, 13.0 s of
-generation as a bound).
+generation as a bound). On a GPU decoding reads a merged copy best, for its memory
+([decision 31](decisions/0031-whole-bases.md)).
 
 """
 
@@ -121,6 +124,11 @@ DECODING = """\
 What a device moves for each decoded token, beside what it cannot go below: the weights and the keys and values of the
 tokens before it, each read once (the mean over a response). `execution.decode_weights` and `execution.decode_cache`
 keep both in 8 bits while responses are generated ([algorithms.md](algorithms.md)).
+
+Two rows of whole networks are above 1.15. Their generation, compiled by itself on the same chips, is not: 1.14 on
+v5p:2x2x4, 1.04 with 512 prompts on v5e:8x8 (tests/aot/test_floors.py). In the program of the whole step XLA puts
+activations and the matrix that it is about to read (`o_proj`) into HBM, which it keeps in the memory of the core there.
+On h100:1 it is the copy that counts ([decision 31](decisions/0031-whole-bases.md)): `execution.merge_to_decode=true`.
 
 """
 

@@ -7,6 +7,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array, BFloat16, Float32
 
 from safe_rlhf_jax.models.parameters import is_matrix
 from safe_rlhf_jax.types import Metrics, Params, TrainState
@@ -66,15 +67,15 @@ def make_optimizer(
 class RoundedState(NamedTuple):
     """The state of an optimizer that is kept in bfloat16."""
 
-    step: jax.Array  # i32[]  each has random numbers of its own
+    step: jax.Array  # i32[]  optimizer steps taken; each draws random bits of its own
     inner: Any
 
 
 def with_rounded_moments(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
     """Returns an optimizer that computes in float32, and keeps every float of its state in bfloat16.
 
-    Rounded up or down at random, so that the mean is the number itself: a moment to which a step adds less than half of
-    a bfloat16's last digit would never move otherwise. Parameters are the caller's, and stay in float32.
+    By stochastic rounding: up or down at random, so that the mean is the number itself. A moment to which a step adds
+    less than half of a bfloat16's last digit would never move otherwise. Parameters stay in float32.
     """
 
     def init(params: Params) -> RoundedState:
@@ -84,7 +85,9 @@ def with_rounded_moments(optimizer: optax.GradientTransformation) -> optax.Gradi
         updates, inner = optimizer.update(grads, cast_floats(state.inner, jnp.float32), params)
         leaves, tree = jax.tree.flatten(inner)
         key = jax.random.fold_in(jax.random.key(0), state.step)
-        rounded = [round_at_random(x, jax.random.fold_in(key, i)) if is_float(x) else x for i, x in enumerate(leaves)]
+        rounded = [
+            stochastically_rounded(x, jax.random.fold_in(key, i)) if is_float(x) else x for i, x in enumerate(leaves)
+        ]
         return updates, RoundedState(state.step + 1, jax.tree.unflatten(tree, rounded))
 
     return optax.GradientTransformation(init, update)
@@ -100,7 +103,7 @@ def cast_floats(tree: Any, dtype: Any) -> Any:
     return jax.tree.map(lambda x: x.astype(dtype) if is_float(x) else x, tree)
 
 
-def round_at_random(x: jax.Array, key: jax.Array) -> jax.Array:
+def stochastically_rounded(x: Float32[Array, "..."], key: jax.Array) -> BFloat16[Array, "..."]:
     """Returns float32 numbers as bfloat16: one of the two next to each, the nearer one more often, x on average."""
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
     noise = jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)  # below the last bit that is kept

@@ -4,9 +4,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from safe_rlhf_jax.models.parameters import is_matrix
-from safe_rlhf_jax.optim import gradient_step, init_state, make_optimizer, round_at_random, schedule, split
+from safe_rlhf_jax.optim import gradient_step, init_state, make_optimizer, schedule, split, stochastically_rounded
+from safe_rlhf_jax.sharding import make_mesh
 
 PARAMS = {"kernel": np.array([[1.0, -2.0]], np.float32), "bias": np.array([0.5], np.float32)}
 GRADS = {"kernel": np.array([[0.3, -0.1]], np.float32), "bias": np.array([2.0], np.float32)}
@@ -93,7 +95,7 @@ def test_gradients_are_clipped_to_the_global_norm():
 def test_numbers_are_rounded_to_a_neighbour_and_stay_on_average():
     x = jnp.array([1.0, 1.001, -3.3e-5, 0.0, 1e-40, jnp.inf, -jnp.inf], jnp.float32)
     keys = jax.random.split(jax.random.key(0), 20_000)
-    rounded = np.asarray(jax.jit(jax.vmap(lambda key: round_at_random(x, key)))(keys), np.float64)
+    rounded = np.asarray(jax.jit(jax.vmap(lambda key: stochastically_rounded(x, key)))(keys), np.float64)
     nearest = np.asarray(x.astype(jnp.bfloat16), np.float64)
     for number, outcomes, near in zip(np.asarray(x, np.float64), rounded.T, nearest, strict=True):
         found = np.unique(outcomes)
@@ -135,6 +137,17 @@ def test_moments_in_bfloat16_follow_those_in_float32_where_rounding_to_the_neare
     assert dtype == jnp.bfloat16
     np.testing.assert_allclose(ours, expected, rtol=0.02)
     assert second_moment(exact, to_the_nearest)[1] > 2 * expected
+
+
+def test_stochastic_rounding_does_not_depend_on_the_mesh():
+    params = {"kernel": jax.random.normal(jax.random.key(1), (64, 64))}
+    optimizer = make_optimizer(1e-3, max_grad_norm=None, moments="bfloat16")
+    step = jax.jit(lambda params, state: optimizer.update(params, state, params))
+    mesh = make_mesh((1, 4, 2))
+    split = jax.device_put(params, NamedSharding(mesh, PartitionSpec("fsdp", "tensor")))
+    with jax.set_mesh(mesh):
+        ours = step(split, optimizer.init(split))
+    chex.assert_trees_all_equal(jax.device_get(ours), jax.device_get(step(params, optimizer.init(params))))
 
 
 def squared_error(params, batch):

@@ -28,7 +28,7 @@ class OptimizerConfig(Schema):
     b2: Share = 0.95  # [ref]
     eps: PositiveFloat = 1e-8  # [ref]
     max_grad_norm: PositiveFloat | None = 1.0  # [ref]
-    # Dtype of the two moments; parameters stay float32. bfloat16, rounded at random, saves 4 of 12 bytes a parameter.
+    # Dtype of the two moments; parameters stay float32. bfloat16 (stochastic rounding) saves 4 of 12 bytes a parameter.
     moments: Literal["float32", "bfloat16"] = "float32"
 
 

@@ -37,8 +37,8 @@ class Execution(Schema):
     # Gather parameters split over `fsdp` once before decoding, not for every token: faster, but needs the memory of a
     # copy in `dtype` over `tensor` while responses are generated.
     gather_to_decode: bool = False
-    # Merge adapters into a copy of their layers before decoding: faster, but needs the memory of that copy. On a GPU
-    # networks without adapters are copied too: scanned layers lie there in a stack, which is slow to read from.
+    # Merge adapters into a copy of their layers before decoding: faster, but needs the memory of that copy. On a GPU,
+    # where reading from a stack of scanned layers is slow, the copy is of the whole network, also without adapters.
     merge_to_decode: bool = True
     # Keep the frozen bases of adapters whole on the devices of `mesh.decode`: they send less, for that many times the
     # memory.

@@ -74,7 +74,7 @@ def generate(
 
     with contextlib.ExitStack() as layout:
         if module.config.merge_to_decode:
-            if platform() == "gpu" and module.config.scan_layers:  # there each token would copy them out of their stack
+            if platform() == "gpu" and module.config.scan_layers:  # every token would copy each layer out of the stack
                 module, params = merged(*unstacked(module, params))
                 params = cast_matrices(params, module.config.dtype)
             else:

@@ -17,7 +17,7 @@ from safe_rlhf_jax.models.quantized import dequantize, is_quantized
 from safe_rlhf_jax.models.transformer import CausalLM, Decoder, ScoreModel
 from safe_rlhf_jax.types import Params
 
-STACKS = {"layers", "trunk"}  # scanned
+STACKS = ("layers", "trunk")  # of scanned layers
 HEAD = ("score_kernel", "score_bias")  # parameters of a score model that are trained beside its adapter
 
 
@@ -198,14 +198,14 @@ def output_of_trunk(module: Adapted, tokens: Int[Array, "B L"], mask: Bool[Array
 
 
 def unstacked(module: Any, params: Params) -> tuple[Any, Params]:
-    """Returns a network whose layers are parameters of their own, not scanned, and its parameters."""
+    """Returns a network with unrolled layers, each with parameters of its own, and these parameters."""
 
     def apart(part: Any) -> Any:
         if not isinstance(part, Mapping):
             return part
         out = {name: apart(inner) for name, inner in part.items() if name not in STACKS}
-        for name in STACKS & part.keys():
-            layers = len(jax.tree.leaves(part[name])[0])
+        for name in STACKS:
+            layers = len(jax.tree.leaves(part[name])[0]) if name in part else 0
             out |= {f"{name}_{i}": jax.tree.map(lambda x, i=i: x[i], part[name]) for i in range(layers)}
         return out
 

@@ -24,7 +24,7 @@ Cached: TypeAlias = jax.Array | QArray
 
 @struct.dataclass
 class KVCache:
-    """Keys and values; slot i holds the token in column i, of a ring of L slots the last token in a column i + n·L.
+    """Keys and values; slot i holds the token in column i, in a ring of L slots the newest one with column ≡ i (mod L).
 
     Of one layer, or of N scanned ones, which is carried through all of them so that each writes its new columns only.
     With `decode_cache` both are integers with a scale for each vector, f32[B, K, L, 1].
@@ -35,18 +35,22 @@ class KVCache:
     layer: jax.Array | None = None  # i32[]  within a scan: the layer that reads and writes
     window: int | None = struct.field(pytree_node=False, default=None)  # a ring that never has more slots
 
-    def write(self, keys: jax.Array, values: jax.Array, slot: jax.Array | int) -> "KVCache":
-        """Returns the cache with `keys` and `values` float[B, K, l, C] of the layer from column `slot` on."""
+    def write(self, keys: jax.Array, values: jax.Array, column: jax.Array | int) -> "KVCache":
+        """Returns the cache with `keys` and `values` float[B, K, l, C] of the layer from `column` on.
+
+        A ring is written from column 0 on, or a column at a time.
+        """
 
         def put(all_columns: Cached, new: jax.Array) -> Cached:
             return jax.tree.map(put_leaf, all_columns, rounded_vectors(new) if is_quantized(all_columns) else new)
 
         def put_leaf(all_columns: jax.Array, new: jax.Array) -> jax.Array:
-            slots, length, start = all_columns.shape[-2], new.shape[-2], slot
-            if length > slots:  # a prompt, from column 0 on, of which the ring keeps the end
-                new, start = jnp.roll(new[..., -slots:, :], length, axis=-2), 0
-            elif self.window is not None:
-                start = slot % slots
+            slots, length, start = all_columns.shape[-2], new.shape[-2], column
+            if self.window is not None:
+                assert length == 1 or not isinstance(column, int) or column == 0, "a ring is written column by column"
+                start = column % slots
+            if length > slots:  # a prompt, of which the ring keeps the end
+                new = jnp.roll(new[..., -slots:, :], length, axis=-2)
             if self.layer is None:
                 return jax.lax.dynamic_update_slice(all_columns, new, (0, 0, start, 0))
             return jax.lax.dynamic_update_slice(all_columns, new[None], (self.layer, 0, 0, start, 0))
@@ -154,6 +158,7 @@ def contexts(
                 rotaries[local] = config_rotary(config, positions, local=local)
             near, back = visible, distance
             if kind[0] is not None and kind[0] in rings:
+                assert length == 1, "rings are read by one query at a time"
                 back = distance[:, : kind[0]] % kind[0]  # the columns that the slots hold are so far back
                 column = slot - back[0]
                 near = jnp.take(visible, jnp.maximum(column, 0), axis=-1) & (column >= 0)[None, None]

@@ -123,7 +123,7 @@ class ModelConfig:
     scan_layers: bool = True  # one compiled layer, scanned; False unrolls, faster for small models
     unroll_layers: bool = False  # a scan of layers is compiled as so many layers, on the same stacked parameters
     remat: RematPolicy = "none"  # recomputed in the backward pass
-    merge_to_decode: bool = True  # generation keeps a copy of the layers with their adapters merged
+    merge_to_decode: bool = True  # generation keeps a copy of adapted layers, merged; on a GPU of all, unstacked
     gather_to_decode: bool = False  # generation keeps a copy of the parameters gathered over `fsdp`
     decode_weights: Literal["int8"] | None = None  # generation keeps a copy of the layers' kernels in 8 bits
     decode_cache: Literal["int8"] | None = None  # keys and values are kept in 8 bits

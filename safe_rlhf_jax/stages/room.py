@@ -17,7 +17,7 @@ from safe_rlhf_jax.stages.kinds import kind_of, networks_of
 from safe_rlhf_jax.stages.networks import with_adapters
 
 PARAMETER = 4  # bytes
-TRAINED = 3 * PARAMETER  # with the two moments of AdamW, at most
+TRAINED = 3 * PARAMETER  # with the two moments of AdamW in float32
 
 
 def check_room(run: Run) -> None:
@@ -45,7 +45,7 @@ def check_room(run: Run) -> None:
         if needed > free:
             run.warn(
                 stage.name,
-                f"a checkpoint takes about {state / 1e9:.3g} GB, and the stages up to here {needed / 1e9:.3g} GB with "
+                f"a checkpoint takes up to {state / 1e9:.3g} GB, and the stages up to here {needed / 1e9:.3g} GB with "
                 f"their exports, but {free / 1e9:.3g} GB are free in workdir {run.config.workdir}. Make room, or lower "
                 "keep_checkpoints",
             )

@@ -1,4 +1,4 @@
-"""Products of a program: found in it wherever they run, and the same by the name of an einsum."""
+"""Products of a program: found in it wherever they run, and the same written as an einsum."""
 
 import jax
 import jax.numpy as jnp

@@ -198,11 +198,20 @@ def test_a_prompt_of_padding_leaves_other_rows_alone(lm, prompts):
 
 
 @pytest.mark.slow
-def test_parameters_gathered_once_give_the_same_responses_and_are_not_gathered_again(prompts):
+def test_parameters_gathered_once_give_the_same_responses_and_are_not_gathered_again(prompts, monkeypatch):
     options = {"response_length": RESPONSE, "eos_id": EOS, "pad_id": PAD, "sampling": Sampling()}
     rollouts, moved = [], []
     tensor, decode = make_mesh((1, 4, 2)), make_mesh((1, 4, 1), decode=2)
-    for gather, mesh in (False, tensor), (True, tensor), (True, decode):
+    cases = (
+        (False, tensor, "cpu"),
+        (False, tensor, "gpu"),
+        (True, tensor, "cpu"),
+        (True, decode, "cpu"),
+        (True, decode, "gpu"),
+    )
+    for gather, mesh, platform in cases:
+        monkeypatch.setattr(generating, "platform", lambda platform=platform: platform)
+        run.clear_cache()
         with jax.set_mesh(mesh):
             config = tiny_config(vocab_size=18, scan_layers=True, gather_to_decode=gather, dtype="bfloat16")
             module = CausalLM(config)
@@ -216,12 +225,13 @@ def test_parameters_gathered_once_give_the_same_responses_and_are_not_gathered_a
         np.testing.assert_array_equal(other.tokens, rollouts[0].tokens)
         np.testing.assert_allclose(other.sampler_log_probs, rollouts[0].sampler_log_probs, rtol=1e-2, atol=1e-2)
     assert ("fsdp",) in moved[0]
-    assert moved[1:] == [{("tensor",)}, {("decode",)}]
+    assert ("fsdp",) in moved[1]  # the copy of a GPU is split as the parameters are
+    assert moved[2:] == [{("tensor",)}, {("decode",)}, {("decode",)}]
 
 
 @pytest.mark.parametrize("scan_layers", [True, False], ids=["scanned", "unrolled"])
 @pytest.mark.parametrize(
-    "changes", [{}, {"windows": (3, None)}, {"positions": "alibi"}], ids=["full", "window", "alibi"]
+    "changes", [{}, {"windows": (5, None)}, {"positions": "alibi"}], ids=["full", "window", "alibi"]
 )
 def test_a_cache_that_is_read_as_far_as_it_may_be_filled_gives_the_same(prompts, monkeypatch, scan_layers, changes):
     module, variables = make_lm(tiny_config(vocab_size=VOCAB, scan_layers=scan_layers, num_layers=2, **changes))
@@ -236,7 +246,12 @@ def test_a_cache_that_is_read_as_far_as_it_may_be_filled_gives_the_same(prompts,
 
 @pytest.mark.parametrize(
     ("scan_layers", "windows", "slots"),
-    [(False, (3, None), [3, PROMPT + RESPONSE]), (False, (9, 4), [9, 4]), (True, (3, 3), [3]), (True, (3, None), [18])],
+    [
+        (False, (5, None), [5, PROMPT + RESPONSE]),
+        (False, (9, 5), [9, 5]),
+        (True, (5, 5), [5]),
+        (True, (5, None), [PROMPT + RESPONSE]),
+    ],
 )
 def test_a_window_keeps_its_own_columns_only(prompts, monkeypatch, scan_layers, windows, slots):
     config = tiny_config(vocab_size=VOCAB, scan_layers=scan_layers, num_layers=2, windows=windows, positions="alibi")

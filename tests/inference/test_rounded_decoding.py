@@ -20,7 +20,7 @@ from tests.helpers import make_lm, perturbed, prompt_batch, tiny_config
 
 VOCAB, PROMPT, RESPONSE, BATCH = 18, 6, 12, 4
 OPTIONS = {"response_length": RESPONSE, "eos_id": 2, "pad_id": 0, "sampling": Sampling()}
-FORMS = [{}, {"windows": (3, None)}, {"positions": "alibi"}, {"num_kv_heads": 1}, {"num_kv_heads": 4}]
+FORMS = [{}, {"windows": (5, None)}, {"positions": "alibi"}, {"num_kv_heads": 1}, {"num_kv_heads": 4}]
 
 response_log_probs = jax.jit(ops.response_log_probs, static_argnames=("module", "prompt_length", "temperature"))
 sample = jax.jit(functools.partial(generate, **OPTIONS), static_argnames=("module", "num_responses"))

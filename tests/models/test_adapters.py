@@ -147,20 +147,10 @@ def test_scanned_and_unrolled_are_one_network():
     form = Lora(3, 6.0, layers=2)
     scanned, unrolled = network(form, True), network(form, False)
     base, params = opened(scanned)
-
-    def unstacked(tree):
-        out = {}
-        for path, leaf in flatten_dict(tree).items():
-            if path[1] in ("layers", "trunk"):
-                out |= {(path[0], f"{path[1]}_{i}", *path[2:]): row for i, row in enumerate(leaf)}
-            else:
-                out[path] = leaf
-        from flax.traverse_util import unflatten_dict
-
-        return unflatten_dict(out)
-
+    found, apart = unstacked(scanned.on({"base": base}), params)
+    assert found.module == unrolled.module
     ours = applied(scanned, base, params)
-    theirs = applied(unrolled, unstacked(base), {"adapter": unstacked(params["adapter"])})
+    theirs = applied(unrolled, found.bound, apart)
     np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
 

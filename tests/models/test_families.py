@@ -129,7 +129,13 @@ def test_left_padding_changes_nothing(name):
 # --- Decoding ---------------------------------------------------------------------------------------------------------
 
 
-SCANNED = ("llama", "gemma3_text", "gpt2", "bloom")  # scanning knows of windows and positions, of no other difference
+SCANNED = (
+    "llama",
+    "gemma3_text",
+    "gpt2",
+    "bloom",
+    "mistral",
+)  # scanning knows of windows and positions, of no other difference
 
 
 @pytest.mark.parametrize(

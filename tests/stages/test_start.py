@@ -515,7 +515,7 @@ def test_disk_that_is_too_small_for_checkpoints_is_said_before_the_run(run, monk
     check_room(made)
     # Half a million parameters of 12 bytes: three checkpoints of each stage before it, then four of two networks.
     (said,) = made.warnings["rl"]
-    assert "a checkpoint takes about 0.012 GB, and the stages up to here 0.11 GB" in said
+    assert "a checkpoint takes up to 0.012 GB, and the stages up to here 0.11 GB" in said
     assert "0.1 GB are free in workdir" in said
     (Path(made.config.workdir) / "rl" / "checkpoints").mkdir(parents=True)
     resumed = run({"kind": "sft"}, REWARD, COST, rl)
