@@ -152,7 +152,12 @@ def main() -> None:
         )
     libraries = {"xla": by_xla} | ({"torch": by_torch} if importlib.util.find_spec("torch") else {})
     phases: dict[str, collections.Counter[str]] = {phase: collections.Counter() for phase in (*PHASES, "all")}
-    alone = {product: {name: library(product) for name, library in libraries.items()} for _, product, _ in found}
+    alone: dict[Product, dict[str, float]] = {}
+    kinds = dict.fromkeys(product for _, product, _ in found)
+    for i, product in enumerate(kinds, 1):
+        print(f"\rproduct {i} of {len(kinds)}", end="", file=sys.stderr, flush=True)
+        alone[product] = {name: library(product) for name, library in libraries.items()}
+    print(file=sys.stderr)
     for phase, product, times in found:
         for name in (phase, "all") if phase else ("all",):
             phases[name]["gflop"] += times * product.flops / 1e9
