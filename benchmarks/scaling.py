@@ -44,7 +44,7 @@ ADAPTERS: tuple[tuple[str, ...], ...] = (  # config, topology, settings
     (LORA_8B, "v6e:1x1"),
     (LORA_8B, "v6e:1x1", "execution.base=int8"),
     (LORA_8B, "v5e:2x4", "mesh.tensor=8"),
-    (LORA_70B, "h100:8"),
+    (LORA_70B, "h100:8", MERGED),
     (LORA_70B, "v5p:2x2x1", "mesh.tensor=4"),
     ("configs/llama_3_8b/ppo_lag.yaml", "h100:8", *EIGHT, "stages.ppo_lag.batch_size=32"),
 )

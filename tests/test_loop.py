@@ -81,9 +81,6 @@ def test_resume_is_bit_exact(interrupted, mini_run):
     folder, straight = interrupted[0], mini_run[0] / "ppo_lag"
     ours, theirs = state_of(folder, STEPS), state_of(straight, STEPS)
     assert {"actor", "critics", "constraints", "step"} <= set(theirs)
-    rounded = [str(x.dtype) for x in jax.tree.leaves(theirs["critics"]["cost"]["opt_state"])]
-    assert "bfloat16" in rounded
-    assert "float32" not in rounded
     jax.tree.map(np.testing.assert_array_equal, ours, theirs)
     constraint = theirs["constraints"]["cost"]
     assert float(constraint["multiplier"]["log"][0]) != 0.0, "λ has not moved: the test shows nothing"

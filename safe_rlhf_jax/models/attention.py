@@ -85,6 +85,17 @@ def empty_cache(config: ModelConfig, batch: int, length: int, window: int | None
     return KVCache(cached, cached, window=window)
 
 
+def empty_caches(config: ModelConfig, batch: int, length: int) -> Any:
+    """Returns the empty caches of all layers: a list, of scanned layers a stack; with a trunk, those of both parts."""
+
+    def of(windows: tuple[int | None, ...]) -> Any:
+        caches = [empty_cache(config, batch, length, window) for window in windows]
+        return jax.tree.map(lambda *layers: jnp.stack(layers), *caches) if config.scan_layers else caches
+
+    rings, trunk = ring_windows(config), config.trunk
+    return (of(rings[:trunk]), of(rings[trunk:])) if trunk else of(rings)
+
+
 def ring_windows(config: ModelConfig) -> tuple[int | None, ...]:
     """Returns the window of each layer whose cache is a ring. Those of scanned layers lie in a stack, and are alike."""
     windows = config.windows or (None,) * config.num_layers

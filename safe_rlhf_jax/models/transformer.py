@@ -16,8 +16,7 @@ from safe_rlhf_jax.models.attention import (
     KVCache,
     causal_mask,
     contexts,
-    empty_cache,
-    ring_windows,
+    empty_caches,
 )
 from safe_rlhf_jax.models.config import ModelConfig, ScoreConfig
 from safe_rlhf_jax.models.layers import MLP, Linear, Norm, logical_param, softcap
@@ -302,19 +301,10 @@ class CausalLM(nn.Module):
                 f"{c.fixed_length} earlier tokens are encoded by how many follow, which a cache cannot do. Make them "
                 "shorter."
             )
-        rows, columns = tokens.shape[0], columns or length
-        rings = ring_windows(c)
-        cache: Cache = self.empty(rows, columns, rings[c.trunk :])
-        if c.trunk:
-            cache = self.empty(rows, columns, rings[: c.trunk]), cache
+        cache: Cache = empty_caches(c, tokens.shape[0], columns or length)
         last = tokens.shape[1] - 1
         hidden, cache = self.decoder(tokens, token_positions(mask), mask, cache, 0, last)
         return self.unembed(hidden)[:, 0], cache
-
-    def empty(self, rows: int, length: int, windows: tuple[int | None, ...]) -> Cache:
-        """Returns the empty cache of consecutive layers with these windows."""
-        cache: Cache = [empty_cache(self.config, rows, length, window) for window in windows]
-        return jax.tree.map(lambda *layers: jnp.stack(layers), *cache) if self.config.scan_layers else cache
 
     def decode(
         self,

@@ -27,6 +27,6 @@ def test_products_are_found_with_their_phases_and_executions():
 def test_an_equation_is_the_product():
     product = Product((2, 3, 4, 5), (2, 6, 3, 5), ((3,), (3,)), ((0, 1), (0, 2)))
     left, right = (np.random.default_rng(0).normal(size=shape) for shape in (product.left, product.right))
-    expected = jax.lax.dot_general(left, right, (product.summed, product.batch))
+    expected = jax.lax.dot_general(left, right, (product.contracting, product.batch))
     np.testing.assert_allclose(np.einsum(product.equation, left, right), expected, rtol=1e-5)
     assert product.flops == 2 * 2 * 3 * 4 * 5 * 6
