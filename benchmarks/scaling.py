@@ -34,7 +34,7 @@ RUNS: tuple[tuple[str, ...], ...] = (  # config, topology, settings
 LORA_8B, LORA_70B = "configs/llama_3_8b/ppo_lag_lora.yaml", "configs/llama_3_70b/ppo_lag_lora.yaml"
 MERGED = "execution.merge_to_decode=true"
 LORA_7B, UPPER_HALF = "configs/beaver_7b/ppo_lag_lora.yaml", "stages.ppo_lag.lora.layers=16"
-EIGHT = ("mesh.data=1", "mesh.fsdp=8", "mesh.tensor=1", "stages.ppo_lag.microbatches=4")
+EIGHT = ("mesh.data=1", "mesh.fsdp=8", "mesh.decode=1", "mesh.tensor=1", "stages.ppo_lag.microbatches=4")
 ADAPTERS: tuple[tuple[str, ...], ...] = (  # config, topology, settings
     *((LORA_7B, topology, *settings) for topology in ("v5e:8x8", "v6e:8x8") for settings in ((), (UPPER_HALF,))),
     (LORA_8B, "h100:1"),
@@ -65,10 +65,6 @@ what a phase is bound by, and nothing reaches them; *expected* seconds are those
 shapes, every response at its full length; HBM bytes and collectives are read from the optimised program, loops as often
 as they run. MFU counts the model's FLOPs only, not what rematerialisation repeats. Compile times are wall-clock, on two
 cores that had other work as well. Capacity is what the compiler leaves of the chip's memory to a program.
-
-Rows with – where seconds are expected are old: counted when copies that are started, buffers that fusions hand on, and
-updates in place counted again and again, so that their HBM bytes are too many. Those of adapters on TPUs have rings of
-permutes ([decision 30](decisions/0030-little-tensor-parallelism.md)).
 """
 
 ADAPTERS_INTRODUCTION = """\
@@ -125,10 +121,10 @@ What a device moves for each decoded token, beside what it cannot go below: the 
 tokens before it, each read once (the mean over a response). `execution.decode_weights` and `execution.decode_cache`
 keep both in 8 bits while responses are generated ([algorithms.md](algorithms.md)).
 
-Two rows of whole networks are above 1.15. Their generation, compiled by itself on the same chips, is not: 1.14 on
+Rows of whole networks with 512 prompts and on v5p are above 1.15. Their generation, compiled by itself, is not: 1.14 on
 v5p:2x2x4, 1.04 with 512 prompts on v5e:8x8 (tests/aot/test_floors.py). In the program of the whole step XLA puts
 activations and the matrix that it is about to read (`o_proj`) into HBM, which it keeps in the memory of the core there.
-On h100:1 it is the copy that counts ([decision 31](decisions/0031-whole-bases.md)): `execution.merge_to_decode=true`.
+On GPUs it is the copy that counts ([decision 31](decisions/0031-whole-bases.md)): `execution.merge_to_decode=true`.
 
 """
 
