@@ -236,7 +236,8 @@ def test_no_phase_of_an_iteration_is_counted_below_what_it_cannot_go_below(topol
     (program,) = compile_stage(config, config.stages[0], devices)["programs"]
     assert program["implausible"] == []
     assert all(row["hbm_bytes"] >= row["least_hbm_bytes"] > 0 for row in program["phases"].values())
-    assert program["phases"]["generation"]["decoding"]["ratio"] >= 1
+    token, chip = program["phases"]["generation"]["decoding"], CHIPS[devices[0].device_kind]
+    assert token["token_bytes"] + chip.fast >= token["least_token_bytes"]  # a few layers stay in the memory of the core
 
 
 def token_ratio(topology="v5e:8x8", batch=128):
