@@ -52,6 +52,9 @@ def cut(stage):
         limit = {"limit": FEW["eval_limit" if field.startswith("eval") else "limit"]}
         if parts is not None:
             stage[field] = [part | limit for part in parts] if isinstance(parts, list) else parts | limit
+    if "lagrange" in stage.get("algorithm", {}):  # a cost model of a few steps reaches no limit of a trained one
+        lagrange = stage["algorithm"]["lagrange"] | {"cost_limit": 0.0}
+        stage["algorithm"] = stage["algorithm"] | {"lagrange": lagrange}
     if "pairs" in stage:
         stage["pairs"] = {kind: data | {"limit": FEW["limit"]} for kind, data in stage["pairs"].items()}
     return stage | ({"eval_every": 1} if "eval_every" in stage else {}) | ({"epochs": 1} if "epochs" in stage else {})
