@@ -59,10 +59,9 @@ class Product:
         """The product as an einsum."""
         letters = iter("abcdefghijklmnop")
         left, right = [next(letters) for _ in self.left], [next(letters) for _ in self.right]
-        for ours, theirs in zip(
-            (*self.contracting[0], *self.batch[0]), (*self.contracting[1], *self.batch[1]), strict=True
-        ):
-            right[theirs] = left[ours]
+        for axes in (self.contracting, self.batch):
+            for ours, theirs in zip(*axes, strict=True):
+                right[theirs] = left[ours]
         batch = [left[axis] for axis in self.batch[0]]
         free = [*(x for x in left if x not in right), *(x for x in right if x not in left)]
         return f"{''.join(left)},{''.join(right)}->{''.join(batch + free)}"
@@ -147,9 +146,7 @@ def main() -> None:
     rows, prompt = prompts.tokens.shape
     counted = sum(iteration_flops(networks.policy.config, rows, prompt, hp.response_length, True).values())
     if sum(times * product.flops for _, product, times in found) < LEAST_SHARE * counted:
-        sys.exit(
-            "some products are no `dot` in the compiled program, but calls of a library: set XLA_FLAGS without any"
-        )
+        sys.exit("some products are calls of a library in the compiled program: unset the XLA_FLAGS that make them so")
     libraries = {"xla": by_xla} | ({"torch": by_torch} if importlib.util.find_spec("torch") else {})
     phases: dict[str, collections.Counter[str]] = {phase: collections.Counter() for phase in (*PHASES, "all")}
     alone: dict[Product, dict[str, float]] = {}

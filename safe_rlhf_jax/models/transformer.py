@@ -10,14 +10,7 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
 from safe_rlhf_jax.errors import ModelError
-from safe_rlhf_jax.models.attention import (
-    Attention,
-    AttentionContext,
-    KVCache,
-    causal_mask,
-    contexts,
-    empty_caches,
-)
+from safe_rlhf_jax.models.attention import Attention, AttentionContext, KVCache, causal_mask, contexts, empty_caches
 from safe_rlhf_jax.models.config import ModelConfig, ScoreConfig
 from safe_rlhf_jax.models.layers import MLP, Linear, Norm, logical_param, softcap
 from safe_rlhf_jax.models.positions import Mask, token_positions

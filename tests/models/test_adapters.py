@@ -9,14 +9,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from safe_rlhf_jax.models.adapters import (
-    Adapted,
-    hidden_of_roles,
-    merged,
-    output_of_trunk,
-    unstacked,
-    without_adapters,
-)
+from safe_rlhf_jax.models.adapters import Adapted, hidden_of_roles, merged, output_of_trunk, unstacked, without_adapters
 from safe_rlhf_jax.models.config import TARGETS, Lora, ModelConfig, ScoreConfig
 from safe_rlhf_jax.models.families import FAMILIES
 from safe_rlhf_jax.models.transformer import CausalLM, ScoreModel

@@ -129,13 +129,8 @@ def test_left_padding_changes_nothing(name):
 # --- Decoding ---------------------------------------------------------------------------------------------------------
 
 
-SCANNED = (
-    "llama",
-    "gemma3_text",
-    "gpt2",
-    "bloom",
-    "mistral",
-)  # scanning knows of windows and positions, of no other difference
+# Scanning knows of windows and positions, of no other difference.
+SCANNED = ("llama", "gemma3_text", "gpt2", "bloom", "mistral")
 
 
 @pytest.mark.parametrize(
