@@ -7,9 +7,11 @@ STAMP := .venv/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet --quiet # errors only
 UV ?= uv
 REAL ?= safe_rlhf
-# GPUs compile scanned layers several times faster. CPUs without amx_bf16 multiply bfloat16 more slowly than float32.
+# GPUs compile scanned layers several times faster. Of CPUs, those with amx_bf16 and AMD's with avx512_bf16 multiply bfloat16
+# faster than float32.
 REAL_ARGS = $(if $(findstring gpu,$(REAL)),execution.scan_layers=true,$(shell \
-              grep -qm1 amx_bf16 /proc/cpuinfo 2>/dev/null || echo execution.dtype=float32))
+              grep -qm1 amx_bf16 /proc/cpuinfo 2>/dev/null || { grep -qm1 AuthenticAMD /proc/cpuinfo && \
+              grep -qm1 avx512_bf16 /proc/cpuinfo; } 2>/dev/null || echo execution.dtype=float32))
 # Without restarts: after the crash of a worker xdist would wait for ever.
 PYTEST ?= -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 COMPILE := $(UV) pip compile pyproject.toml --quiet --universal --python-version 3.11 --generate-hashes \
@@ -38,8 +40,8 @@ quickstart: venv ## train the small pipeline on this machine's CPU (ARGS="dotted
 real: venv ## Safe RLHF of SmolLM2-135M-Instruct on real preferences: hours on two cores, or REAL=one_gpu (docs/real.md; needs ../shared)
 	$(PIP) install --no-build-isolation -e '.[real]'
 	$(BIN)/python -m benchmarks.real.prepare
-	$(BIN)/python -m safe_rlhf_jax.train --config configs/smollm2_135m/judge.yaml $(REAL_ARGS)
 	$(BIN)/python -m benchmarks.real.judge fit
+	$(if $(findstring gpu,$(REAL)),$(BIN)/python -m safe_rlhf_jax.train --config configs/smollm2_135m/judge.yaml $(REAL_ARGS))
 	$(BIN)/python -m safe_rlhf_jax.train --config configs/smollm2_135m/$(REAL).yaml $(REAL_ARGS) $(ARGS)
 
 test: venv ## all tests that need neither TPU, GPU nor torch, the slow ones too (ARGS="-k name ...")

@@ -32,22 +32,23 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     return parser.parse_args(arguments)
 
 
-def keep_freed_memory() -> None:
-    """Tells glibc to keep freed memory, in one arena, instead of giving it back.
+def keep_freed_memory(*, keep: bool = True) -> None:
+    """Tells glibc to keep freed memory, in one arena, instead of giving it back; or to do as it does by default.
 
-    On CPU every step allocates the same large buffers; with fresh pages each time, a third of a step's time goes to
-    page faults (measured, see benchmarks/README.md). Numbers from malloc.h.
+    On CPU every step allocates the same large buffers; with fresh pages each time, a quarter to a third of a step's time
+    goes to page faults (measured, see benchmarks/README.md). A thread that has allocated before keeps its own arena,
+    which maps large blocks anew each time: so call it before JAX starts its threads. Numbers from malloc.h.
     """
-    options = {
-        "M_MMAP_MAX": (-4, 0),
-        "M_TRIM_THRESHOLD": (-1, 2**31 - 1),
-        "M_TOP_PAD": (-2, 2**28),
-        "M_ARENA_MAX": (-8, 1),
+    options = {  # parameter: (number, kept, glibc's default)
+        "M_MMAP_MAX": (-4, 0, 65536),
+        "M_TRIM_THRESHOLD": (-1, -1, 2**17),  # -1 is the largest size_t; 2 GiB are freed in every step of a 135M model
+        "M_TOP_PAD": (-2, 2**28, 2**17),
+        "M_ARENA_MAX": (-8, 1, 0),
     }
     try:
         libc = ctypes.CDLL(None)
-        for parameter, value in options.values():
-            libc.mallopt(parameter, value)
+        for number, kept, default in options.values():
+            libc.mallopt(number, kept if keep else default)
     except (OSError, AttributeError):
         pass  # not glibc: nothing to tune
 
@@ -112,6 +113,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_arguments(arguments)
 
     def work() -> int:
+        keep_freed_memory()
         from safe_rlhf_jax.config import load_config
 
         config = load_config(options.config, options.overrides)
@@ -120,8 +122,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from safe_rlhf_jax import processes
 
         processes.start()
-        if jax.default_backend() == "cpu":
-            keep_freed_memory()
+        if jax.default_backend() != "cpu":
+            keep_freed_memory(keep=False)
         run_stages(config, " ".join([options.config, *options.overrides]))
         return 0
 

@@ -40,13 +40,13 @@ EXECUTION = (*cfg.Execution.model_fields, "initializer_range", "unused_rows")  #
 
 
 def slow_dtype(dtype: str, processor: str = PROCESSOR) -> str | None:
-    """Returns a hint where a CPU computes in bfloat16 more slowly than in float32: it cannot multiply tiles of it."""
+    """Returns a hint where a CPU computes in bfloat16 no faster than in float32."""
     if dtype != "bfloat16" or jax.default_backend() != "cpu" or not storage.is_file(storage.path(processor)):
         return None
-    flags = storage.read_text(storage.path(processor))
-    if "flags" not in flags or "amx_bf16" in flags:
+    about = storage.read_text(storage.path(processor))
+    if "flags" not in about or "amx_bf16" in about or ("AuthenticAMD" in about and "avx512_bf16" in about):
         return None
-    return "execution.dtype: without amx_bf16, as on this CPU, bfloat16 is slower than float32 (docs/launching.md)"
+    return "execution.dtype: this CPU computes in bfloat16 no faster than in float32 (docs/launching.md)"
 
 
 def check_run(run: Run) -> None:
