@@ -1,5 +1,6 @@
 """The command line, and what a run of every stage leaves behind."""
 
+import ctypes
 import json
 import shutil
 import subprocess
@@ -41,6 +42,45 @@ def test_help_starts_neither_jax_nor_anything_slow():
 
 def test_stages_draw_with_what_they_have_not_loaded_before():
     code = "import sys\nimport safe_rlhf_jax.stages\nassert 'jax' in sys.modules and 'matplotlib' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+ALLOCATOR = """
+import ctypes, threading
+from safe_rlhf_jax.train import keep_freed_memory
+
+libc = ctypes.CDLL(None)
+libc.sbrk.restype = libc.malloc.restype = ctypes.c_void_p
+libc.free.argtypes = [ctypes.c_void_p]
+keep_freed_memory()
+
+def allocate():
+    blocks = [libc.malloc(ctypes.c_size_t(size)) for size in (2**26, 5 * 2**29)]  # of more than 2 GiB too
+    top = libc.sbrk(0)
+    for block in blocks:
+        assert block < top, "mapped, and so given back when it is freed"
+        libc.free(block)
+    assert libc.sbrk(0) == top
+
+thread = threading.Thread(target=allocate)
+thread.start()
+thread.join()
+allocate()
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "gnu_get_libc_version"), reason="not glibc")
+def test_freed_memory_is_kept_of_every_thread_and_size():
+    done = subprocess.run([sys.executable, "-c", ALLOCATOR], capture_output=True, text=True)
+    assert not done.returncode and not done.stderr, done.stderr
+
+
+def test_freed_memory_is_kept_before_jax_starts_its_threads():
+    code = (
+        "import sys\nfrom safe_rlhf_jax import train\nseen = []\n"
+        "train.keep_freed_memory = lambda **_: seen.append('jax' in sys.modules)\n"
+        "train.main(['--config', 'none'])\nassert seen == [False], seen"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

@@ -46,6 +46,8 @@ def checked(stored, tmp_path, *overrides):
     [
         ("bfloat16", "flags\t: fpu avx512_bf16 avx512f", True),
         ("bfloat16", "flags\t: fpu avx512_bf16 amx_bf16", False),
+        ("bfloat16", "vendor_id\t: AuthenticAMD\nflags\t: fpu avx512_bf16 avx512f", False),
+        ("bfloat16", "vendor_id\t: AuthenticAMD\nflags\t: fpu avx512f", True),
         ("float32", "flags\t: fpu", False),
         ("bfloat16", "Features\t: fp asimd", False),  # another architecture: unknown
     ],
