@@ -1,6 +1,7 @@
 """Command line: `python -m safe_rlhf_jax.train --config FILE [dotted.key=value …]` runs a config's stages in order."""
 
 import argparse
+import contextlib
 import ctypes
 import dataclasses
 import sys
@@ -35,8 +36,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 def keep_freed_memory(*, keep: bool = True) -> None:
     """Tells glibc to keep freed memory, in one arena, instead of giving it back; or to do as it does by default.
 
-    On CPU every step allocates the same large buffers; with fresh pages each time, a quarter to a third of a step's time
-    goes to page faults (measured, see benchmarks/README.md). A thread that has allocated before keeps its own arena,
+    On CPU every step allocates the same large buffers; with fresh pages each time, a quarter to a third of a step's
+    time goes to page faults (measured, see benchmarks/README.md). A thread that has allocated before keeps its own arena,
     which maps large blocks anew each time: so call it before JAX starts its threads. Numbers from malloc.h.
     """
     options = {  # parameter: (number, kept, glibc's default)
@@ -45,12 +46,16 @@ def keep_freed_memory(*, keep: bool = True) -> None:
         "M_TOP_PAD": (-2, 2**28, 2**17),
         "M_ARENA_MAX": (-8, 1, 0),
     }
-    try:
+    with contextlib.suppress(OSError, AttributeError):  # not glibc: nothing to tune
         libc = ctypes.CDLL(None)
         for number, kept, default in options.values():
             libc.mallopt(number, kept if keep else default)
-    except (OSError, AttributeError):
-        pass  # not glibc: nothing to tune
+
+
+def return_freed_memory() -> None:
+    """Gives freed memory back once: that of a stage's programs, whose buffers the next stage's are not as large as."""
+    with contextlib.suppress(OSError, AttributeError):  # not glibc
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,6 +157,7 @@ def run_stages(config: "RunConfig", said: str) -> dict[str, StageResult]:
             run.digests.save()
         for stage in config.stages:
             stages.run_stage(run, stage)
+            return_freed_memory()
     return {stage.name: result_of(run, stage) for stage in config.stages if processes.is_main()}
 
 
