@@ -37,8 +37,8 @@ def keep_freed_memory(*, keep: bool = True) -> None:
     """Tells glibc to keep freed memory, in one arena, instead of giving it back; or to do as it does by default.
 
     On CPU every step allocates the same large buffers; with fresh pages each time, a quarter to a third of a step's
-    time goes to page faults (measured, see benchmarks/README.md). A thread that has allocated before keeps its own arena,
-    which maps large blocks anew each time: so call it before JAX starts its threads. Numbers from malloc.h.
+    time goes to page faults (measured, see benchmarks/README.md). A thread that has allocated before keeps its own
+    arena, which maps large blocks anew each time: so call it before JAX starts its threads. Numbers from malloc.h.
     """
     options = {  # parameter: (number, kept, glibc's default)
         "M_MMAP_MAX": (-4, 0, 65536),
