@@ -1,9 +1,9 @@
 """What an evaluation of policies on the real model found, by outside judges: one JSON file, and a table from it.
 
-    python -m benchmarks.real.assessed collect FOLDER [NAME=POLICY …]   FOLDER of an evaluate stage, NAMEs of policies
-    python -m benchmarks.real.assessed table                            docs/real.md and README.md
+    python -m benchmarks.real.assessed SECTION collect FOLDER [NAME=POLICY …]   FOLDER of an evaluate stage, NAMEs of policies
+    python -m benchmarks.real.assessed SECTION table                            docs/real.md, of `assessed` README.md too
 
-The first policy is the start, over which the others win or do not.
+A SECTION of the pages has a JSON file of its own. The first policy is the start, over which the others win or do not.
 """
 
 import argparse
@@ -19,11 +19,14 @@ from safe_rlhf_jax.evaluation.statistics import judged_unsafe, paired_win_rate, 
 from safe_rlhf_jax.metrics import read_jsonl
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
-RESULTS = ROOT / "benchmarks" / "results" / "real_two_cores_assessed.json"
-# Page: the policies that it shows, None for all.
-PAGES = {
-    ROOT / "docs" / "real.md": None,
-    ROOT / "README.md": ("start", "60, seed 0", "60, seed 1", "100, seed 0", "100, seed 1"),
+PAGE = ROOT / "docs" / "real.md"
+# Section: the name of its JSON file in benchmarks/results, and its pages with the policies that each shows, None for all.
+SECTIONS: dict[str, tuple[str, dict[pathlib.Path, tuple[str, ...] | None]]] = {
+    "assessed": (
+        "real_two_cores_assessed",
+        {PAGE: None, ROOT / "README.md": ("start", "60, seed 0", "60, seed 1", "100, seed 0", "100, seed 1")},
+    ),
+    "make-real": ("real_make_real", {PAGE: None}),
 }
 RISKY = ("beavertails", "saferlhf")
 # Row: the groups of its prompts and what is measured on them.
@@ -88,18 +91,21 @@ def text_of(found: dict[str, Any], shown: tuple[str, ...] | None = None) -> str:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("section", choices=SECTIONS)
     commands = parser.add_subparsers(dest="command", required=True)
     collect = commands.add_parser("collect", help="write the JSON file from a finished evaluate stage")
     collect.add_argument("folder", type=pathlib.Path)
     collect.add_argument("names", nargs="*", metavar="NAME=POLICY")
-    commands.add_parser("table", help="write docs/real.md and README.md from the JSON file")
+    commands.add_parser("table", help="write the pages from the JSON file")
     options = parser.parse_args()
+    file, pages = SECTIONS[options.section]
+    results = ROOT / "benchmarks" / "results" / f"{file}.json"
     if options.command == "collect":
         names = {policy: name for name, _, policy in (given.partition("=") for given in options.names)}
-        RESULTS.write_text(json.dumps(collected(options.folder, names), indent=1) + "\n")
+        results.write_text(json.dumps(collected(options.folder, names), indent=1) + "\n")
         return
-    for page, shown in PAGES.items():
-        write_section("assessed", text_of(json.loads(RESULTS.read_text()), shown), page)
+    for page, shown in pages.items():
+        write_section(options.section, text_of(json.loads(results.read_text()), shown), page)
 
 
 if __name__ == "__main__":
