@@ -1,7 +1,7 @@
 """What an evaluation of policies on the real model found, by outside judges: one JSON file, and a table from it.
 
-    python -m benchmarks.real.assessed SECTION collect FOLDER [NAME=POLICY …]   FOLDER of an evaluate stage, NAMEs of policies
-    python -m benchmarks.real.assessed SECTION table                            docs/real.md, of `assessed` README.md too
+    python -m benchmarks.real.assessed SECTION collect FOLDER [NAME=POLICY …]   FOLDER of an evaluate stage
+    python -m benchmarks.real.assessed SECTION table                            docs/real.md, README.md
 
 A SECTION of the pages has a JSON file of its own. The first policy is the start, over which the others win or do not.
 """
@@ -20,7 +20,7 @@ from safe_rlhf_jax.metrics import read_jsonl
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 PAGE = ROOT / "docs" / "real.md"
-# Section: the name of its JSON file in benchmarks/results, and its pages with the policies that each shows, None for all.
+# Section: name of its JSON file in benchmarks/results; its pages, each with the policies that it shows, None for all.
 SECTIONS: dict[str, tuple[str, dict[pathlib.Path, tuple[str, ...] | None]]] = {
     "assessed": (
         "real_two_cores_assessed",
