@@ -29,9 +29,9 @@ import yaml
 from benchmarks.rl_step import build, environment, runner, seconds
 from safe_rlhf_jax.aot.flops import iteration_flops
 from safe_rlhf_jax.aot.hlo import Instruction, Module
+from safe_rlhf_jax.host_memory import keep_freed_memory
 from safe_rlhf_jax.rl.algorithms import ALGORITHMS
 from safe_rlhf_jax.rl.step import make_step
-from safe_rlhf_jax.train import keep_freed_memory
 
 PHASES = ("generation", "scoring", "update")
 DIMENSIONS = re.compile(r"([lr])hs_(batch|contracting)_dims=\{([\d,]*)\}")

@@ -30,6 +30,7 @@ from flax import linen as nn
 from safe_rlhf_jax.aot.chips import chip_of
 from safe_rlhf_jax.aot.flops import iteration_flops
 from safe_rlhf_jax.aot.roofline import analyse, memory_of
+from safe_rlhf_jax.host_memory import keep_freed_memory
 from safe_rlhf_jax.models.adapters import Adapted, without_adapters
 from safe_rlhf_jax.models.config import Lora, ModelConfig, ScoreConfig
 from safe_rlhf_jax.models.parameters import cast_matrices
@@ -41,7 +42,6 @@ from safe_rlhf_jax.rl.rollout import Networks, score_rollout
 from safe_rlhf_jax.rl.step import Hyperparameters, collect, estimate_advantages, make_step
 from safe_rlhf_jax.rl.update import update_networks
 from safe_rlhf_jax.stages.networks import with_adapters
-from safe_rlhf_jax.train import keep_freed_memory
 from safe_rlhf_jax.types import Frozen, PromptBatch, RLState
 
 

@@ -29,11 +29,11 @@ import numpy as np
 import yaml
 
 from benchmarks.rl_step import build, environment, hyperparameters, phase_calls, seconds
+from safe_rlhf_jax.host_memory import keep_freed_memory
 from safe_rlhf_jax.models.config import ModelConfig
 from safe_rlhf_jax.models.families import family
 from safe_rlhf_jax.rl.algorithms import ALGORITHMS
 from safe_rlhf_jax.rl.step import make_step
-from safe_rlhf_jax.train import keep_freed_memory
 
 if importlib.util.find_spec("torch"):
     import torch

@@ -1,8 +1,6 @@
 """Command line: `python -m safe_rlhf_jax.train --config FILE [dotted.key=value …]` runs a config's stages in order."""
 
 import argparse
-import contextlib
-import ctypes
 import dataclasses
 import sys
 import traceback
@@ -10,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from safe_rlhf_jax.cli import CONFIG_HELP, exit_status, prog
+from safe_rlhf_jax.host_memory import keep_freed_memory, return_freed_memory
 
 if TYPE_CHECKING:
     from safe_rlhf_jax import storage
@@ -31,31 +30,6 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         "overrides", nargs="*", metavar="dotted.key=value", help="overrides; stages by index or name; values are YAML"
     )
     return parser.parse_args(arguments)
-
-
-def keep_freed_memory(*, keep: bool = True) -> None:
-    """Tells glibc to keep freed memory, in one arena, instead of giving it back; or to do as it does by default.
-
-    On CPU every step allocates the same large buffers; with fresh pages each time, a quarter to a third of a step's
-    time goes to page faults (measured, see benchmarks/README.md). A thread that has allocated before keeps its own
-    arena, which maps large blocks anew each time: so call it before JAX starts its threads. Numbers from malloc.h.
-    """
-    options = {  # parameter: (number, kept, glibc's default)
-        "M_MMAP_MAX": (-4, 0, 65536),
-        "M_TRIM_THRESHOLD": (-1, -1, 2**17),  # -1 is the largest size_t; 2 GiB are freed in every step of a 135M model
-        "M_TOP_PAD": (-2, 2**28, 2**17),
-        "M_ARENA_MAX": (-8, 1, 0),
-    }
-    with contextlib.suppress(OSError, AttributeError):  # not glibc: nothing to tune
-        libc = ctypes.CDLL(None)
-        for number, kept, default in options.values():
-            libc.mallopt(number, kept if keep else default)
-
-
-def return_freed_memory() -> None:
-    """Gives freed memory back once: that of a stage's programs, whose buffers the next stage's are not as large as."""
-    with contextlib.suppress(OSError, AttributeError):  # not glibc
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 @dataclasses.dataclass(frozen=True)

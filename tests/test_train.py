@@ -47,7 +47,7 @@ def test_stages_draw_with_what_they_have_not_loaded_before():
 
 ALLOCATOR = """
 import ctypes, threading
-from safe_rlhf_jax.train import keep_freed_memory
+from safe_rlhf_jax.host_memory import keep_freed_memory, return_freed_memory
 
 libc = ctypes.CDLL(None)
 libc.sbrk.restype = libc.malloc.restype = ctypes.c_void_p
@@ -66,6 +66,11 @@ thread = threading.Thread(target=allocate)
 thread.start()
 thread.join()
 allocate()
+kept = libc.sbrk(0)
+return_freed_memory(above=1.0)
+assert libc.sbrk(0) == kept
+return_freed_memory()
+assert libc.sbrk(0) < kept
 """
 
 
