@@ -1,6 +1,7 @@
 """Constraints between config and step: limits chosen and checked, groups of prompts, windows and multipliers."""
 
 import functools
+import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from safe_rlhf_jax import config as cfg
+from safe_rlhf_jax import storage
 from safe_rlhf_jax.data import examples
 from safe_rlhf_jax.data.loader import in_order
 from safe_rlhf_jax.data.texts import paired
@@ -90,7 +92,9 @@ def cost_limits(
     costs: dict[str, list[float]] = {}
     if data is not None:
         asked = (host or {}).get(signal)
-        costs = labelled_costs(run, stage, signal, data) if asked is None else asked_costs(run, asked, data)
+        costs = written_costs(run, stage, signal, data) or (
+            labelled_costs(run, stage, signal, data) if asked is None else asked_costs(run, asked, data)
+        )
     setting: Any = lagrange.cost_limit if lagrange.group_limits is None else tuple(lagrange.group_limits.values())
     if not isinstance(setting, cfg.CalibratedLimit):
         limits = setting if isinstance(setting, tuple) else (setting,)
@@ -120,6 +124,17 @@ def asked_costs(run: Run, score: HostSignal, data: examples.Examples) -> dict[st
     scores = np.concatenate(by_text(run, score, data))
     safe = np.concatenate([data.arrays.safer_is_safe, data.arrays.unsafer_is_safe])
     return {"safe": scores[safe].tolist(), "unsafe": scores[~safe].tolist()}
+
+
+def written_costs(run: Run, stage: Limited, signal: str, data: examples.Examples) -> dict[str, list[float]] | None:
+    """Returns what the stage of a cost model has found on its `eval_data`, {safe, unsafe}, if that is this data."""
+    name = stage.scorers.get(signal, "")
+    file = run.folder(name) / "scores.json"
+    if isinstance(stage.limits[signal].cost_limit, cfg.CalibratedLimit) or not storage.is_file(file):
+        return None
+    found: dict[str, list[float]] = json.loads(storage.read_text(file))["scores_by_label"]
+    texts = 2 * len(data.arrays.safer_is_safe)
+    return found if run.result(name) and len(found["safe"]) + len(found["unsafe"]) == texts else None
 
 
 def labelled_costs(run: Run, stage: Limited, signal: str, data: examples.Examples) -> dict[str, list[float]]:

@@ -99,6 +99,31 @@ def test_fixed_limit_is_held_against_single_answers_that_the_cost_model_is_evalu
     assert not pairs_.arrays.unsafer_is_safe.any()
 
 
+def test_fixed_limit_is_held_against_the_scores_that_the_stage_of_the_cost_model_has_written(
+    run, tmp_path, monkeypatch
+):
+    data = {"name": jsonl(tmp_path / "qa.jsonl", qa())}
+    limits = lambda made: cost_limits(made, stage_of(made.config, "rl"), "cost")  # noqa: E731
+    stages = (REWARD, {"kind": "cost", "data": data, "eval_data": data})
+    made = run(*stages, {"kind": "rl", "algorithm": {"lagrange": {"cost_limit": -5.0}}})
+    folder = made.folder("cost")
+    folder.mkdir(parents=True)
+    scores = lambda *_: {"safe": [-9.0] * 40, "unsafe": [2.0] * 40}  # noqa: E731
+    monkeypatch.setattr("safe_rlhf_jax.stages.constraints.labelled_costs", scores)
+
+    def write(count):
+        found = {"scores_by_label": {"safe": [-1.0] * count, "unsafe": [2.0] * count}}
+        (folder / "scores.json").write_text(json.dumps(found))
+
+    write(40)
+    assert limits(made)[0] == (-5.0,)  # the stage is not finished
+    (folder / "result.json").write_text(json.dumps({"config_hash": made.hashes["cost"]}))
+    with pytest.raises(ValueError, match="below what the cost model can reach"):
+        limits(made)
+    write(39)  # of other data
+    assert limits(made)[0] == (-5.0,)
+
+
 @pytest.mark.parametrize("label", [True, False])
 @pytest.mark.parametrize("shape", ["pairs", "qa"])
 def test_fixed_limit_is_not_checked_where_responses_have_one_label_and_the_run_says_so(run, tmp_path, label, shape):
