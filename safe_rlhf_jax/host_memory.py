@@ -5,7 +5,7 @@ import ctypes
 import os
 import pathlib
 
-MOST = 0.5  # of the machine's memory, above which freed memory goes back between steps
+MOST = 0.4  # of the machine's memory, above which freed memory goes back between steps
 MISSING = (OSError, AttributeError, ValueError)  # not glibc, or not Linux: nothing to tune
 
 

@@ -239,8 +239,9 @@ class Experiment(NamedTuple):
     description: str
     phases: Sequence[Callable[[Sequence[int], bool], list[Job]]]  # (seeds, tiny) -> runs; the last ones have results
     read: Callable[[pathlib.Path], Run | None]  # the result of a run, from its folder; None while there is none
-    section: Callable[[list[Run]], str]  # of finished runs, for docs/results.md
+    section: Callable[[list[Run]], str]  # of finished runs, for the page
     from_models: bool = True  # its runs start from the models of the seeds
+    page: pathlib.Path = PAGE
 
 
 def main(experiment: Experiment) -> None:
@@ -249,7 +250,7 @@ def main(experiment: Experiment) -> None:
     parser = argparse.ArgumentParser(
         description=experiment.description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("command", choices=["run", "table"], help="train and evaluate, or write docs/results.md")
+    parser.add_argument("command", choices=["run", "table"], help="train and evaluate, or write the page of the docs")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N")
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="runs at once; they share the cores")
     parser.add_argument("--seconds", type=float, default=1e9, metavar="S", help="stop after them; to be continued")
@@ -258,7 +259,8 @@ def main(experiment: Experiment) -> None:
     options = parser.parse_args()
     results = Results(options.json, experiment.read)
     if options.command == "table":
-        write_section(experiment.name, experiment.section([run for run in results.found.values() if run["finished"]]))
+        finished = [run for run in results.found.values() if run["finished"]]
+        write_section(experiment.name, experiment.section(finished), experiment.page)
         return
     until = time.time() + options.seconds
     *before, last = [*([model_jobs] if experiment.from_models else []), *experiment.phases]

@@ -9,6 +9,7 @@ import time
 import numpy as np
 import pytest
 
+from benchmarks.real import curves
 from benchmarks.rounds import jobs, labels, oracle, scales, several, signs, values, weak_start
 from safe_rlhf_jax.config import load_config
 from safe_rlhf_jax.data import demo
@@ -26,7 +27,7 @@ def runs(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.mark.parametrize("experiment", [scales, weak_start, labels, values, signs, several])
+@pytest.mark.parametrize("experiment", [scales, weak_start, labels, values, signs, several, curves])
 @pytest.mark.parametrize("tiny", [False, True])
 def test_every_run_of_an_experiment_is_a_config(experiment, tiny, monkeypatch):
     for other in (scales, several):
@@ -151,7 +152,7 @@ def test_judges_of_the_embedded_world_read_it_and_give_no_error_on_another():
     assert oracle.severity(conversations, ["unsafe theft delta step one .", "no ."], [True, True]) == [0.5, -0.5]
 
 
-def test_tables_have_a_row_for_each_kind_of_run():
+def test_tables_have_a_row_for_each_kind_of_run(monkeypatch):
     metrics = dict.fromkeys((*scales.COLUMNS, "multiplier"), 0.5)
     spent = {"seed": 0, "seconds": {"cpu": 3600}}
     scaled = [
@@ -181,3 +182,8 @@ def test_tables_have_a_row_for_each_kind_of_run():
     assert "| becomes acceptable: after, with demonstrations | 25.0 % |" in values.section(
         [spent | {"change": "becomes acceptable", "policies": policies}]
     )
+    monkeypatch.setattr(curves, "words", lambda pairs: ["0.5", str(pairs)])
+    share = {"rate": 0.7, "low": 0.6, "high": 0.8}
+    trained = [spent | {"kind": kind, "ranking": share, "sign": share} for kind in curves.RUNS]
+    assert "| 350 pairs | 0.700 (0.600 to 0.800) | 0.700 (0.600 to 0.800) | 0.5 | 350 |" in curves.section(trained)
+    assert "| 4 epochs | 0.700 (0.600 to 0.800) | 0.700 (0.600 to 0.800) |  |  |" in curves.section(trained)
