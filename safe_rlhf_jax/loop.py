@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from safe_rlhf_jax import storage
 from safe_rlhf_jax.checkpoint import Checkpoints
 from safe_rlhf_jax.errors import NonFiniteError, UserError
-from safe_rlhf_jax.host_memory import MOST, return_freed_memory
+from safe_rlhf_jax.host_memory import MOST_KEPT, return_freed_memory
 from safe_rlhf_jax.metrics import ProgressBar, make_writers, read_jsonl
 from safe_rlhf_jax.performance import Performance, Profiler
 from safe_rlhf_jax.processes import any_process, is_main
@@ -87,7 +87,7 @@ def fit(stage: TrainLoop, folder: storage.Path, *, writers: tuple[str, ...] = ("
             batch, waited = log.performance.waited_for(functools.partial(stage.batch, step), log.is_idle)
             asked = preemption.agreed()
             profiler.before(step + 1, state)
-            return_freed_memory(above=MOST)
+            return_freed_memory(above=MOST_KEPT)
             try:
                 state, metrics = stage.step(state, stage.frozen, batch, jax.random.fold_in(key, step))
             except UserError as error:  # a signal from the host failed; the state is as it was

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from safe_rlhf_jax.cli import CONFIG_HELP, exit_status, prog
-from safe_rlhf_jax.host_memory import keep_freed_memory, return_freed_memory
+from safe_rlhf_jax.host_memory import is_cpu_alone, keep_freed_memory, return_freed_memory
 
 if TYPE_CHECKING:
     from safe_rlhf_jax import storage
@@ -92,7 +92,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_arguments(arguments)
 
     def work() -> int:
-        keep_freed_memory()
+        if is_cpu_alone():
+            keep_freed_memory()
         from safe_rlhf_jax.config import load_config
 
         config = load_config(options.config, options.overrides)
@@ -101,8 +102,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from safe_rlhf_jax import processes
 
         processes.start()
-        if jax.default_backend() != "cpu":
-            keep_freed_memory(keep=False)
+        if jax.default_backend() == "cpu":  # beside plugins for accelerators; now it keeps less
+            keep_freed_memory()
         run_stages(config, " ".join([options.config, *options.overrides]))
         return 0
 

@@ -14,7 +14,7 @@ READINGS = (  # of a compiled program
     "chips", "collectives", "expectation", "floors", "flops", "hlo", "properties", "roofline", "traffic",
 )  # fmt: skip
 LEVELS = (
-    {"types", "errors", "log", "storage"},
+    {"types", "errors", "log", "storage", "host_memory"},
     {"ops", "sharding", "metrics", "processes", "endpoints", "compile_cache"},
     {"models"},
     {"optim", "inference", *(f"aot.{name}" for name in READINGS)},
@@ -45,6 +45,7 @@ FILE_METHODS = {
 OURS = ("storage.", "hf.resolve", "run.networks.open", "self.open")  # of the package, which ask storage
 NO_FILES = (
     "os._exit", "os.cpu_count", "os.devnull", "os.environ", "os.getpid", "os.path.basename", "os.path.commonprefix",
+    "os.sysconf",
 )  # fmt: skip
 
 LEVEL_OF = {part: level for level, parts in enumerate(LEVELS) for part in parts}

@@ -193,6 +193,13 @@ def test_evaluation_that_a_signal_ends_is_made_up_for_from_the_last_checkpoint(t
     assert [record["step"] for record in records if "eval/count" in record] == [3]
 
 
+def test_freed_memory_may_go_back_before_every_step(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(loop, "return_freed_memory", lambda above: asked.append(above))
+    fit(counter(3), tmp_path, writers=("jsonl",))
+    assert asked == [loop.MOST_KEPT] * 3
+
+
 def test_finished_loop_takes_no_step(tmp_path):
     fit(counter(4), tmp_path, writers=("jsonl",))
     broken = counter(4, batch=lambda _: 1 / 0)

@@ -17,7 +17,7 @@ from safe_rlhf_jax.data.loader import Batches
 from safe_rlhf_jax.data.oracles import Oracle
 from safe_rlhf_jax.data.sources import mix, read_records
 from safe_rlhf_jax.errors import FileError
-from safe_rlhf_jax.host_memory import MOST, return_freed_memory
+from safe_rlhf_jax.host_memory import MOST_KEPT, return_freed_memory
 from safe_rlhf_jax.models import hf
 from safe_rlhf_jax.models.adapters import Adapted, merged, whole
 from safe_rlhf_jax.models.config import Layout
@@ -144,7 +144,7 @@ class Run:
 
     def put(self, batch: Any) -> Any:
         """Puts a host batch, whole in every process, on the mesh."""
-        return_freed_memory(above=MOST)
+        return_freed_memory(above=MOST_KEPT)
         return shard_batch(batch, self.mesh)
 
     def get(self, tree: Any) -> Any:
