@@ -3,8 +3,9 @@
     python -m benchmarks.real.curves run      benchmarks/results/real_curves.json; needs runs/real/{model,data}
     python -m benchmarks.real.curves table    docs/real.md
 
-Each run trains the cost stage of configs/smollm2_135m/safe_rlhf.yaml on PKU-SafeRLHF pairs of the part "run" and is
-tested on those of the part "test", beside a bag of words from the same pairs.
+Each run trains a cost model as configs/smollm2_135m/safe_rlhf.yaml does, but on PKU-SafeRLHF pairs of the part "run"
+alone, and is tested on those of the part "test", beside a bag of words from the same pairs. They say where it stops; no
+setting is chosen by them.
 """
 
 import json
@@ -76,9 +77,10 @@ def section(runs: list[Run]) -> str:
     """Returns the table."""
     rows = []
     for kind, (pairs, changes) in RUNS.items():
-        for run in [run for run in runs if run["kind"] == kind]:
-            rows.append([kind, cell(run["ranking"]), cell(run["sign"]), *(["", ""] if changes else words(pairs))])
-    columns = ["trained on", "ranking", "sign", "bag of words: ranking", "bag of words: sign"]
+        found = [run for run in runs if run["kind"] == kind]
+        beside = words(pairs) if found and not changes else ["", ""]
+        rows += [[kind, str(run["seed"]), cell(run["ranking"]), cell(run["sign"]), *beside] for run in found]
+    columns = ["trained on", "seed", "ranking", "sign", "bag of words: ranking", "bag of words: sign"]
     return f"{jobs.table(columns, rows)}\n\n{jobs.seeds_of(runs)}"
 
 

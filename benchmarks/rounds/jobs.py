@@ -227,6 +227,8 @@ def write_section(name: str, text: str, place: pathlib.Path = PAGE) -> None:
     """Writes a section of a page of the docs, between its two comments."""
     page = place.read_text(encoding="utf-8")
     start, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
+    if start not in page or end not in page:
+        raise SystemExit(f"{place}: put {start.strip()} and {end} on lines of their own where the section belongs")
     before, _, rest = page.partition(start)
     place.write_text(before + start + text + "\n" + end + rest.partition(end)[2], encoding="utf-8")
     print(text)

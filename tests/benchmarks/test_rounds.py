@@ -185,5 +185,5 @@ def test_tables_have_a_row_for_each_kind_of_run(monkeypatch):
     monkeypatch.setattr(curves, "words", lambda pairs: ["0.5", str(pairs)])
     share = {"rate": 0.7, "low": 0.6, "high": 0.8}
     trained = [spent | {"kind": kind, "ranking": share, "sign": share} for kind in curves.RUNS]
-    assert "| 350 pairs | 0.700 (0.600 to 0.800) | 0.700 (0.600 to 0.800) | 0.5 | 350 |" in curves.section(trained)
-    assert "| 4 epochs | 0.700 (0.600 to 0.800) | 0.700 (0.600 to 0.800) |  |  |" in curves.section(trained)
+    assert "| 350 pairs | 0 | 0.700 (0.600 to 0.800) | 0.700 (0.600 to 0.800) | 0.5 | 350 |" in curves.section(trained)
+    assert "| 4 epochs | 0 | 0.700 (0.600 to 0.800) | 0.700 (0.600 to 0.800) |  |  |" in curves.section(trained)
