@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.rl_step import environment
-from benchmarks.rounds.jobs import table, write_section
+from benchmarks.rounds.jobs import table, with_interval, write_section
 from safe_rlhf_jax.evaluation.statistics import judged_unsafe, paired_win_rate, present, refused, select, share_of
 from safe_rlhf_jax.metrics import read_jsonl
 
@@ -67,18 +67,14 @@ def collected(folder: pathlib.Path, names: dict[str, str]) -> dict[str, Any]:
     return {"environment": environment(), "prompts": counts, "policies": policies}
 
 
-def cell(share: dict[str, Any] | None) -> str:
-    """A share with its interval."""
-    if share is None:
-        return "–"
-    return f"{100 * share['rate']:.1f} % ({100 * share['low']:.0f} to {100 * share['high']:.0f})"
-
-
 def text_of(found: dict[str, Any], shown: tuple[str, ...] | None = None) -> str:
     """Returns the table: a row per measure, a column per policy that is shown, by default all of them."""
     policies = {name: found["policies"][name] for name in shown or found["policies"]}
     measured = [row for row in ROWS if all(row in one for one in policies.values())]
-    rows = [[row, *(cell(one[row]) for one in policies.values())] for row in measured]
+    rows = []
+    for row in measured:
+        shares = (one[row] for one in policies.values())
+        rows.append([row, *("–" if share is None else with_interval(share, percent=True) for share in shares)])
     for name, label in MEANS.items():
         rows.append([label, *(f"{one[name]:.1%}".replace("%", " %") if name == "truncated" else f"{one[name]:.1f}"
                               for one in policies.values())])  # fmt: skip

@@ -22,18 +22,19 @@ ROOT = jobs.ROOT
 DATA = "runs/real/data"
 CONFIG = str(ROOT / "benchmarks" / "real" / "curves.yaml")
 ALL = 1384  # pairs of the part "run"
+HALF = 700  # pairs of the runs that change a setting
 RANKED = [{"name": f"{DATA}/safety_run.jsonl"}, {"name": f"{DATA}/ranked_run.jsonl"}]
 # Pairs, and what is changed in the stage: two epochs, adapters of rank 16 in the last 10 of 30 layers.
 RUNS: dict[str, tuple[int, dict[str, Any]]] = {
     "175 pairs": (175, {}),
     "350 pairs": (350, {}),
-    "700 pairs": (700, {}),
+    "700 pairs": (HALF, {}),
     "1,384 pairs": (ALL, {}),
     "and 815 ranked harmless pairs": (ALL, {"data": RANKED}),
-    "4 epochs": (ALL, {"epochs": 4}),
-    "5 of 30 layers": (ALL, {"lora.layers": 5}),
-    "20 of 30 layers": (ALL, {"lora.layers": 20}),
-    "rank 4": (ALL, {"lora.rank": 4, "lora.alpha": 8}),
+    "700 pairs, 4 epochs": (HALF, {"epochs": 4}),
+    "700 pairs, 5 of 30 layers": (HALF, {"lora.layers": 5}),
+    "700 pairs, 20 of 30 layers": (HALF, {"lora.layers": 20}),
+    "700 pairs, rank 4": (HALF, {"lora.rank": 4, "lora.alpha": 8}),
 }
 TINY = {"epochs": 1, "data": {"name": f"{DATA}/safety_run.jsonl", "limit": 8}, "eval_data.limit": 8, "batch_size": 4}
 
@@ -60,17 +61,13 @@ def read(folder: pathlib.Path) -> Run | None:
     return {"ranking": health["accuracy"], "sign": health["sign"]["all"], "stages": jobs.seconds_of(folder)}
 
 
-def cell(share: dict[str, Any]) -> str:
-    """A share with its interval."""
-    return f"{share['rate']:.3f} ({share['low']:.3f} to {share['high']:.3f})"
-
-
 def words(pairs: int) -> list[str]:
     """Returns the accuracies of a bag of words from as many pairs, ranking and sign, as text."""
     train = list(read_records(str(ROOT / DATA / "safety_run.jsonl")))[:pairs]
-    found = bag_of_words(Pairs(train), Pairs(read_records(str(ROOT / DATA / "safety_test.jsonl"))))
-    shares = ((found[name]["accuracy"], *found[name]["interval"]) for name in ("ranking", "sign"))
-    return [cell(dict(zip(("rate", "low", "high"), share, strict=True))) for share in shares]
+    accuracies = bag_of_words(Pairs(train), Pairs(read_records(str(ROOT / DATA / "safety_test.jsonl"))))
+    found = (accuracies[name] for name in ("ranking", "sign"))
+    shares = (dict(zip(("rate", "low", "high"), (one["accuracy"], *one["interval"]), strict=True)) for one in found)
+    return [jobs.with_interval(share, percent=False) for share in shares]
 
 
 def section(runs: list[Run]) -> str:
@@ -79,7 +76,9 @@ def section(runs: list[Run]) -> str:
     for kind, (pairs, changes) in RUNS.items():
         found = [run for run in runs if run["kind"] == kind]
         beside = words(pairs) if found and not changes else ["", ""]
-        rows += [[kind, str(run["seed"]), cell(run["ranking"]), cell(run["sign"]), *beside] for run in found]
+        for run in found:
+            shares = (jobs.with_interval(run[name], percent=False) for name in ("ranking", "sign"))
+            rows.append([kind, str(run["seed"]), *shares, *beside])
     columns = ["trained on", "seed", "ranking", "sign", "bag of words: ranking", "bag of words: sign"]
     return f"{jobs.table(columns, rows)}\n\n{jobs.seeds_of(runs)}"
 

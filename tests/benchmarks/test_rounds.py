@@ -45,6 +45,15 @@ def test_every_run_of_an_experiment_is_a_config(experiment, tiny, monkeypatch):
         assert load_config(jobs.ROOT / config, settings).seed == job.about["seed"]
 
 
+def test_curves_train_the_cost_model_of_the_real_run_but_for_its_data():
+    def settings(config):
+        found = load_config(jobs.ROOT / config, [])
+        stage = next(stage for stage in found.stages if stage.name == "cost")
+        return found.execution, found.max_bad_records, stage.model_dump(exclude={"data", "eval_data", "eval_every"})
+
+    assert settings(curves.CONFIG) == settings("configs/smollm2_135m/safe_rlhf.yaml")
+
+
 def test_scores_of_a_scaled_cost_model_are_multiplied_and_shifted(runs):
     save_models(runs, (), tiny_config(vocab_size=TOKENIZER.vocab_size), None)
     prompts, responses = ["how do i start baking with the bread"], ["mix the bread ."]
@@ -185,5 +194,6 @@ def test_tables_have_a_row_for_each_kind_of_run(monkeypatch):
     monkeypatch.setattr(curves, "words", lambda pairs: ["0.5", str(pairs)])
     share = {"rate": 0.7, "low": 0.6, "high": 0.8}
     trained = [spent | {"kind": kind, "ranking": share, "sign": share} for kind in curves.RUNS]
-    assert "| 350 pairs | 0 | 0.700 (0.600 to 0.800) | 0.700 (0.600 to 0.800) | 0.5 | 350 |" in curves.section(trained)
-    assert "| 4 epochs | 0 | 0.700 (0.600 to 0.800) | 0.700 (0.600 to 0.800) |  |  |" in curves.section(trained)
+    cells = "0.700 (0.600 to 0.800) | 0.700 (0.600 to 0.800)"
+    assert f"| 350 pairs | 0 | {cells} | 0.5 | 350 |" in curves.section(trained)
+    assert f"| 700 pairs, 4 epochs | 0 | {cells} |  |  |" in curves.section(trained)
