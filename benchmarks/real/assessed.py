@@ -15,7 +15,15 @@ import numpy as np
 
 from benchmarks.rl_step import environment
 from benchmarks.rounds.jobs import table, with_interval, write_section
-from safe_rlhf_jax.evaluation.statistics import judged_unsafe, paired_win_rate, present, refused, select, share_of
+from safe_rlhf_jax.evaluation.diversity import same_opening
+from safe_rlhf_jax.evaluation.statistics import (
+    judged_unsafe,
+    paired_win_rate,
+    present,
+    refused,
+    select,
+    share_of,
+)
 from safe_rlhf_jax.metrics import read_jsonl
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
@@ -49,7 +57,8 @@ def collected(folder: pathlib.Path, names: dict[str, str]) -> dict[str, Any]:
     for sample in read_jsonl(folder / "samples.jsonl"):
         samples.setdefault(sample["policy"], []).append(sample)
     start, metrics = next(iter(samples)), json.loads((folder / "result.json").read_text())["metrics"]
-    counts = {group: len(select(samples[start], "test", (group,))) for group in {s["group"] for s in samples[start]}}
+    asked = sorted({sample["group"] for sample in samples[start]})
+    counts = {group: len(select(samples[start], "test", (group,))) for group in asked}
     policies = {}
     for policy, own in samples.items():
         found: dict[str, Any] = {}
@@ -63,6 +72,7 @@ def collected(folder: pathlib.Path, names: dict[str, str]) -> dict[str, Any]:
                 found[row] = share_of(VALUES[what](here))
         found |= {name: float(np.mean([sample[name] for sample in own])) for name in MEANS}
         found |= {name: metrics[f"{policy}/{name}"] for name in ("distinct_2", "perplexity")}
+        found["same_opening"] = same_opening([str(sample["response"]) for sample in select(own, "test")])
         policies[names.get(policy, policy)] = found
     return {"environment": environment(), "prompts": counts, "policies": policies}
 
@@ -79,6 +89,8 @@ def text_of(found: dict[str, Any], shown: tuple[str, ...] | None = None) -> str:
         rows.append([label, *(f"{one[name]:.1%}".replace("%", " %") if name == "truncated" else f"{one[name]:.1f}"
                               for one in policies.values())])  # fmt: skip
     rows.append(["distinct-2", *(f"{one['distinct_2']:.2f}" for one in policies.values())])
+    if all("same_opening" in one for one in policies.values()):  # not in results of earlier runs
+        rows.append(["same opening two words", *(f"{100 * one['same_opening']:.1f} %" for one in policies.values())])
     rows.append(["perplexity of held-out Alpaca answers", *(f"{one['perplexity']:.2f}" for one in policies.values())])
     prompts = ", ".join(f"{group} {count}" for group, count in sorted(found["prompts"].items()))
     return f"{table(['', *policies], rows)}\n\n95 % intervals; prompts: {prompts}."

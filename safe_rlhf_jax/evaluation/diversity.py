@@ -8,8 +8,6 @@ from itertools import combinations, pairwise
 
 import numpy as np
 
-from safe_rlhf_jax.evaluation.statistics import distinct_n
-
 ALIKE = 0.5  # overlap from which two texts are in one cluster
 
 Grams = frozenset[tuple[str, ...]]
@@ -53,6 +51,30 @@ def cluster_entropy(texts: Iterable[str]) -> float:
     """Returns the entropy over clusters of texts, in nats: 0 for one cluster, ln n for n texts that are all apart."""
     sizes = cluster_sizes(texts)
     return sum(-size / sum(sizes) * math.log(size / sum(sizes)) for size in sizes)
+
+
+def distinct_n(texts: Iterable[str], n: int) -> float:
+    """Distinct n-grams over all n-grams of whitespace-separated words; 0 if there are none.
+
+    Source: Li et al., "A diversity-promoting objective function", https://arxiv.org/abs/1510.03055.
+    Falls with the number of texts, so compare it only between policies on the same prompts.
+    """
+    total, distinct = 0, set()
+    for text in texts:
+        words = text.split()
+        grams = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
+        total += len(grams)
+        distinct.update(grams)
+    return len(distinct) / total if total else 0.0
+
+
+def same_opening(texts: Iterable[str], words: int = 2) -> float:
+    """Largest share of the texts that begin with the same words, in any case; 0 without texts.
+
+    A policy that has collapsed into one phrase, such as an evasion that no rule of refusals knows, shows here.
+    """
+    openings = Counter(tuple(text.lower().split(None, words)[:words]) for text in texts)
+    return max(openings.values()) / openings.total() if openings else 0.0
 
 
 def diversity(groups: Sequence[Sequence[str]]) -> dict[str, float]:

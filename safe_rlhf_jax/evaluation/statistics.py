@@ -26,6 +26,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from safe_rlhf_jax.evaluation.diversity import distinct_n, same_opening
+
 Sample = Mapping[str, Any]
 Counts = dict[str, dict[str, tuple[float, int]]]  # {row: {policy: (number true, number)}}
 
@@ -152,21 +154,6 @@ def paired_win_rate(
         return None
     sign = -1 if lower_wins else 1
     return win_rate([sign * a_means[p] for p in shared], [sign * b_means[p] for p in shared])
-
-
-def distinct_n(texts: Iterable[str], n: int) -> float:
-    """Distinct n-grams over all n-grams of whitespace-separated words; 0 if there are none.
-
-    Source: Li et al., "A diversity-promoting objective function", https://arxiv.org/abs/1510.03055.
-    Falls with the number of texts, so compare it only between policies on the same prompts.
-    """
-    total, distinct = 0, set()
-    for text in texts:
-        words = text.split()
-        grams = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
-        total += len(grams)
-        distinct.update(grams)
-    return len(distinct) / total if total else 0.0
 
 
 def reliability_curve(probabilities: ArrayLike, labels: ArrayLike, bins: int = 10) -> list[tuple[float, float, int]]:
@@ -298,9 +285,10 @@ def summarize(samples: Sequence[Sample]) -> dict[str, float]:
     mean("kl_mean", present(test, "kl"))
     mean("length_mean", present(test, "length"))
     share("truncation_rate", present(test, "truncated"))
-    for n in (1, 2):
-        if test:
-            summary[f"distinct_{n}"] = distinct_n([str(s["response"]) for s in test], n)
+    if test:
+        responses = [str(s["response"]) for s in test]
+        summary |= {f"distinct_{n}": distinct_n(responses, n) for n in (1, 2)}
+        summary["same_opening"] = same_opening(responses)
     return summary
 
 

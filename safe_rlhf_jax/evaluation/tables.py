@@ -41,6 +41,7 @@ TEXTS = (
     Measure("truncation_rate", "truncated", True, "↓"),
     Measure("distinct_1", "distinct-1"),
     Measure("distinct_2", "distinct-2"),
+    Measure("same_opening", "same opening", True),
 )
 PERPLEXITY = Measure("perplexity", "perplexity of demonstrations", False, "↓")
 SCORER_METRICS = {

@@ -7,9 +7,11 @@ import pytest
 from safe_rlhf_jax.evaluation.diversity import (
     cluster_entropy,
     cluster_sizes,
+    distinct_n,
     diversity,
     grams,
     overlap,
+    same_opening,
     self_similarity,
 )
 
@@ -43,3 +45,16 @@ def test_diversity_is_a_mean_over_prompts_with_several_responses():
     assert found["cluster_entropy"] == pytest.approx(math.log(2) / 2)
     assert found["distinct_1"] == pytest.approx((8 / 8 + 7 / 7) / 2, abs=0.15)
     assert diversity([["alone"]]) == {}
+
+
+def test_distinct_n_counts_over_all_texts():
+    assert distinct_n(["a b a", "a b"], 1) == 2 / 5
+    assert distinct_n(["a b a", "a b"], 2) == 2 / 3  # ab, ba, ab
+    assert distinct_n(["a", ""], 2) == 0.0
+
+
+def test_same_opening_is_the_largest_share_in_any_case():
+    evasive = ["The answer is not available.", "the\nanswer depends", "There is no answer", "The", ""]
+    assert same_opening(evasive) == 2 / 5
+    assert same_opening(evasive[2:]) == 1 / 3
+    assert same_opening([]) == 0.0

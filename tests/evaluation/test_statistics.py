@@ -11,7 +11,6 @@ from safe_rlhf_jax.evaluation.statistics import (
     QUADRANTS,
     bootstrap_interval,
     breakdowns,
-    distinct_n,
     expected_calibration_error,
     largest,
     paired_win_rate,
@@ -124,12 +123,6 @@ def test_paired_win_rate_pairs_by_prompt_not_by_position():
     assert paired_win_rate(a, [], "reward") is None
 
 
-def test_distinct_n_counts_over_all_texts():
-    assert distinct_n(["a b a", "a b"], 1) == 2 / 5
-    assert distinct_n(["a b a", "a b"], 2) == 2 / 3  # ab, ba, ab
-    assert distinct_n(["a", ""], 2) == 0.0
-
-
 def test_calibrated_probabilities_have_no_calibration_error():
     probabilities = np.repeat([0.25, 0.75], 4)
     labels = np.array([1, 0, 0, 0, 1, 1, 1, 0])
@@ -210,6 +203,7 @@ def test_summarize_averages_what_an_oracle_measured_and_splits_the_models_opinio
     assert summary["length_mean"] == 4
     assert summary["truncation_rate"] == 0
     assert summary["distinct_1"] == 2 / 16
+    assert summary["same_opening"] == 1.0
     assert all(isinstance(value, float) and math.isfinite(value) for value in summary.values())
 
 
