@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet --quiet # errors
 UV ?= uv
 REAL ?= safe_rlhf
 # GPUs compile scanned layers several times faster. Of CPUs, those with amx_bf16 and AMD's with avx512_bf16 multiply bfloat16
-# faster than float32.
+# faster than float32 (slow_dtype of safe_rlhf_jax/stages/check.py knows the same).
 REAL_ARGS = $(if $(findstring gpu,$(REAL)),execution.scan_layers=true,$(shell \
               grep -qm1 amx_bf16 /proc/cpuinfo 2>/dev/null || { grep -qm1 AuthenticAMD /proc/cpuinfo && \
               grep -qm1 avx512_bf16 /proc/cpuinfo; } 2>/dev/null || echo execution.dtype=float32))
