@@ -1,6 +1,6 @@
 """Preference models on held-out pairs, beside a bag of words and a linear probe on the same rows.
 
-    python -m benchmarks.real.baselines [--model FOLDER] [--cost STAGE] [--reward STAGE] [--json FILE]
+    python -m benchmarks.real.baselines [--dtype bfloat16] [--cost STAGE] [--reward STAGE] [--json FILE]
 
 All are trained on the part "run" and tested on the part "test" (benchmarks/real/prepare.py). The bag of words is TF-IDF
 over 1- and 2-grams with logistic regression; the probe is logistic regression on the last and the mean state of the
@@ -35,20 +35,21 @@ def pairs(task: str, part: str) -> Pairs:
     return Pairs(read_records(str(RUNS / "data" / f"{TASKS[task]}_{part}.jsonl")))
 
 
-def response_states(model: pathlib.Path, found: Pairs) -> np.ndarray:
+def response_states(model: pathlib.Path, dtype: str, found: Pairs) -> np.ndarray:
     """Returns the last and the mean hidden state of every response, f32[2n, 2D]; computed once for a model and texts.
 
     Args:
         model: Folder of the frozen model.
+        dtype: Of its matmuls.
         found: n pairs.
     """
     weights = (model / "model.safetensors").read_bytes()
-    digest = hashlib.blake2b(json.dumps(found.conversations).encode() + weights, digest_size=8)
+    digest = hashlib.blake2b(json.dumps([dtype, found.conversations]).encode() + weights, digest_size=8)
     path = RUNS / "states" / f"{digest.hexdigest()}.npy"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            np.save(file, computed_states(load_policy(str(model)), found))
+            np.save(file, computed_states(load_policy(str(model), dtype=dtype), found))
         pathlib.Path(file.name).rename(path)
     return np.load(path)
 
@@ -74,18 +75,19 @@ def computed_states(policy: Policy, found: Pairs) -> np.ndarray:
     return out
 
 
-def probe(model: pathlib.Path, train: Pairs, test: Pairs) -> dict[str, Any]:
+def probe(model: pathlib.Path, dtype: str, train: Pairs, test: Pairs) -> dict[str, Any]:
     """Logistic regression on the frozen model's states of the responses."""
-    x, held_out = (response_states(model, found) for found in (train, test))
+    x, held_out = (response_states(model, dtype, found) for found in (train, test))
     mean, scale = x.mean(0), x.std(0)
     return linear_accuracy(train, test, (x - mean) / scale, (held_out - mean) / scale, STRENGTHS)
 
 
-def compared(model: pathlib.Path, stages: dict[str, pathlib.Path | None]) -> dict[str, Any]:
+def compared(model: pathlib.Path, dtype: str, stages: dict[str, pathlib.Path | None]) -> dict[str, Any]:
     """Returns accuracies by task and model.
 
     Args:
         model: Folder of the frozen model.
+        dtype: Of its matmuls.
         stages: For each task, the stage of a run that trained a model for it, if any.
     """
     out = {}
@@ -94,7 +96,7 @@ def compared(model: pathlib.Path, stages: dict[str, pathlib.Path | None]) -> dic
         out[task] = {
             "rows": counts(train, test),
             "bag of words": bag_of_words(train, test),
-            "probe": probe(model, train, test),
+            "probe": probe(model, dtype, train, test),
         } | ({"model": network(task, test, stage)} if stage else {})
     return out
 
@@ -103,11 +105,12 @@ def main() -> None:
     """Prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=pathlib.Path, default=RUNS / "model", metavar="FOLDER")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the frozen model")
     for task in TASKS:
         parser.add_argument(f"--{task}", type=pathlib.Path, metavar="STAGE", help=f"folder of a {task} stage")
     parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="also write the figures here")
     options = parser.parse_args()
-    figures = compared(options.model, {task: getattr(options, task) for task in TASKS})
+    figures = compared(options.model, options.dtype, {task: getattr(options, task) for task in TASKS})
     show(figures)
     if options.json:
         options.json.write_text(json.dumps(figures, indent=2) + "\n")
