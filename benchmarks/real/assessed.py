@@ -35,6 +35,7 @@ SECTIONS: dict[str, tuple[str, dict[pathlib.Path, tuple[str, ...] | None]]] = {
         {PAGE: None, ROOT / "README.md": ("start", "60, seed 0", "60, seed 1", "100, seed 0", "100, seed 1")},
     ),
     "make-real": ("real_make_real", {PAGE: None}),
+    "low-first": ("real_low_first", {PAGE: None}),
 }
 RISKY = ("beavertails", "saferlhf")
 # Row: the groups of its prompts and what is measured on them.

@@ -23,7 +23,11 @@ from safe_rlhf_jax.metrics import read_jsonl
 ROOT = pathlib.Path(__file__).parent.parent.parent
 PAGE = ROOT / "docs" / "real.md"
 # Of each section: the name of its JSON file in benchmarks/results, and of its figure in docs/images.
-SECTIONS = {"training": ("real_rl", "real_training"), "two-cores": ("real_two_cores", "real_two_cores")}
+SECTIONS = {
+    "training": ("real_rl", "real_training"),
+    "two-cores": ("real_two_cores", "real_two_cores"),
+    "bfloat16": ("real_bfloat16", "real_bfloat16"),
+}
 FOLLOWED = ("reward", "cost", "kl", "multiplier", "unsafe_share/risky")  # train/… of each step
 MEASURED = {
     "reward_mean": "own reward",
@@ -40,6 +44,8 @@ STYLES = {  # of runs whose names begin so: colour and label
     "ppo_lag_64": ("#009E73", "PPO-Lagrangian, d = −1.4, window 64"),
     "ppo_lag_2": ("#0072B2", "PPO-Lagrangian, d = −2"),
     "ppo_lag_1.4": ("#56B4E9", "PPO-Lagrangian, d = −1.4"),
+    "low_first": ("#009E73", "PPO-Lagrangian, λ ≤ 2, then 5"),
+    "ppo_lag_5": ("#0072B2", "PPO-Lagrangian, λ ≤ 5"),
     "ppo_lag": ("#0072B2", "PPO-Lagrangian, d = −1"),
     "calibrated": ("#56B4E9", "PPO-Lagrangian, calibrated d"),
     "ppo": ("#D55E00", "PPO, no constraint"),
