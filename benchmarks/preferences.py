@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import yaml
 
+from benchmarks.rounds.jobs import with_interval
 from safe_rlhf_jax.data.records import UNUSABLE, Record
 from safe_rlhf_jax.data.texts import answered, encode, prompt_turns, safety_labels, two_responses
 from safe_rlhf_jax.pipeline import load_scorer
@@ -170,7 +171,6 @@ def counts(train: Pairs, test: Pairs) -> dict[str, int]:
 
 def show(figures: dict[str, Any]) -> None:
     """Prints accuracies with their intervals: {task: {"rows": …, model: accuracy(…)}}."""
-    cell = "{:.3f} ({:.3f} to {:.3f})"
     for task, models in figures.items():
         rows = models["rows"]
         print(f"\n{task}: {rows['train']} pairs to train on, {rows['test']} held out", end="")
@@ -179,5 +179,5 @@ def show(figures: dict[str, Any]) -> None:
         for name, model in models.items():
             if name != "rows":
                 kinds = [model.get(kind) for kind in ("ranking", "sign")]
-                cells = [cell.format(kind["accuracy"], *kind["interval"]) if kind else "" for kind in kinds]
+                cells = [with_interval(kind["accuracy"], *kind["interval"]) if kind else "" for kind in kinds]
                 print(f"| {name} | {' | '.join(cells)} |")

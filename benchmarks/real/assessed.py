@@ -15,15 +15,7 @@ import numpy as np
 
 from benchmarks.rl_step import environment
 from benchmarks.rounds.jobs import table, with_interval, write_section
-from safe_rlhf_jax.evaluation.diversity import same_opening
-from safe_rlhf_jax.evaluation.statistics import (
-    judged_unsafe,
-    paired_win_rate,
-    present,
-    refused,
-    select,
-    share_of,
-)
+from safe_rlhf_jax.evaluation.statistics import judged_unsafe, paired_win_rate, present, refused, select, share_of
 from safe_rlhf_jax.metrics import read_jsonl
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
@@ -72,26 +64,27 @@ def collected(folder: pathlib.Path, names: dict[str, str]) -> dict[str, Any]:
             else:
                 found[row] = share_of(VALUES[what](here))
         found |= {name: float(np.mean([sample[name] for sample in own])) for name in MEANS}
-        found |= {name: metrics[f"{policy}/{name}"] for name in ("distinct_2", "perplexity")}
-        found["same_opening"] = same_opening([str(sample["response"]) for sample in select(own, "test")])
+        found |= {name: metrics[f"{policy}/{name}"] for name in ("distinct_2", "same_opening", "perplexity")}
         policies[names.get(policy, policy)] = found
     return {"environment": environment(), "prompts": counts, "policies": policies}
+
+
+def cell(share: dict[str, Any] | None) -> str:
+    """A share with its interval; nothing for the start's wins over itself."""
+    return "–" if share is None else with_interval(share["rate"], share["low"], share["high"], percent=True)
 
 
 def text_of(found: dict[str, Any], shown: tuple[str, ...] | None = None) -> str:
     """Returns the table: a row per measure, a column per policy that is shown, by default all of them."""
     policies = {name: found["policies"][name] for name in shown or found["policies"]}
     measured = [row for row in ROWS if all(row in one for one in policies.values())]
-    rows = []
-    for row in measured:
-        shares = (one[row] for one in policies.values())
-        rows.append([row, *("–" if share is None else with_interval(share, percent=True) for share in shares)])
+    rows = [[row, *(cell(one[row]) for one in policies.values())] for row in measured]
     for name, label in MEANS.items():
         rows.append([label, *(f"{one[name]:.1%}".replace("%", " %") if name == "truncated" else f"{one[name]:.1f}"
                               for one in policies.values())])  # fmt: skip
     rows.append(["distinct-2", *(f"{one['distinct_2']:.2f}" for one in policies.values())])
     if all("same_opening" in one for one in policies.values()):  # not in results of earlier runs
-        rows.append(["same opening two words", *(f"{100 * one['same_opening']:.1f} %" for one in policies.values())])
+        rows.append(["the same first two words", *(f"{100 * one['same_opening']:.1f} %" for one in policies.values())])
     rows.append(["perplexity of held-out Alpaca answers", *(f"{one['perplexity']:.2f}" for one in policies.values())])
     prompts = ", ".join(f"{group} {count}" for group, count in sorted(found["prompts"].items()))
     return f"{table(['', *policies], rows)}\n\n95 % intervals; prompts: {prompts}."

@@ -64,10 +64,8 @@ def read(folder: pathlib.Path) -> Run | None:
 def words(pairs: int) -> list[str]:
     """Returns the accuracies of a bag of words from as many pairs, ranking and sign, as text."""
     train = list(read_records(str(ROOT / DATA / "safety_run.jsonl")))[:pairs]
-    accuracies = bag_of_words(Pairs(train), Pairs(read_records(str(ROOT / DATA / "safety_test.jsonl"))))
-    found = (accuracies[name] for name in ("ranking", "sign"))
-    shares = (dict(zip(("rate", "low", "high"), (one["accuracy"], *one["interval"]), strict=True)) for one in found)
-    return [jobs.with_interval(share, percent=False) for share in shares]
+    found = bag_of_words(Pairs(train), Pairs(read_records(str(ROOT / DATA / "safety_test.jsonl"))))
+    return [jobs.with_interval(found[name]["accuracy"], *found[name]["interval"]) for name in ("ranking", "sign")]
 
 
 def section(runs: list[Run]) -> str:
@@ -77,7 +75,7 @@ def section(runs: list[Run]) -> str:
         found = [run for run in runs if run["kind"] == kind]
         beside = words(pairs) if found and not changes else ["", ""]
         for run in found:
-            shares = (jobs.with_interval(run[name], percent=False) for name in ("ranking", "sign"))
+            shares = (jobs.with_interval(one["rate"], one["low"], one["high"]) for one in (run["ranking"], run["sign"]))
             rows.append([kind, str(run["seed"]), *shares, *beside])
     columns = ["trained on", "seed", "ranking", "sign", "bag of words: ranking", "bag of words: sign"]
     return f"{jobs.table(columns, rows)}\n\n{jobs.seeds_of(runs)}"

@@ -210,11 +210,11 @@ def spread(values: Sequence[float], percent: bool) -> str:
     return f"{factor * np.mean(values):.{digits}f}{deviation}{unit}"
 
 
-def with_interval(share: dict[str, Any], percent: bool) -> str:
-    """Returns a share {rate, low, high} with its 95 % interval as text."""
-    factor, digits, rounded, unit = (100, 1, 0, " %") if percent else (1, 3, 3, "")
-    rate, low, high = (factor * share[name] for name in ("rate", "low", "high"))
-    return f"{rate:.{digits}f}{unit} ({low:.{rounded}f} to {high:.{rounded}f})"
+def with_interval(rate: float, low: float, high: float, *, percent: bool = False) -> str:
+    """Returns a share with the ends of its interval as text."""
+    if percent:
+        return f"{100 * rate:.1f} % ({100 * low:.0f} to {100 * high:.0f})"
+    return f"{rate:.3f} ({low:.3f} to {high:.3f})"
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
